@@ -1,0 +1,45 @@
+"""fastgpt: GPT-2 for people who need speed, with a plain-PyTorch twin for every fast path.
+
+Nothing heavy is imported until it is used: ``import fastgpt`` alone loads neither torch nor Triton.
+"""
+
+from importlib import import_module
+from pkgutil import extend_path
+from typing import TYPE_CHECKING, Any
+
+# In a checkout, `python -m fastgpt.train` finds this folder first, but the compiled module lies in
+# site-packages: let the package span both, so that `pip install .` works from inside and outside.
+__path__ = extend_path(__path__, __name__)
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fastgpt.model import GPT as GPT
+    from fastgpt.model import GPTConfig as GPTConfig
+    from fastgpt.recipes import RECIPES as RECIPES
+    from fastgpt.recipes import Recipe as Recipe
+    from fastgpt.tokenizer import CharTokenizer as CharTokenizer
+    from fastgpt.tokenizer import Tokenizer as Tokenizer
+    from fastgpt.trainer import Trainer as Trainer
+
+_HOME = {
+    "GPT": "model",
+    "GPTConfig": "model",
+    "RECIPES": "recipes",
+    "Recipe": "recipes",
+    "CharTokenizer": "tokenizer",
+    "Tokenizer": "tokenizer",
+    "Trainer": "trainer",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastgpt' has no attribute {name!r}")
+    return getattr(import_module(f"fastgpt.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

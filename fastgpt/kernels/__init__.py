@@ -1,0 +1,12 @@
+"""The Triton kernels: one file per operation, imported only when asked for.
+
+Their source stands in the checkout's top-level ``kernels/`` folder, which must stay without an
+``__init__.py``: a top-level package of that name would hide Hugging Face's ``kernels`` from
+transformers. The wheel puts the files beside this one; in a checkout this package points at them.
+"""
+
+from pathlib import Path
+
+_source = Path(__file__).resolve().parents[2] / "kernels"
+if (_source.parent / "pyproject.toml").is_file() and _source.is_dir():
+    __path__ = [str(_source)]
