@@ -1,0 +1,34 @@
+"""`python -m fastgpt COMMAND ...`, and the console script `fastgpt`."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from fastgpt import cli
+from fastgpt.errors import UsageError
+
+COMMANDS = {
+    "train": "train a model; with no arguments, on the packaged Shakespeare",
+    "generate": "write text with a trained model",
+}
+
+
+def dispatch(args: Sequence[str]) -> None:
+    """Run the command named first, or list them."""
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: fastgpt COMMAND [--help]\n")
+        for name, purpose in COMMANDS.items():
+            print(f"  {name:<10}{purpose}")
+        return
+    if args[0] not in COMMANDS:
+        raise UsageError(f"unknown command {args[0]!r}: there are {', '.join(COMMANDS)}")
+    import_module(f"fastgpt.{args[0]}").main(args[1:])
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    cli.run(dispatch, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

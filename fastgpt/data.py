@@ -1,0 +1,146 @@
+"""Text to tokens to batches.
+
+The order of the training windows is a function of (seed, step) alone: each epoch cuts the tokens
+into windows from a fresh offset and visits them in a pseudo-random permutation, every window
+exactly once. Nothing has to be stored to continue anywhere.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastgpt.errors import UsageError
+from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer
+
+PACKAGED = {"shakespeare": Path(__file__).parent / "assets" / "tinyshakespeare.txt"}
+
+Tokens = npt.NDArray[np.unsignedinteger]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text as tokens: `train` and `val` (uint16 or uint32), and what made them."""
+
+    train: Tokens
+    val: Tokens
+    tokenizer: BaseTokenizer
+    sha256: str
+
+
+def load_corpus(
+    data: str, tokenizer: str | BaseTokenizer = "char", val_fraction: float = 0.1
+) -> Corpus:
+    """Read a text (a path, or the name of a packaged one) and tokenize its two parts.
+
+    tokenizer: ``"char"`` (one token per different character of the text), ``"gpt2"``, or one that
+    is given. The last `val_fraction` of the characters is for validation.
+    """
+    text = read_text(PACKAGED.get(data, Path(data)))
+    if isinstance(tokenizer, str):
+        tokenizer = CharTokenizer.from_text(text) if tokenizer == "char" else Tokenizer.gpt2()
+    cut = len(text) - int(len(text) * val_fraction)
+    try:
+        train, val = (tokenizer.encode_to_numpy(part) for part in (text[:cut], text[cut:]))
+    except ValueError as error:
+        raise UsageError(f"{data}: {error}") from None
+    return Corpus(train, val, tokenizer, hashlib.sha256(text.encode()).hexdigest())
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file whole; refuse what is not one, saying where and what to do."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        packaged = ", ".join(PACKAGED)
+        raise UsageError(
+            f"data file {path} does not exist; give a plain text file, or one of: {packaged}"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"data file {path} cannot be read: {error.strerror}") from None
+    if not raw:
+        raise UsageError(f"data file {path} is empty (0 bytes)")
+    try:
+        return raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"data file {path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset "
+            f"{error.start:,}; convert it, for example with: iconv -f latin1 -t utf-8"
+        ) from None
+
+
+class Batches:
+    """Training batches of `tokens`, addressed by step: `batches[i]` is always the same.
+
+    Each is a pair `(inputs, targets)` of int64 `[batch_size, block_size]`, targets one token on.
+    """
+
+    def __init__(self, tokens: Tokens, block_size: int, batch_size: int, seed: int) -> None:
+        self.n_windows = (len(tokens) - block_size) // block_size
+        if self.n_windows < 1:
+            raise UsageError(
+                f"the training text has {len(tokens):,} tokens, but block_size={block_size} needs "
+                f"at least {2 * block_size:,}; bring more text or lower --block-size to at most "
+                f"{len(tokens) // 2}"
+            )
+        self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
+        self.seed = seed
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        first = step * self.batch_size
+        sample = np.arange(first, first + self.batch_size, dtype=np.uint64)
+        epoch, index = np.divmod(sample, np.uint64(self.n_windows))
+        return gather(self.tokens, self._starts(epoch, index), self.block_size)
+
+    def _starts(
+        self, epochs: npt.NDArray[np.uint64], indices: npt.NDArray[np.uint64]
+    ) -> npt.NDArray[np.int64]:
+        starts = np.empty(len(epochs), dtype=np.int64)
+        for epoch in np.unique(epochs):  # one, or two at an epoch's end
+            key = mix(self.seed, epoch)
+            offset = int(mix(key, 0)) % self.block_size
+            here = epochs == epoch
+            window = permute(indices[here], self.n_windows, key).astype(np.int64)
+            starts[here] = offset + window * self.block_size
+        return starts
+
+
+def gather(tokens: Tokens, starts: npt.NDArray[np.int64], block_size: int) -> tuple[Tensor, Tensor]:
+    """Cut the windows at `starts`: inputs and targets, int64 `[len(starts), block_size]`."""
+    windows = torch.from_numpy(tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
+    return windows[:, :-1], windows[:, 1:]
+
+
+def permute(
+    index: npt.NDArray[np.uint64], size: int, key: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.uint64]:
+    """Map each index below `size` to another, one to one, by a Feistel network.
+
+    Four rounds on the smallest even number of bits that holds `size`; what falls outside goes
+    through again until it falls inside (cycle walking, Black & Rogaway 2002).
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    result = index.astype(np.uint64)
+    outside = np.ones(len(result), dtype=bool)
+    while outside.any():
+        left, right = result[outside] >> half, result[outside] & mask
+        for turn in range(1, 5):
+            left, right = right, left ^ (mix(key + np.uint64(turn), right) & mask)
+        result[outside] = (left << half) | right
+        outside = result >= size
+    return result
+
+
+def mix(key: npt.ArrayLike, value: npt.ArrayLike) -> npt.NDArray[np.uint64]:
+    """Hash 64-bit `value` under 64-bit `key` (the finaliser of SplitMix64, Steele et al. 2014)."""
+    z: npt.NDArray[np.uint64] = np.asarray(value, dtype=np.uint64)
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+        z = (z + np.asarray(key, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))

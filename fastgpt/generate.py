@@ -1,0 +1,77 @@
+"""`python -m fastgpt.generate RUN --prompt "..."`: write text with a trained model."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fastgpt import cli
+from fastgpt.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write text with a trained model, printing it as it comes."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder that fastgpt.train made; runs/latest is the newest one."""
+    prompt: str = ""
+    """Text to continue; empty: start from nothing."""
+    max_new_tokens: int = 500
+    """Tokens to write."""
+    temperature: float = 0.8
+    """Below 1 plays safe, above 1 takes risks; 0 always takes the likeliest token."""
+    top_k: int | None = None
+    """Choose among the k likeliest tokens only."""
+    top_p: float | None = None
+    """Choose among the likeliest tokens that together hold this much probability."""
+    seed: int | None = None
+    """The same seed writes the same text."""
+    checkpoint: Literal["best", "newest"] = "best"
+    """Which checkpoint of the run to use."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda, mps."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Print the prompt and its continuation."""
+    options = tyro.cli(Options, args=args, prog="python -m fastgpt.generate")
+    text = continue_text(options)  # every mistake is answered before the first character
+    print(options.prompt, end="", flush=True)
+    for piece in text:
+        print(piece, end="", flush=True)
+    print()
+
+
+def continue_text(options: Options) -> Iterator[str]:
+    """Load the run's model and return the continuation, piece by piece."""
+    import torch
+
+    from fastgpt.checkpoint import find_checkpoint, load_run_tokenizer, resolve_run
+    from fastgpt.generation import stream
+
+    run = resolve_run(options.run)
+    checkpoint = find_checkpoint(run, options.checkpoint)
+    tokenizer = load_run_tokenizer(run, checkpoint)
+    try:
+        ids = tokenizer.encode(options.prompt) or [tokenizer.start_token]
+        tokens = stream(
+            checkpoint.load_model(options.device),
+            torch.tensor([ids], device=options.device),
+            options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            stop_token=tokenizer.eot_token,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    ended = (tokenizer.eot_token,)
+    return tokenizer.decode_stream(i for i in (int(t) for t in tokens) if i not in ended)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,242 @@
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
+
+The network alone: no files, no training, no kernels. Everything that has a fast form is called
+through `fastgpt.ops`, so `GPT(config, ops="reference")` is the same network in plain formulas.
+"""
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt import ops as backends
+
+if TYPE_CHECKING:
+    from fastgpt.generation import KVCache
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT-2; the defaults are the released 124M model.
+
+    `bias` gives every linear layer and LayerNorm one; `tie_weights` makes the head share the token
+    embedding's matrix. A value that cannot work raises ValueError.
+    """
+
+    vocab_size: int = 50257
+    block_size: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+    tie_weights: bool = True
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd must be a multiple of n_head, but {self.n_embd} is not a multiple of "
+                f"{self.n_head}; the nearest that works is n_embd={_nearest_multiple(self)}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+
+
+class GPT(nn.Module):
+    """GPT-2: token and position embeddings, `n_layer` pre-norm blocks, a last norm, the head.
+
+    `ops` names the backend (see `fastgpt.ops`): ``"auto"``, ``"native"`` or ``"reference"``.
+    Weights are initialised as GPT-2's were and never depend on the backend.
+    """
+
+    def __init__(self, config: GPTConfig, ops: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.use_ops(ops)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = Norm(config)
+        if not config.tie_weights:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self._initialise()
+
+    def forward(
+        self, ids: Tensor, targets: Tensor | None = None, *, ignore_index: int = -100
+    ) -> Tensor:
+        """Return the logits `[B, T, vocab_size]` of `ids`, or their mean loss against `targets`.
+
+        ids, targets: int64 `[B, T]`, T at most `block_size`. With targets the result is a scalar,
+        the mean cross-entropy in nats over the targets that are not `ignore_index`, and the logits
+        are never all held at once.
+        """
+        hidden = self.hidden(ids)
+        if targets is None:
+            return self.logits(hidden)
+        ops = backends.get(self.ops)
+        loss: Tensor = ops.linear_cross_entropy(hidden, self.head_weight, targets, ignore_index)
+        return loss
+
+    def hidden(self, ids: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        """Return the last hidden states `[B, T, C]` of `ids` `[B, T]`, after the last norm.
+
+        With a cache, `ids` continue what it holds, and their keys and values are added to it.
+        """
+        ops = backends.get(self.ops)
+        x = F.dropout(
+            self.wte(ids) + self.wpe(self._positions(ids, cache)),
+            self.config.dropout,
+            self.training,
+        )
+        residual = None
+        for layer, block in enumerate(self.h):
+            x, residual = block(x, residual, ops, cache and cache.layer(layer))
+        return self.ln_f(x, residual, ops)[0]  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits `[..., vocab_size]` of last hidden states `[..., C]`."""
+        return F.linear(hidden, self.head_weight)
+
+    def generate(self, ids: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
+        """Continue `ids` `[B, T]` by sampling: see `fastgpt.generation.generate`."""
+        from fastgpt.generation import generate  # above this module: imported when used
+
+        return generate(self, ids, max_new_tokens, **sampling)
+
+    def use_ops(self, name: str) -> "GPT":
+        """Compute with another backend from now on; the weights stay. Returns the model."""
+        self.ops = backends.check(name)
+        return self
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix `[vocab_size, C]` of the head, the token embedding's own when tied."""
+        return self.wte.weight if self.config.tie_weights else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the weights are on."""
+        return self.wte.weight.device
+
+    def num_params(self, *, embeddings: bool = True) -> int:
+        """Count the parameters; without `embeddings`, leave out the position table (as nanoGPT)."""
+        total = sum(p.numel() for p in self.parameters())
+        return total if embeddings else total - self.wpe.weight.numel()
+
+    def _positions(self, ids: Tensor, cache: "KVCache | None") -> Tensor:
+        """Return the position of each id: `[T]`, or `[B, T]` behind what a cache holds."""
+        time, limit = ids.size(-1), self.config.block_size
+        steps = torch.arange(time, device=ids.device)
+        if cache is None:
+            if time > limit:
+                raise ValueError(
+                    f"{time} tokens are more than the model's context of {limit} (block_size); "
+                    f"pass at most {limit} at once"
+                )
+            return steps
+        return cache.advance(time)[:, None] + steps
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """N(0, 0.02) for every matrix, less for those that write to the residual stream.
+
+        2 · n_layer sub-layers add to the stream; scaling each by 1/√(2 · n_layer) keeps its
+        variance at initialisation independent of the depth (section 2.3 of the paper).
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)  # a norm's gain
+            else:
+                writes = name.endswith("c_proj.weight")
+                scale = 1.0 / math.sqrt(2 * self.config.n_layer) if writes else 1.0
+                parameter.normal_(0.0, 0.02 * scale)
+
+
+class Block(nn.Module):
+    """One transformer block: attention, then the MLP, each behind a norm.
+
+    The residual stream is carried as a pair: `residual`, and `x`, the last sub-layer's output that
+    is still to be added. So each addition happens inside the norm that follows it, which a fused
+    kernel does in one pass. `residual` is None before the first block.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = Norm(config)
+        self.attn = Attention(config)
+        self.ln_2 = Norm(config)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, ops: ModuleType, cache: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Take and return `(x, residual)`, both `[B, T, C]`."""
+        normed, residual = self.ln_1(x, residual, ops)
+        x = self.attn(normed, ops, cache)
+        normed, residual = self.ln_2(x, residual, ops)
+        return self.mlp(normed, ops), residual
+
+
+class Norm(nn.Module):
+    """LayerNorm, with the residual's addition before it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.eps = config.layer_norm_eps
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+
+    def forward(self, x: Tensor, residual: Tensor | None, ops: ModuleType) -> tuple[Tensor, Tensor]:
+        """Return the normed sum of `x` and `residual`, and the sum itself, both `[B, T, C]`."""
+        if residual is None:
+            return ops.layer_norm(x, self.weight, self.bias, self.eps), x
+        total, normed = ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+        return normed, total
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention with packed queries, keys and values."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, ops: ModuleType, cache: Any = None) -> Tensor:
+        """Attend over `x` `[B, T, C]`, and over what `cache` holds before it."""
+        qkv = self.c_attn(x)  # [B, T, 3C]
+        if cache is None:
+            y = ops.causal_attention(qkv, self.n_head, self.dropout if self.training else 0.0)
+        else:
+            y = cache.attend(qkv, self.n_head, ops)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """The feed-forward half of a block: out to 4C, GELU, and back."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, ops: ModuleType) -> Tensor:
+        """Map `x` `[B, T, C]` position by position."""
+        return F.dropout(self.c_proj(ops.gelu(self.c_fc(x))), self.dropout, self.training)
+
+
+def _nearest_multiple(config: GPTConfig) -> int:
+    return max(1, round(config.n_embd / config.n_head)) * config.n_head

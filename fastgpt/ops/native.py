@@ -1,0 +1,127 @@
+"""The operations on PyTorch's own fused operators: the default off CUDA."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastgpt.ops.reference import cache_mask, merge_heads, split_heads
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """`reference.layer_norm` as one `torch.nn.functional.layer_norm`."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """`reference.add_layer_norm`; PyTorch has no fused form of it."""
+    total = x + residual
+    return total, layer_norm(total, weight, bias, eps)
+
+
+def causal_attention(
+    qkv: Tensor, n_head: int, dropout_p: float = 0.0, seed: int | None = None
+) -> Tensor:
+    """`reference.causal_attention` as one `scaled_dot_product_attention`.
+
+    A `seed` with dropout costs a save and restore of torch's generators.
+    """
+    if seed is not None and dropout_p > 0.0:
+        devices = [qkv.device] if qkv.is_cuda else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            return causal_attention(qkv, n_head, dropout_p)
+    q, k, v = split_heads(qkv, n_head)
+    return merge_heads(F.scaled_dot_product_attention(q, k, v, None, dropout_p, is_causal=True))
+
+
+def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
+    """`reference.cached_attention` as one `scaled_dot_product_attention` over the filled part."""
+    n_new, filled = q.size(2), int(lengths.max())  # the cache past the longest row is not read
+    k, v = k_cache[:, :, :filled], v_cache[:, :, :filled]
+    if n_new in (1, filled) and bool((lengths == filled).all()):  # no mask to build
+        return F.scaled_dot_product_attention(q, k, v, is_causal=n_new > 1)
+    mask = cache_mask(n_new, filled, lengths)
+    v = v.where(mask[:, :, -1, :, None], 0.0)  # a shorter row's tail may hold anything
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """`reference.gelu` as one `torch.nn.functional.gelu`."""
+    return F.gelu(x, approximate="tanh")
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100
+) -> Tensor:
+    """`reference.linear_cross_entropy`, never holding more than `MAX_LOGITS` logits at once."""
+    x, targets = x.flatten(0, -2), targets.flatten()
+    if targets.numel() * weight.size(0) <= MAX_LOGITS:
+        return F.cross_entropy(F.linear(x, weight), targets, ignore_index=ignore_index)
+    if torch.is_autocast_enabled(x.device.type):  # cast out here, where autograd sees it
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    loss: Tensor = _ChunkedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        x, weight, targets, ignore_index
+    )
+    return loss
+
+
+MAX_LOGITS = 2**25  # 128 MB in fp32: large enough for full-speed products, small beside a model
+
+
+class _ChunkedLinearCrossEntropy(torch.autograd.Function):
+    """Loss and gradients a chunk of rows at a time, so that a chunk's logits are made only once.
+
+    The gradient of the loss is known up to one factor as soon as the logits are, so the forward
+    computes it too and the backward only scales it (as in Wijmans et al. 2024, arXiv:2411.09009,
+    and Liger Kernel, arXiv:2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        grad_x = torch.empty_like(x) if need_x else None
+        wide = torch.promote_types(x.dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        counted = targets != ignore_index
+        n_counted = counted.sum()
+        total = torch.zeros((), dtype=wide, device=x.device)
+        rows = max(1, MAX_LOGITS // weight.size(0))
+        for part in (slice(i, i + rows) for i in range(0, x.size(0), rows)):
+            logits = (x[part] @ weight.T).to(wide)
+            total += F.cross_entropy(
+                logits, targets[part], ignore_index=ignore_index, reduction="sum"
+            )
+            if not (need_x or need_weight):
+                continue
+            grad = _logits_gradient(logits, targets[part], counted[part], n_counted).to(x.dtype)
+            if grad_x is not None:
+                torch.mm(grad, weight, out=grad_x[part])
+            if grad_weight is not None:
+                grad_weight += grad.T @ x[part]
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total / n_counted
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        if grad_x is not None:
+            grad_x = grad_x * grad_loss
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+        return grad_x, grad_weight, None, None
+
+
+def _logits_gradient(logits: Tensor, targets: Tensor, counted: Tensor, n_counted: Tensor) -> Tensor:
+    """d(mean loss)/d(logits) = (softmax − one-hot) / count, zero in the rows that do not count."""
+    grad = logits.softmax(-1)
+    index = targets.where(counted, 0)[:, None]
+    grad.scatter_add_(-1, index, torch.full_like(index, -1, dtype=grad.dtype))
+    return grad.mul_((counted / n_counted)[:, None])

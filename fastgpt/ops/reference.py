@@ -1,0 +1,120 @@
+"""The operations as formulas, in plain PyTorch: what every other backend must compute.
+
+Clear before fast. Half-precision inputs are computed in fp32 and rounded once at the end; fp32 and
+fp64 stay as they are. Gradients come from autograd.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """Layer normalisation over the last dimension (Ba et al. 2016, arXiv:1607.06450).
+
+    x: `[..., C]`, weight and bias: `[C]`; returns `[..., C]` in the dtype of `x`.
+    """
+    wide = _widen(x)
+    centred = wide - wide.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)  # biased: divided by C, as in GPT-2
+    normed = centred / torch.sqrt(variance + eps) * weight
+    return (normed if bias is None else normed + bias).to(x.dtype)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Return ``s = x + residual`` and ``layer_norm(s)``, both `[..., C]`."""
+    total = x + residual
+    return total, layer_norm(total, weight, bias, eps)
+
+
+def causal_attention(
+    qkv: Tensor, n_head: int, dropout_p: float = 0.0, seed: int | None = None
+) -> Tensor:
+    """Multi-head causal self-attention (Vaswani et al. 2017, arXiv:1706.03762).
+
+    qkv: `[B, T, 3C]`, queries, keys and values side by side; returns `[B, T, C]`. Probabilities are
+    dropped with `dropout_p`; `seed` fixes which ones (None: torch's default generator decides).
+    """
+    q, k, v = split_heads(qkv, n_head)  # 3 × [B, H, T, D]
+    weights = attention_weights(q, k)  # [B, H, T, T]
+    if dropout_p > 0.0:
+        weights = weights * _dropout_mask(weights, dropout_p, seed)
+    return merge_heads((weights @ _widen(v)).to(qkv.dtype))
+
+
+def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
+    """Attention of the newest T positions against a key/value cache that already holds them.
+
+    q: `[B, H, T, D]`; k_cache, v_cache: `[B, H, S, D]`; lengths: int64 `[B]`, the filled positions
+    of each row, the T new ones included. Returns `[B, H, T, D]`. What the cache holds past a row's
+    length counts for nothing, whatever it is.
+    """
+    visible = cache_mask(q.size(2), k_cache.size(2), lengths)  # [B, 1, T, S]
+    scores = _widen(q) @ _widen(k_cache).mT / math.sqrt(q.size(-1))
+    weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    readable = visible[:, :, -1, :, None]  # [B, 1, S, 1]: 0 × garbage may be NaN
+    return (weights @ _widen(v_cache).where(readable, 0.0)).to(q.dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's GELU, the tanh form (Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2)."""
+    wide = _widen(x)
+    inner = math.sqrt(2.0 / math.pi) * (wide + 0.044715 * wide**3)
+    return (0.5 * wide * (1.0 + torch.tanh(inner))).to(x.dtype)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100
+) -> Tensor:
+    """Mean cross-entropy of the logits ``x @ weight.T`` against `targets`.
+
+    x: `[..., C]`, weight: `[V, C]`, targets: int64 `[...]`. Positions whose target is
+    `ignore_index` do not count; with none left the loss is NaN, as in PyTorch's `cross_entropy`.
+    """
+    logits = _widen(x.flatten(0, -2) @ weight.T)  # [N, V]
+    targets = targets.flatten()
+    counted = targets != ignore_index
+    log_probs = logits - logits.logsumexp(-1, keepdim=True)
+    picked = log_probs.gather(-1, targets.where(counted, 0)[:, None])[:, 0]
+    return -(picked * counted).sum() / counted.sum()
+
+
+def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split packed `[B, T, 3C]` into three views `[B, H, T, D]` without a copy."""
+    batch, time, width = qkv.shape
+    q, k, v = qkv.view(batch, time, 3, n_head, width // 3 // n_head).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def merge_heads(y: Tensor) -> Tensor:
+    """Put `[B, H, T, D]` back together as `[B, T, C]`."""
+    return y.transpose(1, 2).flatten(2)
+
+
+def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+    """Causal attention probabilities `[B, H, T, T]` of queries and keys `[B, H, T, D]`, in fp32."""
+    scores = _widen(q) @ _widen(k).mT / math.sqrt(q.size(-1))
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(future, -math.inf).softmax(-1)
+
+
+def cache_mask(n_new: int, n_cache: int, lengths: Tensor) -> Tensor:
+    """Which of `n_cache` positions each of the `n_new` newest may see: bool `[B, 1, T, S]`."""
+    device = lengths.device
+    position = torch.arange(n_new, device=device) - n_new + lengths[:, None]  # [B, T]
+    return (torch.arange(n_cache, device=device) <= position[..., None])[:, None]
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _dropout_mask(like: Tensor, dropout_p: float, seed: int | None) -> Tensor:
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(like.device).manual_seed(seed)
+    kept = torch.empty_like(like).bernoulli_(1.0 - dropout_p, generator=generator)
+    return kept / (1.0 - dropout_p)

@@ -1,0 +1,94 @@
+"""`python -m fastgpt.train [RECIPE] [--data my.txt] [--any-setting value]`: train a model."""
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from fastgpt import cli
+from fastgpt.errors import UsageError
+from fastgpt.recipes import DESCRIPTIONS, Recipe, get_recipe, recipe_from_dict
+
+DEFAULT_RECIPE = "shakespeare-char"
+
+
+def main(args: Sequence[str]) -> None:
+    """Train the recipe named first, with the settings that follow, or resume a run."""
+    args = list(args)
+    run = _take_resume(args)
+    if run is not None:
+        _fit(run=run, changes=_changes(args, run))
+        return
+    name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_RECIPE
+    _fit(recipe=_parse(get_recipe(name), args), name=name)
+
+
+def _fit(
+    *, recipe: Recipe | None = None, name: str = "", run: Path | None = None, changes: Any = None
+) -> None:
+    """Do the work; torch is imported here, after every mistake in the arguments was answered."""
+    from fastgpt.signals import Stopped
+    from fastgpt.trainer import Trainer
+
+    trainer = Trainer(recipe, name) if recipe else Trainer.resume(run or Path(), **changes)
+    try:
+        result = trainer.fit()
+    except Stopped as stopped:
+        print(stopped)
+        sys.exit(stopped.exit_code)
+    print(f"\n{result.sample}\n")
+    print(
+        f"best validation loss {result.best_val_loss:.4f} at step {result.best_step:,}, "
+        f"after {result.seconds / 60:.1f} minutes; loss curve: {result.run / 'loss.png'}"
+    )
+    print(f"write more:  python -m fastgpt.generate {shlex.quote(str(result.run))}")
+
+
+def _parse(defaults: Recipe, args: Sequence[str]) -> Recipe:
+    return tyro.cli(
+        Recipe,
+        default=defaults,
+        args=args,
+        prog="python -m fastgpt.train [RECIPE]",
+        description=_description(),
+    )
+
+
+def _description() -> str:
+    recipes = "\n".join(f"  {name:<18}{text}" for name, text in DESCRIPTIONS.items())
+    return (
+        "Train a GPT-2. With no arguments: shakespeare-char, on the packaged text.\n\n"
+        f"Recipes:\n{recipes}\n\n"
+        "Continue a run with --resume RUN; settings given beside it replace the run's own."
+    )
+
+
+def _take_resume(args: list[str]) -> Path | None:
+    """Remove `--resume RUN` from `args` and return the folder, if it is there."""
+    for index, word in enumerate(args):
+        if word == "--resume":
+            if index + 1 == len(args):
+                raise UsageError("--resume needs the run folder to continue, e.g. runs/latest")
+            del args[index]
+            return Path(args.pop(index))
+        if word.startswith("--resume="):
+            return Path(args.pop(index).removeprefix("--resume="))
+    return None
+
+
+def _changes(args: Sequence[str], run: Path) -> dict[str, Any]:
+    """Return what `args` changes of the settings that the run was started with."""
+    from fastgpt.checkpoint import read_json, resolve_run
+
+    config = resolve_run(run) / "config.json"
+    before = recipe_from_dict(read_json(config).get("recipe", {}), str(config))
+    after = dataclasses.asdict(_parse(before, args))
+    return {name: value for name, value in after.items() if value != getattr(before, name)}
+
+
+if __name__ == "__main__":
+    cli.run(main)
