@@ -1,5 +1,5 @@
 """What a person can mend: the command line prints it as one line and exits with 2."""
 
 
-class UsageError(ValueError):
+class UsageError(Exception):
     """Wrong input: the message says what was wrong, where, and what to do about it."""

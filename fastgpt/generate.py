@@ -29,10 +29,12 @@ class Options:
     """Choose among the likeliest tokens that together hold this much probability."""
     seed: int | None = None
     """The same seed writes the same text."""
+    skip_unknown: bool = False
+    """Leave out characters of the prompt that the model has never seen, instead of refusing."""
     checkpoint: Literal["best", "newest"] = "best"
     """Which checkpoint of the run to use."""
-    device: str = "cpu"
-    """Where to compute: cpu, cuda, mps."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -50,16 +52,18 @@ def continue_text(options: Options) -> Iterator[str]:
     import torch
 
     from fastgpt.checkpoint import find_checkpoint, load_run_tokenizer, resolve_run
+    from fastgpt.device import find_device
     from fastgpt.generation import stream
 
-    run = resolve_run(options.run)
+    run, device = resolve_run(options.run), find_device(options.device)
     checkpoint = find_checkpoint(run, options.checkpoint)
     tokenizer = load_run_tokenizer(run, checkpoint)
+    unknown = "ignore" if options.skip_unknown else "strict"
     try:
-        ids = tokenizer.encode(options.prompt) or [tokenizer.start_token]
+        ids = tokenizer.encode(options.prompt, errors=unknown) or [tokenizer.start_token]
         tokens = stream(
-            checkpoint.load_model(options.device),
-            torch.tensor([ids], device=options.device),
+            checkpoint.load_model(device),
+            torch.tensor([ids], device=device),
             options.max_new_tokens,
             temperature=options.temperature,
             top_k=options.top_k,

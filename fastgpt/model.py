@@ -61,13 +61,14 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.use_ops(ops)
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = _embedding(config.vocab_size, config.n_embd)
+        self.wpe = _embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = Norm(config)
         if not config.tie_weights:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self._initialise()
+        if self.device.type != "meta":
+            self._initialise()
 
     def forward(
         self, ids: Tensor, targets: Tensor | None = None, *, ignore_index: int = -100
@@ -236,6 +237,11 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, ops: ModuleType) -> Tensor:
         """Map `x` `[B, T, C]` position by position."""
         return F.dropout(self.c_proj(ops.gelu(self.c_fc(x))), self.dropout, self.training)
+
+
+def _embedding(n_rows: int, width: int) -> nn.Embedding:
+    """Make a table that is not initialised twice (and on "meta", where that is slow, not once)."""
+    return nn.Embedding.from_pretrained(torch.empty(n_rows, width), freeze=False)
 
 
 def _nearest_multiple(config: GPTConfig) -> int:

@@ -32,6 +32,7 @@ from fastgpt.checkpoint import (
     write_json,
 )
 from fastgpt.data import Batches, Corpus, gather, load_corpus, mix
+from fastgpt.device import find_device
 from fastgpt.errors import UsageError
 from fastgpt.generation import generate
 from fastgpt.model import GPT, GPTConfig
@@ -107,7 +108,7 @@ class Trainer:
     def _build(self, recipe: Recipe, tokenizer: Any = None) -> None:
         """Make everything that does not touch the disk: data, model, optimizer."""
         self.recipe, self.step = recipe, 0
-        self.device = _device(recipe.device)
+        self.device = find_device(recipe.device)
         self.corpus = _corpus(recipe, tokenizer)
         self.batches = Batches(self.corpus.train, recipe.block_size, recipe.batch_size, recipe.seed)
         self.val_starts = _validation_windows(self.corpus, recipe)
@@ -265,20 +266,6 @@ class Trainer:
         if wanted == "auto":
             wanted = "bfloat16" if self.device.type == "cuda" else "float32"
         return torch.bfloat16 if wanted == "bfloat16" else None
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"device {name!r} cannot be used: {reason}; try --device auto") from None
-    return device
 
 
 def _corpus(recipe: Recipe, tokenizer: Any) -> Corpus:

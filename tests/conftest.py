@@ -1,0 +1,29 @@
+"""What several test folders share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # tiny models: a second thread only waits
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def checkout() -> Path:
+    return ROOT
+
+
+@pytest.fixture
+def verse(tmp_path: Path) -> Path:
+    """Twelve thousand characters of Shakespeare, in a file."""
+    whole = (ROOT / "fastgpt" / "assets" / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    path = tmp_path / "verse.txt"
+    path.write_text(whole[:12_000], encoding="utf-8")
+    return path

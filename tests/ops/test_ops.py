@@ -1,0 +1,245 @@
+"""Each backend against the reference in float64, results and gradients."""
+
+import math
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.ops import native, reference
+
+TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
+FAST = [name for name in ops.BACKENDS if name != "reference"]
+
+
+@pytest.fixture(params=ops.BACKENDS)
+def backend(request: pytest.FixtureRequest) -> ModuleType:
+    return ops.get(request.param)
+
+
+def assert_like_float64(name: str, backend: ModuleType, *args: object) -> None:
+    """Hold an operation's result and gradients in fp32 against the reference's in fp64."""
+    narrow = [_leaf(a, torch.float32) for a in args]
+    wide = [_leaf(a, torch.float64) for a in args]
+    ours, truth = getattr(backend, name)(*narrow), getattr(reference, name)(*wide)
+    ours, truth = (r if isinstance(r, tuple) else (r,) for r in (ours, truth))
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a.double(), b, **TOLERANCE)
+    weights = [torch.randn_like(b) for b in truth]
+    sum((a * w.float()).sum() for a, w in zip(ours, weights, strict=True)).backward()
+    sum((b * w).sum() for b, w in zip(truth, weights, strict=True)).backward()
+    for a, b in zip(narrow, wide, strict=True):
+        if isinstance(a, Tensor) and a.requires_grad:
+            torch.testing.assert_close(a.grad.double(), b.grad, **TOLERANCE)
+
+
+def _leaf(value: object, dtype: torch.dtype) -> object:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().to(dtype, copy=True).requires_grad_()
+    return value
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (5, 7), (2, 3, 48), (4, 1, 129), (1, 1000)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm(backend: ModuleType, shape: tuple[int, ...], bias: bool) -> None:
+    x, weight = torch.randn(shape) * 3 + 1, torch.randn(shape[-1])
+    assert_like_float64("layer_norm", backend, x, weight, weight * 0.5 if bias else None, 1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_add_layer_norm(backend: ModuleType, bias: bool) -> None:
+    x, residual, weight = torch.randn(2, 5, 33), torch.randn(2, 5, 33), torch.randn(33)
+    assert_like_float64("add_layer_norm", backend, x, residual, weight, weight if bias else None)
+
+
+def test_layer_norm_is_pytorchs() -> None:
+    x, weight, bias = torch.randn(4, 9).double(), torch.randn(9).double(), torch.randn(9).double()
+    truth = F.layer_norm(x, (9,), weight, bias, 1e-3)
+    torch.testing.assert_close(reference.layer_norm(x, weight, bias, 1e-3), truth)
+
+
+@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 127])
+@pytest.mark.parametrize(("n_head", "width"), [(1, 16), (3, 48), (4, 128)])
+def test_causal_attention(backend: ModuleType, time: int, n_head: int, width: int) -> None:
+    assert_like_float64("causal_attention", backend, torch.randn(2, time, 3 * width), n_head)
+
+
+def test_causal_attention_is_the_formula_per_head_and_position() -> None:
+    batch, time, n_head, width = 2, 5, 3, 12
+    qkv = torch.randn(batch, time, 3 * width).double()
+    ours = reference.causal_attention(qkv, n_head)
+    size = width // n_head
+    for b, t, h in [(0, 0, 0), (1, 3, 2), (1, 4, 1), (0, 2, 0)]:
+        part = slice(h * size, (h + 1) * size)
+        q, k, v = qkv[b].split(width, dim=-1)
+        scores = [float(q[t, part] @ k[s, part]) / math.sqrt(size) for s in range(t + 1)]
+        shares = [math.exp(s) / sum(map(math.exp, scores)) for s in scores]
+        truth = sum(p * v[s, part] for s, p in enumerate(shares))
+        torch.testing.assert_close(ours[b, t, part], truth)
+
+
+def test_gradients_with_stride_zero(backend: ModuleType) -> None:
+    """`.sum().backward()` hands every operation a gradient whose strides are all 0."""
+    qkv = torch.randn(2, 9, 48, requires_grad=True)
+    backend.causal_attention(qkv, 2).sum().backward()
+    wide = qkv.detach().double().requires_grad_()
+    reference.causal_attention(wide, 2).sum().backward()
+    torch.testing.assert_close(qkv.grad.double(), wide.grad, **TOLERANCE)
+    x = torch.randn(2, 9, 16, requires_grad=True)
+    backend.gelu(x).sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert x.grad.abs().sum() > 0
+
+
+def test_inputs_of_any_stride(backend: ModuleType) -> None:
+    qkv = torch.randn(48, 2, 10).permute(1, 2, 0)
+    assert_like_float64("causal_attention", backend, qkv, 2)
+    torch.testing.assert_close(
+        backend.gelu(qkv).double(), reference.gelu(qkv.double()), **TOLERANCE
+    )
+    strided = torch.randn(6, 40)[:, ::2]
+    ours = backend.layer_norm(strided, torch.ones(20), None)
+    truth = reference.layer_norm(strided.double(), torch.ones(20).double(), None)
+    torch.testing.assert_close(ours.double(), truth, **TOLERANCE)
+
+
+def test_attention_dropout_is_a_function_of_its_seed(backend: ModuleType) -> None:
+    qkv = torch.randn(2, 40, 3 * 32)
+    state = torch.get_rng_state()
+    first, second = (backend.causal_attention(qkv, 4, 0.5, seed=7) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(first, backend.causal_attention(qkv, 4, 0.5, seed=8))
+    assert not torch.equal(first, backend.causal_attention(qkv, 4))
+
+
+def test_attention_dropout_keeps_the_mean(backend: ModuleType) -> None:
+    qkv = torch.randn(1, 6, 3 * 8).double()
+    runs = torch.stack([backend.causal_attention(qkv, 2, 0.3, seed=s) for s in range(3000)])
+    expected = reference.causal_attention(qkv, 2)
+    error = (runs.mean(0) - expected).abs() / (runs.std(0) / math.sqrt(len(runs)) + 1e-9)
+    assert error.max() < 5  # standard errors
+
+
+@pytest.mark.parametrize("lengths", [[9, 9], [9, 4], [3, 12], [1, 1]])
+@pytest.mark.parametrize("n_new", [1, 3])
+def test_cached_attention(backend: ModuleType, lengths: list[int], n_new: int) -> None:
+    """Rows of any length; what lies behind a row's length is never read, not even NaN."""
+    lengths = [max(length, n_new) for length in lengths]
+    k, v = torch.randn(2, 2, 3, 12, 8).double()
+    q = torch.randn(2, 3, n_new, 8).double()
+    k_cache, v_cache = k.float(), v.float()
+    for row, length in enumerate(lengths):
+        k_cache[row, :, length:] = v_cache[row, :, length:] = math.nan
+    ours = backend.cached_attention(q.float(), k_cache, v_cache, torch.tensor(lengths))
+    for row, length in enumerate(lengths):
+        scores = q[row] @ k[row, :, :length].mT / math.sqrt(8)
+        hidden = torch.ones(n_new, length, dtype=torch.bool).triu(length - n_new + 1)
+        truth = scores.masked_fill(hidden, -math.inf).softmax(-1) @ v[row, :, :length]
+        torch.testing.assert_close(ours[row].double(), truth, **TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (3, 65), (2, 5, 129)])
+def test_gelu(backend: ModuleType, shape: tuple[int, ...]) -> None:
+    assert_like_float64("gelu", backend, torch.randn(shape) * 4)
+
+
+def test_gelu_of_extremes(backend: ModuleType) -> None:
+    x = torch.tensor([-1e10, -1e4, -50.0, -0.0, 0.0, 1e-40, 50.0, 1e4, 1e10], requires_grad=True)
+    y = backend.gelu(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, x.detach().clamp(min=0.0), rtol=0, atol=1e-38)
+    expected = torch.tensor([0.0, 0.0, 0.0, 0.5, 0.5, 0.5, 1.0, 1.0, 1.0])
+    torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_at_most_twice_as_far_as_plain_pytorch(
+    backend: ModuleType, dtype: torch.dtype
+) -> None:
+    x = torch.randn(8, 256).to(dtype)
+    plain = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    truth = reference.gelu(x.double())
+    assert (backend.gelu(x) - truth).abs().max() <= 2 * (plain - truth).abs().max()
+    assert backend.gelu(x).dtype == dtype
+
+
+@pytest.fixture(params=[2**25, 1, 40, 65 * 4])
+def max_logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the chunked loss take everything at once, a row at a time, and some rows at a time."""
+    monkeypatch.setattr(native, "MAX_LOGITS", request.param)
+
+
+@pytest.mark.usefixtures("max_logits")
+@pytest.mark.parametrize("ignored", [0, 3])
+def test_linear_cross_entropy(backend: ModuleType, ignored: int) -> None:
+    x, weight = torch.randn(2, 7, 16), torch.randn(65, 16)
+    targets = torch.randint(65, (2, 7))
+    targets.view(-1)[:ignored] = -1
+    assert_like_float64("linear_cross_entropy", backend, x, weight, targets, -1)
+
+
+def test_linear_cross_entropy_is_pytorchs() -> None:
+    x, weight = torch.randn(6, 4).double(), torch.randn(9, 4).double()
+    targets = torch.tensor([1, 2, -100, 8, 0, -100])
+    truth = F.cross_entropy(x @ weight.T, targets)
+    torch.testing.assert_close(reference.linear_cross_entropy(x, weight, targets), truth)
+
+
+@pytest.mark.usefixtures("max_logits")
+def test_linear_cross_entropy_with_nothing_to_count_is_nan(backend: ModuleType) -> None:
+    nothing = torch.full((4,), -100)
+    assert backend.linear_cross_entropy(torch.randn(4, 8), torch.randn(9, 8), nothing).isnan()
+
+
+@pytest.mark.usefixtures("max_logits")
+def test_linear_cross_entropy_gradcheck(backend: ModuleType) -> None:
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 6, -100, 3, 3])
+    assert torch.autograd.gradcheck(
+        lambda x, w: backend.linear_cross_entropy(x, w, targets), (x, weight)
+    )
+
+
+def test_chunked_loss_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers as PyTorch's own path under autocast, which rounds in the same places."""
+    x, weight = torch.randn(32, 16), torch.randn(65, 16)
+    targets = torch.randint(65, (32,))
+    results = []
+    for limit in (2**25, 4 * 65):
+        monkeypatch.setattr(native, "MAX_LOGITS", limit)
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = native.linear_cross_entropy(*leaves, targets)
+        loss.backward()
+        results.append((loss, *(leaf.grad for leaf in leaves)))
+    for whole, chunked in zip(*results, strict=True):
+        assert whole.dtype == chunked.dtype
+        torch.testing.assert_close(whole, chunked, rtol=2e-2, atol=2e-3)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 3), st.sampled_from([4, 16, 31]))
+def test_backends_agree_on_any_shape(batch: int, time: int, n_head: int, size: int) -> None:
+    qkv = torch.randn(batch, time, 3 * n_head * size)
+    truth = reference.causal_attention(qkv.double(), n_head)
+    for name in FAST:
+        ours = ops.get(name).causal_attention(qkv, n_head)
+        torch.testing.assert_close(ours.double(), truth, **TOLERANCE)
+
+
+def test_backends_have_the_same_operations() -> None:
+    names = {"layer_norm", "add_layer_norm", "causal_attention", "cached_attention", "gelu"}
+    for name in ops.BACKENDS:
+        assert names | {"linear_cross_entropy"} <= set(vars(ops.get(name)))
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="auto, reference, native, not 'tritton'"):
+        ops.get("tritton")

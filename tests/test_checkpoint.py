@@ -1,0 +1,246 @@
+"""Checkpoints: what is saved comes back, and damage is noticed (faults by their number)."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt import GPT, CharTokenizer, GPTConfig, Recipe
+from fastgpt.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    find_checkpoint,
+    load_run_tokenizer,
+    resolve_run,
+    save_checkpoint,
+    sweep,
+    verify,
+)
+from fastgpt.errors import UsageError
+from fastgpt.optim import make_optimizer
+
+TOKENIZER = CharTokenizer("abcdefg")
+
+
+def trained(seed: int = 0) -> tuple[GPT, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(7, 8, 1, 2, 8))
+    optimizer = make_optimizer(model, Recipe())
+    for _ in range(2):
+        ids = torch.randint(7, (2, 8))
+        model(ids, ids).backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def save(run: Path, step: int, val_loss: float | None, seed: int = 0) -> Path:
+    facts = {"tokenizer_hash": TOKENIZER.fingerprint, "data_sha256": "d"}
+    return save_checkpoint(run, step, *trained(seed), val_loss=val_loss, **facts)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with a good checkpoint at step 1 and a better one at step 2."""
+    run = tmp_path / "run"
+    save(run, 1, 3.0)
+    save(run, 2, 2.0, seed=1)
+    save(run, 3, 2.5, seed=2)
+    return run
+
+
+def steps(run: Path) -> list[int]:
+    return sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").iterdir())
+
+
+def test_what_is_saved_comes_back_to_the_bit(tmp_path: Path) -> None:
+    save(tmp_path, 5, 1.5, seed=3)
+    checkpoint = find_checkpoint(tmp_path)
+    assert (checkpoint.step, checkpoint.val_loss) == (5, 1.5)
+    model, optimizer = trained(seed=3)
+    other, other_optimizer = trained(seed=4)
+    checkpoint.restore(other, other_optimizer)
+    fresh = checkpoint.load_model()
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
+        assert torch.equal(fresh.state_dict()[name], value)
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        state = optimizer.state[mine]
+        assert state.keys() == other_optimizer.state[theirs].keys()
+        for key, value in state.items():
+            assert torch.equal(other_optimizer.state[theirs][key], value)
+    assert all(p.requires_grad for p in fresh.parameters())
+
+
+def test_newest_and_best_are_kept(run: Path) -> None:
+    assert steps(run) == [2, 3]
+    assert find_checkpoint(run).step == 3
+    assert find_checkpoint(run, "best").step == 2
+
+
+def test_a_checkpoint_between_evaluations_is_never_the_best(run: Path) -> None:
+    save(run, 4, None)
+    assert find_checkpoint(run, "best").step == 2
+    assert find_checkpoint(run).val_loss is None
+
+
+def test_the_same_step_can_be_saved_again(run: Path) -> None:
+    save(run, 3, 1.0, seed=9)
+    assert find_checkpoint(run, "best").val_loss == 1.0
+    assert steps(run) == [3]
+
+
+def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        manifest = json.loads((path / "manifest.json").read_text())
+        changed = change(manifest)
+        (path / "manifest.json").write_text(json.dumps(changed or manifest))
+
+    return damage
+
+
+def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda path: (path / name).write_bytes(change((path / name).read_bytes())) and None
+
+
+def replace_by_folder(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors").mkdir()
+
+
+def replace_by_dangling_link(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors").symlink_to(path / "nowhere")
+
+
+def flip_bit(raw: bytes) -> bytes:
+    return raw[:-9] + bytes([raw[-9] ^ 16]) + raw[-8:]
+
+
+WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
+DAMAGES = {
+    "1 a byte short": (rewrite(WEIGHTS, lambda r: r[:-1]), r"has [\d,]+ bytes instead of \d+"),
+    "1 empty": (rewrite(WEIGHTS, lambda r: b""), "has 0 bytes instead of"),
+    "1 grown": (rewrite("optimizer.safetensors", lambda r: r + b"x"), "bytes instead of"),
+    "2 a bit flipped": (rewrite(WEIGHTS, flip_bit), "SHA-256 is not the manifest's"),
+    "3 the tail zeroed": (rewrite(WEIGHTS, lambda r: r[:-64] + bytes(64)), "SHA-256"),
+    "4 missing": (lambda path: (path / WEIGHTS).unlink(), "is missing"),
+    "4 a directory": (replace_by_folder, "is missing"),
+    "4 a dangling link": (replace_by_dangling_link, "is missing"),
+    "5 manifest missing": (lambda path: (path / MANIFEST).unlink(), "cannot be read"),
+    "5 manifest empty": (rewrite(MANIFEST, lambda r: b""), "cannot be read"),
+    "5 manifest cut": (rewrite(MANIFEST, lambda r: r[: len(r) // 2]), "cannot be read"),
+    "5 manifest not UTF-8": (rewrite(MANIFEST, lambda r: b"\xff\xfe{}"), "cannot be read"),
+    "5 manifest a list": (rewrite(MANIFEST, lambda r: b"[]"), "holds a list"),
+    "5 manifest null": (rewrite(MANIFEST, lambda r: b"null"), "holds a NoneType"),
+    "5 manifest nested": (rewrite(MANIFEST, lambda r: b"[" * 100_000), "cannot be read"),
+    "5 files not an object": (edit(lambda m: m.update(files=[])), "lists no files"),
+    "5 a file not described": (edit(lambda m: m["files"].update({WEIGHTS: 3})), "nothing about"),
+    "5 a file not listed": (edit(lambda m: m["files"].pop(WEIGHTS) and None), "does not list"),
+    "5 no step": (edit(lambda m: m.pop("step") and None), "not a manifest"),
+    "5 a config that cannot work": (
+        edit(lambda m: m["config"].update(n_head=3)),
+        "not a manifest: .*multiple",
+    ),
+    "6 a path out of the folder": (
+        edit(lambda m: m["files"].update({"../x": m["files"][WEIGHTS]})),
+        r"lists '\.\./x', which is not ours",
+    ),
+    "6 an absolute path": (
+        edit(lambda m: m["files"].update({"/etc/passwd": m["files"][WEIGHTS]})),
+        "lists '/etc/passwd', which is not ours",
+    ),
+    "7 a newer format": (edit(lambda m: m.update(format=2)), "written by a newer fastgpt"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_faults_1_to_7_damage_is_named_and_the_older_step_is_found(run: Path, name: str) -> None:
+    damage, message = DAMAGES[name]
+    newest = run / "checkpoints" / "step-00000003"
+    damage(newest)
+    with pytest.raises(CheckpointError, match=message):
+        verify(newest)
+    with pytest.warns(UserWarning, match="skipped a damaged checkpoint: .*step-00000003"):
+        assert find_checkpoint(run).step == 2
+
+
+def test_fault_8_every_step_damaged(run: Path) -> None:
+    for path in (run / "checkpoints").iterdir():
+        (path / WEIGHTS).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint: .*step-00000003.*00000002"):
+        find_checkpoint(run)
+    with pytest.raises(CheckpointError, match="it has none yet"):
+        find_checkpoint(run.parent / "other")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt, MemoryError])
+def test_faults_10_and_11_a_save_that_fails_leaves_no_trace(
+    run: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = steps(run)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fastgpt.checkpoint._describe", fail)
+    with pytest.raises(BaseException, match="No space left|") as caught:
+        save(run, 9, 0.1)
+    assert isinstance(caught.value, error if isinstance(error, type) else OSError)
+    monkeypatch.undo()
+    assert steps(run) == before
+    assert find_checkpoint(run).step == 3
+
+
+def test_fault_9_leftovers_are_swept(run: Path) -> None:
+    (run / "checkpoints" / ".saving-step-00000004").mkdir()
+    (run / "checkpoints" / ".saving-step-00000004" / WEIGHTS).write_bytes(b"half")
+    assert find_checkpoint(run).step == 3
+    sweep(run)
+    assert steps(run) == [2, 3]
+
+
+def test_fault_14_another_tokenizer(run: Path) -> None:
+    checkpoint = find_checkpoint(run)
+    TOKENIZER.save(run / "tokenizer.json")
+    assert load_run_tokenizer(run, checkpoint) == TOKENIZER
+    CharTokenizer("abcdefh").save(run / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"its hash is [0-9a-f]{16}, not [0-9a-f]{16}"):
+        load_run_tokenizer(run, checkpoint)
+    (run / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        load_run_tokenizer(run, checkpoint)
+
+
+def test_nothing_is_pickled(run: Path) -> None:
+    names = {p.name for p in run.rglob("*") if p.is_file()}
+    assert names == {"model.safetensors", "optimizer.safetensors", "manifest.json"}
+    for path in run.rglob("*.safetensors"):
+        assert b"torch" not in path.read_bytes()[:4000]
+
+
+def test_latest_is_the_newest_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no runs in .*train one: python -m fastgpt\.train"):
+        resolve_run(tmp_path / "latest")
+    for age, name in enumerate(["b", "a"]):
+        (tmp_path / name).mkdir()
+        config = tmp_path / name / "config.json"
+        config.write_text("{}")
+        stamp = 1_700_000_000 + age
+        import os
+
+        os.utime(config, (stamp, stamp))
+    assert resolve_run(tmp_path / "latest") == tmp_path / "a"
+    with pytest.raises(UsageError, match="c does not exist"):
+        resolve_run(tmp_path / "c")
+    (tmp_path / "d").mkdir()
+    with pytest.raises(UsageError, match=r"d is not a run folder \(it has no config.json\)"):
+        resolve_run(tmp_path / "d")
+
+
+def test_a_good_run_warns_of_nothing(run: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(find_checkpoint(run), Checkpoint)

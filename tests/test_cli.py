@@ -1,0 +1,209 @@
+"""The commands as a person types them: what they print, and how mistakes end."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastgpt import __main__ as fastgpt_main
+from fastgpt import cli, generate, train
+
+SMALL = [
+    "--n-layer",
+    "1",
+    "--n-head",
+    "2",
+    "--n-embd",
+    "16",
+    "--block-size",
+    "16",
+    "--batch-size",
+    "4",
+    "--max-steps",
+    "4",
+    "--eval-interval",
+    "2",
+    "--warmup-steps",
+    "1",
+    "--sample-tokens",
+    "20",
+    "--device",
+    "cpu",
+]
+
+
+def run(command, *args: str) -> int:
+    """Run a command in this process; return its exit code."""
+    with pytest.raises(SystemExit) as info:
+        cli.run(command, args)
+    return int(info.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert run(train.main, *SMALL, "--out", str(folder), "--eval-tokens", "500") == 0
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_train_then_generate_as_printed(workplace: Path, capfd) -> None:
+    assert run(train.main, *SMALL, "--eval-tokens", "500") == 0
+    out = capfd.readouterr().out
+    assert "validation loss" in out
+    next_command = out.strip().splitlines()[-1]
+    assert next_command.startswith("write more:  python -m fastgpt.generate runs/shakespeare-char-")
+    folder = next_command.split()[-1]
+    assert run(generate.main, folder, "--max-new-tokens", "7", "--seed", "1") == 0
+    first = capfd.readouterr().out
+    assert run(generate.main, "runs/latest", "--max-new-tokens", "7", "--seed", "1") == 0
+    assert capfd.readouterr().out == first
+    assert len(first) == 8
+
+
+def test_a_prompt_is_continued(trained: Path, capfd) -> None:
+    options = ["--prompt", "ROMEO:", "--max-new-tokens", "10", "--top-k", "5", "--top-p", "0.9"]
+    assert run(generate.main, str(trained), *options) == 0
+    out = capfd.readouterr().out
+    assert out.startswith("ROMEO:")
+    assert len(out) == 6 + 10 + 1
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+def test_a_plain_text_file_just_works(verse: Path, workplace: Path, tokenizer: str, capfd) -> None:
+    data = ["--data", str(verse), "--tokenizer", tokenizer]
+    assert run(train.main, "shakespeare-char", *data, *SMALL) == 0
+    assert run(generate.main, "runs/latest", "--prompt", "First", "--max-new-tokens", "5") == 0
+    assert "First" in capfd.readouterr().out
+
+
+def test_resume_with_a_change(verse: Path, workplace: Path, capfd) -> None:
+    assert run(train.main, "--data", str(verse), *SMALL, "--out", "mine") == 0
+    assert run(train.main, "--resume", "mine", "--max-steps", "6") == 0
+    assert "step      6/6" in capfd.readouterr().out
+    assert run(train.main, "--resume=mine", "--n-layer", "2") == 2
+    assert "cannot resume with changes: n_layer 1 → 2" in capfd.readouterr().err
+
+
+def wrong_uses() -> dict[str, tuple[object, list[str], str]]:
+    return {
+        "unknown recipe": (train.main, ["shakspeare-char"], "did you mean shakespeare-char"),
+        "unknown recipe, nothing near": (train.main, ["zzz"], "there are: shakespeare-char, gpt2"),
+        "missing data": (train.main, ["--data", "no.txt"], "no.txt does not exist"),
+        "no data": (train.main, ["gpt2"], "add --data my.txt"),
+        "short text": (train.main, ["--data", "short.txt"], "9 tokens, but block_size="),
+        "n_embd": (train.main, ["--n-embd", "30"], "n_embd must be a multiple of n_head, but 30"),
+        "batch": (train.main, ["--batch-size", "0"], "batch_size must be at least 1, not 0"),
+        "resume of nothing": (train.main, ["--resume", "none"], "none does not exist"),
+        "resume without a folder": (train.main, ["--resume"], "--resume needs the run folder"),
+        "no runs yet": (generate.main, ["runs/latest"], "no runs in runs/ yet"),
+        "not a run": (generate.main, ["."], ". is not a run folder"),
+        "no run": (generate.main, ["none"], "none does not exist"),
+        "unknown command": (fastgpt_main.dispatch, ["trian"], "there are train, generate"),
+    }
+
+
+@pytest.mark.parametrize("name", wrong_uses())
+def test_wrong_use_is_one_line_and_exit_code_2(name: str, workplace: Path, capfd) -> None:
+    (workplace / "short.txt").write_text("short text")
+    command, args, message = wrong_uses()[name]
+    assert run(command, *args) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert len(err.strip().splitlines()) == 1
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "café"], "character 'é' (U+00E9) at position 3"),
+        (["--temperature", "-1"], "temperature must be 0 or more, not -1.0"),
+        (["--top-p", "0"], "top_p must be in (0, 1], not 0.0"),
+        (["--max-new-tokens", "-5"], "max_new_tokens must be at least 0, not -5"),
+        (["--device", "warp"], "device 'warp' cannot be used"),
+    ],
+)
+def test_wrong_use_of_a_good_run(trained: Path, options: list[str], message: str, capfd) -> None:
+    """Faults 36 and 60."""
+    assert run(generate.main, str(trained), *options) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_fault_36_unknown_characters_are_skipped_when_told_to(trained: Path, capfd) -> None:
+    options = ["--prompt", "café", "--skip-unknown", "--max-new-tokens", "3"]
+    assert run(generate.main, str(trained), *options) == 0
+    assert capfd.readouterr().out.startswith("caf")
+
+
+def test_a_checkpoint_with_missing_files(trained: Path, tmp_path: Path, capfd) -> None:
+    broken = shutil.copytree(trained, tmp_path / "broken")
+    for file in broken.glob("checkpoints/*/model.safetensors"):
+        file.unlink()
+    assert run(generate.main, str(broken)) == 2
+    err = capfd.readouterr().err
+    assert "no usable checkpoint" in err
+    assert "model.safetensors is missing" in err
+
+
+def test_fault_61_an_empty_prompt(trained: Path, capfd) -> None:
+    assert run(generate.main, str(trained), "--max-new-tokens", "0") == 0
+    assert capfd.readouterr().out == "\n"
+
+
+def test_the_list_of_commands(capfd) -> None:
+    assert run(fastgpt_main.dispatch) == 0
+    out = capfd.readouterr().out
+    assert "train" in out
+    assert "generate" in out
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_names_every_recipe_and_setting(option: str, capfd) -> None:
+    assert run(train.main, option) == 0
+    out = capfd.readouterr().out
+    for word in ("shakespeare-char", "gpt2-xl", "--n-embd", "--resume", "--weight-decay"):
+        assert word in out
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    """Fault 19 too: the same for SIGTERM, with 143."""
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        folder = tmp_path / str(code)
+        args = [*SMALL, "--max-steps", "1000000", "--eval-interval", "50", "--eval-tokens", "500"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastgpt.train", *args, "--out", str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(Path(train.__file__).parents[1]),
+            },
+        )
+        deadline = time.monotonic() + 60
+        while not list(folder.glob("checkpoints/step-*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code, err
+        assert err == ""
+        assert f"saved; go on with: python -m fastgpt.train --resume {folder}" in out
+        assert len(list(folder.glob("checkpoints/step-*"))) >= 1
+        assert not list(folder.glob("checkpoints/.*"))

@@ -1,0 +1,227 @@
+"""The network against a trained model's own activations, and against Hugging Face's GPT-2."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from fastgpt import GPT, GPTConfig, ops
+from fastgpt.ops import reference
+
+NANO = Path(__file__).parent / "data" / "gpt-nano-sort"
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def nano_sort(backend: str) -> GPT:
+    """Load minGPT's sorting model: https://github.com/bbycroft/llm-viz."""
+    shape = json.loads((NANO / "config.json").read_text())
+    names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+    config = GPTConfig(**{name: shape[name] for name in names}, tie_weights=False)
+    weights = {
+        name.removeprefix("transformer."): torch.from_numpy(value)
+        for name, value in np.load(NANO / "model.npz").items()
+        if not name.endswith(".attn.bias")  # minGPT's causal mask
+    }
+    model = GPT(config, backend)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Tensor]:
+    return {name: torch.from_numpy(value) for name, value in np.load(NANO / "golden.npz").items()}
+
+
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+@torch.no_grad()
+def test_every_sub_layer_of_a_trained_model(backend: str, golden: dict[str, Tensor]) -> None:
+    model, fast = nano_sort(backend), ops.get(backend)
+    block = model.h[0]
+
+    def check(name: str, value: Tensor) -> Tensor:
+        # relative to the tensor's size; near-cancelling entries have no relative accuracy
+        scale = float(golden[name].abs().max())
+        torch.testing.assert_close(value, golden[name], rtol=1e-5, atol=2e-6 * scale)
+        return value
+
+    ids = golden["idx"].long()
+    check("tok_emb", model.wte(ids))
+    check("pos_emb", model.wpe(torch.arange(11))[None])
+    x = check("x", model.wte(ids) + model.wpe(torch.arange(11)))
+    normed = check("ln1", block.ln_1(x, None, fast)[0])
+    qkv = check("qkv", block.attn.c_attn(normed))
+    q, k, v = reference.split_heads(qkv, 3)
+    check("q", q), check("k", k), check("v", v)
+    check("attSm", reference.attention_weights(q, k))
+    y = check("y", fast.causal_attention(qkv, 3))
+    projected = check("yProj", block.attn.c_proj(y))
+    torch.testing.assert_close(block.attn(normed, fast), projected)
+    normed, residual = block.ln_2(projected, x, fast)
+    check("attnResid", residual), check("ln2", normed)
+    out = check("fc", block.mlp.c_fc(normed))
+    check("gelu", fast.gelu(out))
+    out = check("mlp", block.mlp(normed, fast))
+    check("mlpResid", out + residual)
+
+
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+@torch.no_grad()
+def test_a_trained_model_whole(backend: str, golden: dict[str, Tensor]) -> None:
+    model, fast = nano_sort(backend), ops.get(backend)
+    ids = golden["idx"].long()
+    x, residual = model.wte(ids) + model.wpe(torch.arange(11)), None
+    for i in range(3):
+        x, residual = model.h[i](x, residual, fast)
+        torch.testing.assert_close(x + residual, golden[f"block{i}"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.hidden(ids), golden["ln_f"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(ids), golden["lm_head"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(ids).softmax(-1), golden["probs"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+def test_the_trained_model_sorts(backend: str) -> None:
+    model = nano_sort(backend)
+    unsorted = torch.randint(3, (50, 6))
+    written = model.generate(unsorted, 6, temperature=0)[:, 6:]
+    assert (written == unsorted.sort(-1).values).all(-1).float().mean() > 0.95
+
+
+def hugging_face(config: GPTConfig) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.block_size,
+            n_embd=config.n_embd,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    )
+
+
+def named_weights(model: GPT2LMHeadModel, *, gradients: bool) -> dict[str, Tensor]:
+    """Our names and orientation: Hugging Face keeps `[in, out]` in its Conv1D layers."""
+    named = {}
+    for name, parameter in model.transformer.named_parameters():
+        value = parameter.grad if gradients else parameter.detach()
+        assert value is not None
+        named[name] = value.T if name.endswith(TRANSPOSED) else value
+    return named
+
+
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+@pytest.mark.parametrize("time", [1, 17, 32])
+def test_logits_and_gradients_are_hugging_faces(backend: str, time: int) -> None:
+    config = GPTConfig(vocab_size=211, block_size=32, n_layer=3, n_head=4, n_embd=64)
+    theirs = hugging_face(config).double()
+    for parameter in theirs.parameters():  # biases and gains away from 0 and 1
+        torch.nn.init.normal_(parameter, std=0.2)
+    ours = GPT(config, backend).double()
+    ours.load_state_dict(named_weights(theirs, gradients=False))
+    ids, targets = torch.randint(211, (2, 3, time))
+    logits = theirs(ids).logits
+    torch.testing.assert_close(ours(ids), logits, rtol=1e-9, atol=1e-9)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    ours(ids, targets).backward()
+    expected = named_weights(theirs, gradients=True)
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-8, atol=1e-10)
+
+
+def test_the_defaults_are_the_released_124m() -> None:
+    with torch.device("meta"):
+        ours, theirs = GPT(GPTConfig()), hugging_face(GPTConfig())
+    assert ours.num_params() == sum(p.numel() for p in theirs.parameters()) == 124_439_808
+    assert ours.num_params(embeddings=False) == 124_439_808 - 1024 * 768
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_backends_share_weights_and_agree(tie_weights: bool, bias: bool) -> None:
+    config = GPTConfig(97, 24, 2, 3, 48, bias=bias, tie_weights=tie_weights)
+    model = GPT(config, "reference").double()
+    ids, targets = torch.randint(97, (2, 2, 24))
+    names = list(model.state_dict())
+    results = []
+    for backend in ops.BACKENDS:
+        model.use_ops(backend).zero_grad()
+        loss = model(ids, targets)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert list(model.state_dict()) == names
+    for ours, truth in zip(*results, strict=True):
+        torch.testing.assert_close(ours, truth)
+
+
+def test_initialisation_is_gpt2s() -> None:
+    model = GPT(GPTConfig(1000, 256, 8, 4, 256))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all()
+        elif parameter.dim() == 1:
+            assert (parameter == 1).all()
+        else:
+            std = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02  # 1 / sqrt(2 · 8 layers)
+            assert abs(parameter.std().item() - std) < 0.03 * std, name
+    assert model.head_weight is model.wte.weight
+
+
+def test_no_position_sees_the_future() -> None:
+    model = GPT(GPTConfig(50, 16, 2, 2, 32)).eval()
+    ids = torch.randint(50, (1, 16))
+    changed = ids.clone()
+    changed[0, 9:] = (changed[0, 9:] + 1) % 50
+    before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert not torch.allclose(before[:, 9:], after[:, 9:])
+
+
+def test_dropout_only_while_training() -> None:
+    model = GPT(GPTConfig(50, 16, 2, 2, 32, dropout=0.5))
+    ids = torch.randint(50, (2, 16))
+    assert not torch.equal(model(ids), model(ids))
+    model.eval()
+    assert torch.equal(model(ids), model(ids))
+
+
+def test_ignored_targets_do_not_count() -> None:
+    model = GPT(GPTConfig(50, 16, 1, 2, 32)).eval()
+    ids, targets = torch.randint(50, (2, 1, 16))
+    part = targets.clone()
+    part[:, 5:] = -100
+    torch.testing.assert_close(model(ids, part), model(ids[:, :5], targets[:, :5]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_embd": 50, "n_head": 4}, "50 is not a multiple of 4; .* n_embd=4[8]|n_embd=52"),
+        ({"n_layer": 0}, "n_layer must be at least 1, not 0"),
+        ({"vocab_size": -3}, "vocab_size must be at least 1, not -3"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), not 1.0"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused(change: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**change)
+
+
+def test_a_text_longer_than_the_context_is_refused() -> None:
+    with pytest.raises(ValueError, match="17 tokens are more than the model's context of 16"):
+        GPT(GPTConfig(50, 16, 1, 2, 32))(torch.zeros(1, 17, dtype=torch.int64))
+
+
+def test_a_model_can_be_copied_and_changed_apart() -> None:
+    model = GPT(GPTConfig(50, 16, 1, 2, 32), "native")
+    twin = copy.deepcopy(model).use_ops("reference")
+    assert (model.ops, twin.ops) == ("native", "reference")
+    with torch.no_grad():
+        twin.wte.weight.zero_()
+    assert model.wte.weight.abs().sum() > 0

@@ -1,0 +1,275 @@
+"""The training loop: that it learns, and that it can be stopped, resumed and trusted."""
+
+import json
+import math
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastgpt import GPT, GPTConfig, Recipe, Trainer
+from fastgpt.checkpoint import CheckpointError, find_checkpoint
+from fastgpt.errors import UsageError
+from fastgpt.optim import learning_rate, make_optimizer
+from fastgpt.progress import Progress
+from fastgpt.signals import Stopped, StopSignal
+
+
+@pytest.fixture
+def tiny(verse: Path, tmp_path: Path) -> Recipe:
+    """A run of a second, with dropout so that randomness matters."""
+    return Recipe(
+        data=str(verse),
+        out=str(tmp_path / "run"),
+        n_layer=1,
+        n_head=2,
+        n_embd=16,
+        block_size=16,
+        batch_size=4,
+        dropout=0.1,
+        max_steps=12,
+        warmup_steps=2,
+        lr=1e-2,
+        eval_interval=4,
+        sample_tokens=20,
+        device="cpu",
+    )
+
+
+def weights(run: Path, which: str = "newest") -> dict[str, torch.Tensor]:
+    return find_checkpoint(run, which).load_model().state_dict()
+
+
+def records(run: Path, key: str) -> list[tuple[int, float]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [(r["step"], r[key]) for r in map(json.loads, lines) if key in r]
+
+
+def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def test_a_run_learns_and_leaves_everything(tiny: Recipe) -> None:
+    result = Trainer(replace(tiny, max_steps=60, eval_interval=20)).fit()
+    losses = records(result.run, "val_loss")
+    assert [step for step, _ in losses] == [20, 40, 60]
+    assert losses[-1][1] < losses[0][1] < math.log(65)
+    assert result.best_val_loss == min(loss for _, loss in losses)
+    assert len(result.sample) == 20
+    assert (result.run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (result.run / "sample.txt").read_text() == result.sample + "\n"
+    config = json.loads((result.run / "config.json").read_text())
+    assert config["recipe"]["n_embd"] == 16
+    assert config["versions"]["torch"] == torch.__version__
+    first = records(result.run, "loss")[0]
+    assert first[0] == 1
+    assert abs(first[1] - math.log(57)) < 0.5  # near uniform over the text's characters
+
+
+def test_fault_21_stopped_and_resumed_is_never_stopped(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Trainer(tiny).fit()
+    stopped = tmp_path / "stopped"
+    trainer = Trainer(replace(tiny, out=str(stopped)))
+    step = Trainer._step
+
+    def step_and_interrupt(self: Trainer, progress: Any) -> None:
+        step(self, progress)
+        if self.step == 6:  # between two evaluations
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_step", step_and_interrupt)
+    with pytest.raises(Stopped, match=r"stopped at step 6 and saved; .*--resume .*stopped") as info:
+        trainer.fit()
+    assert info.value.exit_code == 130
+    monkeypatch.setattr(Trainer, "_step", step)
+    torch.manual_seed(999)
+    resumed = Trainer.resume(stopped).fit()
+    assert_same(weights(whole.run), weights(stopped))
+    assert records(whole.run, "val_loss") == records(stopped, "val_loss")
+    assert (resumed.sample, resumed.step) == (whole.sample, whole.step)
+
+
+def test_fault_22_evaluation_changes_nothing(tiny: Recipe, tmp_path: Path) -> None:
+    often = Trainer(replace(tiny, eval_interval=1)).fit()
+    never = Trainer(replace(tiny, eval_interval=100, out=str(tmp_path / "never"))).fit()
+    assert_same(weights(often.run), weights(never.run))
+
+
+def test_the_seed_decides(tiny: Recipe, tmp_path: Path) -> None:
+    first = Trainer(tiny).fit()
+    again = Trainer(replace(tiny, out=str(tmp_path / "again"))).fit()
+    other = Trainer(replace(tiny, out=str(tmp_path / "other"), seed=2)).fit()
+    assert_same(weights(first.run), weights(again.run))
+    assert first.best_val_loss != other.best_val_loss
+
+
+def test_accumulated_micro_batches_are_one_batch(tiny: Recipe, tmp_path: Path) -> None:
+    """2 × 4 sequences a step see the same windows as 1 × 8, and come to the same weights."""
+    settings = {"max_steps": 4, "dropout": 0.0, "grad_clip": 0.0, "weight_decay": 0.0}
+    parts = Trainer(replace(tiny, grad_accum=2, **settings))
+    whole = Trainer(replace(tiny, batch_size=8, out=str(tmp_path / "whole"), **settings))
+    parts.fit(), whole.fit()
+    for one, two in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("ops", ["reference", "native"])
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+def test_both_tokenizers_and_backends_train(tiny: Recipe, ops: str, tokenizer: str) -> None:
+    recipe = replace(tiny, ops=ops, tokenizer=tokenizer, max_steps=3, eval_interval=3)
+    assert math.isfinite(Trainer(recipe).fit().best_val_loss)
+
+
+def test_bfloat16_trains(tiny: Recipe) -> None:
+    result = Trainer(replace(tiny, dtype="bfloat16", max_steps=3)).fit()
+    assert all(w.dtype == torch.float32 for w in weights(result.run).values())
+
+
+def test_resume_to_more_steps_goes_on(tiny: Recipe) -> None:
+    run = Trainer(tiny).fit().run
+    result = Trainer.resume(run, max_steps=20).fit()
+    assert [step for step, _ in records(run, "val_loss")] == [4, 8, 12, 16, 20]
+    assert result.step == 20
+    assert json.loads((run / "config.json").read_text())["recipe"]["max_steps"] == 20
+
+
+def test_resume_of_a_finished_run_ends_at_once(tiny: Recipe) -> None:
+    run = Trainer(tiny).fit().run
+    before = weights(run)
+    assert Trainer.resume(run).fit().step == 12
+    assert_same(before, weights(run))
+
+
+def test_faults_17_and_33_another_model_or_data_is_refused(
+    tiny: Recipe, verse: Path, tmp_path: Path
+) -> None:
+    run = Trainer(replace(tiny, max_steps=2)).fit().run
+    before = (run / "config.json").read_bytes()
+    other = tmp_path / "other.txt"
+    other.write_text(verse.read_text().replace("you", "me"))
+    message = f"cannot resume with changes: n_layer 1 → 2, data {other} is not the text"
+    with pytest.raises(CheckpointError, match=message):
+        Trainer.resume(run, n_layer=2, data=str(other))
+    assert (run / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_fault_23_a_loss_that_is_not_finite_stops_the_run(
+    tiny: Recipe, broken: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(replace(tiny, eval_interval=1))
+    monkeypatch.setattr(trainer, "validation_loss", lambda: broken if trainer.step > 2 else 3.0)
+    with pytest.raises(UsageError, match=r"validation loss (nan|inf) at step 3: .* lower --lr"):
+        trainer.fit()
+    assert find_checkpoint(trainer.run).step == 2
+
+
+def test_fault_23_weights_that_are_not_finite_are_not_saved(tiny: Recipe) -> None:
+    trainer = Trainer(tiny)
+    with torch.no_grad():
+        trainer.model.ln_f.weight.fill_(math.nan)
+    with pytest.raises(UsageError, match="loss nan, gradient norm nan at step 1: .* diverged"):
+        trainer.fit()
+    assert not list(trainer.run.glob("checkpoints/*"))
+
+
+def test_a_second_signal_insists() -> None:
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested == signal.SIGTERM
+        with pytest.raises(SystemExit) as info:
+            signal.raise_signal(signal.SIGTERM)
+    assert info.value.code == 143
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_folder_with_something_in_it_is_refused(tiny: Recipe) -> None:
+    Path(tiny.out or "").mkdir()
+    (Path(tiny.out or "") / "mine.txt").write_text("keep me")
+    with pytest.raises(UsageError, match="run is not empty; continue it with --resume"):
+        Trainer(tiny)
+
+
+def test_fault_15_a_folder_that_cannot_be_made(tiny: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot be created: Not a directory"):
+        Trainer(replace(tiny, out=str(tmp_path / "file" / "run")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_size": 6000}, r"has 10,800 tokens, but block_size=6000 needs at least 12,000"),
+        ({"block_size": 2000}, "validation part has 1,200 tokens, not more than block_size=2000"),
+        ({"n_head": 3}, "n_embd must be a multiple of n_head"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used: .*try --device auto"),
+        ({"data": ""}, "needs a text to train on: add --data my.txt"),
+    ],
+)
+def test_wrong_settings_are_refused_before_a_folder_is_made(
+    tiny: Recipe, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        Trainer(replace(tiny, **change))
+    assert not Path(tiny.out or "").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"batch_size": 0}, {"lr": -1.0}, {"lr": math.nan}, {"beta2": 1.0}, {"val_fraction": 1}],
+)
+def test_a_recipe_that_cannot_work_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(change))):
+        Recipe(**change)
+
+
+def test_validation_is_the_whole_part_and_always_the_same(tiny: Recipe) -> None:
+    trainer = Trainer(tiny)
+    starts = trainer.val_starts
+    assert starts.tolist() == list(range(0, 1200 - 16, 16))
+    tokens = torch.from_numpy(trainer.corpus.val.astype("int64"))
+    trainer.model.eval()
+    losses = [trainer.model(tokens[None, s : s + 16], tokens[None, s + 1 : s + 17]) for s in starts]
+    assert abs(trainer.validation_loss() - torch.stack(losses).mean().item()) < 1e-5
+    assert trainer.model.training
+    few = Trainer(replace(tiny, out=str(trainer.run) + "2", eval_tokens=100)).val_starts
+    assert len(few) == 6
+    assert set(few) <= set(starts)
+
+
+def test_decay_pulls_on_matrices_only() -> None:
+    model = GPT(GPTConfig(50, 16, 2, 2, 32))
+    decayed, others = make_optimizer(model, Recipe(weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    assert all(p.dim() == 2 for p in decayed["params"])
+    assert all(p.dim() == 1 for p in others["params"])
+    total = len(decayed["params"]) + len(others["params"])
+    assert total == len(list(model.parameters()))
+
+
+def test_the_schedule() -> None:
+    recipe = Recipe(lr=1.0, min_lr=0.1, warmup_steps=9, max_steps=109)
+    rates = [learning_rate(step, recipe) for step in range(120)]
+    assert rates[:9] == pytest.approx([0.1 * i for i in range(1, 10)])
+    assert rates[9] == 1.0
+    assert rates[59] == pytest.approx(0.55)
+    assert rates[109:] == [pytest.approx(0.1)] * 11
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+
+
+def test_the_speed_leaves_out_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0, 14.0, 16.0]).__next__
+    monkeypatch.setattr("fastgpt.progress.time.perf_counter", clock)
+    progress = Progress(0, 10)  # at 0
+    progress.stepped(1, 1200)
+    with progress.paused():  # from 10 to 14
+        pass
+    progress.show(1.0, 1e-3)  # at 16
+    assert progress.tokens_per_s == pytest.approx(100.0)
