@@ -58,7 +58,7 @@ def continue_text(options: Options) -> Iterator[str]:
     run, device = resolve_run(options.run), find_device(options.device)
     checkpoint = find_checkpoint(run, options.checkpoint)
     tokenizer = load_run_tokenizer(run, checkpoint)
-    unknown = "ignore" if options.skip_unknown else "strict"
+    unknown: Literal["ignore", "strict"] = "ignore" if options.skip_unknown else "strict"
     try:
         ids = tokenizer.encode(options.prompt, errors=unknown) or [tokenizer.start_token]
         tokens = stream(

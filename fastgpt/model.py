@@ -241,7 +241,7 @@ class MLP(nn.Module):
 
 def _embedding(n_rows: int, width: int) -> nn.Embedding:
     """Make a table that is not initialised twice (and on "meta", where that is slow, not once)."""
-    return nn.Embedding.from_pretrained(torch.empty(n_rows, width), freeze=False)
+    return nn.Embedding(n_rows, width, _weight=torch.empty(n_rows, width))
 
 
 def _nearest_multiple(config: GPTConfig) -> int:

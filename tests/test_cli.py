@@ -14,26 +14,9 @@ from fastgpt import __main__ as fastgpt_main
 from fastgpt import cli, generate, train
 
 SMALL = [
-    "--n-layer",
-    "1",
-    "--n-head",
-    "2",
-    "--n-embd",
-    "16",
-    "--block-size",
-    "16",
-    "--batch-size",
-    "4",
-    "--max-steps",
-    "4",
-    "--eval-interval",
-    "2",
-    "--warmup-steps",
-    "1",
-    "--sample-tokens",
-    "20",
-    "--device",
-    "cpu",
+    *("--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16"),
+    *("--batch-size", "4", "--max-steps", "4", "--warmup-steps", "1", "--eval-interval", "2"),
+    *("--sample-tokens", "20", "--device", "cpu"),
 ]
 
 
@@ -180,7 +163,7 @@ def test_help_names_every_recipe_and_setting(option: str, capfd) -> None:
         assert word in out
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, checkout: Path) -> None:
     """Fault 19 too: the same for SIGTERM, with 143."""
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         folder = tmp_path / str(code)

@@ -175,7 +175,7 @@ def test_fault_23_weights_that_are_not_finite_are_not_saved(tiny: Recipe) -> Non
     trainer = Trainer(tiny)
     with torch.no_grad():
         trainer.model.ln_f.weight.fill_(math.nan)
-    with pytest.raises(UsageError, match="loss nan, gradient norm nan at step 1: .* diverged"):
+    with pytest.raises(UsageError, match=r"loss nan, gradient norm nan at step 1: .* diverged"):
         trainer.fit()
     assert not list(trainer.run.glob("checkpoints/*"))
 
@@ -261,7 +261,7 @@ def test_the_schedule() -> None:
     assert rates[9] == 1.0
     assert rates[59] == pytest.approx(0.55)
     assert rates[109:] == [pytest.approx(0.1)] * 11
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert sorted(rates[9:], reverse=True) == rates[9:]
 
 
 def test_the_speed_leaves_out_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:

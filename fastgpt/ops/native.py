@@ -46,7 +46,8 @@ def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
     if n_new in (1, filled) and bool((lengths == filled).all()):  # no mask to build
         return F.scaled_dot_product_attention(q, k, v, is_causal=n_new > 1)
     mask = cache_mask(n_new, filled, lengths)
-    v = v.where(mask[:, :, -1, :, None], 0.0)  # a shorter row's tail may hold anything
+    readable = mask[:, :, -1, :, None]  # [B, 1, S, 1]: a shorter row's tail may hold anything
+    k, v = k.where(readable, 0.0), v.where(readable, 0.0)
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
