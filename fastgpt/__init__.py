@@ -32,14 +32,18 @@ _HOME = {
     "Trainer": "trainer",
 }
 
+_MODULES = {"checkpoint", "data", "generation", "ops", "optim", *_HOME.values()}
+
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'fastgpt' has no attribute {name!r}")
-    return getattr(import_module(f"fastgpt.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"fastgpt.{name}")
+    if name in _HOME:
+        return getattr(import_module(f"fastgpt.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'fastgpt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

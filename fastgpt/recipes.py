@@ -24,7 +24,7 @@ class Recipe:
     out: str | None = None
     """Run folder to create; by default runs/RECIPE-DATE-TIME."""
 
-    n_layer: int = 4
+    n_layer: int = 3
     """Transformer blocks."""
     n_head: int = 4
     """Attention heads; divides n_embd."""
@@ -41,13 +41,13 @@ class Recipe:
     """Sequences per micro-batch."""
     grad_accum: int = 1
     """Micro-batches per step."""
-    max_steps: int = 2000
+    max_steps: int = 6000
     """Optimizer steps."""
-    lr: float = 1e-3
+    lr: float = 6e-3
     """Peak learning rate."""
-    min_lr: float = 1e-4
+    min_lr: float = 6e-4
     """Learning rate at the end of the cosine."""
-    warmup_steps: int = 100
+    warmup_steps: int = 240
     """Steps of linear warm-up."""
     weight_decay: float = 0.1
     """Decoupled decay, on matrices and embeddings only."""
@@ -58,7 +58,7 @@ class Recipe:
     grad_clip: float = 1.0
     """Largest gradient norm; 0 for no clipping."""
 
-    eval_interval: int = 250
+    eval_interval: int = 500
     """Steps between evaluations; each saves a checkpoint (the best and the newest are kept)."""
     eval_tokens: int = 1_000_000
     """Validation tokens per evaluation at most, the same ones each time."""

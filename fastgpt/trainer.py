@@ -148,7 +148,7 @@ class Trainer:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         precision = "bfloat16" if self._autocast_dtype() else "float32"
         return (
-            f"{parameters:.2f}M parameters, {self.corpus.tokenizer!r}, "
+            f"{parameters:.2f}M parameters, vocabulary of {self.corpus.tokenizer.vocab_size:,}, "
             f"{len(self.corpus.train):,} training and {len(self.corpus.val):,} validation tokens, "
             f"{self.device.type} ({precision}{threads})\nrun folder: {self.run}"
         )

@@ -1,0 +1,26 @@
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+source_hash: str
+"""SHA-256 over csrc/, as CMakeLists.txt computes it."""
+
+class BytePairEncoder:
+    """Byte-pair encoding over an immutable vocabulary."""
+
+    def __init__(self, tokens: Sequence[bytes], merges: NDArray[np.uint32]) -> None:
+        """Take the bytes of each id, and the merges as rows (left, right, merged), in order."""
+
+    def encode(
+        self, text: bytes, specials: Sequence[tuple[int, int, int]] = ...
+    ) -> NDArray[np.uint32]:
+        """Encode the text, with each of its spans (begin, end, id) replaced by that id."""
+
+    def decode(self, ids: NDArray[np.uint32]) -> bytes: ...
+    def tokens(self) -> list[bytes]: ...
+    def merges(self) -> NDArray[np.uint32]: ...
+    def __len__(self) -> int: ...
+
+def parse_merges_file(file: bytes) -> tuple[list[bytes], NDArray[np.uint32]]:
+    """Return the tokens and the merges, rows (left, right, merged), of a ``vocab.bpe``."""

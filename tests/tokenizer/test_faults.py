@@ -1,0 +1,159 @@
+"""Texts and ids that have broken tokenizers; the numbers are those of the project's fault list."""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+MILLION = 10**6
+
+
+HIGH, LOW = chr(0xD83D), chr(0xDE00)
+
+
+@pytest.mark.parametrize("text", [HIGH, f"a{LOW}b", HIGH + LOW, LOW + HIGH, HIGH * 2, f"'{LOW}s"])
+def test_fault_40_lone_surrogate(gpt2, reference, text):
+    ids = gpt2.encode(text)
+    assert ids == reference.encode_ordinary(text)
+    expected = "😀" if text == HIGH + LOW else text.replace(HIGH, "\ufffd").replace(LOW, "\ufffd")
+    assert gpt2.decode(ids) == expected
+
+
+@settings(max_examples=500, deadline=None)
+@given(data=st.binary(max_size=200))
+def test_fault_41_invalid_utf8_round_trip(gpt2, data):
+    assert gpt2.decode_bytes(gpt2.encode(data)) == data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80", b"\xff", b"\xc3", b"\xe6\xbc", b"\xf0\x9f\x98", b"a\xc3b", b"\xc0\x80",
+        b"\xc1\xbf", b"\xe0\x80\x80", b"\xed\xa0\x80", b"\xf0\x80\x80\x80", b"\xf4\x90\x80\x80",
+        b"\xf8\x88\x80", bytes(range(256)) * 3,
+    ],
+)  # fmt: skip
+def test_fault_41_malformed_sequences(gpt2, data):
+    """A byte that is no part of a character is classed as punctuation: it ends a word."""
+    assert gpt2.decode_bytes(gpt2.encode(data)) == data
+    if data[0] >= 0x80:
+        assert gpt2.encode(b"word" + data) == gpt2.encode(b"word") + gpt2.encode(data)
+
+
+def test_fault_42_nul(gpt2, reference):
+    text = "\x00a\x00\x00 \x00b"
+    assert gpt2.encode(text) == reference.encode_ordinary(text)
+    assert gpt2.decode(gpt2.encode(text)) == text
+
+
+RUNS = ["a", " ", "7", "\n", "😀", "漢字", "abc", "\t \n", "'s", "!?"]
+
+
+@pytest.mark.parametrize("unit", RUNS)
+def test_fault_43_long_runs_in_linear_time(gpt2, unit):
+    text = unit * (MILLION // len(unit))
+    start = time.perf_counter()
+    ids = gpt2.encode_to_numpy(text)
+    seconds = time.perf_counter() - start
+    assert seconds < 5, "on any machine; quadratic time would take minutes"
+    assert gpt2.decode(ids) == text
+
+
+@pytest.mark.parametrize("unit", RUNS)
+@pytest.mark.parametrize("length", [2_000, 30_001])
+def test_fault_43_long_runs_as_tiktoken(gpt2, reference, unit, length):
+    text = unit * (length // len(unit)) + "x"
+    assert gpt2.encode(text) == reference.encode_ordinary(text)
+
+
+def test_fault_44_special_token_in_the_users_text(gpt2, reference):
+    text = "a<|endoftext|>b"
+    assert gpt2.encode(text) == reference.encode_ordinary(text)
+    assert 50256 not in gpt2.encode(text)
+    assert gpt2.decode(gpt2.encode(text)) == text
+
+
+@pytest.mark.parametrize("bad", [-1, 50257, 2**31, 2**32, 2**63, 2**64, -(2**64)])
+def test_fault_45_id_out_of_range(gpt2, bad):
+    message = (
+        f"token id {bad} at position 1 is out of range: this vocabulary has the ids 0 to 50256"
+    )
+    with pytest.raises(IndexError, match=message):
+        gpt2.decode([0, bad])
+    with pytest.raises(IndexError, match="out of range"):
+        gpt2.token_bytes(bad)
+    with pytest.raises(IndexError, match="out of range"):
+        list(gpt2.decode_stream([bad]))
+    if -(2**63) <= bad < 2**63:
+        for row in (np.array([0, bad]), torch.tensor([0, bad])):
+            with pytest.raises(IndexError, match=message):
+                gpt2.decode(row)
+    if 0 <= bad < 2**64:
+        with pytest.raises(IndexError, match=message):
+            gpt2.decode(np.array([0, bad], np.uint64))
+
+
+@pytest.mark.parametrize("bad", [1.5, None, "1", [1], 1 + 0j])
+def test_fault_45_no_id(gpt2, bad):
+    with pytest.raises(TypeError, match=r"token ids must be integers, not .* at position 1"):
+        gpt2.decode([0, bad])
+    with pytest.raises(TypeError, match="token ids must be integers"):
+        gpt2.token_bytes(bad)
+
+
+@pytest.mark.parametrize("row", [np.array([1.0]), torch.tensor([1.0]), np.array([True])])
+def test_fault_45_array_of_no_ids(gpt2, row):
+    with pytest.raises(TypeError, match=r"token ids must be integers, not (float|bool)"):
+        gpt2.decode(row)
+
+
+@pytest.mark.parametrize("rows", [np.zeros((2, 3), int), torch.zeros(1, 3, dtype=int), np.array(1)])
+def test_fault_45_not_one_row(gpt2, rows):
+    with pytest.raises(ValueError, match=r"not an array of shape .*: pass one row, as in ids\[0\]"):
+        gpt2.decode(rows)
+
+
+@pytest.mark.parametrize("ids", [5, None, "12", b"12"])
+def test_fault_45_no_sequence(gpt2, ids):
+    with pytest.raises(TypeError, match="takes a sequence of token ids, not"):
+        gpt2.decode(ids)
+
+
+def test_fault_46_stream_cuts_a_character(gpt2):
+    ids = gpt2.encode("日é😀".encode())
+    assert any("\ufffd" in gpt2.decode([i]) for i in ids)
+    assert [*gpt2.decode_stream(ids)] == ["日", "é", "😀"]
+    assert "".join(gpt2.decode_stream(ids[:-1])) == gpt2.decode(ids[:-1]) == "日é\ufffd"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
+def test_fault_47_fork_after_threads(gpt2, multilingual):
+    expected = gpt2.encode(multilingual)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(gpt2.encode, [multilingual] * 4))
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if gpt2.encode(multilingual) == expected else 1)
+    deadline = time.monotonic() + 20
+    while (status := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            pytest.fail("the child hangs")
+        time.sleep(0.01)
+    assert os.waitstatus_to_exitcode(status[1]) == 0
+
+
+def test_fault_48_threads_share_a_tokenizer(gpt2, multilingual):
+    texts = [multilingual[i : i + 10_000] for i in range(0, 80_000, 1_000)]
+    expected = [gpt2.encode(text) for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            assert list(pool.map(gpt2.encode, texts)) == expected
+            assert list(pool.map(gpt2.decode, expected)) == texts
