@@ -1,9 +1,15 @@
 """What several test folders share."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # The kernels then run in Triton's interpreter, which must be on before anything loads Triton:
+    # its own library is made of `@triton.jit` functions too, and transformers imports it.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 
