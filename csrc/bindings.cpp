@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bpe.hpp"
+#include "gelu.hpp"
 #include "merges_file.hpp"
 
 namespace py = pybind11;
@@ -108,6 +109,32 @@ std::tuple<std::vector<py::bytes>, IdArray> parse_merges(const py::bytes& file) 
   return {to_bytes_list(parsed.tokens), to_rows(parsed.merges)};
 }
 
+using Floats = py::array_t<float, py::array::c_style>;
+
+void require_size(const Floats& array, py::ssize_t size) {
+  if (array.size() != size) throw std::invalid_argument("arrays must be of one size");
+}
+
+void gelu(const Floats& x, Floats& y, unsigned threads) {
+  require_size(y, x.size());
+  const float* from = x.data();
+  float* to = y.mutable_data();
+  const auto size = static_cast<std::size_t>(x.size());
+  const py::gil_scoped_release unlocked;
+  gelu_forward(from, to, size, threads);
+}
+
+void gelu_gradient(const Floats& grad, const Floats& x, Floats& grad_x, unsigned threads) {
+  require_size(grad, x.size());
+  require_size(grad_x, x.size());
+  const float* from = grad.data();
+  const float* at = x.data();
+  float* to = grad_x.mutable_data();
+  const auto size = static_cast<std::size_t>(x.size());
+  const py::gil_scoped_release unlocked;
+  gelu_backward(from, at, to, size, threads);
+}
+
 }  // namespace
 }  // namespace fastgpt
 
@@ -115,7 +142,7 @@ PYBIND11_MODULE(_C, m) {
   using fastgpt::BytePairEncoder;
   using fastgpt::to_bytes_list;
   using fastgpt::to_rows;
-  m.doc() = "The compiled part of fastgpt's tokenizer";
+  m.doc() = "The compiled part of fastgpt: the tokenizer's core, and GELU for CPUs";
   m.attr("source_hash") = FASTGPT_SOURCE_HASH;
 
   py::class_<BytePairEncoder>(m, "BytePairEncoder",
@@ -128,4 +155,10 @@ PYBIND11_MODULE(_C, m) {
       .def("merges", [](const BytePairEncoder& self) { return to_rows(self.merges()); })
       .def("__len__", [](const BytePairEncoder& self) { return self.tokens().size(); });
   m.def("parse_merges_file", &fastgpt::parse_merges, py::arg("file"));
+
+  // Arrays are taken as they are or not at all: a silent copy would leave the output unwritten.
+  m.def("gelu_forward", &fastgpt::gelu, py::arg("x").noconvert(), py::arg("y").noconvert(),
+        py::arg("threads"));
+  m.def("gelu_backward", &fastgpt::gelu_gradient, py::arg("grad").noconvert(),
+        py::arg("x").noconvert(), py::arg("grad_x").noconvert(), py::arg("threads"));
 }

@@ -24,3 +24,11 @@ class BytePairEncoder:
 
 def parse_merges_file(file: bytes) -> tuple[list[bytes], NDArray[np.uint32]]:
     """Return the tokens and the merges, rows (left, right, merged), of a ``vocab.bpe``."""
+
+def gelu_forward(x: NDArray[np.float32], y: NDArray[np.float32], threads: int) -> None:
+    """Write gelu(x) into `y`; both C-contiguous and of one size."""
+
+def gelu_backward(
+    grad: NDArray[np.float32], x: NDArray[np.float32], grad_x: NDArray[np.float32], threads: int
+) -> None:
+    """Write the gradient of `x` into `grad_x`, given that of gelu(x); all as in gelu_forward."""

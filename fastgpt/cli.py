@@ -28,10 +28,10 @@ def run(command: Callable[[Sequence[str]], None], args: Sequence[str] | None = N
 def _wait_briefly() -> None:
     """Have OpenMP's threads sleep soon when they wait for each other (before torch is imported).
 
-    GNU's library spins for milliseconds by default. That costs nothing on idle cores, but beside
-    another busy program each wait then lasts until the system takes the core away: a step of a
-    small model becomes ten times as slow. 1,000 turns keep the speed of the first case and the
-    second within 25% of a single thread.
+    GNU's library spins for milliseconds by default. That is best on idle cores, but beside another
+    busy program each wait then lasts until the system takes the core away, and a step of a small
+    model becomes ten times as slow. 10,000 turns cost the first case up to a tenth and keep the
+    second within twice the time.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")

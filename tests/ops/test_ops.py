@@ -3,6 +3,7 @@
 import math
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgpt import ops
+from fastgpt import _C, ops
 from fastgpt.ops import native, reference
 
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
@@ -156,6 +157,49 @@ def test_gelu_of_extremes(backend: ModuleType) -> None:
     torch.testing.assert_close(y, x.detach().clamp(min=0.0), rtol=0, atol=1e-38)
     expected = torch.tensor([0.0, 0.0, 0.0, 0.5, 0.5, 0.5, 1.0, 1.0, 1.0])
     torch.testing.assert_close(x.grad, expected)
+
+
+def test_gelu_takes_nan_along(backend: ModuleType) -> None:
+    x = torch.full((40,), math.nan, requires_grad=True)
+    y = backend.gelu(x)
+    y.sum().backward()
+    assert y.isnan().all()
+    assert x.grad.isnan().all()
+
+
+@pytest.mark.parametrize("size", [100, 32_768, 100_003])
+def test_gelu_on_several_threads_is_the_same(size: int) -> None:
+    """Each thread does its own part, also of a size that does not divide evenly."""
+    x, grad = torch.randn(2, size).numpy() * 3
+    results = []
+    for threads in (1, 2, 3, 7):
+        y, grad_x = np.full_like(x, np.nan), np.full_like(x, np.nan)
+        _C.gelu_forward(x, y, threads)
+        _C.gelu_backward(grad, x, grad_x, threads)
+        results.append((y, grad_x))
+    for y, grad_x in results[1:]:
+        np.testing.assert_array_max_ulp(y, results[0][0], 2)
+        np.testing.assert_allclose(grad_x, results[0][1], rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_gelu_refuses_what_it_would_misread() -> None:
+    x, y = torch.randn(2, 8).numpy()
+    with pytest.raises(ValueError, match="of one size"):
+        _C.gelu_forward(x, y[:7].copy(), 1)
+    with pytest.raises(TypeError):
+        _C.gelu_forward(x[::2], y[:4].copy(), 1)
+    with pytest.raises(TypeError):
+        _C.gelu_forward(x.astype("float64"), y, 1)
+
+
+@pytest.mark.usefixtures("max_logits")
+def test_no_gradient_is_computed_for_nobody() -> None:
+    weight = torch.randn(65, 16, requires_grad=True)
+    x, targets = torch.randn(8, 16), torch.randint(65, (8,))
+    with torch.no_grad():
+        quiet = native.linear_cross_entropy(x, weight, targets)
+    assert not quiet.requires_grad
+    torch.testing.assert_close(quiet, native.linear_cross_entropy(x, weight, targets).detach())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,0 +1,265 @@
+"""Each operation of `fastgpt.ops`: every backend, PyTorch's stock form, the compiled reference.
+
+"torch" is what one writes without fastgpt, at its best: q, k and v split as nanoGPT splits them,
+a cache that is contiguous and exactly full, all logits at once. Results and gradients are checked
+against the reference formulas in float64 first.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common import (
+    CHAR_RECIPE,
+    DEVICES,
+    char_config,
+    check_equal,
+    compile_or_skip,
+    measure,
+)
+from fastgpt import ops
+from fastgpt.ops import reference
+
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Size:
+    """The sizes of a GPT-2 and of a batch, from which each operation takes what it has."""
+
+    name: str
+    batch: int
+    time: int
+    n_head: int
+    n_embd: int
+    vocab_size: int | None  # None: the packaged text's characters
+    dtype: torch.dtype = torch.float32
+
+
+CHAR = Size(
+    "char",
+    CHAR_RECIPE.batch_size,
+    CHAR_RECIPE.block_size,
+    CHAR_RECIPE.n_head,
+    CHAR_RECIPE.n_embd,
+    None,
+)
+GPT2 = Size("gpt2", batch=2, time=512, n_head=12, n_embd=768, vocab_size=50257)
+GPT2_NARROW = replace(GPT2, name="gpt2-128-wide", time=384, n_head=2, n_embd=128)
+GPT2_CUDA = replace(GPT2, batch=8, time=1024, dtype=torch.bfloat16)
+
+OPERATIONS = (
+    "layer_norm",
+    "add_layer_norm",
+    "causal_attention",
+    "gelu",
+    "linear_cross_entropy",
+    "cached_attention",
+)
+COMPILED = ("add_layer_norm", "causal_attention", "gelu", "linear_cross_entropy")
+
+
+def sizes(operation: str, device: str) -> tuple[Size, ...]:
+    if device == "cuda":
+        return (GPT2_CUDA,)
+    # at 768 wide, one round of the head takes seconds on two cores
+    return (CHAR, GPT2_NARROW if operation == "linear_cross_entropy" else GPT2)
+
+
+def cases() -> Iterator[Any]:
+    """Yield (operation, size, direction, device, variant), a group's variants in a row."""
+    for device in DEVICES:
+        for operation in OPERATIONS:
+            for size in sizes(operation, device):
+                for direction in directions(operation):
+                    for variant in variants(operation, size, direction):
+                        case = (operation, size, direction, device, variant)
+                        names = (part.name if isinstance(part, Size) else part for part in case)
+                        yield pytest.param(*case, id="-".join(names))
+
+
+def directions(operation: str) -> tuple[str, ...]:
+    """A cache is only read in generation, without gradients."""
+    both = ("forward", "forward+backward")
+    return both[:1] if operation == "cached_attention" else both
+
+
+def variants(operation: str, size: Size, direction: str) -> tuple[str, ...]:
+    """Compiling takes seconds a case, so only a few that a compiler could fuse are compiled."""
+    compiled = operation in COMPILED and size is not CHAR and direction == "forward+backward"
+    return (*ops.BACKENDS, "torch", *(["compiled reference"] if compiled else []))
+
+
+@pytest.mark.parametrize(("operation", "size", "direction", "device", "variant"), list(cases()))
+def test_operation(
+    benchmark: Any, operation: str, size: Size, direction: str, device: str, variant: str
+) -> None:
+    args, truth = inputs_and_truth(operation, size, device)
+    function = implementation(operation, variant)
+    if function is stock_cached_attention:
+        args = without_empty_part(*args)
+    run = forward if direction == "forward" else forward_backward
+    if variant == "compiled reference":
+        function = compile_or_skip(function, lambda compiled: run(compiled, args))
+    results = run(function, args)
+    check_equal(f"{operation} ({variant})", results, truth[: len(results)], size.dtype)
+    measure(
+        benchmark,
+        lambda: run(function, args),
+        group=f"{operation}, {size.name}, {direction}, {device}",
+        variant=variant if variant == "torch" else f"fastgpt {variant}",
+        baseline="torch",
+        device=device,
+        dtype=str(size.dtype).removeprefix("torch."),
+        shapes=[list(arg.shape) for arg in args if isinstance(arg, Tensor)],
+    )
+
+
+def implementation(operation: str, variant: str) -> Callable[..., Any]:
+    if variant == "torch":
+        return STOCK[operation]
+    backend: ModuleType = ops.get("reference" if variant == "compiled reference" else variant)
+    return getattr(backend, operation)
+
+
+@torch.no_grad()
+def forward(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    outputs = function(*args)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def forward_backward(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Return outputs and gradients; what flows back is the output itself: dense and not uniform."""
+    outputs = function(*args)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    wanted = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
+    grads = torch.autograd.grad(outputs, wanted, [output.detach() for output in outputs])
+    return (*(output.detach() for output in outputs), *grads)
+
+
+@functools.lru_cache(maxsize=1)  # an operation's cases at one size follow each other
+def inputs_and_truth(
+    operation: str, size: Size, device: str
+) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+    """Make an operation's arguments, and the float64 reference's outputs and gradients."""
+    torch.manual_seed(0)
+    args = tuple(
+        arg.to(device, size.dtype).requires_grad_()
+        if isinstance(arg, Tensor) and arg.is_floating_point()
+        else arg.to(device)
+        if isinstance(arg, Tensor)
+        else arg
+        for arg in INPUTS[operation](size)
+    )
+    exact = tuple(
+        arg.detach().double().requires_grad_()
+        if isinstance(arg, Tensor) and arg.is_floating_point()
+        else arg
+        for arg in args
+    )
+    return args, forward_backward(getattr(reference, operation), exact)
+
+
+# --- the arguments of each operation -----------------------------------------------------------
+
+
+def layer_norm_inputs(size: Size) -> tuple[Any, ...]:
+    width = size.n_embd
+    x = torch.randn(size.batch, size.time, width)
+    return x, 1.0 + 0.1 * torch.randn(width), 0.1 * torch.randn(width), EPS
+
+
+def add_layer_norm_inputs(size: Size) -> tuple[Any, ...]:
+    x, *rest = layer_norm_inputs(size)
+    return x, torch.randn_like(x), *rest
+
+
+def causal_attention_inputs(size: Size) -> tuple[Any, ...]:
+    return torch.randn(size.batch, size.time, 3 * size.n_embd), size.n_head
+
+
+def gelu_inputs(size: Size) -> tuple[Any, ...]:
+    return (torch.randn(size.batch, size.time, 4 * size.n_embd),)
+
+
+def linear_cross_entropy_inputs(size: Size) -> tuple[Any, ...]:
+    vocab_size = size.vocab_size or char_config().vocab_size
+    x = torch.randn(size.batch, size.time, size.n_embd)
+    weight = 0.02 * torch.randn(vocab_size, size.n_embd)
+    return x, weight, torch.randint(vocab_size, (size.batch, size.time))
+
+
+def cached_attention_inputs(size: Size) -> tuple[Any, ...]:
+    """One new token against a cache that is three quarters full."""
+    heads, head_dim = size.n_head, size.n_embd // size.n_head
+    q = torch.randn(1, heads, 1, head_dim)
+    k, v = torch.randn(2, 1, heads, size.time, head_dim)
+    return q, k, v, torch.tensor([size.time * 3 // 4])
+
+
+INPUTS: dict[str, Callable[[Size], tuple[Any, ...]]] = {
+    "layer_norm": layer_norm_inputs,
+    "add_layer_norm": add_layer_norm_inputs,
+    "causal_attention": causal_attention_inputs,
+    "gelu": gelu_inputs,
+    "linear_cross_entropy": linear_cross_entropy_inputs,
+    "cached_attention": cached_attention_inputs,
+}
+
+
+# --- the stock form of each operation ----------------------------------------------------------
+
+
+def stock_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def stock_add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+
+
+def stock_causal_attention(qkv: Tensor, n_head: int) -> Tensor:
+    q, k, v = (
+        part.unflatten(-1, (n_head, -1)).transpose(1, 2)  # [B, H, T, D]
+        for part in qkv.split(qkv.size(-1) // 3, dim=-1)
+    )
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+def stock_gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def stock_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(x, weight).float()  # in bf16, what autocast does before this loss
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def stock_cached_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def without_empty_part(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+    """A cache that grows by concatenation holds what is filled, and nothing else."""
+    filled = int(lengths.max())
+    return q, k[:, :, :filled].contiguous(), v[:, :, :filled].contiguous()
+
+
+STOCK: dict[str, Callable[..., Any]] = {
+    "layer_norm": stock_layer_norm,
+    "add_layer_norm": stock_add_layer_norm,
+    "causal_attention": stock_causal_attention,
+    "gelu": stock_gelu,
+    "linear_cross_entropy": stock_linear_cross_entropy,
+    "cached_attention": stock_cached_attention,
+}

@@ -1,0 +1,255 @@
+"""One training step, side by side: fastgpt's Trainer against a nanoGPT-style loop.
+
+    python benchmarks/compare_step.py
+
+Both train the shakespeare-char recipe: same network, same initial weights, same text, batch and
+learning rates. fastgpt's side is a `Trainer`, asked for its own steps; the other side is the loop
+that nanoGPT's users run: its network (`benchmarks/peers.py`), random windows, its AdamW.
+
+Each side lives in a process of its own, because fastgpt's trainer changes how its process handles
+freed memory, and the other side must run as its users run it. The two processes take turns, a
+round of steps each, so that both see the same noise; a pair is replaced by a fresh one now and
+then, so that the luck of one process (where its memory lies) does not decide.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from statistics import median, quantiles
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from common import model_config
+from peers import StockGPT, copy_weights, make_optimizer
+from torch import Tensor, nn
+
+from fastgpt.data import Corpus, Tokens, gather, load_corpus
+from fastgpt.model import GPT
+from fastgpt.optim import learning_rate
+from fastgpt.progress import Progress
+from fastgpt.recipes import Recipe, get_recipe
+from fastgpt.trainer import Trainer
+
+RECIPE = "shakespeare-char"
+SIDES = ("fastgpt", "nanogpt")
+WARM_UP_STEPS = 10
+LOG_INTERVAL = 10  # nanoGPT's: how often its loop waits for the loss
+VALIDATION_WINDOWS = 256
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure the training step of the shakespeare-char recipe, ours against nanoGPT's way."""
+
+    rounds: int = 30
+    """Rounds of each side."""
+    steps: int = 10
+    """Steps in a round."""
+    pairs: int = 3
+    """Fresh pairs of processes among which the rounds are divided."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    side: Literal["both", "fastgpt", "nanogpt"] = "both"
+    """Compare both, or be one of the two processes that this starts."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model in training: `run(n)` does n steps."""
+
+    model: nn.Module
+    corpus: Corpus
+    run: Callable[[int], None]
+
+
+def main(options: Options) -> None:
+    """Compare the two sides, or be one of them."""
+    if options.device == "auto":
+        options = replace(options, device="cuda" if torch.cuda.is_available() else "cpu")
+    if options.side != "both":
+        serve(options)
+        return
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    report: dict[str, Any] = {}
+    rounds = -(-options.rounds // options.pairs)
+    for _ in range(options.pairs):
+        workers = {side: Worker(options, side) for side in SIDES}
+        for turn in range(rounds):
+            for side in SIDES if turn % 2 == 0 else reversed(SIDES):  # neither always goes first
+                seconds[side].append(workers[side].ask(f"run {options.steps}"))
+        report = {side: worker.finish() for side, worker in workers.items()}
+    print_table(seconds, report, options)
+
+
+def print_table(seconds: dict[str, list[float]], report: dict[str, Any], options: Options) -> None:
+    """Print milliseconds a step, tokens per second, and the ratio of neighbouring rounds."""
+    facts = report["fastgpt"]
+    print(
+        f"{RECIPE} on {options.device}, {facts['threads']} threads, torch {torch.__version__}: "
+        f"{len(seconds['fastgpt'])} rounds of {options.steps} steps, "
+        f"{facts['tokens']:,} tokens a step; median [quartiles]\n"
+    )
+    print(f"{'':10}{'ms a step':>26}{'tokens/s':>12}{'loss at step ' + str(facts['steps']):>20}")
+    for side in SIDES:
+        ms = [1e3 * s / options.steps for s in seconds[side]]
+        rate = facts["tokens"] / median(ms) * 1e3
+        print(f"{side:10}{spread(ms):>26}{rate:>12,.0f}{report[side]['loss']:>20.3f}")
+    ratios = [b / a for a, b in zip(seconds["fastgpt"], seconds["nanogpt"], strict=True)]
+    print(f"\nfastgpt is {spread(ratios)} times as fast")
+
+
+def spread(values: list[float]) -> str:
+    """Return the median and the quartiles as text."""
+    low, middle, high = quantiles(values, n=4)
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+class Worker:
+    """The process of one side, which does nothing until it is asked."""
+
+    def __init__(self, options: Options, side: str) -> None:
+        self.side = side
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--side", side, "--device", options.device],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.ask(f"run {WARM_UP_STEPS}")
+
+    def ask(self, request: str) -> Any:
+        """Send a request and wait for its answer."""
+        self.process.stdin.write(request + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"the {self.side} process ended: see its message above")
+        return json.loads(answer)
+
+    def finish(self) -> Any:
+        """Ask for what the process has to report, and end it."""
+        report = self.ask("report")
+        self.process.communicate()
+        return report
+
+
+# --- inside a worker's process -----------------------------------------------------------------
+
+
+def serve(options: Options) -> None:
+    """Answer requests from standard input: "run N" with its seconds, "report" with the rest."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = replace(get_recipe(RECIPE), out=f"{folder}/run", device=options.device)
+        side = (fastgpt_side if options.side == "fastgpt" else nanogpt_side)(recipe)
+        steps = 0
+        for request in sys.stdin:
+            word, *count = request.split()
+            if word == "run":
+                steps += int(count[0])
+                answer: Any = time_steps(side, int(count[0]), options.device)
+            else:
+                answer = {"steps": steps, **describe(side, recipe)}
+            print(json.dumps(answer), flush=True)
+
+
+def time_steps(side: Side, steps: int, device: str) -> float:
+    """Return the seconds that `steps` take, until the device has finished them."""
+    began = time.perf_counter()
+    side.run(steps)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def describe(side: Side, recipe: Recipe) -> dict[str, Any]:
+    """Return the loss on the first part of the validation text, and the facts of the run."""
+    size, tokens = recipe.block_size, side.corpus.val
+    starts = np.arange(0, len(tokens) - size, size)[:VALIDATION_WINDOWS]
+    inputs, targets = gather(tokens, starts, size)
+    side.model.eval()
+    return {
+        "loss": side.model(inputs.to(recipe.device), targets.to(recipe.device)).item(),
+        "tokens": recipe.grad_accum * recipe.batch_size * recipe.block_size,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def fastgpt_side(recipe: Recipe) -> Side:
+    """Return fastgpt's trainer, doing its own steps with all that belongs to them."""
+    trainer = Trainer(recipe)
+    progress = Progress(0, recipe.max_steps)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            trainer._step(progress)
+
+    return Side(trainer.model, trainer.corpus, run)
+
+
+def nanogpt_side(recipe: Recipe) -> Side:
+    """Return the nanoGPT-style model in the loop that nanoGPT trains it with.
+
+    As nanoGPT has it, compiled on a GPU and not on a CPU. Its tokens are in memory, where nanoGPT
+    maps a file for every batch: a little in its favour.
+    """
+    corpus = load_corpus(recipe.data, recipe.tokenizer, recipe.val_fraction)
+    model: Any = initial_model(recipe, corpus.tokenizer.vocab_size)
+    betas = (recipe.beta1, recipe.beta2)
+    optimizer = make_optimizer(model, recipe.lr, betas, recipe.weight_decay)
+    precision: Any = nullcontext()
+    if recipe.device == "cuda":
+        model, precision = torch.compile(model), torch.autocast("cuda", torch.bfloat16)
+    numbers = itertools.count()
+
+    def run(steps: int) -> None:
+        for step in itertools.islice(numbers, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, recipe)
+            for _ in range(recipe.grad_accum):
+                with precision:
+                    loss = model(*random_batch(corpus.train, recipe)) / recipe.grad_accum
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step % LOG_INTERVAL == 0:
+                loss.item()
+
+    return Side(model, corpus, run)
+
+
+def initial_model(recipe: Recipe, vocab_size: int) -> StockGPT:
+    """Return the peer with the weights that fastgpt's trainer starts from."""
+    torch.manual_seed(recipe.seed)
+    gpt = GPT(model_config(recipe, vocab_size))
+    peer = StockGPT(gpt.config)
+    copy_weights(gpt, peer)
+    return peer.to(recipe.device)
+
+
+def random_batch(tokens: Tokens, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Return random windows, drawn with replacement, one slice each, as nanoGPT does."""
+    size = recipe.block_size
+    starts = torch.randint(len(tokens) - size, (recipe.batch_size,)).tolist()
+    windows = [torch.from_numpy(tokens[i : i + size + 1].astype(np.int64)) for i in starts]
+    inputs = torch.stack([window[:-1] for window in windows])
+    targets = torch.stack([window[1:] for window in windows])
+    if recipe.device == "cuda":
+        inputs, targets = inputs.pin_memory(), targets.pin_memory()
+    return (
+        inputs.to(recipe.device, non_blocking=True),
+        targets.to(recipe.device, non_blocking=True),
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

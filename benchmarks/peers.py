@@ -1,0 +1,216 @@
+"""GPT-2 as people build it from PyTorch's stock parts: what fastgpt is compared with.
+
+Each peer is a GPT-2 for the same `GPTConfig`, takes fastgpt's weights (`copy_weights`) and
+computes the same function but for the form of GELU: both peers have PyTorch's default, the exact
+(erf) one, as nanoGPT does. On a CPU it is also the faster one, so it flatters the peers.
+`use_tanh_gelu` switches to GPT-2's form, to check that all else is equal.
+
+Neither is held back: same dtype, same batch, same threads, PyTorch's fused attention in both.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt.model import GPT, GPTConfig
+
+
+class Peer(nn.Module):
+    """Embeddings, a stack of blocks that the subclass brings, a last norm and a tied head."""
+
+    def __init__(self, config: GPTConfig, blocks: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = blocks
+        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_eps, bias=config.bias)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return the logits `[B, T, V]` of `ids` `[B, T]`, or their mean loss."""
+        logits = self.lm_head(self.hidden(ids))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Return the last hidden states `[B, T, C]`, after the last norm."""
+        positions = torch.arange(ids.size(1), device=ids.device)
+        return self.ln_f(self.run_blocks(self.drop(self.wte(ids) + self.wpe(positions))))
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        """Return `x` `[B, T, C]` after all blocks."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0) -> Tensor:
+        """Continue `ids` `[B, T]`, reading everything again for each token: there is no cache.
+
+        temperature: 0 takes the likeliest token.
+        """
+        for _ in range(max_new_tokens):
+            window = ids[:, -self.config.block_size :]
+            logits = self.lm_head(self.hidden(window)[:, -1])  # [B, V]
+            if temperature == 0.0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+            ids = torch.cat([ids, new], dim=1)
+        return ids
+
+    def pairs(self, gpt: GPT) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Pair each of this model's parameters with fastgpt's that means the same."""
+        yield self.wte.weight, gpt.wte.weight
+        yield self.wpe.weight, gpt.wpe.weight
+        yield from _pairs(self.ln_f, gpt.ln_f)
+
+
+class StockGPT(Peer):
+    """GPT-2 the way nanoGPT lays it out (github.com/karpathy/nanoGPT, model.py)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(
+            config, nn.Sequential(*(StockBlock(config) for _ in range(config.n_layer)))
+        )
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        """Return `x` `[B, T, C]` after all blocks."""
+        return self.blocks(x)
+
+    def pairs(self, gpt: GPT) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Pair each of this model's parameters with fastgpt's that means the same."""
+        yield from super().pairs(gpt)
+        for mine, theirs in zip(self.blocks, gpt.h, strict=True):
+            yield from _pairs(mine.ln_1, theirs.ln_1)
+            yield from _pairs(mine.qkv, theirs.attn.c_attn)
+            yield from _pairs(mine.out, theirs.attn.c_proj)
+            yield from _pairs(mine.ln_2, theirs.ln_2)
+            yield from _pairs(mine.mlp[0], theirs.mlp.c_fc)
+            yield from _pairs(mine.mlp[2], theirs.mlp.c_proj)
+
+
+class StockBlock(nn.Module):
+    """A pre-norm block: q, k and v split apart and transposed, then PyTorch's fused attention."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        width, bias = config.n_embd, config.bias
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.ln_1 = nn.LayerNorm(width, config.layer_norm_eps, bias=bias)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
+        self.drop = nn.Dropout(config.dropout)
+        self.ln_2 = nn.LayerNorm(width, config.layer_norm_eps, bias=bias)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width, bias=bias),
+            nn.GELU(),
+            nn.Linear(4 * width, width, bias=bias),
+            nn.Dropout(config.dropout),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` `[B, T, C]` with attention and MLP added."""
+        x = x + self.attend(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Multi-head causal self-attention over `x` `[B, T, C]`."""
+        q, k, v = (self.heads(part) for part in self.qkv(x).split(x.size(-1), dim=-1))
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return self.drop(self.out(y.transpose(1, 2).reshape(x.shape)))
+
+    def heads(self, part: Tensor) -> Tensor:
+        """View `[B, T, C]` as `[B, H, T, D]`."""
+        return part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+
+
+class TransformerEncoderGPT(Peer):
+    """GPT-2 as a stack of `nn.TransformerEncoderLayer` with a causal mask."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        layer = nn.TransformerEncoderLayer(
+            config.n_embd,
+            config.n_head,
+            dim_feedforward=4 * config.n_embd,
+            dropout=config.dropout,
+            activation="gelu",
+            layer_norm_eps=config.layer_norm_eps,
+            batch_first=True,
+            norm_first=True,
+            bias=config.bias,
+        )
+        layer.dropout.p = 0.0  # inside the MLP, where GPT-2 has none
+        # nested tensors are for padded batches, and PyTorch warns that norm_first excludes them
+        encoder = nn.TransformerEncoder(layer, config.n_layer, enable_nested_tensor=False)
+        super().__init__(config, encoder)
+        mask = nn.Transformer.generate_square_subsequent_mask(config.block_size)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        """Return `x` `[B, T, C]` after all blocks."""
+        time = x.size(1)
+        # with is_causal the layers hand the causal flag, not the mask, to the fused attention
+        return self.blocks(x, mask=self.mask[:time, :time], is_causal=True)
+
+    def pairs(self, gpt: GPT) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Pair each of this model's parameters with fastgpt's that means the same."""
+        yield from super().pairs(gpt)
+        for mine, theirs in zip(self.blocks.layers, gpt.h, strict=True):
+            attention, packed = mine.self_attn, theirs.attn.c_attn
+            yield attention.in_proj_weight, packed.weight
+            if packed.bias is not None:
+                yield attention.in_proj_bias, packed.bias
+            yield from _pairs(attention.out_proj, theirs.attn.c_proj)
+            yield from _pairs(mine.norm1, theirs.ln_1)
+            yield from _pairs(mine.norm2, theirs.ln_2)
+            yield from _pairs(mine.linear1, theirs.mlp.c_fc)
+            yield from _pairs(mine.linear2, theirs.mlp.c_proj)
+
+
+@torch.no_grad()
+def copy_weights(gpt: GPT, peer: Peer) -> None:
+    """Give `peer` the weights of `gpt`, all of them."""
+    pairs = list(peer.pairs(gpt))
+    copied = {id(mine) for mine, _ in pairs}
+    missed = [name for name, p in peer.named_parameters() if id(p) not in copied]
+    if missed or len(pairs) != len(list(gpt.parameters())):
+        raise ValueError(f"not every weight has a counterpart; without one: {missed}")
+    for mine, theirs in pairs:
+        mine.copy_(theirs)
+
+
+def use_tanh_gelu(peer: Peer) -> None:
+    """Have `peer` compute GPT-2's tanh form of GELU: to be checked, not to be timed."""
+    for module in peer.modules():
+        if isinstance(module, nn.GELU):
+            module.approximate = "tanh"
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation = partial(F.gelu, approximate="tanh")
+            module.activation_relu_or_gelu = 0  # off: PyTorch's inference path knows only erf
+
+
+def make_optimizer(
+    peer: Peer, lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """Return AdamW as nanoGPT makes it: decay on matrices only, fused on CUDA and only there."""
+    parameters = list(peer.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    # None, not False: on a CPU PyTorch then chooses, as it does for nanoGPT's users
+    fused = True if parameters[0].is_cuda else None
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+
+
+def _pairs(mine: nn.Module, theirs: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    yield mine.weight, theirs.weight
+    if theirs.bias is not None:
+        yield mine.bias, theirs.bias

@@ -1,0 +1,56 @@
+// Loops on the threads that PyTorch computes with.
+#pragma once
+
+#include <cstddef>
+
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
+
+namespace fastgpt {
+
+// GNU OpenMP, as PyTorch has loaded it: `run` calls `body(data)` on a team of threads, and `rank`
+// and `size` tell a member its place. Linking a second OpenMP would bring a second set of threads,
+// which fight with PyTorch's for the cores; so the one that is there is looked up.
+struct OpenMp {
+  void (*run)(void (*body)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
+  int (*rank)() = nullptr;
+  int (*size)() = nullptr;
+
+  static OpenMp find() {
+    OpenMp found;
+#if defined(__linux__)
+    found.run = reinterpret_cast<decltype(run)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    found.rank = reinterpret_cast<decltype(rank)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+    found.size = reinterpret_cast<decltype(size)>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
+#endif
+    return found;
+  }
+  bool complete() const { return run != nullptr && rank != nullptr && size != nullptr; }
+};
+
+// Calls body(begin, end) for parts that make up [0, n): one part a thread where OpenMP was found
+// and n is worth it, else all in one.
+template <typename Body>
+void parallel_for(std::size_t n, unsigned threads, const Body& body) {
+  constexpr std::size_t kWorthAThread = 16384;
+  const OpenMp omp = n < 2 * kWorthAThread || threads < 2 ? OpenMp{} : OpenMp::find();
+  if (!omp.complete()) {
+    body(std::size_t{0}, n);
+    return;
+  }
+  struct Team {
+    const OpenMp& omp;
+    const Body& body;
+    std::size_t n;
+  } team{omp, body, n};
+  const auto member = [](void* data) {
+    const Team& t = *static_cast<const Team*>(data);
+    const auto size = static_cast<std::size_t>(t.omp.size());
+    const auto rank = static_cast<std::size_t>(t.omp.rank());
+    t.body(t.n * rank / size, t.n * (rank + 1) / size);
+  };
+  omp.run(member, &team, threads, 0);
+}
+
+}  // namespace fastgpt
