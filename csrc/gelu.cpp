@@ -21,7 +21,6 @@ namespace {
 // gelu(x) = x · sigmoid(z) with z = 2u = x (kLinear + kCubic x²), u the argument of the tanh.
 constexpr float kLinear = 1.5957691216057308F;  // 2 √(2/π)
 constexpr float kCubic = 0.071354816272279F;    // 0.044715 times that
-constexpr float kFlat = 20.0F;  // from here on gelu is 0 or x to the last bit: e is 0
 
 // exp(x) for x ≤ 0, to about an ulp: 2ⁿ times a polynomial on |r| ≤ ln(2)/2, as in Cephes' expf.
 // No branch and no call, so that the loops below become vector code.
@@ -62,8 +61,7 @@ void backward_part(const float* __restrict grad, const float* __restrict x,
     const float v = x[i];
     const float e = exp_negative(-std::fabs(v * (kLinear + kCubic * v * v)));
     const float q = 1.0F / (1.0F + e);
-    const float magnitude = std::fabs(v) < kFlat ? std::fabs(v) : kFlat;
-    const float bend = e * q * magnitude * (kLinear + 3.0F * kCubic * magnitude * magnitude);
+    const float bend = e * q * std::fabs(v) * (kLinear + 3.0F * kCubic * v * v);
     grad_x[i] = grad[i] * q * (v < 0.0F ? e - bend : 1.0F + bend);
   }
 }
