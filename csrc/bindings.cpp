@@ -1,4 +1,4 @@
-// What Python sees of the tokenizer core, as fastgpt._C; typed in fastgpt/_C.pyi.
+// What Python sees of csrc/, as fastgpt._C; typed in fastgpt/_C.pyi.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -87,7 +87,7 @@ def save_checkpoint(
     tokenizer_hash: str,
     data_sha256: str,
 ) -> Path:
-    """Write a checkpoint of `step` into `run`; then drop all but the newest and the best."""
+    """Write a checkpoint of `step` into `run`; keep it, the one before it, and the best."""
     facts = {
         "step": step,
         "val_loss": val_loss,
@@ -103,7 +103,7 @@ def save_checkpoint(
         write_json(folder / "manifest.json", {"format": FORMAT, **facts, "files": listed})
         for file in folder.iterdir():
             _sync(file)
-    _prune(run)
+    _prune(target)
     return target
 
 
@@ -180,14 +180,21 @@ def load_run_tokenizer(run: Path, checkpoint: Checkpoint) -> BaseTokenizer:
 
 
 def sweep(run: Path) -> None:
-    """Delete what an interrupted save left behind."""
+    """Delete what an interrupted save left behind; put back what it had moved aside."""
     for leftover in _folder(run).glob(".*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        replaced = leftover.with_name(leftover.name.removeprefix(".old-"))
+        if leftover.name.startswith(".old-") and not replaced.exists():
+            leftover.rename(replaced)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Write `content` as indented JSON: the whole file or, on failure, nothing of it."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _sync(beside)
+    beside.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -209,14 +216,13 @@ def _folder(run: Path) -> Path:
 def _written_beside(target: Path) -> Iterator[Path]:
     """Give a folder to write into, which takes the place of `target` at the end, or vanishes."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.with_name(f".saving-{target.name}")
+    folder, old = (target.with_name(f".{word}-{target.name}") for word in ("saving", "old"))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
         yield folder
         _sync(folder)
         if target.exists():  # the same step, trained again after a resume from an older one
-            old = target.with_name(f".old-{target.name}")
             target.rename(old)
             folder.rename(target)
             shutil.rmtree(old)
@@ -225,6 +231,8 @@ def _written_beside(target: Path) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
 
 
 def _sync(path: Path) -> None:
@@ -238,13 +246,20 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _prune(run: Path) -> None:
-    """Keep the newest checkpoint and the one with the lowest validation loss."""
+def _prune(newest: Path) -> None:
+    """Keep the checkpoint just written, the one before it, and the one of the lowest loss.
+
+    What is numbered higher was damaged, or this run would have continued from there.
+    """
     ranks = {}
-    for path in _folder(run).glob("step-*"):
+    for path in newest.parent.glob("step-*"):
+        if path > newest:
+            shutil.rmtree(path, ignore_errors=True)
+            continue
         with contextlib.suppress(CheckpointError):  # a damaged one is left for a person to see
             ranks[path] = _rank(read_json(path / "manifest.json").get("val_loss"))
-    for path in ranks.keys() - {max(ranks), min(ranks, key=ranks.__getitem__)}:
+    kept = {*sorted(ranks)[-2:], min(ranks, key=ranks.__getitem__)}
+    for path in ranks.keys() - kept:
         shutil.rmtree(path, ignore_errors=True)
 
 

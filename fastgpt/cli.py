@@ -1,5 +1,6 @@
 """What the commands share: how mistakes and interruptions end."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from fastgpt.errors import UsageError
 def run(command: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 when done, 2 after one line on wrong use, 130 on Ctrl-C."""
     _wait_briefly()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an ASCII pipe must not end a run
+        sys.stdout.reconfigure(errors="replace")
     try:
         command(sys.argv[1:] if args is None else args)
         sys.stdout.flush()

@@ -5,6 +5,7 @@ into windows from a fresh offset and visits them in a pseudo-random permutation,
 exactly once. Nothing has to be stored to continue anywhere.
 """
 
+import codecs
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,22 +34,33 @@ class Corpus:
 
 
 def load_corpus(
-    data: str, tokenizer: str | BaseTokenizer = "char", val_fraction: float = 0.1
+    data: str,
+    tokenizer: str | BaseTokenizer = "char",
+    val_fraction: float = 0.1,
+    sha256: str | None = None,
 ) -> Corpus:
     """Read a text (a path, or the name of a packaged one) and tokenize its two parts.
 
     tokenizer: ``"char"`` (one token per different character of the text), ``"gpt2"``, or one that
-    is given. The last `val_fraction` of the characters is for validation.
+    is given. The last `val_fraction` of the characters is for validation. sha256: the text's, if it
+    must be a certain one.
     """
     text = read_text(PACKAGED.get(data, Path(data)))
-    if isinstance(tokenizer, str):
-        tokenizer = CharTokenizer.from_text(text) if tokenizer == "char" else Tokenizer.gpt2()
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if sha256 not in (None, digest):
+        raise UsageError(f"{data} is not the text that the run was trained on: its SHA-256 differs")
+    if tokenizer == "char":
+        tokenizer = CharTokenizer.from_text(text)
+    elif tokenizer == "gpt2":
+        tokenizer = Tokenizer.gpt2()
+    elif isinstance(tokenizer, str):
+        raise UsageError(f"tokenizer must be char, gpt2 or a tokenizer, not {tokenizer!r}")
     cut = len(text) - int(len(text) * val_fraction)
     try:
         train, val = (tokenizer.encode_to_numpy(part) for part in (text[:cut], text[cut:]))
     except ValueError as error:
         raise UsageError(f"{data}: {error}") from None
-    return Corpus(train, val, tokenizer, hashlib.sha256(text.encode()).hexdigest())
+    return Corpus(train, val, tokenizer, digest)
 
 
 def read_text(path: Path) -> str:
@@ -62,14 +74,16 @@ def read_text(path: Path) -> str:
         ) from None
     except OSError as error:
         raise UsageError(f"data file {path} cannot be read: {error.strerror}") from None
-    if not raw:
-        raise UsageError(f"data file {path} is empty (0 bytes)")
+    start = len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0
+    if len(raw) == start:
+        raise UsageError(f"data file {path} is empty ({len(raw)} bytes)")
     try:
-        return raw.decode("utf-8-sig").replace("\r\n", "\n")
+        return raw[start:].decode().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
+        at = start + error.start
         raise UsageError(
-            f"data file {path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset "
-            f"{error.start:,}; convert it, for example with: iconv -f latin1 -t utf-8"
+            f"data file {path} is not UTF-8: byte 0x{raw[at]:02x} at offset {at:,}; convert it "
+            f"from what it is, for example with: iconv -f latin1 -t utf-8"
         ) from None
 
 

@@ -253,11 +253,13 @@ def _generators(seed: int | Sequence[int] | None, batch_size: int) -> list[torch
     seeds = [seed + row for row in range(batch_size)] if isinstance(seed, int) else list(seed)
     if len(seeds) != batch_size:
         raise ValueError(f"{len(seeds)} seeds for {batch_size} rows: give one each, or one in all")
+    if wrong := [s for s in seeds if not 0 <= s < 2**63]:
+        raise ValueError(f"a seed must be from 0 to 2^63 - 1, not {wrong[0]}")
     return [torch.Generator().manual_seed(s) for s in seeds]
 
 
 def _check_ids(ids: Tensor, vocab_size: int) -> None:
-    if ids.dim() != 2 or ids.size(1) == 0:
+    if ids.dim() != 2 or ids.numel() == 0:
         raise ValueError(
             f"ids must be [batch, tokens] with at least one token, not {list(ids.shape)}; "
             f"for one prompt: torch.tensor([tokenizer.encode(text)])"

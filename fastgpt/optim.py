@@ -25,8 +25,9 @@ def make_optimizer(model: GPT, recipe: Recipe) -> torch.optim.AdamW:
 
 def learning_rate(step: int, recipe: Recipe) -> float:
     """Return the rate of step `step` (from 0): a linear warm-up, then half a cosine to `min_lr`."""
+    lowest = recipe.lr / 10 if recipe.min_lr is None else recipe.min_lr
     if step < recipe.warmup_steps:
         return recipe.lr * (step + 1) / (recipe.warmup_steps + 1)
     span = max(1, recipe.max_steps - recipe.warmup_steps)
     progress = min(1.0, (step - recipe.warmup_steps) / span)
-    return recipe.min_lr + (recipe.lr - recipe.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return lowest + (recipe.lr - lowest) * 0.5 * (1.0 + math.cos(math.pi * progress))

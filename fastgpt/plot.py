@@ -1,16 +1,16 @@
 """The loss curve of a run, as a picture."""
 
-import json
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fastgpt.metrics import read_metrics
+
 
 def plot_losses(run: Path) -> Path:
     """Draw `metrics.jsonl` of a run folder into its `loss.png`; return the picture's path."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records = read_metrics(run / "metrics.jsonl")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display and leaves pyplot's state alone
     axes = figure.add_subplot(title=run.name, xlabel="step", ylabel="loss (nats per token)")

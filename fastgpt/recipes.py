@@ -6,7 +6,7 @@ This module imports nothing heavy, so that help and mistakes are answered at onc
 
 import difflib
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from fastgpt.errors import UsageError
 
@@ -45,8 +45,8 @@ class Recipe:
     """Optimizer steps."""
     lr: float = 6e-3
     """Peak learning rate."""
-    min_lr: float = 6e-4
-    """Learning rate at the end of the cosine."""
+    min_lr: float | None = None
+    """Learning rate at the end of the cosine; by default a tenth of lr."""
     warmup_steps: int = 200
     """Steps of linear warm-up."""
     weight_decay: float = 0.1
@@ -74,17 +74,33 @@ class Recipe:
     """Implementation of the operations (see fastgpt.ops)."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "grad_accum", "max_steps", "eval_interval", "eval_tokens"):
+        for field in fields(self):
+            choices = get_args(field.type) if get_origin(field.type) is Literal else ()
+            if choices and getattr(self, field.name) not in choices:
+                listed = ", ".join(choices)
+                value = getattr(self, field.name)
+                raise UsageError(f"{field.name} must be one of {listed}, not {value!r}")
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("lr", "min_lr", "weight_decay", "grad_clip", "warmup_steps", "sample_tokens"):
+        for name in ("lr", "weight_decay", "grad_clip", "warmup_steps", "sample_tokens"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UsageError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        if self.min_lr is not None and not 0.0 <= self.min_lr <= self.lr:
+            raise UsageError(f"min_lr must be from 0 to lr ({self.lr}), not {self.min_lr}")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed must be from 0 to 2^63 - 1, not {self.seed}")
         if not 0.0 < self.val_fraction < 1.0:
             raise UsageError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
+
+
+_AT_LEAST_ONE = (
+    *("n_layer", "n_head", "n_embd", "block_size"),
+    *("batch_size", "grad_accum", "max_steps", "eval_interval", "eval_tokens"),
+)
 
 
 def _gpt2(n_layer: int, n_head: int, n_embd: int) -> Recipe:
@@ -102,7 +118,6 @@ def _gpt2(n_layer: int, n_head: int, n_embd: int) -> Recipe:
         grad_accum=40,
         max_steps=600_000,
         lr=6e-4,
-        min_lr=6e-5,
         warmup_steps=2000,
         beta2=0.95,
         eval_interval=1000,
@@ -142,4 +157,7 @@ def recipe_from_dict(values: dict[str, Any], source: str) -> Recipe:
         raise UsageError(
             f"{source}: unknown settings {', '.join(unknown)}; made by a newer fastgpt?"
         )
-    return Recipe(**values)
+    try:
+        return Recipe(**values)
+    except TypeError as error:
+        raise UsageError(f"{source}: a setting has a value of the wrong kind: {error}") from None

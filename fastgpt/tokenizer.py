@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgpt.compiled import _C
 from fastgpt.vocabulary import (
     END_OF_TEXT,
-    BytePairEncoder,
     Vocabulary,
     naming,
     read_hugging_face,
@@ -216,7 +216,7 @@ class Tokenizer(BaseTokenizer):
         for name, token_id in special_tokens.items():
             if not 0 <= token_id < len(tokens) or tokens[token_id] != name.encode():
                 raise ValueError(f"special token {name!r} is not the token of its id {token_id}")
-        self._encoder = BytePairEncoder(tokens, rows)
+        self._encoder = _C.BytePairEncoder(tokens, rows)
         self._special_tokens = dict(special_tokens)
 
     @staticmethod

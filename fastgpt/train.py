@@ -11,7 +11,7 @@ import tyro
 
 from fastgpt import cli
 from fastgpt.errors import UsageError
-from fastgpt.recipes import DESCRIPTIONS, Recipe, get_recipe, recipe_from_dict
+from fastgpt.recipes import DESCRIPTIONS, Recipe, get_recipe
 
 DEFAULT_RECIPE = "shakespeare-char"
 
@@ -82,10 +82,10 @@ def _take_resume(args: list[str]) -> Path | None:
 
 def _changes(args: Sequence[str], run: Path) -> dict[str, Any]:
     """Return what `args` changes of the settings that the run was started with."""
-    from fastgpt.checkpoint import read_json, resolve_run
+    from fastgpt.checkpoint import resolve_run
+    from fastgpt.trainer import read_run
 
-    config = resolve_run(run) / "config.json"
-    before = recipe_from_dict(read_json(config).get("recipe", {}), str(config))
+    _, before = read_run(resolve_run(run))
     after = dataclasses.asdict(_parse(before, args))
     return {name: value for name, value in after.items() if value != getattr(before, name)}
 

@@ -6,13 +6,12 @@ was stopped and resumed computes the same as one that was not.
 """
 
 import ctypes
-import json
 import math
 import platform
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +34,19 @@ from fastgpt.data import Batches, Corpus, gather, load_corpus, mix
 from fastgpt.device import find_device
 from fastgpt.errors import UsageError
 from fastgpt.generation import generate
+from fastgpt.metrics import append_metrics, cut_metrics
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.optim import learning_rate, make_optimizer
 from fastgpt.progress import Progress
 from fastgpt.recipes import Recipe, recipe_from_dict
 from fastgpt.signals import Stopped, StopSignal
+from fastgpt.tokenizer import BaseTokenizer
+
+# What a run is: changed at a resume, it would be another run.
+FIXED_SETTINGS = (
+    *("n_layer", "n_head", "n_embd", "block_size", "bias", "tokenizer", "val_fraction"),
+    *("seed", "out"),
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Trainer:
 
     recipe: see `fastgpt.recipes`. name: goes into the run folder's name. `Trainer.resume(run)`
     continues a run from its newest good checkpoint. Wrong settings, data or folders raise
-    UsageError before the first step.
+    UsageError before the first step. On a CPU the process keeps freed memory from then on.
     """
 
     def __init__(self, recipe: Recipe, name: str = "run") -> None:
@@ -72,17 +79,18 @@ class Trainer:
     def resume(cls, run: str | Path, **changes: Any) -> "Trainer":
         """Continue the run in folder `run`, with settings changed as given (say, `max_steps`)."""
         run = resolve_run(Path(run))
-        config = read_json(run / "config.json")
-        saved = recipe_from_dict({**config["recipe"], **changes}, str(run / "config.json"))
+        name, before = read_run(run)
+        recipe = replace(before, **changes)
         checkpoint = find_checkpoint(run)
+        _refuse_changes(before, recipe, checkpoint.step)
         trainer = cls.__new__(cls)
-        trainer._build(saved, load_run_tokenizer(run, checkpoint))
-        trainer._refuse_other(checkpoint.config, checkpoint.data_sha256)
+        trainer._build(recipe, load_run_tokenizer(run, checkpoint), checkpoint.data_sha256)
         checkpoint.restore(trainer.model, trainer.optimizer)
         trainer.run, trainer.step = run, checkpoint.step
+        trainer._evaluated = checkpoint.val_loss is not None
         sweep(run)
-        trainer._describe_run(config["name"])
-        _cut_metrics(run / "metrics.jsonl", checkpoint.step)
+        trainer._describe_run(name)
+        cut_metrics(run / "metrics.jsonl", checkpoint.step)
         return trainer
 
     def fit(self) -> Result:
@@ -101,31 +109,27 @@ class Trainer:
                     self._save(val_loss=None)
                 if stop.requested and not self._finished():
                     raise Stopped(stop.requested, self.run, self.step)
+            if not self._evaluated:  # resumed at its last step
+                self._evaluate(progress)
         return self._finish(time.perf_counter() - began)
 
     # --- a run's parts -------------------------------------------------------------------------
 
-    def _build(self, recipe: Recipe, tokenizer: Any = None) -> None:
+    def _build(
+        self, recipe: Recipe, tokenizer: BaseTokenizer | None = None, data_sha256: str | None = None
+    ) -> None:
         """Make everything that does not touch the disk: data, model, optimizer."""
-        self.recipe, self.step = recipe, 0
+        self.recipe, self.step, self._evaluated = recipe, 0, False
         self.device = find_device(recipe.device)
-        self.corpus = _corpus(recipe, tokenizer)
+        self.corpus = _corpus(recipe, tokenizer, data_sha256)
+        config = _model_config(recipe, self.corpus)
         self.batches = Batches(self.corpus.train, recipe.block_size, recipe.batch_size, recipe.seed)
         self.val_starts = _validation_windows(self.corpus, recipe)
         torch.manual_seed(recipe.seed)
-        self.model = GPT(_model_config(recipe, self.corpus), recipe.ops).to(self.device)
+        self.model = GPT(config, recipe.ops).to(self.device)
         self.optimizer = make_optimizer(self.model, recipe)
         if self.device.type == "cpu":
             _keep_freed_memory()
-
-    def _refuse_other(self, config: GPTConfig, data_sha256: str) -> None:
-        """Refuse to continue with another model or other data than the checkpoint's."""
-        mine, saved = asdict(self.model.config), asdict(config)
-        changed = [f"{key} {saved[key]} → {mine[key]}" for key in mine if mine[key] != saved[key]]
-        if self.corpus.sha256 != data_sha256:
-            changed.append(f"data {self.recipe.data} is not the text that the run was trained on")
-        if changed:
-            raise CheckpointError(f"cannot resume with changes: {', '.join(changed)}")
 
     def _describe_run(self, name: str) -> None:
         write_json(
@@ -184,10 +188,7 @@ class Trainer:
 
     def _log(self, progress: Progress, loss: float, lr: float, norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise UsageError(
-                f"loss {loss}, gradient norm {norm} at step {self.step}: training has diverged; "
-                f"lower --lr (now {self.recipe.lr}); the saved checkpoints are untouched"
-            )
+            raise self._diverged(f"loss {loss}, gradient norm {norm}")
         progress.show(loss, lr)
         self._record(loss=loss, lr=lr, grad_norm=norm, tokens_per_s=progress.tokens_per_s)
 
@@ -195,14 +196,12 @@ class Trainer:
 
     def _evaluate(self, progress: Progress) -> None:
         """Measure the validation loss, report it, and save."""
+        self._evaluated = True
         with progress.paused():
             val_loss = self.validation_loss()
             self._record(val_loss=val_loss)
             if not math.isfinite(val_loss):
-                raise UsageError(
-                    f"validation loss {val_loss} at step {self.step}: training has diverged; lower "
-                    f"--lr (now {self.recipe.lr}); the saved checkpoints are untouched"
-                )
+                raise self._diverged(f"validation loss {val_loss}")
             progress.evaluated(val_loss)
             self._save(val_loss)
 
@@ -222,7 +221,15 @@ class Trainer:
         self.model.train()
         return total / len(self.val_starts)
 
+    def _diverged(self, what: str) -> UsageError:
+        return UsageError(
+            f"{what} at step {self.step}: training has diverged; lower --lr (now "
+            f"{self.recipe.lr}); the saved checkpoints are untouched"
+        )
+
     def _save(self, val_loss: float | None) -> None:
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise self._diverged("weights that are not finite")
         save_checkpoint(
             self.run,
             self.step,
@@ -254,8 +261,7 @@ class Trainer:
         return self.step >= self.recipe.max_steps
 
     def _record(self, **values: float) -> None:
-        with (self.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step, **values}) + "\n")
+        append_metrics(self.run / "metrics.jsonl", {"step": self.step, **values})
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = self._autocast_dtype()
@@ -268,10 +274,32 @@ class Trainer:
         return torch.bfloat16 if wanted == "bfloat16" else None
 
 
-def _corpus(recipe: Recipe, tokenizer: Any) -> Corpus:
+def read_run(run: Path) -> tuple[str, Recipe]:
+    """Return the name and the recipe that a run folder was made with."""
+    path = run / "config.json"
+    config = read_json(path)
+    if not isinstance(config.get("recipe"), dict):
+        raise CheckpointError(f"{path} holds no recipe")
+    return str(config.get("name", "run")), recipe_from_dict(config["recipe"], str(path))
+
+
+def _refuse_changes(before: Recipe, after: Recipe, step: int) -> None:
+    """Refuse to continue a run at `step` as another run: another model, data split or order."""
+    changed = [
+        f"{name} {getattr(before, name)} → {getattr(after, name)}"
+        for name in FIXED_SETTINGS
+        if getattr(before, name) != getattr(after, name)
+    ]
+    if changed:
+        raise CheckpointError(f"cannot resume with changes: {', '.join(changed)}")
+    if after.max_steps < step:
+        raise CheckpointError(f"the run is at step {step:,} already: raise --max-steps above it")
+
+
+def _corpus(recipe: Recipe, tokenizer: BaseTokenizer | None, sha256: str | None) -> Corpus:
     if not recipe.data:
         raise UsageError("this recipe needs a text to train on: add --data my.txt")
-    return load_corpus(recipe.data, tokenizer or recipe.tokenizer, recipe.val_fraction)
+    return load_corpus(recipe.data, tokenizer or recipe.tokenizer, recipe.val_fraction, sha256)
 
 
 def _model_config(recipe: Recipe, corpus: Corpus) -> GPTConfig:
@@ -315,14 +343,6 @@ def _new_run_folder(recipe: Recipe, name: str) -> Path:
     except OSError as error:
         raise UsageError(f"run folder {run} cannot be created: {error.strerror}") from None
     return run
-
-
-def _cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines behind `step`: they are about to be written again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
 
 
 def _keep_freed_memory() -> None:

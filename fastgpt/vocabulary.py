@@ -18,13 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-try:
-    from fastgpt._C import BytePairEncoder as BytePairEncoder
-    from fastgpt._C import parse_merges_file
-except ModuleNotFoundError as error:
-    raise ImportError(
-        "fastgpt's compiled part is missing; run `pip install .` in the checkout"
-    ) from error
+from fastgpt.compiled import _C
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -48,7 +42,7 @@ class Vocabulary(NamedTuple):
 def read_merges(path: Path, ids_path: Path | None = None) -> Vocabulary:
     """Read ``vocab.bpe`` and, where there is one, the ``encoder.json`` that numbers its tokens."""
     with naming(path):
-        tokens, merges = parse_merges_file(path.read_bytes())
+        tokens, merges = _C.parse_merges_file(path.read_bytes())
     if ids_path is None:
         return Vocabulary([*tokens, END_OF_TEXT.encode()], merges, {END_OF_TEXT: len(tokens)})
     with naming(ids_path):

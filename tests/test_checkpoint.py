@@ -44,11 +44,12 @@ def save(run: Path, step: int, val_loss: float | None, seed: int = 0) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run with a good checkpoint at step 1 and a better one at step 2."""
+    """A run that was best at its first checkpoint and has gone on."""
     run = tmp_path / "run"
-    save(run, 1, 3.0)
-    save(run, 2, 2.0, seed=1)
-    save(run, 3, 2.5, seed=2)
+    save(run, 1, 2.0)
+    save(run, 2, 2.5, seed=1)
+    save(run, 3, 2.4, seed=2)
+    save(run, 4, 2.3, seed=2)
     return run
 
 
@@ -75,22 +76,37 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert all(p.requires_grad for p in fresh.parameters())
 
 
-def test_newest_and_best_are_kept(run: Path) -> None:
-    assert steps(run) == [2, 3]
-    assert find_checkpoint(run).step == 3
-    assert find_checkpoint(run, "best").step == 2
+def test_fault_13_the_newest_two_and_the_best_are_kept(run: Path) -> None:
+    assert steps(run) == [1, 3, 4]
+    assert find_checkpoint(run).step == 4
+    assert find_checkpoint(run, "best").step == 1
+
+
+def test_what_was_just_saved_is_kept_though_damaged_steps_are_numbered_higher(run: Path) -> None:
+    for step in (3, 4):
+        (run / "checkpoints" / f"step-{step:08d}" / WEIGHTS).write_bytes(b"")
+    save(run, 2, None, seed=5)
+    assert steps(run) == [1, 2]
+    assert find_checkpoint(run).step == 2
+
+
+def test_what_a_crash_moved_aside_is_put_back(run: Path) -> None:
+    folder = run / "checkpoints"
+    (folder / "step-00000004").rename(folder / ".old-step-00000004")
+    sweep(run)
+    assert find_checkpoint(run).step == 4
 
 
 def test_a_checkpoint_between_evaluations_is_never_the_best(run: Path) -> None:
-    save(run, 4, None)
-    assert find_checkpoint(run, "best").step == 2
+    save(run, 5, None)
+    assert find_checkpoint(run, "best").step == 1
     assert find_checkpoint(run).val_loss is None
 
 
 def test_the_same_step_can_be_saved_again(run: Path) -> None:
-    save(run, 3, 1.0, seed=9)
+    save(run, 4, 1.0, seed=9)
     assert find_checkpoint(run, "best").val_loss == 1.0
-    assert steps(run) == [3]
+    assert steps(run) == [3, 4]
 
 
 def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
@@ -160,18 +176,18 @@ DAMAGES = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_faults_1_to_7_damage_is_named_and_the_older_step_is_found(run: Path, name: str) -> None:
     damage, message = DAMAGES[name]
-    newest = run / "checkpoints" / "step-00000003"
+    newest = run / "checkpoints" / "step-00000004"
     damage(newest)
     with pytest.raises(CheckpointError, match=message):
         verify(newest)
-    with pytest.warns(UserWarning, match="skipped a damaged checkpoint: .*step-00000003"):
-        assert find_checkpoint(run).step == 2
+    with pytest.warns(UserWarning, match="skipped a damaged checkpoint: .*step-00000004"):
+        assert find_checkpoint(run).step == 3
 
 
 def test_fault_8_every_step_damaged(run: Path) -> None:
     for path in (run / "checkpoints").iterdir():
         (path / WEIGHTS).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"no usable checkpoint: .*step-00000003.*00000002"):
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint: .*step-00000004.*00000001"):
         find_checkpoint(run)
     with pytest.raises(CheckpointError, match="it has none yet"):
         find_checkpoint(run.parent / "other")
@@ -191,15 +207,15 @@ def test_faults_10_and_11_a_save_that_fails_leaves_no_trace(
         save(run, 9, 0.1)
     monkeypatch.undo()
     assert steps(run) == before
-    assert find_checkpoint(run).step == 3
+    assert find_checkpoint(run).step == 4
 
 
 def test_fault_9_leftovers_are_swept(run: Path) -> None:
-    (run / "checkpoints" / ".saving-step-00000004").mkdir()
-    (run / "checkpoints" / ".saving-step-00000004" / WEIGHTS).write_bytes(b"half")
-    assert find_checkpoint(run).step == 3
+    (run / "checkpoints" / ".saving-step-00000005").mkdir()
+    (run / "checkpoints" / ".saving-step-00000005" / WEIGHTS).write_bytes(b"half")
+    assert find_checkpoint(run).step == 4
     sweep(run)
-    assert steps(run) == [2, 3]
+    assert steps(run) == [1, 3, 4]
 
 
 def test_fault_14_another_tokenizer(run: Path) -> None:

@@ -84,6 +84,12 @@ def test_fault_35_not_utf8(tmp_path: Path) -> None:
     path.write_bytes(b"x" * 1500 + "é".encode("latin1") + b"y")
     with pytest.raises(UsageError, match="not UTF-8: byte 0xe9 at offset 1,500; convert it"):
         read_text(path)
+    path.write_bytes(b"\xef\xbb\xbfabc\xff")
+    with pytest.raises(UsageError, match="not UTF-8: byte 0xff at offset 6"):
+        read_text(path)
+    path.write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(UsageError, match=r"is empty \(3 bytes\)"):
+        read_text(path)
 
 
 def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def test_fault_63_a_seed_gives_the_same_text_in_any_batch(model: GPT) -> None:
         ({"top_p": math.nan}, r"top_p must be in \(0, 1\], not nan"),
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, not -1"),
         ({"seed": [1, 2, 3]}, "3 seeds for 2 rows"),
+        ({"seed": -1}, r"a seed must be from 0 to 2\^63 - 1, not -1"),
     ],
 )
 def test_fault_60_wrong_settings_are_refused_before_anything_is_computed(

@@ -154,10 +154,40 @@ def test_faults_17_and_33_another_model_or_data_is_refused(
     before = (run / "config.json").read_bytes()
     other = tmp_path / "other.txt"
     other.write_text(verse.read_text().replace("you", "me"))
-    message = f"cannot resume with changes: n_layer 1 → 2, data {other} is not the text"
-    with pytest.raises(CheckpointError, match=message):
-        Trainer.resume(run, n_layer=2, data=str(other))
+    with pytest.raises(CheckpointError, match="changes: n_layer 1 → 2, tokenizer char → gpt2"):
+        Trainer.resume(run, n_layer=2, tokenizer="gpt2")
+    with pytest.raises(UsageError, match=r"other\.txt is not the text that the run was trained on"):
+        Trainer.resume(run, data=str(other))
+    with pytest.raises(CheckpointError, match="the run is at step 2 already: raise --max-steps"):
+        Trainer.resume(run, max_steps=1)
     assert (run / "config.json").read_bytes() == before
+
+
+def test_a_torn_line_of_metrics_is_left_out(tiny: Recipe) -> None:
+    run = Trainer(replace(tiny, max_steps=4)).fit().run
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "val_')
+    Trainer.resume(run, max_steps=8).fit()
+    assert [step for step, _ in records(run, "val_loss")] == [4, 8]
+
+
+def test_a_run_stopped_before_its_first_evaluation_ends_with_one(
+    tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(replace(tiny, eval_interval=100))
+    step = Trainer._step
+
+    def step_and_interrupt(self: Trainer, progress: Any) -> None:
+        step(self, progress)
+        if self.step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_step", step_and_interrupt)
+    with pytest.raises(Stopped):
+        trainer.fit()
+    result = Trainer.resume(trainer.run, max_steps=3).fit()
+    assert [step for step, _ in records(trainer.run, "val_loss")] == [3]
+    assert math.isfinite(result.best_val_loss)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -177,6 +207,8 @@ def test_fault_23_weights_that_are_not_finite_are_not_saved(tiny: Recipe) -> Non
         trainer.model.ln_f.weight.fill_(math.nan)
     with pytest.raises(UsageError, match=r"loss nan, gradient norm nan at step 1: .* diverged"):
         trainer.fit()
+    with pytest.raises(UsageError, match="weights that are not finite at step 1"):
+        trainer._save(None)
     assert not list(trainer.run.glob("checkpoints/*"))
 
 
@@ -210,6 +242,7 @@ def test_fault_15_a_folder_that_cannot_be_made(tiny: Recipe, tmp_path: Path) -> 
         ({"block_size": 2000}, "validation part has 1,200 tokens, not more than block_size=2000"),
         ({"n_head": 3}, "n_embd must be a multiple of n_head"),
         ({"device": "gpu"}, "device 'gpu' cannot be used: .*try --device auto"),
+        ({"device": "meta"}, "device 'meta' cannot be used: it is not cpu, cuda or mps"),
         ({"data": ""}, "needs a text to train on: add --data my.txt"),
     ],
 )
@@ -223,7 +256,11 @@ def test_wrong_settings_are_refused_before_a_folder_is_made(
 
 @pytest.mark.parametrize(
     "change",
-    [{"batch_size": 0}, {"lr": -1.0}, {"lr": math.nan}, {"beta2": 1.0}, {"val_fraction": 1}],
+    [
+        *({"batch_size": 0}, {"block_size": 0}, {"lr": -1.0}, {"lr": math.nan}, {"beta2": 1.0}),
+        *({"val_fraction": 1}, {"min_lr": 1.0}, {"seed": -1}, {"seed": 2**63}),
+        *({"dtype": "float16"}, {"tokenizer": "chars"}, {"ops": "triton2"}),
+    ],
 )
 def test_a_recipe_that_cannot_work_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(change))):
@@ -257,6 +294,7 @@ def test_decay_pulls_on_matrices_only() -> None:
 def test_the_schedule() -> None:
     recipe = Recipe(lr=1.0, min_lr=0.1, warmup_steps=9, max_steps=109)
     rates = [learning_rate(step, recipe) for step in range(120)]
+    assert learning_rate(109, Recipe(lr=1e-5, warmup_steps=5, max_steps=109)) == pytest.approx(1e-6)
     assert rates[:9] == pytest.approx([0.1 * i for i in range(1, 10)])
     assert rates[9] == 1.0
     assert rates[59] == pytest.approx(0.55)

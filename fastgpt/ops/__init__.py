@@ -3,7 +3,7 @@
 A backend is a module with one function per operation, the same name and signature in each:
 
 - `reference`: the formulas in plain PyTorch, the truth that every other backend is held against;
-- `native`: PyTorch's own fused operators.
+- `native`: PyTorch's own fused operators, and C++ where PyTorch is slow on a CPU.
 """
 
 from importlib import import_module

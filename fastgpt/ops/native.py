@@ -1,4 +1,4 @@
-"""The operations on PyTorch's own fused operators: the default off CUDA."""
+"""The operations on PyTorch's own fused operators, and on a C++ loop where it has no fast one."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgpt import _C
+from fastgpt.compiled import _C
 from fastgpt.ops.reference import cache_mask, merge_heads, split_heads
 
 
@@ -58,7 +58,7 @@ def gelu(x: Tensor) -> Tensor:
     PyTorch's vectorised tanh makes this form three times as slow as the one with erf.
     """
     if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
-        y: Tensor = _CpuGelu.apply(x.contiguous())  # type: ignore[no-untyped-call]
+        y: Tensor = _cpu_gelu(x)
         return y
     return F.gelu(x, approximate="tanh")
 
@@ -69,7 +69,9 @@ def linear_cross_entropy(
     """`reference.linear_cross_entropy`, never holding more than `MAX_LOGITS` logits at once."""
     x, targets = x.flatten(0, -2), targets.flatten()
     if targets.numel() * weight.size(0) <= MAX_LOGITS:
-        return F.cross_entropy(F.linear(x, weight), targets, ignore_index=ignore_index)
+        logits = F.linear(x, weight)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), targets, ignore_index=ignore_index)
     if torch.is_autocast_enabled(x.device.type):  # cast out here, where autograd sees it
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -80,24 +82,37 @@ def linear_cross_entropy(
     return loss
 
 
-class _CpuGelu(torch.autograd.Function):
-    """GELU by csrc/gelu.cpp, on PyTorch's own threads."""
+@torch.library.custom_op("fastgpt::cpu_gelu", mutates_args=(), device_types="cpu")
+def _cpu_gelu(x: Tensor) -> Tensor:
+    """GELU by csrc/gelu.cpp, on PyTorch's own threads; x: fp32, any strides."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _C.gelu_forward(x.numpy(), y.numpy(), torch.get_num_threads())
+    return y
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        y = torch.empty_like(x)
-        _C.gelu_forward(x.detach().numpy(), y.numpy(), torch.get_num_threads())
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        threads = torch.get_num_threads()
-        _C.gelu_backward(grad.contiguous().numpy(), x.numpy(), grad_x.numpy(), threads)
-        return grad_x
+@torch.library.custom_op("fastgpt::cpu_gelu_backward", mutates_args=(), device_types="cpu")
+def _cpu_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    grad, x = grad.contiguous(), x.contiguous()
+    grad_x = torch.empty_like(x)
+    _C.gelu_backward(grad.numpy(), x.numpy(), grad_x.numpy(), torch.get_num_threads())
+    return grad_x
+
+
+@_cpu_gelu.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_cpu_gelu_backward.register_fake
+def _(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_cpu_gelu.register_autograd(
+    lambda ctx, grad: _cpu_gelu_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 MAX_LOGITS = 2**25  # 128 MB in fp32: large enough for full-speed products, small beside a model

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastgpt import _C, ops
 from fastgpt.ops import native, reference
@@ -159,6 +160,14 @@ def test_gelu_of_extremes(backend: ModuleType) -> None:
     torch.testing.assert_close(x.grad, expected)
 
 
+def test_gelu_is_an_operator_that_pytorch_can_trace() -> None:
+    x = torch.randn(3, 70)[:, ::2].requires_grad_()
+    torch.library.opcheck(native._cpu_gelu, (x,))
+    traced = make_fx(native.gelu)(torch.randn(5))
+    y = torch.randn(5)
+    torch.testing.assert_close(traced(y), reference.gelu(y))
+
+
 def test_gelu_takes_nan_along(backend: ModuleType) -> None:
     x = torch.full((40,), math.nan, requires_grad=True)
     y = backend.gelu(x)
@@ -200,6 +209,12 @@ def test_no_gradient_is_computed_for_nobody() -> None:
         quiet = native.linear_cross_entropy(x, weight, targets)
     assert not quiet.requires_grad
     torch.testing.assert_close(quiet, native.linear_cross_entropy(x, weight, targets).detach())
+
+
+def test_the_loss_is_fp32_whatever_the_inputs(backend: ModuleType) -> None:
+    x, weight = torch.randn(6, 4).bfloat16(), torch.randn(9, 4).bfloat16()
+    loss = backend.linear_cross_entropy(x, weight, torch.arange(6))
+    assert loss.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
