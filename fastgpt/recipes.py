@@ -41,13 +41,13 @@ class Recipe:
     """Sequences per micro-batch."""
     grad_accum: int = 1
     """Micro-batches per step."""
-    max_steps: int = 5000
+    max_steps: int = 4500
     """Optimizer steps."""
     lr: float = 6e-3
     """Peak learning rate."""
     min_lr: float | None = None
     """Learning rate at the end of the cosine; by default a tenth of lr."""
-    warmup_steps: int = 200
+    warmup_steps: int = 180
     """Steps of linear warm-up."""
     weight_decay: float = 0.1
     """Decoupled decay, on matrices and embeddings only."""
