@@ -58,7 +58,7 @@ def gelu(x: Tensor) -> Tensor:
     PyTorch's vectorised tanh makes this form three times as slow as the one with erf.
     """
     if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
-        y: Tensor = _cpu_gelu(x)
+        y: Tensor = torch.ops.fastgpt.cpu_gelu(x)
         return y
     return F.gelu(x, approximate="tanh")
 
@@ -82,7 +82,14 @@ def linear_cross_entropy(
     return loss
 
 
-@torch.library.custom_op("fastgpt::cpu_gelu", mutates_args=(), device_types="cpu")
+# Defined piece by piece: the decorator that does it all loads two seconds' worth of compiler with
+# the first call, and most who write with a model on a CPU never compile.
+_LIBRARY = torch.library.Library("fastgpt", "DEF")
+_LIBRARY.define("cpu_gelu(Tensor x) -> Tensor")
+_LIBRARY.define("cpu_gelu_backward(Tensor grad, Tensor x) -> Tensor")
+
+
+@torch.library.impl(_LIBRARY, "cpu_gelu", "CPU")
 def _cpu_gelu(x: Tensor) -> Tensor:
     """GELU by csrc/gelu.cpp, on PyTorch's own threads; x: fp32, any strides."""
     x = x.contiguous()
@@ -91,7 +98,7 @@ def _cpu_gelu(x: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("fastgpt::cpu_gelu_backward", mutates_args=(), device_types="cpu")
+@torch.library.impl(_LIBRARY, "cpu_gelu_backward", "CPU")
 def _cpu_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
     grad, x = grad.contiguous(), x.contiguous()
     grad_x = torch.empty_like(x)
@@ -99,18 +106,20 @@ def _cpu_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad_x
 
 
-@_cpu_gelu.register_fake
+@torch.library.register_fake("fastgpt::cpu_gelu", lib=_LIBRARY)
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@_cpu_gelu_backward.register_fake
+@torch.library.register_fake("fastgpt::cpu_gelu_backward", lib=_LIBRARY)
 def _(grad: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-_cpu_gelu.register_autograd(
-    lambda ctx, grad: _cpu_gelu_backward(grad, *ctx.saved_tensors),
+torch.library.register_autograd(
+    "fastgpt::cpu_gelu",
+    lambda ctx, grad: torch.ops.fastgpt.cpu_gelu_backward(grad, *ctx.saved_tensors),
+    lib=_LIBRARY,
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
