@@ -183,7 +183,7 @@ class Trainer:
         """Add one micro-batch's gradients; return its loss, still on the device."""
         with self._autocast():
             loss: Tensor = self.model(inputs.to(self.device), targets.to(self.device))
-        (loss / self.recipe.grad_accum).backward()  # type: ignore[no-untyped-call]
+        (loss / self.recipe.grad_accum).backward()
         return loss.detach()
 
     def _log(self, progress: Progress, loss: float, lr: float, norm: float) -> None:

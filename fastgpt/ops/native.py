@@ -82,14 +82,6 @@ def linear_cross_entropy(
     return loss
 
 
-# Defined piece by piece: the decorator that does it all loads two seconds' worth of compiler with
-# the first call, and most who write with a model on a CPU never compile.
-_LIBRARY = torch.library.Library("fastgpt", "DEF")
-_LIBRARY.define("cpu_gelu(Tensor x) -> Tensor")
-_LIBRARY.define("cpu_gelu_backward(Tensor grad, Tensor x) -> Tensor")
-
-
-@torch.library.impl(_LIBRARY, "cpu_gelu", "CPU")
 def _cpu_gelu(x: Tensor) -> Tensor:
     """GELU by csrc/gelu.cpp, on PyTorch's own threads; x: fp32, any strides."""
     x = x.contiguous()
@@ -98,7 +90,6 @@ def _cpu_gelu(x: Tensor) -> Tensor:
     return y
 
 
-@torch.library.impl(_LIBRARY, "cpu_gelu_backward", "CPU")
 def _cpu_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
     grad, x = grad.contiguous(), x.contiguous()
     grad_x = torch.empty_like(x)
@@ -106,23 +97,31 @@ def _cpu_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad_x
 
 
-@torch.library.register_fake("fastgpt::cpu_gelu", lib=_LIBRARY)
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _define_cpu_gelu() -> torch.library.Library:
+    """Make `torch.ops.fastgpt.cpu_gelu`, which autograd and tracing know.
+
+    Piece by piece: `torch.library.custom_op`, which does it all, loads two seconds' worth of
+    compiler with the first call, and most who write with a model on a CPU never compile.
+    """
+    library = torch.library.Library("fastgpt", "DEF")
+    library.define("cpu_gelu(Tensor x) -> Tensor")
+    library.define("cpu_gelu_backward(Tensor grad, Tensor x) -> Tensor")
+    library.impl("cpu_gelu", _cpu_gelu, "CPU")
+    library.impl("cpu_gelu_backward", _cpu_gelu_backward, "CPU")
+    for name in ("cpu_gelu", "cpu_gelu_backward"):  # as the last argument, x, but contiguous
+        torch.library.register_fake(
+            f"fastgpt::{name}", lambda *args: args[-1].new_empty(args[-1].shape), lib=library
+        )
+    torch.library.register_autograd(
+        "fastgpt::cpu_gelu",
+        lambda ctx, grad: torch.ops.fastgpt.cpu_gelu_backward(grad, *ctx.saved_tensors),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+        lib=library,
+    )
+    return library
 
 
-@torch.library.register_fake("fastgpt::cpu_gelu_backward", lib=_LIBRARY)
-def _(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-torch.library.register_autograd(
-    "fastgpt::cpu_gelu",
-    lambda ctx, grad: torch.ops.fastgpt.cpu_gelu_backward(grad, *ctx.saved_tensors),
-    lib=_LIBRARY,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
-
+_LIBRARY = _define_cpu_gelu()  # the operator lives as long as this does
 
 MAX_LOGITS = 2**25  # 128 MB in fp32: large enough for full-speed products, small beside a model
 
