@@ -73,8 +73,7 @@ def continue_text(options: Options) -> Iterator[str]:
         )
     except ValueError as error:
         raise UsageError(str(error)) from None
-    ended = (tokenizer.eot_token,)
-    return tokenizer.decode_stream(i for i in (int(t) for t in tokens) if i not in ended)
+    return tokenizer.decode_stream(i for i in map(int, tokens) if i != tokenizer.eot_token)
 
 
 if __name__ == "__main__":
