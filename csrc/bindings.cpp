@@ -15,6 +15,7 @@
 #include "bpe.hpp"
 #include "gelu.hpp"
 #include "merges_file.hpp"
+#include "pretokenizer.hpp"
 
 namespace py = pybind11;
 
@@ -25,69 +26,199 @@ using IdArray = py::array_t<TokenId, py::array::c_style>;
 // A special token in the text: its first byte, the byte after its last, and its id.
 using SpecialSpan = std::tuple<std::size_t, std::size_t, TokenId>;
 
+constexpr std::size_t kMaxNarrow = std::size_t{1} << 16;  // tokens whose ids fit into 16 bits
+
 // Hands the ids to NumPy without copying them.
-IdArray to_numpy(std::vector<TokenId> ids) {
-  auto owner = std::make_unique<std::vector<TokenId>>(std::move(ids));
+template <typename Id>
+py::array to_numpy(IdBuffer<Id> ids) {
+  ids.shrink();
+  auto owner = std::make_unique<IdBuffer<Id>>(std::move(ids));
   const auto size = static_cast<py::ssize_t>(owner->size());
-  const TokenId* data = owner->data();
-  const py::capsule free_when_done(
-      owner.get(), [](void* vector) { delete static_cast<std::vector<TokenId>*>(vector); });
-  owner.release();
-  return IdArray(size, data, free_when_done);
+  const Id* data = owner->data();
+  const py::capsule free_when_done(owner.get(),
+                                   [](void* buffer) { delete static_cast<IdBuffer<Id>*>(buffer); });
+  static_cast<void>(owner.release());
+  return py::array_t<Id>(size, data, free_when_done);
 }
 
-std::unique_ptr<BytePairEncoder> make_encoder(const std::vector<std::string>& tokens,
-                                              const IdArray& merges) {
-  if (merges.ndim() != 2 || merges.shape(1) != 3) {
+std::vector<Merge> to_merges(const IdArray& array) {
+  if (array.ndim() != 2 || array.shape(1) != 3) {
     throw std::invalid_argument("merges must be an array of (left, right, merged) rows");
   }
-  const auto rows = merges.unchecked<2>();
-  std::vector<Merge> list;
-  list.reserve(static_cast<std::size_t>(rows.shape(0)));
+  const auto rows = array.unchecked<2>();
+  std::vector<Merge> merges;
+  merges.reserve(static_cast<std::size_t>(rows.shape(0)));
   for (py::ssize_t i = 0; i < rows.shape(0); ++i) {
-    list.push_back({rows(i, 0), rows(i, 1), rows(i, 2)});
+    merges.push_back({rows(i, 0), rows(i, 1), rows(i, 2)});
   }
-  return std::make_unique<BytePairEncoder>(tokens, std::move(list));
+  return merges;
+}
+
+// A view of the text's UTF-8, which lives as long as the object does. Throws UnicodeEncodeError for
+// a str with lone surrogates.
+std::string_view utf8_of(const py::object& text) {
+  py::ssize_t size = 0;
+  if (PyUnicode_Check(text.ptr())) {
+    const char* bytes = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
+    if (bytes == nullptr) throw py::error_already_set();
+    return {bytes, static_cast<std::size_t>(size)};
+  }
+  char* bytes = nullptr;
+  if (PyBytes_AsStringAndSize(text.ptr(), &bytes, &size) != 0) throw py::error_already_set();
+  return {bytes, static_cast<std::size_t>(size)};
 }
 
 // Encodes what lies between the special tokens, and puts their ids in its place.
-IdArray encode(const BytePairEncoder& encoder, const py::bytes& text,
-               const std::vector<SpecialSpan>& specials) {
-  const std::string_view bytes = text;
-  std::vector<TokenId> ids;
-  {
-    const py::gil_scoped_release unlocked;
-    ids.reserve(bytes.size() / 4 + 8);
-    std::size_t at = 0;
-    for (const auto& [begin, end, id] : specials) {
-      if (begin < at || end < begin || end > bytes.size()) {
-        throw std::invalid_argument("special tokens must lie in the text, in order");
-      }
-      encoder.encode(bytes.substr(at, begin - at), ids);
-      ids.push_back(id);
-      at = end;
+template <typename Id>
+IdBuffer<Id> encode_between(const BytePairEncoder& encoder, std::string_view text,
+                            const std::vector<SpecialSpan>& specials, unsigned threads) {
+  const py::gil_scoped_release unlocked;
+  IdBuffer<Id> ids;
+  ids.reserve(text.size() / 4 + 64);
+  std::size_t at = 0;
+  for (const auto& [begin, end, id] : specials) {
+    if (begin < at || end < begin || end > text.size()) {
+      throw std::invalid_argument("special tokens must lie in the text, in order");
     }
-    encoder.encode(bytes.substr(at), ids);
+    encoder.encode(text.substr(at, begin - at), threads, ids);
+    ids.append(&id, 1);
+    at = end;
   }
-  return to_numpy(std::move(ids));
+  encoder.encode(text.substr(at), threads, ids);
+  return ids;
 }
 
-py::bytes decode(const BytePairEncoder& encoder, const IdArray& ids) {
-  const TokenId* data = ids.data();
-  const auto count = static_cast<std::size_t>(ids.size());
-  std::string bytes;
-  {
+// The ids that Python's lists hold, made once: most of what a list of ids costs is making numbers.
+class Numbers {
+ public:
+  py::object operator[](TokenId id) {
+    if (numbers_.size() <= id) numbers_.resize(id + 1);
+    if (!numbers_[id]) numbers_[id] = py::int_(id);
+    return numbers_[id];
+  }
+
+ private:
+  std::vector<py::object> numbers_;
+};
+
+template <typename Id>
+py::list to_list(IdBuffer<Id> ids, Numbers& numbers) {
+  py::list list(ids.size());
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    PyList_SET_ITEM(list.ptr(), static_cast<py::ssize_t>(i),
+                    numbers[ids.data()[i]].release().ptr());
+  }
+  return list;
+}
+
+// What Python holds of an encoder.
+class Encoder {
+ public:
+  explicit Encoder(Vocabulary vocabulary) : encoder_(std::move(vocabulary)) {}
+
+  static std::unique_ptr<Encoder> make(const std::vector<py::bytes>& tokens,
+                                       const IdArray& merges) {
+    TokenBytes bytes;
+    for (const py::bytes& token : tokens) bytes.push_back(std::string_view(token));
+    return std::make_unique<Encoder>(Vocabulary(std::move(bytes), to_merges(merges)));
+  }
+
+  static std::unique_ptr<Encoder> from_merges_file(const py::bytes& file,
+                                                   const std::vector<py::bytes>& specials,
+                                                   bool trusted) {
+    MergesFile parsed = parse_merges_file(file);
+    for (const py::bytes& special : specials) parsed.tokens.push_back(std::string_view(special));
+    if (!trusted) {
+      return std::make_unique<Encoder>(
+          Vocabulary(std::move(parsed.tokens), std::move(parsed.merges)));
+    }
+    return std::make_unique<Encoder>(
+        Vocabulary(std::move(parsed.tokens), std::move(parsed.merges), std::move(parsed.index)));
+  }
+
+  py::array encode(const py::object& text, const std::vector<SpecialSpan>& specials,
+                   unsigned threads) const {
+    const std::string_view bytes = utf8_of(text);
+    return narrow() ? to_numpy(encode_between<std::uint16_t>(encoder_, bytes, specials, threads))
+                    : to_numpy(encode_between<std::uint32_t>(encoder_, bytes, specials, threads));
+  }
+
+  py::list encode_to_list(const py::object& text, const std::vector<SpecialSpan>& specials,
+                          unsigned threads) {
+    const std::string_view bytes = utf8_of(text);
+    return narrow() ? to_list(encode_between<std::uint16_t>(encoder_, bytes, specials, threads),
+                              numbers_)
+                    : to_list(encode_between<std::uint32_t>(encoder_, bytes, specials, threads),
+                              numbers_);
+  }
+
+  // Returns the bytes, or None if this is not one row of numbers each of which has a token.
+  py::object decode(const py::object& ids) const {
+    if (PyList_CheckExact(ids.ptr())) return decode_list(ids);
+    if (!py::isinstance<py::array>(ids)) return py::none();
+    const auto array = py::reinterpret_borrow<py::array>(ids);
+    if (array.ndim() != 1 || (array.flags() & py::array::c_style) == 0) return py::none();
+    py::object bytes = py::none();
+    static_cast<void>(
+        decode_array<std::uint16_t>(array, bytes) || decode_array<std::uint32_t>(array, bytes) ||
+        decode_array<std::int64_t>(array, bytes) || decode_array<std::int32_t>(array, bytes) ||
+        decode_array<std::uint64_t>(array, bytes));
+    return bytes;
+  }
+
+  const Vocabulary& vocabulary() const { return encoder_.vocabulary(); }
+
+ private:
+  bool narrow() const { return vocabulary().tokens().size() <= kMaxNarrow; }
+
+  py::object decode_list(const py::object& list) const {
+    std::vector<TokenId> ids(static_cast<std::size_t>(PyList_GET_SIZE(list.ptr())));
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      PyObject* item = PyList_GET_ITEM(list.ptr(), static_cast<py::ssize_t>(i));
+      if (!PyLong_CheckExact(item)) return py::none();
+      int overflow = 0;
+      const long long id = PyLong_AsLongLongAndOverflow(item, &overflow);
+      if (overflow != 0 || id < 0 || id >= static_cast<long long>(vocabulary().tokens().size())) {
+        return py::none();
+      }
+      ids[i] = static_cast<TokenId>(id);
+    }
+    return decode_ids(ids.data(), ids.size());
+  }
+
+  // Returns false if the array is of another type.
+  template <typename Id>
+  bool decode_array(const py::array& array, py::object& bytes) const {
+    if (!py::isinstance<py::array_t<Id>>(array)) return false;
+    bytes =
+        decode_ids(static_cast<const Id*>(array.data()), static_cast<std::size_t>(array.size()));
+    return true;
+  }
+
+  template <typename Id>
+  py::object decode_ids(const Id* ids, std::size_t count) const {
+    std::size_t size = 0;
+    {
+      const py::gil_scoped_release unlocked;
+      size = encoder_.decoded_size(ids, count);
+    }
+    if (size == BytePairEncoder::kInvalid) return py::none();
+    auto bytes = py::reinterpret_steal<py::object>(
+        PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(size)));
+    if (!bytes) throw py::error_already_set();
+    char* to = PyBytes_AS_STRING(bytes.ptr());
     const py::gil_scoped_release unlocked;
-    bytes = encoder.decode(data, count);
+    encoder_.decode(ids, count, to, size);
+    return bytes;
   }
-  return py::bytes(bytes);
-}
 
-template <typename Tokens>
-std::vector<py::bytes> to_bytes_list(const Tokens& tokens) {
-  std::vector<py::bytes> list;
-  list.reserve(tokens.size());
-  for (TokenId id = 0; id < tokens.size(); ++id) list.emplace_back(tokens[id]);
+  BytePairEncoder encoder_;
+  Numbers numbers_;
+};
+
+py::list to_bytes_list(const TokenBytes& tokens) {
+  py::list list;
+  for (TokenId id = 0; id < tokens.size(); ++id) list.append(py::bytes(tokens[id]));
   return list;
 }
 
@@ -104,9 +235,18 @@ IdArray to_rows(const std::vector<Merge>& merges) {
   return array;
 }
 
-std::tuple<std::vector<py::bytes>, IdArray> parse_merges(const py::bytes& file) {
+std::tuple<py::list, IdArray> parse_merges(const py::bytes& file) {
   const MergesFile parsed = parse_merges_file(file);
   return {to_bytes_list(parsed.tokens), to_rows(parsed.merges)};
+}
+
+std::vector<std::size_t> piece_ends(const py::object& text, bool vectorized) {
+  Pretokenizer pretokenizer(utf8_of(text), vectorized);
+  std::vector<std::size_t> all;
+  for (Ends ends = pretokenizer.next(); !ends.empty(); ends = pretokenizer.next()) {
+    all.insert(all.end(), ends.begin(), ends.end());
+  }
+  return all;
 }
 
 using Floats = py::array_t<float, py::array::c_style>;
@@ -139,22 +279,26 @@ void gelu_gradient(const Floats& grad, const Floats& x, Floats& grad_x, unsigned
 }  // namespace fastgpt
 
 PYBIND11_MODULE(_C, m) {
-  using fastgpt::BytePairEncoder;
-  using fastgpt::to_bytes_list;
-  using fastgpt::to_rows;
+  using fastgpt::Encoder;
   m.doc() = "The compiled part of fastgpt: the tokenizer's core, and GELU for CPUs";
   m.attr("source_hash") = FASTGPT_SOURCE_HASH;
 
-  py::class_<BytePairEncoder>(m, "BytePairEncoder",
-                              "Byte-pair encoding over an immutable vocabulary")
-      .def(py::init(&fastgpt::make_encoder), py::arg("tokens"), py::arg("merges"))
-      .def("encode", &fastgpt::encode, py::arg("text"),
-           py::arg("specials") = std::vector<fastgpt::SpecialSpan>{})
-      .def("decode", &fastgpt::decode, py::arg("ids"))
-      .def("tokens", [](const BytePairEncoder& self) { return to_bytes_list(self.tokens()); })
-      .def("merges", [](const BytePairEncoder& self) { return to_rows(self.merges()); })
-      .def("__len__", [](const BytePairEncoder& self) { return self.tokens().size(); });
+  py::class_<Encoder>(m, "BytePairEncoder", "Byte-pair encoding over an immutable vocabulary")
+      .def(py::init(&Encoder::make), py::arg("tokens"), py::arg("merges"))
+      .def_static("from_merges_file", &Encoder::from_merges_file, py::arg("file"),
+                  py::arg("special_tokens"), py::arg("trusted") = false)
+      .def("encode", &Encoder::encode, py::arg("text"),
+           py::arg("specials") = std::vector<fastgpt::SpecialSpan>{}, py::arg("threads") = 1)
+      .def("encode_to_list", &Encoder::encode_to_list, py::arg("text"),
+           py::arg("specials") = std::vector<fastgpt::SpecialSpan>{}, py::arg("threads") = 1)
+      .def("decode", &Encoder::decode, py::arg("ids"))
+      .def("tokens",
+           [](const Encoder& self) { return fastgpt::to_bytes_list(self.vocabulary().tokens()); })
+      .def("merges",
+           [](const Encoder& self) { return fastgpt::to_rows(self.vocabulary().merges()); })
+      .def("__len__", [](const Encoder& self) { return self.vocabulary().tokens().size(); });
   m.def("parse_merges_file", &fastgpt::parse_merges, py::arg("file"));
+  m.def("piece_ends", &fastgpt::piece_ends, py::arg("text"), py::arg("vectorized") = true);
 
   // Arrays are taken as they are or not at all: a silent copy would leave the output unwritten.
   m.def("gelu_forward", &fastgpt::gelu, py::arg("x").noconvert(), py::arg("y").noconvert(),

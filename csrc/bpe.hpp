@@ -1,118 +1,75 @@
-// Byte-pair encoding over an immutable vocabulary.
+// Turns text into token ids and back.
 #pragma once
 
+#include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
-#include <string>
+#include <memory>
 #include <string_view>
-#include <vector>
+
+#include "id_buffer.hpp"
+#include "vocabulary.hpp"
 
 namespace fastgpt {
 
-using TokenId = std::uint32_t;
+template <typename Id>
+class PieceEncoder;
 
-// Two tokens that, side by side, become one. A merge's rank is its place in the vocabulary's list.
-struct Merge {
-  TokenId left;
-  TokenId right;
-  TokenId merged;
-};
-
-// The place of a merge in the list: of several possible merges, the lowest rank goes first.
-using Rank = std::uint32_t;
-constexpr Rank kNoMerge = std::numeric_limits<Rank>::max();
-
-// Hash table from a pair of tokens to the rank of their merge. Open addressing, linear probing.
-class MergeTable {
+// Lends what a thread needs while it encodes, and keeps it for the next one: a PieceEncoder, whose
+// memory of pieces makes the second text quick. Without locks, so that a child that was forked
+// while another thread encoded can go on.
+template <typename Id>
+class PieceEncoderPool {
  public:
-  explicit MergeTable(const std::vector<Merge>& merges);
+  PieceEncoderPool() = default;
+  ~PieceEncoderPool();
+  PieceEncoderPool(const PieceEncoderPool&) = delete;
+  PieceEncoderPool& operator=(const PieceEncoderPool&) = delete;
 
-  // Returns kNoMerge for a pair that does not merge.
-  Rank rank(TokenId left, TokenId right) const;
+  // Returns one that nobody uses; a new one if there is none.
+  std::unique_ptr<PieceEncoder<Id>> take(const Vocabulary& vocabulary);
+  void give_back(std::unique_ptr<PieceEncoder<Id>> encoder);
 
  private:
-  struct Slot {
-    std::uint64_t pair;
-    Rank rank;
-  };
-
-  std::size_t slot_of(std::uint64_t pair) const;
-
-  std::vector<Slot> slots_;
-  int shift_;
+  std::array<std::atomic<PieceEncoder<Id>*>, 64> idle_{};
 };
 
-// All tokens' bytes in one block.
-class TokenBytes {
- public:
-  explicit TokenBytes(const std::vector<std::string>& tokens);
-
-  std::size_t size() const { return begins_.size() - 1; }
-  std::string_view operator[](TokenId id) const {
-    return std::string_view(bytes_).substr(begins_[id], begins_[id + 1] - begins_[id]);
-  }
-
- private:
-  std::string bytes_;
-  std::vector<std::size_t> begins_;  // token i is bytes_[begins_[i] : begins_[i + 1]]
-};
-
-// Hash table from a token's bytes to its id. Open addressing, linear probing. It refers to the
-// TokenBytes it was built with, which must outlive it.
-class TokenTable {
- public:
-  explicit TokenTable(const TokenBytes& tokens);
-
-  void insert(TokenId id);
-  // Returns whether `bytes` is a token of the table, and if so, sets `id`.
-  bool find(std::string_view bytes, TokenId& id) const;
-
- private:
-  struct Slot {
-    std::uint64_t hash;
-    TokenId id;
-  };
-
-  const TokenBytes& tokens_;
-  std::vector<Slot> slots_;
-  std::size_t longest_ = 0;
-};
-
-// Turns bytes into token ids and back. Nothing changes after construction, so threads may share
-// one encoder freely, and a forked child may go on using its parent's.
+// Byte-pair encoding. Threads may share one freely: the vocabulary never changes, and each call has
+// a PieceEncoder of its own.
 class BytePairEncoder {
  public:
-  // `tokens` are the bytes of each id and must hold all 256 single bytes. A token that is neither
-  // a byte nor made by a merge (a special token) is decoded but never encoded. Throws
-  // std::invalid_argument where the two lists are not a vocabulary.
-  BytePairEncoder(const std::vector<std::string>& tokens, std::vector<Merge> merges);
-  BytePairEncoder(const BytePairEncoder&) = delete;
-  BytePairEncoder& operator=(const BytePairEncoder&) = delete;
+  explicit BytePairEncoder(Vocabulary vocabulary);
+  ~BytePairEncoder();
 
-  // Appends the ids of any bytes, UTF-8 or not: cut into pieces (pretokenizer.hpp), and in each,
-  // of the merges that are possible, the one of lowest rank, then leftmost, until none is left.
-  // Time: n log n in the longest piece and linear in everything else.
-  void encode(std::string_view text, std::vector<TokenId>& ids) const;
+  // Appends the ids of any bytes, UTF-8 or not: cut into pieces (pretokenizer.hpp), each merged
+  // (merger.hpp). Time: linear, but for pieces that are made to fool PieceEncoder::encode_long.
+  // Id is std::uint16_t, if the vocabulary has no more than 65,536 tokens, or std::uint32_t.
+  // `threads` is how many work at it, this one included, each at parts of the text that are worth
+  // a thread; the ids are the same.
+  template <typename Id>
+  void encode(std::string_view text, unsigned threads, IdBuffer<Id>& ids) const;
 
-  // Returns the bytes of `count` ids. Throws std::out_of_range for an id without a token.
-  std::string decode(const TokenId* ids, std::size_t count) const;
+  // Returns how many bytes the ids stand for, or kInvalid if one of them has no token.
+  template <typename Id>
+  std::size_t decoded_size(const Id* ids, std::size_t count) const;
+  // Writes those bytes: `size` is what decoded_size returned.
+  template <typename Id>
+  void decode(const Id* ids, std::size_t count, char* to, std::size_t size) const;
 
-  const TokenBytes& tokens() const { return tokens_; }
-  const std::vector<Merge>& merges() const { return merges_; }
+  static constexpr std::size_t kInvalid = static_cast<std::size_t>(-1);
+
+  const Vocabulary& vocabulary() const { return vocabulary_; }
 
  private:
-  class PieceMerger;
+  template <typename Id>
+  void encode_part(std::string_view text, IdBuffer<Id>& ids) const;
+  template <typename Id>
+  PieceEncoderPool<Id>& pool() const;
 
-  void check() const;
-  void index_bytes();
-  void index_whole_pieces();
-
-  TokenBytes tokens_;
-  std::vector<Merge> merges_;
-  MergeTable ranks_;
-  TokenId byte_ids_[256];
-  TokenTable whole_pieces_;
+  Vocabulary vocabulary_;
+  mutable PieceEncoderPool<std::uint16_t> narrow_pool_;
+  mutable PieceEncoderPool<std::uint32_t> wide_pool_;
 };
 
 }  // namespace fastgpt

@@ -3,7 +3,8 @@
 #include <array>
 #include <cstddef>
 #include <stdexcept>
-#include <unordered_map>
+#include <string>
+#include <utility>
 
 namespace fastgpt {
 namespace {
@@ -34,70 +35,109 @@ constexpr std::array<int, kLetters> kByteOfLetter = make_byte_of_letter();
   throw std::invalid_argument("line " + std::to_string(line) + ": " + what);
 }
 
-// Returns the bytes that a token's letters (each one or two bytes of UTF-8) stand for.
-std::string to_bytes(std::string_view letters, std::size_t line) {
-  std::string bytes;
-  for (std::size_t i = 0; i < letters.size(); ++i) {
-    std::size_t letter = static_cast<unsigned char>(letters[i]);
-    if (letter >= 0xC2 && letter <= 0xC5 && i + 1 < letters.size()) {
-      const auto next = static_cast<unsigned char>(letters[i + 1]);
-      const bool continues = (next & 0xC0U) == 0x80U;
-      letter = continues ? (letter & 0x1FU) << 6 | (next & 0x3FU) : kLetters;
-      ++i;
-    } else if (letter >= 0x80) {
-      letter = kLetters;
-    }
-    if (letter >= kLetters || kByteOfLetter[letter] < 0) {
-      fail(line, "holds a character that stands for no byte (a line ends in a plain newline)");
-    }
-    bytes += static_cast<char>(kByteOfLetter[letter]);
-  }
-  return bytes;
-}
-
 class Parser {
  public:
   Parser() {
     for (const bool wanted : {true, false}) {
       for (std::size_t byte = 0; byte < 256; ++byte) {
-        if (printable(byte) == wanted) add(std::string(1, static_cast<char>(byte)));
+        const auto token = static_cast<char>(byte);
+        if (printable(byte) == wanted) add({&token, 1});
       }
     }
   }
 
+  // Lines are added some at a time, so that what their tokens are looked up in has come from memory
+  // by then.
   void parse_line(std::string_view text, std::size_t line) {
     const std::size_t space = text.find(' ');
     if (space == 0 || space >= text.size() - 1 || text.find(' ', space + 1) != text.npos) {
-      fail(line, "is not two tokens with one space between them");
+      fail_after_pending(line, "is not two tokens with one space between them");
     }
-    const std::string left = to_bytes(text.substr(0, space), line);
-    const std::string right = to_bytes(text.substr(space + 1), line);
-    const TokenId left_id = find(left, line);
-    const TokenId right_id = find(right, line);
-    const auto merged_id = static_cast<TokenId>(file_.tokens.size());
-    if (!add(left + right)) fail(line, "makes a token that an earlier line makes");
-    file_.merges.push_back({left_id, right_id, merged_id});
+    Line& read = pending_[pending_count_];
+    read.number = line;
+    read.bytes.resize(text.size());
+    char* const bytes = read.bytes.data();
+    read.left = read_letters(text.substr(0, space), bytes, line);
+    read.size = read.left + read_letters(text.substr(space + 1), bytes + read.left, line);
+    file_.index.ask_for({bytes, read.left});
+    file_.index.ask_for({bytes + read.left, read.size - read.left});
+    file_.index.ask_for({bytes, read.size});
+    if (++pending_count_ == pending_.size()) add_pending();
   }
 
-  MergesFile take() { return std::move(file_); }
+  // The first line that is wrong is to be named.
+  [[noreturn]] void fail_after_pending(std::size_t line, const char* what) {
+    add_pending();
+    fail(line, what);
+  }
+
+  MergesFile take() {
+    add_pending();
+    return std::move(file_);
+  }
 
  private:
-  // Returns false for a token that is there already.
-  bool add(std::string token) {
-    const auto id = static_cast<TokenId>(file_.tokens.size());
-    if (!ids_.emplace(token, id).second) return false;
-    file_.tokens.push_back(std::move(token));
-    return true;
+  struct Line {
+    std::size_t number;
+    std::vector<char> bytes;  // of the token that the line makes, and room
+    std::size_t left;         // how many of them are its left part's
+    std::size_t size;
+  };
+
+  // Writes the bytes that a token's letters (each one or two bytes of UTF-8) stand for, and returns
+  // how many they are.
+  std::size_t read_letters(std::string_view letters, char* to, std::size_t line) {
+    const char* const first = to;
+    for (std::size_t i = 0; i < letters.size(); ++i) {
+      std::size_t letter = static_cast<unsigned char>(letters[i]);
+      if (letter >= 0xC2 && letter <= 0xC5 && i + 1 < letters.size()) {
+        const auto next = static_cast<unsigned char>(letters[i + 1]);
+        const bool continues = (next & 0xC0U) == 0x80U;
+        letter = continues ? (letter & 0x1FU) << 6 | (next & 0x3FU) : kLetters;
+        ++i;
+      } else if (letter >= 0x80) {
+        letter = kLetters;
+      }
+      if (letter >= kLetters || kByteOfLetter[letter] < 0) {
+        fail_after_pending(line,
+                           "holds a character that stands for no byte (a line ends in a "
+                           "plain newline)");
+      }
+      *to++ = static_cast<char>(kByteOfLetter[letter]);
+    }
+    return static_cast<std::size_t>(to - first);
   }
 
-  TokenId find(const std::string& token, std::size_t line) const {
-    const auto found = ids_.find(token);
-    if (found == ids_.end()) fail(line, "merges a token that no line before it makes");
-    return found->second;
+  void add_pending() {
+    const std::size_t count = std::exchange(pending_count_, 0);
+    for (std::size_t i = 0; i < count; ++i) {
+      const Line& line = pending_[i];
+      const std::string_view merged(line.bytes.data(), line.size);
+      const Merge merge{find(merged.substr(0, line.left), line.number),
+                        find(merged.substr(line.left), line.number),
+                        static_cast<TokenId>(file_.tokens.size())};
+      if (file_.index.find(merged) != kNoToken) {
+        fail(line.number, "makes a token that an earlier line makes");
+      }
+      file_.merges.push_back(merge);
+      add(merged);
+    }
+  }
+
+  void add(std::string_view token) {
+    file_.index.insert(token, static_cast<TokenId>(file_.tokens.size()));
+    file_.tokens.push_back(token);
+  }
+
+  TokenId find(std::string_view token, std::size_t line) const {
+    const TokenId id = file_.index.find(token);
+    if (id == kNoToken) fail(line, "merges a token that no line before it makes");
+    return id;
   }
 
   MergesFile file_;
-  std::unordered_map<std::string, TokenId> ids_;
+  std::array<Line, 32> pending_;
+  std::size_t pending_count_ = 0;
 };
 
 }  // namespace
@@ -107,7 +147,8 @@ MergesFile parse_merges_file(std::string_view file) {
   Parser parser;
   for (std::size_t begin = 0, line = 1; begin < file.size(); ++line) {
     const std::size_t end = file.find('\n', begin);
-    if (end == file.npos) fail(line, "has no newline at its end: is the file cut short?");
+    if (end == file.npos)
+      parser.fail_after_pending(line, "has no newline at its end: is the file cut short?");
     const std::string_view text = file.substr(begin, end - begin);
     const bool version = line == 1 && text.substr(0, kVersion.size()) == kVersion;
     if (!version) parser.parse_line(text, line);

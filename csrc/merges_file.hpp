@@ -1,17 +1,17 @@
 // Reads OpenAI's vocab.bpe, from which GPT-2's whole vocabulary follows.
 #pragma once
 
-#include <string>
 #include <string_view>
 #include <vector>
 
-#include "bpe.hpp"
+#include "vocabulary.hpp"
 
 namespace fastgpt {
 
 struct MergesFile {
-  std::vector<std::string> tokens;
+  TokenBytes tokens;
   std::vector<Merge> merges;
+  TokenIndex index;  // of all tokens
 };
 
 // Parses the bytes of such a file: a line "#version: ..." if there is one, then a merge a line,

@@ -1,11 +1,18 @@
 #include "pretokenizer.hpp"
 
 #include <algorithm>
-#include <array>
-#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define FASTGPT_HAS_AVX2 1
+#define FASTGPT_AVX2 __attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt")))
+#endif
 
 namespace fastgpt {
 namespace {
+
+using Block = Pretokenizer::Block;
 
 enum class CharClass : std::uint8_t { kOther, kLetter, kNumber, kSpace };
 
@@ -43,20 +50,20 @@ const ClassTable kClasses;
 
 struct Char {
   CharClass char_class;
-  std::size_t size;  // in bytes
+  unsigned size;  // in bytes
 };
 
 // Reads the character at text[at], whose first byte is 0x80 or above.
-Char multibyte_char_at(std::string_view text, std::size_t at) {
+inline Char multibyte_char_at(std::string_view text, std::size_t at) {
   constexpr Char kInvalid{CharClass::kOther, 1};
   constexpr std::uint32_t kSmallest[] = {0, 0, 0x80, 0x800, 0x10000};  // by size: no overlong forms
 
   const auto first = static_cast<unsigned char>(text[at]);
-  const std::size_t size = first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
+  const unsigned size = first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
   if (first < 0xC2 || first > 0xF4 || text.size() - at < size) return kInvalid;
 
   std::uint32_t code_point = first & (0x7FU >> size);
-  for (std::size_t i = 1; i < size; ++i) {
+  for (unsigned i = 1; i < size; ++i) {
     const auto byte = static_cast<unsigned char>(text[at + i]);
     if ((byte & 0xC0U) != 0x80U) return kInvalid;
     code_point = code_point << 6 | (byte & 0x3FU);
@@ -66,53 +73,268 @@ Char multibyte_char_at(std::string_view text, std::size_t at) {
   return {kClasses[code_point], size};
 }
 
-Char char_at(std::string_view text, std::size_t at) {
-  const auto first = static_cast<unsigned char>(text[at]);
-  return first < 0x80 ? Char{kClasses[first], 1} : multibyte_char_at(text, at);
+// Returns the length of the contraction ('s 'd 'm 't 'll 've 're) whose apostrophe is text[begin],
+// or 0.
+unsigned contraction_size(std::string_view text, std::size_t begin) {
+  const std::string_view rest = text.substr(begin + 1, 2);
+  if (rest.empty()) return 0;
+  if (rest[0] == 's' || rest[0] == 'd' || rest[0] == 'm' || rest[0] == 't') return 2;
+  return rest == "ll" || rest == "ve" || rest == "re" ? 3 : 0;
 }
 
-// Returns the end of the longest run of characters of one class that starts at `at`.
-std::size_t run_end(std::string_view text, std::size_t at, CharClass char_class) {
-  while (at < text.size()) {
-    const Char c = char_at(text, at);
-    if (c.char_class != char_class) break;
-    at += c.size;
+// The place of the lowest set bit; needs bits != 0.
+inline unsigned lowest(std::uint64_t bits) {
+#if defined(__GNUC__)
+  return static_cast<unsigned>(__builtin_ctzll(bits));
+#else
+  unsigned place = 0;
+  for (; (bits & 1) == 0; bits >>= 1) ++place;
+  return place;
+#endif
+}
+
+inline std::size_t count_bits(std::uint64_t bits) {
+#if defined(__GNUC__)
+  return static_cast<std::size_t>(__builtin_popcountll(bits));
+#else
+  std::size_t count = 0;
+  for (; bits != 0; bits &= bits - 1) ++count;
+  return count;
+#endif
+}
+
+// Classifies 64 bytes as far as each byte alone allows, and returns which are not ASCII.
+struct Portable {
+  static unsigned lowest_or_any(std::uint64_t bits) {
+    return lowest(bits | std::uint64_t{1} << 63);
   }
-  return at;
-}
 
-// \s+(?!\S)|\s+ : white space, but its last character is left to the word that follows (of which
-// a space becomes a part), unless it is the only one.
-std::size_t space_end(std::string_view text, std::size_t begin) {
-  std::size_t last = begin;
-  std::size_t end = begin;
-  while (end < text.size()) {
-    const Char c = char_at(text, end);
-    if (c.char_class != CharClass::kSpace) return last == begin ? end : last;
-    last = end;
-    end += c.size;
+  static std::uint64_t classify(const char* bytes, Block& block) {
+    std::uint64_t high = 0;
+    for (unsigned i = 0; i < 64; ++i) {
+      const auto byte = static_cast<unsigned char>(bytes[i]);
+      const std::uint64_t letter = static_cast<unsigned char>((byte | 0x20U) - 'a') < 26;
+      const std::uint64_t number = static_cast<unsigned char>(byte - '0') < 10;
+      const std::uint64_t blank = byte == ' ';
+      const std::uint64_t control = static_cast<unsigned char>(byte - '\t') < 5;
+      block.letters |= letter << i;
+      block.numbers |= number << i;
+      block.blanks |= blank << i;
+      block.spaces |= (blank | control) << i;
+      block.apostrophes |= std::uint64_t{byte == '\''} << i;
+      high |= std::uint64_t{byte >= 0x80} << i;
+    }
+    return high;
   }
-  return end;
+};
+
+#if defined(FASTGPT_HAS_AVX2)
+struct Avx2 {
+  FASTGPT_AVX2 static std::uint64_t lowest_or_any(std::uint64_t bits) { return _tzcnt_u64(bits); }
+
+  FASTGPT_AVX2 static std::uint64_t classify(const char* bytes, Block& block) {
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + 32));
+    block.letters = below(lower(low), lower(high), 'a', 26);
+    block.numbers = below(low, high, '0', 10);
+    block.blanks = below(low, high, ' ', 1);
+    block.spaces = block.blanks | below(low, high, '\t', 5);
+    block.apostrophes = below(low, high, '\'', 1);
+    return mask(low, high);
+  }
+
+ private:
+  FASTGPT_AVX2 static __m256i lower(__m256i bytes) {
+    return _mm256_or_si256(bytes, _mm256_set1_epi8(0x20));
+  }
+
+  // Which bytes are at least `first` and less than `first + count`.
+  FASTGPT_AVX2 static std::uint64_t below(__m256i low, __m256i high, char first, char count) {
+    return mask(below(low, first, count), below(high, first, count));
+  }
+
+  FASTGPT_AVX2 static __m256i below(__m256i bytes, char first, char count) {
+    const __m256i above = _mm256_sub_epi8(bytes, _mm256_set1_epi8(first));
+    const __m256i last = _mm256_set1_epi8(static_cast<char>(count - 1));
+    return _mm256_cmpeq_epi8(_mm256_min_epu8(above, last), above);
+  }
+
+  FASTGPT_AVX2 static std::uint64_t mask(__m256i low, __m256i high) {
+    const auto bits = static_cast<std::uint32_t>(_mm256_movemask_epi8(low));
+    return static_cast<std::uint64_t>(static_cast<std::uint32_t>(_mm256_movemask_epi8(high)))
+               << 32 |
+           bits;
+  }
+};
+#endif
+
+// Each bit one place on, with the last bit of the block before coming in.
+inline std::uint64_t shifted_on(std::uint64_t bits, std::uint64_t previous) {
+  return bits << 1 | previous >> 63;
 }
 
-// Returns the length of the contraction ('s 'd 'm 't 'll 've 're) at text[begin], or 0.
-std::size_t contraction_size(std::string_view text, std::size_t begin) {
-  const std::string_view rest = text.substr(begin, 3);
-  if (rest.size() < 2 || rest[0] != '\'') return 0;
-  if (rest[1] == 's' || rest[1] == 'd' || rest[1] == 'm' || rest[1] == 't') return 2;
-  return rest == "'ll" || rest == "'ve" || rest == "'re" ? 3 : 0;
+// Each bit one place back, with the first bit of the block after coming in.
+inline std::uint64_t shifted_back(std::uint64_t bits, std::uint64_t next) {
+  return bits >> 1 | next << 63;
+}
+
+// White space starts a piece where a run of it starts, and where its last character is if other
+// text follows, for `\s+(?!\S)` leaves that one to the word there.
+inline std::uint64_t space_starts(std::uint64_t continued, const Block& block, const Block& next) {
+  const std::uint64_t last_bytes = block.spaces & ~shifted_back(block.spaces, next.spaces);
+  std::uint64_t last_chars = last_bytes;
+  if (block.wide_spaces != 0) {  // a last byte here may be that of a character before it
+    const std::uint64_t last_bytes_next = next.spaces & ~(next.spaces >> 1);
+    const std::uint64_t one_on = shifted_back(last_bytes, last_bytes_next);
+    const std::uint64_t two_on = shifted_back(one_on, last_bytes_next >> 1);
+    last_chars = (last_bytes & ~block.wide_spaces) | (block.spaces_of_2 & one_on) |
+                 (block.spaces_of_3 & two_on);
+  }
+  return (block.spaces & ~continued) | last_chars;
+}
+
+// Writes `base` plus the place of each set bit, and returns how many there are. Goes by eights, for
+// fewer branches to mispredict, and so writes up to seven numbers more, of no meaning.
+template <typename Isa>
+inline std::size_t write_places(std::uint64_t bits, std::size_t base, std::size_t* to) {
+  const std::size_t count = count_bits(bits);
+  for (std::size_t i = 0; i < count; i += 8) {
+    for (std::size_t j = i; j < i + 8; ++j) {
+      to[j] = base + Isa::lowest_or_any(bits);
+      bits &= bits - 1;
+    }
+  }
+  return count;
 }
 
 }  // namespace
 
-std::size_t piece_end(std::string_view text, std::size_t begin) {
-  if (const std::size_t size = contraction_size(text, begin); size > 0) return begin + size;
+Pretokenizer::Pretokenizer(std::string_view text, bool vectorized)
+    : text_(text), vectorized_(vectorized) {
+  previous_.spaces = ~std::uint64_t{0};  // before the text: nothing that a word could go on from
+  current_ = classify<Portable>(0);
+}
 
-  const bool led_by_space = text[begin] == ' ' && begin + 1 < text.size();
-  const std::size_t at = led_by_space ? begin + 1 : begin;
-  const Char c = char_at(text, at);
-  if (c.char_class == CharClass::kSpace) return space_end(text, begin);
-  return run_end(text, at + c.size, c.char_class);
+Ends Pretokenizer::next() {
+#if defined(FASTGPT_HAS_AVX2)
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+                               __builtin_cpu_supports("bmi2");
+  if (vectorized_ && has_avx2) return {ends_.data(), cut_with_avx2()};
+#endif
+  return {ends_.data(), cut<Portable>()};
+}
+
+#if defined(FASTGPT_HAS_AVX2)
+// Everything is inlined here, so that all of it is compiled for these instructions.
+__attribute__((flatten)) FASTGPT_AVX2 std::size_t Pretokenizer::cut_with_avx2() {
+  return cut<Avx2>();
+}
+#endif
+
+// Writes the next ends to ends_, and returns how many.
+template <typename Isa>
+std::size_t Pretokenizer::cut() {
+  std::size_t count = 0;
+  while (at_ < text_.size() && count + kBlock < kEnds) {
+    const Block next = classify<Isa>(at_ + kBlock);
+    std::uint64_t places = starts(next);
+    if (at_ == 0) places &= ~std::uint64_t{1};  // where the first piece starts, none ends
+    const std::size_t left = text_.size() - at_;
+    if (left < kBlock) places &= (std::uint64_t{1} << left) - 1;
+    count += write_places<Isa>(places, at_, &ends_[count]);
+    if (left <= kBlock) ends_[count++] = text_.size();
+    previous_ = current_;
+    current_ = next;
+    at_ += kBlock;
+  }
+  return count;
+}
+
+// Returns the places in current_ where a piece starts.
+std::uint64_t Pretokenizer::starts(const Block& next) {
+  const Block& block = current_;
+  const std::uint64_t others = ~(block.letters | block.numbers | block.spaces);
+  const std::uint64_t previous_others = ~(previous_.letters | previous_.numbers | previous_.spaces);
+  const std::uint64_t continued = (block.letters & shifted_on(block.letters, previous_.letters)) |
+                                  (block.numbers & shifted_on(block.numbers, previous_.numbers)) |
+                                  (others & shifted_on(others, previous_others));
+  const std::uint64_t after_blank = shifted_on(block.blanks, previous_.blanks);
+  const std::uint64_t words = ~(block.spaces | continued | after_blank);
+  const std::uint64_t places =
+      words | space_starts(shifted_on(block.spaces, previous_.spaces), block, next);
+  return join_contractions(places);
+}
+
+// An apostrophe where a piece starts may begin a contraction: take out the start of the letters
+// that follow, for they belong to it, and put in one after it.
+std::uint64_t Pretokenizer::join_contractions(std::uint64_t starts) {
+  std::uint64_t apostrophes = starts & current_.apostrophes;
+  starts = (starts & ~joined_) | after_joined_;
+  joined_ = after_joined_ = 0;
+  for (; apostrophes != 0; apostrophes &= apostrophes - 1) {
+    const unsigned place = lowest(apostrophes);
+    const unsigned size = contraction_size(text_, at_ + place);
+    if (size == 0) continue;
+    const auto set = [](std::uint64_t& here, std::uint64_t& next, unsigned at) {
+      (at < kBlock ? here : next) |= std::uint64_t{1} << at % kBlock;
+    };
+    std::uint64_t joined = 0;
+    set(joined, joined_, place + 1);
+    starts &= ~joined;
+    set(starts, after_joined_, place + size);
+  }
+  return starts;
+}
+
+// Returns the classes of the 64 bytes at `at`. Blocks must be classified in order. Beyond the end
+// of the text all is white space: it ends no word that goes on, and is no text after white space.
+template <typename Isa>
+Block Pretokenizer::classify(std::size_t at) {
+  Block block;
+  if (at >= text_.size()) {
+    block.spaces = ~std::uint64_t{0};
+    return block;
+  }
+  std::array<char, kBlock> padded;
+  const char* bytes = text_.data() + at;
+  if (text_.size() - at < kBlock) {
+    padded.fill(' ');
+    std::memcpy(padded.data(), bytes, text_.size() - at);
+    bytes = padded.data();
+  }
+  const std::uint64_t high = Isa::classify(bytes, block);
+  if ((high | spilled_) != 0) classify_wide(at, high, block);
+  return block;
+}
+
+// Adds the characters of more than one byte, of which the bytes in `high` are a part.
+void Pretokenizer::classify_wide(std::size_t at, std::uint64_t high, Block& block) {
+  std::uint64_t masks[] = {0, spill_.letters, spill_.numbers, spill_.spaces};  // by CharClass
+  std::uint64_t spilled[] = {0, 0, 0, 0};
+  high &= ~spilled_;
+  spilled_ = 0;
+  while (high != 0) {
+    const unsigned place = lowest(high);
+    const Char c = multibyte_char_at(text_, at + place);
+    const std::uint64_t bytes = (std::uint64_t{1} << c.size) - 1;
+    const auto char_class = static_cast<std::size_t>(c.char_class);
+    masks[char_class] |= bytes << place;
+    high &= ~(bytes << place);
+    if (c.char_class == CharClass::kSpace) {
+      (c.size == 2 ? block.spaces_of_2 : block.spaces_of_3) |= std::uint64_t{1} << place;
+    }
+    if (place + c.size > kBlock) {
+      spilled_ = bytes >> (kBlock - place);
+      spilled[char_class] = spilled_;
+    }
+  }
+  block.letters |= masks[1];
+  block.numbers |= masks[2];
+  block.spaces |= masks[3];
+  block.wide_spaces = masks[3];
+  spill_.letters = spilled[1];
+  spill_.numbers = spilled[2];
+  spill_.spaces = spilled[3];
 }
 
 }  // namespace fastgpt

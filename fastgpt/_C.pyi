@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,18 +13,39 @@ class BytePairEncoder:
     def __init__(self, tokens: Sequence[bytes], merges: NDArray[np.uint32]) -> None:
         """Take the bytes of each id, and the merges as rows (left, right, merged), in order."""
 
-    def encode(
-        self, text: bytes, specials: Sequence[tuple[int, int, int]] = ...
-    ) -> NDArray[np.uint32]:
-        """Encode the text, with each of its spans (begin, end, id) replaced by that id."""
+    @staticmethod
+    def from_merges_file(
+        file: bytes, special_tokens: Sequence[bytes], trusted: bool = ...
+    ) -> BytePairEncoder:
+        """Take the bytes of a ``vocab.bpe``; special tokens get the ids after its own.
 
-    def decode(self, ids: NDArray[np.uint32]) -> bytes: ...
+        trusted: skip the search for tokens that their own bytes are not encoded to; there are none.
+        """
+
+    def encode(
+        self, text: str | bytes, specials: Sequence[tuple[int, int, int]] = ..., threads: int = ...
+    ) -> NDArray[np.uint16] | NDArray[np.uint32]:
+        """Encode the text, with each of its spans (begin, end, id) replaced by that id.
+
+        Returns: uint16 if the vocabulary has at most 65,536 tokens, else uint32. Raises
+        UnicodeEncodeError for a str with lone surrogates.
+        """
+
+    def encode_to_list(
+        self, text: str | bytes, specials: Sequence[tuple[int, int, int]] = ..., threads: int = ...
+    ) -> list[int]: ...
+    def decode(self, ids: Any) -> bytes | None:
+        """Return the bytes of a list or an array of ids, or None if it is not one of valid ids."""
+
     def tokens(self) -> list[bytes]: ...
     def merges(self) -> NDArray[np.uint32]: ...
     def __len__(self) -> int: ...
 
 def parse_merges_file(file: bytes) -> tuple[list[bytes], NDArray[np.uint32]]:
     """Return the tokens and the merges, rows (left, right, merged), of a ``vocab.bpe``."""
+
+def piece_ends(text: str | bytes, vectorized: bool = ...) -> list[int]:
+    """Return the byte offsets where the pieces end that GPT-2's pattern cuts the text into."""
 
 def gelu_forward(x: NDArray[np.float32], y: NDArray[np.float32], threads: int) -> None:
     """Write gelu(x) into `y`; both C-contiguous and of one size."""

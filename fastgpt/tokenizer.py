@@ -240,14 +240,21 @@ class Tokenizer(BaseTokenizer):
 
         A byte that is no part of valid UTF-8 counts as a punctuation mark, and decodes to itself.
         """
-        data = text if isinstance(text, bytes) else _utf8(text)
-        spans = self._special_spans(data, allowed_special, disallowed_special)
-        ids = self._encoder.encode(data, spans)
-        return ids.astype(np.uint16) if self.vocab_size <= 1 << 16 else ids
+        if not isinstance(text, str | bytes):
+            raise TypeError(f"encode takes str or bytes, not {type(text).__name__}")
+        spans = []
+        if allowed_special or disallowed_special:
+            text = _utf8(text)
+            spans = self._special_spans(text, allowed_special, disallowed_special)
+        try:
+            return self._encoder.encode(text, spans)
+        except UnicodeEncodeError:  # lone surrogates
+            return self._encoder.encode(_utf8(text), spans)
 
     def decode_bytes(self, ids: TokenIds) -> bytes:
         """Return the bytes that the ids stand for; errors as in :meth:`decode`."""
-        return self._encoder.decode(_check_ids(ids, self.vocab_size))
+        data = self._encoder.decode(ids)
+        return self._encoder.decode(_check_ids(ids, self.vocab_size)) if data is None else data
 
     @property
     def vocab_size(self) -> int:
@@ -278,8 +285,6 @@ class Tokenizer(BaseTokenizer):
         self, data: bytes, allowed: Specials, disallowed: Specials
     ) -> list[tuple[int, int, int]]:
         """Find the special tokens in the text: first byte, byte after the last, id."""
-        if not allowed and not disallowed:
-            return []
         names = _special_names(allowed, self._special_tokens)
         for name in sorted(_special_names(disallowed, self._special_tokens) - names):
             if (at := data.find(name.encode())) >= 0:
@@ -490,6 +495,8 @@ def _bad_id(ids: list[Any], vocab_size: int) -> Exception:
 
 def _utf8(text: str) -> bytes:
     """Encode a str, with U+FFFD for each lone surrogate, which UTF-8 cannot hold."""
+    if isinstance(text, bytes):
+        return text
     if not isinstance(text, str):
         raise TypeError(f"encode takes str or bytes, not {type(text).__name__}")
     try:

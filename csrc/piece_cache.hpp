@@ -1,0 +1,344 @@
+// Remembers the tokens of pieces that were seen before.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "lazy_array.hpp"
+#include "token_bytes.hpp"
+
+namespace fastgpt {
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "pieces are packed into words on the assumption that the first byte is the lowest"
+#endif
+
+// A piece of up to 16 bytes in two words, with zeros behind it.
+struct PieceKey {
+  std::uint64_t low;
+  std::uint64_t high;
+
+  static constexpr std::size_t kMaxSize = 16;
+
+  // Reads all of 16 bytes, though the piece may have less.
+  static PieceKey load(const char* piece, std::size_t size) {
+    return {word(piece) & kMasks[size + 8], word(piece + 8) & kMasks[size]};
+  }
+
+  // Reads no more than the piece.
+  static PieceKey load_exactly(std::string_view piece) {
+    const std::size_t size = piece.size();
+    if (size > 8) return {word(piece.data()), word(piece.data() + size - 8) >> 8 * (16 - size)};
+    if (size >= 4) {
+      const std::uint64_t last = half_word(piece.data() + size - 4);
+      return {half_word(piece.data()) | last << 8 * (size - 4), 0};
+    }
+    PieceKey key{0, 0};
+    for (std::size_t i = size; i > 0; --i) {
+      key.low = key.low << 8 | static_cast<unsigned char>(piece[i - 1]);
+    }
+    return key;
+  }
+
+  bool operator==(PieceKey other) const { return low == other.low && high == other.high; }
+
+  std::uint64_t hash() const {
+    const std::uint64_t mixed = low ^ high * 0xC2B2AE3D27D4EB4F;  // odd and random
+    return mixed * 0x9E3779B97F4A7C15;                            // the high bits are the good ones
+  }
+
+ private:
+  static std::uint64_t word(const char* bytes) {
+    std::uint64_t word;
+    std::memcpy(&word, bytes, sizeof word);
+    return word;
+  }
+  static std::uint64_t half_word(const char* bytes) {
+    std::uint32_t word;
+    std::memcpy(&word, bytes, sizeof word);
+    return word;
+  }
+
+  // kMasks[n + 8] keeps the first n bytes of a word: none for n <= 0, all for n >= 8.
+  static constexpr std::array<std::uint64_t, 25> make_masks() {
+    std::array<std::uint64_t, 25> masks{};
+    for (std::size_t i = 0; i < masks.size(); ++i) {
+      for (std::size_t byte = 0; byte < 8 && byte + 8 < i; ++byte) {
+        masks[i] |= std::uint64_t{0xFF} << 8 * byte;
+      }
+    }
+    return masks;
+  }
+  static const std::array<std::uint64_t, 25> kMasks;
+};
+
+inline constexpr std::array<std::uint64_t, 25> PieceKey::kMasks = PieceKey::make_masks();
+
+// Hash table from pieces of up to 16 bytes to their tokens. Bounded: when it is full, it starts
+// anew. For one thread at a time.
+//
+// What a lookup costs is the memory it has to wait for, so the table is dense: half a cache line
+// holds two short pieces or one long piece, with their tokens. A piece is in the half line that it
+// hashes to, unless there was no room: then in one that follows.
+template <typename Id>
+class PieceCache {
+ public:
+  // A short piece has up to 8 bytes and kShortIds tokens.
+  static constexpr std::size_t kShortSize = 8;
+  static constexpr std::size_t kShortIds = 6 / sizeof(Id);
+  static constexpr std::size_t kLongIds = 2 * kShortIds;
+
+  // A short piece: its bytes, and in one word its size, how many tokens it has, and these.
+  struct Slot {
+    std::uint64_t key;
+    std::uint64_t rest;
+
+    std::size_t size() const { return rest & 0xFF; }  // 0: the slot is free
+    std::size_t count() const { return rest >> 8 & 0xFF; }
+    bool holds(std::uint64_t piece, std::size_t piece_size) const {
+      return key == piece && size() == piece_size;
+    }
+    // Writes kShortIds tokens and what may follow them in 8 bytes, whatever count() is.
+    void copy_ids(Id* to) const {
+      const std::uint64_t ids = rest >> kIdsAt;
+      std::memcpy(to, &ids, sizeof ids);
+    }
+  };
+
+  // Or a long piece: the first slot has its first 8 bytes, its size with kLong added, and its first
+  // tokens; the second has the rest, and kLong alone. If the tokens are more than kLongIds, kMany
+  // is added to the first slot's size, and the second slot's tokens are the place of all in more_.
+  struct HalfLine {
+    Slot slots[2];
+
+    bool is_long() const { return slots[1].size() == kLong; }
+    bool holds_long(PieceKey piece, std::size_t marked_size) const {
+      return slots[0].holds(piece.low, marked_size) && slots[1].key == piece.high;
+    }
+  };
+  static_assert(sizeof(HalfLine) == 32);
+
+  // Writes the tokens of the piece of up to kShortSize bytes, and up to kWrittenIds in all, and
+  // returns how many it has; 0 if it is not in this half line.
+  static std::size_t copy_short(const HalfLine& half, std::uint64_t piece, std::size_t size,
+                                Id* to) {
+    const Slot& slot = half.slots[half.slots[0].key == piece ? 0 : 1];
+    if (!slot.holds(piece, size)) return 0;
+    slot.copy_ids(to);
+    return slot.count();
+  }
+
+  // The same for a piece of any size up to PieceKey::kMaxSize.
+  static std::size_t copy_long(const HalfLine& half, PieceKey piece, std::size_t size, Id* to) {
+    if (!half.holds_long(piece, size + kLong)) return 0;
+    half.slots[0].copy_ids(to);
+    half.slots[1].copy_ids(to + kShortIds);
+    return half.slots[0].count();
+  }
+  static constexpr std::size_t kWrittenIds = PieceKey::kMaxSize;
+  static_assert(kWrittenIds >= kShortIds + 8 / sizeof(Id));
+
+  // `size`: half lines to begin with, a power of two.
+  explicit PieceCache(std::size_t size = kMinSize) : table_(size), mask_(size - 1), shift_(64) {
+    for (; size > 1; size /= 2) --shift_;
+  }
+
+  // Where pieces should be. Of no use any more once layout() has changed.
+  class Homes {
+   public:
+    // Returns where this one should be, and has the processor fetch it.
+    const HalfLine* ask_for(PieceKey key) const {
+      const auto* half = reinterpret_cast<const HalfLine*>(table_ + (key.hash() >> shift_ & kMask));
+#if defined(__GNUC__)
+      __builtin_prefetch(half);
+#endif
+      return half;
+    }
+
+   private:
+    friend class PieceCache;
+    Homes(const HalfLine* table, int shift)
+        : table_(reinterpret_cast<const char*>(table)), shift_(shift - kBits) {}
+
+    static constexpr int kBits = 5;  // of an offset within a HalfLine
+    static constexpr std::uint64_t kMask = ~std::uint64_t{sizeof(HalfLine) - 1};
+    const char* table_;
+    int shift_;
+  };
+  Homes homes() const { return {table_.data(), shift_}; }
+  const HalfLine* layout() const { return table_.data(); }
+
+  // Writes the tokens of the piece, and up to kWrittenIds in all, and returns how many it has; 0 if
+  // it is not there.
+  std::size_t find(PieceKey key, std::size_t size, Id* to) const {
+    const std::size_t first = home(key);
+    for (std::size_t step = 0;; ++step) {
+      const HalfLine& half = table_[place(first, step)];
+      if (half.slots[0].size() == 0) return 0;
+      std::size_t count = size <= kShortSize ? copy_short(half, key.low, size, to) : 0;
+      if (count == 0) count = copy_long(half, key, size, to);
+      if (count != 0) return count;
+      if (half.holds_long(key, size + kLong + kMany)) {
+        std::memcpy(to, &more_[half.slots[1].rest >> 32], PieceKey::kMaxSize * sizeof(Id));
+        return half.slots[0].count();
+      }
+    }
+  }
+  bool has(PieceKey key, std::size_t size) const {
+    std::array<Id, kWrittenIds> ids;
+    return find(key, size, ids.data()) != 0;
+  }
+
+  // Needs a piece that is not there.
+  void insert(PieceKey key, std::size_t size, const TokenId* ids, std::size_t count) {
+    if (used_ + 2 > table_.size()) make_room();  // half of the slots stay free
+    if (size <= kShortSize && count <= kShortIds) {
+      used_ += 1;
+      put_short({key.low, pack(size, count, ids, count)});
+      return;
+    }
+    used_ += 2;
+    const std::size_t first = std::min(count, kShortIds);
+    HalfLine half{{{key.low, pack(size + kLong, count, ids, first)}, {key.high, kLong}}};
+    if (count <= kLongIds) {
+      half.slots[1].rest = pack(kLong, 0, ids + first, count - first);
+    } else {
+      half.slots[0].rest += kMany;
+      half.slots[1].rest |= static_cast<std::uint64_t>(more_.size()) << 32;
+      more_.insert(more_.end(), ids, ids + count);
+      more_.resize(more_.size() + PieceKey::kMaxSize - count);  // all are of one size
+    }
+    put_long(half);
+  }
+
+ private:
+  static constexpr std::size_t kMinSize = std::size_t{1} << 15;  // 1 MB
+  static constexpr std::size_t kMaxSize = std::size_t{1} << 19;  // 16 MB
+  static constexpr std::size_t kLong = 0x40;
+  static constexpr std::size_t kMany = 0x80;
+  static constexpr int kIdsAt = sizeof(Id) == 2 ? 16 : 32;
+
+  static std::uint64_t pack(std::size_t size, std::size_t count, const TokenId* ids,
+                            std::size_t packed) {
+    std::uint64_t rest = size | count << 8;
+    for (std::size_t i = 0; i < packed; ++i) {
+      rest |= static_cast<std::uint64_t>(ids[i]) << (kIdsAt + 8 * sizeof(Id) * i);
+    }
+    return rest;
+  }
+
+  void put_short(Slot slot) {
+    const std::size_t first = home({slot.key, 0});
+    for (std::size_t step = 0;; ++step) {
+      for (Slot& free : table_[place(first, step)].slots) {
+        if (free.size() != 0) continue;
+        free = slot;
+        return;
+      }
+    }
+  }
+
+  void put_long(const HalfLine& half) {
+    const std::size_t first = home({half.slots[0].key, half.slots[1].key});
+    std::size_t step = 0;
+    while (table_[place(first, step)].slots[0].size() != 0) ++step;
+    table_[place(first, step)] = half;
+  }
+
+  void make_room() {
+    if (table_.size() == kMaxSize) {
+      *this = PieceCache(kMaxSize);
+      return;
+    }
+    LazyArray<HalfLine> old = std::exchange(table_, LazyArray<HalfLine>(4 * table_.size()));
+    mask_ = table_.size() - 1;
+    shift_ -= 2;
+    for (const HalfLine& half : old) {
+      if (half.is_long()) {
+        put_long(half);
+      } else {
+        if (half.slots[0].size() != 0) put_short(half.slots[0]);
+        if (half.slots[1].size() != 0) put_short(half.slots[1]);
+      }
+    }
+  }
+
+  // The half lines where a piece may be: its home, the other half of that line, and so on, line by
+  // line.
+  std::size_t place(std::size_t home, std::size_t step) const {
+    return ((home ^ (step & 1)) + (step & ~std::size_t{1})) & mask_;
+  }
+  std::size_t home(PieceKey key) const { return static_cast<std::size_t>(key.hash() >> shift_); }
+
+  LazyArray<HalfLine> table_;
+  std::vector<Id> more_;
+  std::size_t used_ = 0;  // slots
+  std::size_t mask_;
+  int shift_;
+};
+
+// The same for pieces of more than 16 bytes: rules of dashes, indents, long names, which come again
+// and again in source code.
+template <typename Id>
+class LongPieceCache {
+ public:
+  static constexpr std::size_t kMaxPiece = 256;  // longer ones are rarely seen twice
+
+  // Appends the tokens of the piece to `ids`, or returns false if it is not there.
+  template <typename Buffer>
+  bool find(std::string_view piece, Buffer& ids) const {
+    if (entries_.empty()) return false;
+    const Entry& entry = entries_[home(piece)];
+    if (std::string_view(bytes_.data() + entry.bytes_at, entry.size) != piece) return false;
+    ids.append(ids_.data() + entry.ids_at, entry.count);
+    return true;
+  }
+
+  // Takes the place of another piece with the same home.
+  void insert(std::string_view piece, const Id* ids, std::size_t count) {
+    if (entries_.empty() || bytes_.size() > kMaxBytes) {
+      entries_.assign(kEntries, Entry{});
+      bytes_.clear();
+      ids_.clear();
+    }
+    entries_[home(piece)] = {
+        static_cast<std::uint32_t>(bytes_.size()), static_cast<std::uint32_t>(ids_.size()),
+        static_cast<std::uint16_t>(piece.size()), static_cast<std::uint16_t>(count)};
+    bytes_.insert(bytes_.end(), piece.begin(), piece.end());
+    ids_.insert(ids_.end(), ids, ids + count);
+  }
+
+ private:
+  struct Entry {
+    std::uint32_t bytes_at;
+    std::uint32_t ids_at;
+    std::uint16_t size;
+    std::uint16_t count;
+  };
+  static constexpr std::size_t kEntries = std::size_t{1} << 14;
+  static constexpr std::size_t kMaxBytes = std::size_t{1} << 20;
+
+  // Needs more than 16 bytes.
+  static std::size_t home(std::string_view piece) {
+    std::uint64_t hash = piece.size();
+    const auto mix = [&](std::size_t at) {
+      hash = (PieceKey::load(piece.data() + at, PieceKey::kMaxSize).hash() ^ hash >> 29) *
+             0x9E3779B97F4A7C15;
+    };
+    for (std::size_t at = 0; at + 16 < piece.size(); at += 16) mix(at);
+    mix(piece.size() - 16);
+    return static_cast<std::size_t>(hash >> 50);
+  }
+
+  std::vector<Entry> entries_;
+  std::vector<char> bytes_;
+  std::vector<Id> ids_;
+};
+
+}  // namespace fastgpt

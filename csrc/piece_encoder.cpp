@@ -1,0 +1,296 @@
+#include "piece_encoder.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <string>
+
+#include "pretokenizer.hpp"
+
+#if defined(__GNUC__)
+#define FASTGPT_NOINLINE __attribute__((noinline))
+#else
+#define FASTGPT_NOINLINE
+#endif
+
+namespace fastgpt {
+namespace {
+
+// Long pieces are cut into chunks that the cache takes.
+constexpr std::size_t kChunk = PieceKey::kMaxSize;
+
+// Returns how long the first chunk of a piece should be: if there is such a place, up to one that
+// no merge crosses, else up to a character's end.
+std::size_t chunk_size(const Vocabulary& vocabulary, std::string_view piece, bool& apart) {
+  apart = true;
+  if (piece.size() <= kChunk) return piece.size();
+  for (std::size_t size = kChunk; size > 0; --size) {
+    if (!vocabulary.joins(piece[size - 1], piece[size])) return size;
+  }
+  apart = false;
+  for (std::size_t size = kChunk; size > kChunk - 4; --size) {
+    if ((static_cast<unsigned char>(piece[size]) & 0xC0U) != 0x80U) return size;
+  }
+  return kChunk;
+}
+
+// Returns the key of the piece, if it is short enough to have one.
+PieceKey key_at(std::string_view text, std::size_t at, std::size_t size) {
+  if (size > PieceKey::kMaxSize) return {};
+  if (text.size() - at >= PieceKey::kMaxSize) return PieceKey::load(text.data() + at, size);
+  return PieceKey::load_exactly(text.substr(at, size));
+}
+
+}  // namespace
+
+template <typename Id>
+void PieceEncoder<Id>::encode(std::string_view text, IdBuffer<Id>& ids) {
+  Pretokenizer pretokenizer(text);
+  std::size_t begin = 0;
+  for (Ends ends = pretokenizer.next(); !ends.empty(); ends = pretokenizer.next()) {
+    encode_stretch(text, begin, ends, ids);
+    begin = ends.end()[-1];
+  }
+}
+
+// Looks up all pieces of the stretch first, and then sees to the few that the cache does not have:
+// several at a time are learnt quicker than one by one (see ShortMerge).
+template <typename Id>
+void PieceEncoder<Id>::encode_stretch(std::string_view text, std::size_t begin, Ends ends,
+                                      IdBuffer<Id>& ids) {
+  holes_.clear();
+  Id* const first = ids.reserve(PieceCache<Id>::kWrittenIds * (ends.size() + 1));
+  Id* to = first;
+  for (const std::size_t* end = ends.begin(); end != ends.end(); begin = end[-1]) {
+    const std::size_t count = std::min(static_cast<std::size_t>(ends.end() - end), kGroup);
+    to = look_up_group(text, begin, end, count, first, to);
+    end += count;
+  }
+  if (holes_.empty()) return ids.extend_to(to);
+  looked_up_.assign(first + holes_[0].at, to);
+  ids.extend_to(first + holes_[0].at);
+  fill_holes(ids);
+}
+
+// Writes the ids of those of the pieces that the cache has, and returns where they end; notes where
+// the others are missing. The pieces start at `begin` and end at the `count` places `ends`.
+//
+// Most of the time goes by waiting for entries of the cache to come from memory. So all are asked
+// for before the first is used.
+template <typename Id>
+Id* PieceEncoder<Id>::look_up_group(std::string_view text, std::size_t begin,
+                                    const std::size_t* ends, std::size_t count, const Id* first,
+                                    Id* to) {
+  using Cache = PieceCache<Id>;
+  if (text.size() - ends[count - 1] < PieceKey::kMaxSize) {  // keys would be read beyond the text
+    for (std::size_t i = 0, at = begin; i < count; at = ends[i++]) {
+      to += find_or_note(text, at, ends[i] - at, first, to);
+    }
+    return to;
+  }
+  std::array<std::uint64_t, kGroup> lows;  // the first word of each key
+  std::array<const typename Cache::HalfLine*, kGroup> halves;
+  const auto homes = cache_.homes();
+  for (std::size_t i = 0, at = begin; i < count; at = ends[i++]) {
+    const std::size_t size = ends[i] - at;
+    if (size > PieceKey::kMaxSize) continue;
+    const PieceKey key = PieceKey::load(text.data() + at, size);
+    lows[i] = key.low;
+    halves[i] = homes.ask_for(key);
+  }
+  for (std::size_t i = 0, at = begin; i < count; at = ends[i++]) {
+    const std::size_t size = ends[i] - at;
+    std::size_t tokens = 0;
+    if (size <= Cache::kShortSize) {
+      tokens = Cache::copy_short(*halves[i], lows[i], size, to);
+    } else if (size <= PieceKey::kMaxSize) {
+      tokens = Cache::copy_long(*halves[i], PieceKey::load(text.data() + at, size), size, to);
+    }
+    if (tokens == 0) tokens = find_or_note(text, at, size, first, to);
+    to += tokens;
+  }
+  return to;
+}
+
+// Writes the ids of the piece, wherever the cache has it, and returns how many they are; notes a
+// piece that it does not have.
+template <typename Id>
+FASTGPT_NOINLINE std::size_t PieceEncoder<Id>::find_or_note(std::string_view text, std::size_t at,
+                                                            std::size_t size, const Id* first,
+                                                            Id* to) {
+  const PieceKey key = key_at(text, at, size);
+  const std::size_t tokens = size <= PieceKey::kMaxSize ? cache_.find(key, size, to) : 0;
+  if (tokens == 0) {
+    holes_.push_back({key, text.substr(at, size), static_cast<std::size_t>(to - first)});
+  }
+  return tokens;
+}
+
+// Appends looked_up_, with the ids of what is missing put in.
+template <typename Id>
+void PieceEncoder<Id>::fill_holes(IdBuffer<Id>& ids) {
+  for (const Hole* hole = holes_.data(); hole != holes_.data() + holes_.size();) {
+    hole = learn(hole, holes_.data() + holes_.size());
+  }
+  const std::size_t first = holes_[0].at;
+  std::size_t at = first;
+  for (const Hole& hole : holes_) {
+    ids.append(&looked_up_[at - first], hole.at - at);
+    if (hole.piece.size() > PieceKey::kMaxSize) {
+      encode_long(hole.piece, ids);
+    } else {
+      encode_short(hole.key, hole.piece, ids);
+    }
+    at = hole.at;
+  }
+  ids.append(looked_up_.data() + (at - first), looked_up_.size() - (at - first));
+}
+
+// Puts the first few of the missing pieces into the cache, and returns the one after those.
+template <typename Id>
+auto PieceEncoder<Id>::learn(const Hole* hole, const Hole* end) -> const Hole* {
+  std::array<Hole, kTogether> unknown;
+  std::size_t unknowns = 0;
+  for (; hole != end && unknowns < kTogether; ++hole) {
+    if (hole->piece.size() > PieceKey::kMaxSize) continue;
+    const auto same = [&](const Hole& other) {
+      return other.key == hole->key && other.piece.size() == hole->piece.size();
+    };
+    if (std::any_of(unknown.begin(), unknown.begin() + unknowns, same)) continue;
+    if (cache_.has(hole->key, hole->piece.size())) continue;
+    vocabulary_.whole_tokens().ask_for(hole->key);
+    unknown[unknowns++] = *hole;
+  }
+  std::size_t to_merge = 0;
+  for (std::size_t i = 0; i < unknowns; ++i) {
+    const auto& [key, piece, at] = unknown[i];
+    const TokenId whole = vocabulary_.whole_tokens().find(key, piece.size());
+    if (whole != kNoToken) {
+      cache_.insert(key, piece.size(), &whole, 1);
+    } else {
+      unknown[to_merge++] = unknown[i];
+    }
+  }
+  merge_together(unknown.data(), to_merge);
+  return hole;
+}
+
+template <typename Id>
+void PieceEncoder<Id>::merge_together(const Hole* pieces, std::size_t count) {
+  std::array<ShortMerge<PieceKey::kMaxSize>, kTogether> merges;
+  std::array<std::size_t, kTogether> going;  // which are not done yet
+  for (std::size_t i = 0; i < count; ++i) {
+    merges[i].start(vocabulary_, pieces[i].piece);
+    going[i] = i;
+  }
+  for (std::size_t left = count; left > 0;) {
+    std::size_t still = 0;
+    for (std::size_t i = 0; i < left; ++i) {
+      if (merges[going[i]].merge_next(vocabulary_)) going[still++] = going[i];
+    }
+    left = still;
+    for (std::size_t i = 0; i < left; ++i) merges[going[i]].look_up(vocabulary_);
+  }
+  for (std::size_t i = 0; i < count; ++i) {
+    std::array<TokenId, PieceKey::kMaxSize> ids;
+    cache_.insert(pieces[i].key, pieces[i].piece.size(), ids.data(),
+                  merges[i].copy_tokens(ids.data()));
+  }
+}
+
+template <typename Id>
+void PieceEncoder<Id>::encode_short(PieceKey key, std::string_view piece, IdBuffer<Id>& ids) {
+  Id* const to = ids.reserve(PieceCache<Id>::kWrittenIds);
+  std::size_t count = cache_.find(key, piece.size(), to);
+  if (count == 0) {
+    const Hole missing{key, piece, 0};
+    learn(&missing, &missing + 1);
+    count = cache_.find(key, piece.size(), to);
+  }
+  ids.extend_by(count);
+}
+
+template <typename Id>
+void PieceEncoder<Id>::encode_long(std::string_view piece, IdBuffer<Id>& ids) {
+  const bool cached = piece.size() <= LongPieceCache<Id>::kMaxPiece;
+  if (cached && long_cache_.find(piece, ids)) return;
+  const std::size_t first = ids.size();
+  encode_chunks(piece, ids);
+  if (cached) long_cache_.insert(piece, ids.data() + first, ids.size() - first);
+}
+
+// Encodes chunk by chunk. That is exact where a chunk ends at a place that no merge crosses, or
+// where the tokens at the seam can stand side by side (see below); else the seam is mended.
+template <typename Id>
+void PieceEncoder<Id>::encode_chunks(std::string_view piece, IdBuffer<Id>& ids) {
+  const std::size_t first = ids.size();
+  std::size_t fence = first;  // no merge crosses the place before this id
+  for (std::size_t at = 0; at < piece.size();) {
+    bool apart;
+    const std::size_t size = chunk_size(vocabulary_, piece.substr(at), apart);
+    const std::size_t seam = ids.size();
+    encode_short(key_at(piece, at, size), piece.substr(at, size), ids);
+    at += size;
+    if (seam > fence && !stand_side_by_side(ids.data()[seam - 1], ids.data()[seam]) &&
+        !mend(piece.substr(0, at), fence, seam, ids)) {
+      ids.truncate(first);
+      const std::vector<TokenId>& tokens = merger_.merge(piece);
+      ids.append(tokens.data(), tokens.size());
+      return;
+    }
+    if (apart) fence = ids.size();
+  }
+}
+
+// Merges the last chunk of the text anew together with as many tokens before it as it takes for the
+// rest to stand. Returns false if that would be too many.
+template <typename Id>
+bool PieceEncoder<Id>::mend(std::string_view text, std::size_t fence, std::size_t seam,
+                            IdBuffer<Id>& ids) {
+  constexpr std::size_t kMostTaken = 64;
+  std::size_t bytes = 0;  // at the end of the text, to be merged anew
+  for (std::size_t i = seam; i < ids.size(); ++i)
+    bytes += vocabulary_.tokens().size_of(ids.data()[i]);
+  std::size_t kept = seam;
+  for (std::size_t taken = 1; taken <= kMostTaken; taken *= 2) {
+    for (; kept > fence && seam - kept < taken; --kept) {
+      bytes += vocabulary_.tokens().size_of(ids.data()[kept - 1]);
+    }
+    const std::vector<TokenId> tokens = merger_.merge(text.substr(text.size() - bytes));
+    if (kept == fence || stand_side_by_side(ids.data()[kept - 1], tokens[0])) {
+      ids.truncate(kept);
+      ids.append(tokens.data(), tokens.size());
+      return true;
+    }
+  }
+  return false;
+}
+
+// Whether the two tokens stay as they are when their bytes are encoded together.
+//
+// If that is so of every two neighbours in a list of tokens, the list is what the bytes of them all
+// are encoded to. For look at the first merge that crosses a place between two of the tokens. All
+// merges before it were within tokens, and those within these two the same, in the same order, as
+// when the two are encoded alone; so it would come there, too.
+template <typename Id>
+bool PieceEncoder<Id>::stand_side_by_side(TokenId left, TokenId right) {
+  constexpr std::size_t kSlots = 4096;
+  constexpr std::uint64_t kKnown = std::uint64_t{1} << 62;
+  if (side_by_side_.empty()) side_by_side_.resize(kSlots);
+  const std::uint64_t pair = kKnown | static_cast<std::uint64_t>(left) << kIdBits | right;
+  std::uint64_t& known = side_by_side_[(pair * 0x9E3779B97F4A7C15) >> 52];
+  if (known >> 1 != pair) {
+    const TokenBytes& bytes = vocabulary_.tokens();
+    std::string both(bytes[left]);
+    both += bytes[right];
+    const std::vector<TokenId>& tokens = merger_.merge(both);
+    const bool stand = tokens.size() == 2 && tokens[0] == left && tokens[1] == right;
+    known = pair << 1 | (stand ? 1 : 0);
+  }
+  return (known & 1) != 0;
+}
+
+template class PieceEncoder<std::uint16_t>;
+template class PieceEncoder<std::uint32_t>;
+
+}  // namespace fastgpt

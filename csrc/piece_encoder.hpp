@@ -1,0 +1,62 @@
+// Turns one piece after the other into token ids.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "id_buffer.hpp"
+#include "merger.hpp"
+#include "piece_cache.hpp"
+#include "pretokenizer.hpp"
+#include "vocabulary.hpp"
+
+namespace fastgpt {
+
+// Merges a piece that it sees for the first time and looks it up after that. The ids are the same
+// whatever it has seen. For one thread at a time.
+template <typename Id>
+class PieceEncoder {
+ public:
+  explicit PieceEncoder(const Vocabulary& vocabulary)
+      : vocabulary_(vocabulary), merger_(vocabulary) {}
+
+  // Appends the ids of all pieces of a text.
+  void encode(std::string_view text, IdBuffer<Id>& ids);
+
+ private:
+  static constexpr std::size_t kGroup = 64;    // pieces that are looked up together
+  static constexpr std::size_t kTogether = 8;  // and learnt
+
+  // A piece that is missing before the id at this place.
+  struct Hole {
+    PieceKey key;
+    std::string_view piece;
+    std::size_t at;
+  };
+
+  void encode_stretch(std::string_view text, std::size_t begin, Ends ends, IdBuffer<Id>& ids);
+  Id* look_up_group(std::string_view text, std::size_t begin, const std::size_t* ends,
+                    std::size_t count, const Id* first, Id* to);
+  std::size_t find_or_note(std::string_view text, std::size_t at, std::size_t size, const Id* first,
+                           Id* to);
+  void fill_holes(IdBuffer<Id>& ids);
+  const Hole* learn(const Hole* hole, const Hole* end);
+  void merge_together(const Hole* pieces, std::size_t count);
+  void encode_short(PieceKey key, std::string_view piece, IdBuffer<Id>& ids);
+  void encode_long(std::string_view piece, IdBuffer<Id>& ids);
+  void encode_chunks(std::string_view piece, IdBuffer<Id>& ids);
+  bool mend(std::string_view text, std::size_t fence, std::size_t seam, IdBuffer<Id>& ids);
+  bool stand_side_by_side(TokenId left, TokenId right);
+
+  const Vocabulary& vocabulary_;
+  PieceCache<Id> cache_;
+  LongPieceCache<Id> long_cache_;
+  Merger merger_;
+  std::vector<Hole> holes_;                  // of a stretch
+  std::vector<Id> looked_up_;                // what follows its first hole
+  std::vector<std::uint64_t> side_by_side_;  // what stand_side_by_side has found, by hash
+};
+
+}  // namespace fastgpt

@@ -1,0 +1,37 @@
+// The bytes of all tokens.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <string_view>
+#include <vector>
+
+namespace fastgpt {
+
+using TokenId = std::uint32_t;
+constexpr TokenId kNoToken = std::numeric_limits<TokenId>::max();
+
+// All tokens' bytes in one block, with kPadding bytes after the last, so that a copy may read in
+// strides of that size.
+class TokenBytes {
+ public:
+  static constexpr std::size_t kPadding = 16;
+
+  TokenBytes() : bytes_(kPadding, '\0'), begins_(1, 0) {}
+
+  void push_back(std::string_view token);
+
+  std::size_t size() const { return begins_.size() - 1; }
+  const char* data(TokenId id) const { return bytes_.data() + begins_[id]; }
+  std::size_t size_of(TokenId id) const { return begins_[id + 1] - begins_[id]; }
+  std::string_view operator[](TokenId id) const { return {data(id), size_of(id)}; }
+
+ private:
+  char* grow(std::size_t size);
+
+  std::vector<char> bytes_;
+  std::vector<std::uint32_t> begins_;  // token i is bytes_[begins_[i] : begins_[i + 1]]
+};
+
+}  // namespace fastgpt
