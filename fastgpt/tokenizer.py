@@ -27,17 +27,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt.compiled import _C
+from fastgpt.rank_file import read_rank_file, to_rank_file, to_ranks
 from fastgpt.vocabulary import (
     END_OF_TEXT,
+    GPT2_PATTERNS,
+    IDS_FILE,
     Vocabulary,
     naming,
     read_hugging_face,
     read_json,
     read_merges,
     to_hugging_face,
+    to_merges,
 )
 
 if TYPE_CHECKING:
+    import tiktoken
     import torch
 
 TokenIds: TypeAlias = "Iterable[int] | NDArray[np.integer[Any]] | torch.Tensor"
@@ -71,9 +76,14 @@ class BaseTokenizer(ABC):
         """Return the bytes that the ids stand for; errors as in :meth:`decode`."""
 
     @classmethod
-    def load(cls, path: PathLike) -> Self:
+    def load(
+        cls,
+        path: PathLike,
+        *,
+        special_tokens: Mapping[str, int] | Iterable[str] | None = None,
+    ) -> Self:
         """Read a tokenizer of this class; see :func:`load_tokenizer`."""
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, special_tokens=special_tokens)
         if not isinstance(tokenizer, cls):
             found = type(tokenizer).__name__
             raise ValueError(f"{path} holds a {found}, not a {cls.__name__}: use load_tokenizer")
@@ -225,8 +235,48 @@ class Tokenizer(BaseTokenizer):
         return _gpt2()
 
     def save(self, path: PathLike) -> None:
-        """Write Hugging Face's ``tokenizer.json``, to a file or into a folder."""
-        _write_json(path, to_hugging_face(self._vocabulary))
+        """Write the tokenizer, in the format that the name says.
+
+        - a name ending in ``.json``, or a folder: Hugging Face's ``tokenizer.json``, which holds
+          any tokenizer;
+        - ``vocab.bpe`` or ``merges.txt``: OpenAI's merges, and beside them the ids, in
+          ``encoder.json`` or ``vocab.json``;
+        - a name ending in ``.tiktoken``: tiktoken's ranks, without the special tokens.
+
+        :func:`load_tokenizer` reads them all. Raises: ValueError for another name, or if the format
+        cannot hold this tokenizer.
+        """
+        path = Path(path)
+        if path.suffix == ".tiktoken":
+            path.write_bytes(to_rank_file(self._vocabulary))
+        elif path.name in IDS_FILE:
+            merges, ids = to_merges(self._vocabulary)
+            path.write_bytes(merges.encode())
+            _write_json(path.with_name(IDS_FILE[path.name]), ids)
+        elif path.suffix == ".json" or path.is_dir():
+            _write_json(path, to_hugging_face(self._vocabulary))
+        else:
+            raise ValueError(
+                f"{path}: name the file *.json, *.tiktoken, {' or '.join(IDS_FILE)}, or give a "
+                "folder that exists"
+            )
+
+    def to_tiktoken(self, name: str = "fastgpt") -> tiktoken.Encoding:
+        """Return a ``tiktoken.Encoding`` that makes the same ids.
+
+        Raises: ImportError without tiktoken; ValueError if it cannot make the same ids, because
+            the order of merges is not that of ids.
+        """
+        try:
+            import tiktoken
+        except ImportError:
+            raise ImportError("tiktoken is not installed: pip install tiktoken") from None
+        return tiktoken.Encoding(
+            name,
+            pat_str=GPT2_PATTERNS[-1],
+            mergeable_ranks=to_ranks(self._vocabulary),
+            special_tokens=self._special_tokens,
+        )
 
     def encode_to_numpy(
         self,
@@ -388,23 +438,33 @@ class CharTokenizer(BaseTokenizer):
         return CharTokenizer, (self._characters,)
 
 
-def load_tokenizer(path: PathLike) -> BaseTokenizer:
+def load_tokenizer(
+    path: PathLike, *, special_tokens: Mapping[str, int] | Iterable[str] | None = None
+) -> BaseTokenizer:
     """Read a tokenizer of either class from a file, or from a folder that holds such files.
 
     - ``tokenizer.json`` (or any name ending in ``.json``), as :meth:`BaseTokenizer.save` writes it
-      or Hugging Face's tokenizers do for a byte-level BPE;
+      or Hugging Face's tokenizers do for a byte-level BPE that splits words as GPT-2 does;
     - ``vocab.bpe`` (Hugging Face: ``merges.txt``), OpenAI's format. Ids come from ``encoder.json``
-      (``vocab.json``) in the same folder where ``path`` is the folder; without one they are the
-      256 bytes in GPT-2's order, the merges in theirs, and ``<|endoftext|>``.
+      (``vocab.json``) in the same folder; without one they are the 256 bytes in GPT-2's order, the
+      merges in theirs, and ``<|endoftext|>``;
+    - ``*.tiktoken``, tiktoken's ranks. Such a file has no special tokens: `special_tokens` names
+      them, in the order of their ids, which follow the file's (or maps names to those ids); by
+      default it is ``<|endoftext|>`` alone. It says nothing of how to split words either, and
+      fastgpt does as GPT-2 does: right for r50k_base, wrong for cl100k_base and later.
 
     Raises: ValueError that names the place in a malformed file, or what in it is not supported;
         FileNotFoundError.
     """
     path = Path(path)
+    if path.suffix == ".tiktoken":
+        return _from_vocabulary(path, read_rank_file(path, special_tokens))
+    if special_tokens is not None:
+        raise ValueError(f"{path}: special_tokens are for *.tiktoken; other files hold their own")
     if path.is_dir():
         return _load_folder(path)
     if path.suffix != ".json":
-        return _from_vocabulary(path, read_merges(path))
+        return _from_merges(path)
     data = read_json(path)
     if "type" in data:
         return _from_char_json(path, data)
@@ -414,12 +474,16 @@ def load_tokenizer(path: PathLike) -> BaseTokenizer:
 def _load_folder(folder: Path) -> BaseTokenizer:
     if (folder / FILE_NAME).exists():
         return load_tokenizer(folder / FILE_NAME)
-    for merges, ids in (("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json")):
-        path, ids_path = folder / merges, folder / ids
-        if path.exists():
-            vocabulary = read_merges(path, ids_path if ids_path.exists() else None)
-            return _from_vocabulary(path, vocabulary)
+    for merges in IDS_FILE:
+        if (folder / merges).exists():
+            return _from_merges(folder / merges)
     raise FileNotFoundError(f"{folder} holds no tokenizer: neither {FILE_NAME} nor vocab.bpe")
+
+
+def _from_merges(path: Path) -> Tokenizer:
+    ids_path = path.with_name(IDS_FILE.get(path.name, path.name))
+    given = ids_path != path and ids_path.exists()
+    return _from_vocabulary(path, read_merges(path, ids_path if given else None))
 
 
 def _from_vocabulary(path: Path, vocabulary: Vocabulary) -> Tokenizer:
