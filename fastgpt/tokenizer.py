@@ -109,6 +109,11 @@ class BaseTokenizer(ABC):
         """SHA-256 (hexadecimal) of all that determines the ids; equal for equal tokenizers."""
 
     @property
+    @abstractmethod
+    def _token_sizes(self) -> NDArray[np.int64]:
+        """How many bytes each id stands for: ``[vocab_size]``."""
+
+    @property
     def eot_token(self) -> int | None:
         """The id of ``<|endoftext|>``, which ends a document, or None if there is none."""
         return self.special_tokens.get(END_OF_TEXT)
@@ -147,6 +152,41 @@ class BaseTokenizer(ABC):
             errors=errors,
         ).tolist()
         return ids
+
+    def encode_with_offsets(
+        self,
+        text: str | bytes,
+        *,
+        allowed_special: Specials = frozenset(),
+        disallowed_special: Specials = frozenset(),
+    ) -> tuple[IdArray, NDArray[np.int64]]:
+        """Encode as :meth:`encode_to_numpy` does, and say where in the text each id stands.
+
+        Returns: ids ``[n]`` and offsets ``[n, 2]``, the start of each and the end (the start of
+            what follows): in bytes if the text is bytes, in characters if it is a str. A character
+            that several ids share lies within the offsets of each.
+        """
+        ids = self.encode_to_numpy(
+            text, allowed_special=allowed_special, disallowed_special=disallowed_special
+        )
+        sizes = self._token_sizes[ids]  # [n], in bytes
+        ends = np.cumsum(sizes)
+        offsets = np.stack([ends - sizes, ends], axis=1)
+        return ids, offsets if isinstance(text, bytes) else _in_characters(offsets, text)
+
+    def count(
+        self,
+        text: str | bytes,
+        *,
+        allowed_special: Specials = frozenset(),
+        disallowed_special: Specials = frozenset(),
+    ) -> int:
+        """Return how many ids :meth:`encode` makes of the text."""
+        return len(
+            self.encode_to_numpy(
+                text, allowed_special=allowed_special, disallowed_special=disallowed_special
+            )
+        )
 
     def encode_batch(
         self,
@@ -187,11 +227,11 @@ class BaseTokenizer(ABC):
 
         Joined, it is the text that :meth:`decode` gives for all the ids together.
         """
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder = StreamDecoder(self)
         for token_id in ids:
-            if text := decoder.decode(self.token_bytes(token_id)):
+            if text := decoder.push([token_id]):
                 yield text
-        if text := decoder.decode(b"", final=True):
+        if text := decoder.finish():
             yield text
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -320,6 +360,11 @@ class Tokenizer(BaseTokenizer):
         digest.update(json.dumps(special_tokens, sort_keys=True).encode())
         return digest.hexdigest()
 
+    @cached_property
+    def _token_sizes(self) -> NDArray[np.int64]:
+        """How many bytes each id stands for: ``[vocab_size]``."""
+        return np.array([len(token) for token in self._encoder.tokens()], np.int64)
+
     @property
     def _vocabulary(self) -> Vocabulary:
         return Vocabulary(self._encoder.tokens(), self._encoder.merges(), self._special_tokens)
@@ -424,6 +469,12 @@ class CharTokenizer(BaseTokenizer):
         """SHA-256 (hexadecimal) of the characters."""
         return hashlib.sha256(b"fastgpt-char 1\n" + self._characters.encode()).hexdigest()
 
+    @cached_property
+    def _token_sizes(self) -> NDArray[np.int64]:
+        """How many bytes each character has in UTF-8: ``[vocab_size]``."""
+        limits = np.array([0x80, 0x800, 0x10000], np.uint32)
+        return 1 + np.searchsorted(limits, self._code_points, side="right")
+
     def _unknown_character(self, text: str, at: int) -> ValueError:
         return ValueError(
             f"character {text[at]!r} (U+{ord(text[at]):04X}) at position {at} is not in this "
@@ -436,6 +487,33 @@ class CharTokenizer(BaseTokenizer):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CharTokenizer, (self._characters,)
+
+
+class StreamDecoder:
+    """Turns ids into text as they come, holding back characters that are not complete yet.
+
+    >>> decoder = StreamDecoder(Tokenizer.gpt2())
+    >>> [decoder.push(i) for i in (15496, 10263, 248, 115)], decoder.finish()
+    (['Hello', ' ', '', '嚷'], '')
+    """
+
+    def __init__(self, tokenizer: BaseTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids: int | TokenIds) -> str:
+        """Take one id, or several, and return the text that is complete now.
+
+        Raises as :meth:`BaseTokenizer.decode` does; then nothing was taken.
+        """
+        row = [int(ids)] if isinstance(ids, (int, np.integer)) else ids
+        return self._decoder.decode(self._tokenizer.decode_bytes(row))
+
+    def finish(self) -> str:
+        """Return U+FFFD for what is held back, if anything is, and begin anew."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
 
 
 def load_tokenizer(
@@ -565,6 +643,23 @@ def _utf8(text: str) -> bytes:
 
 def _code_points(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def _in_characters(offsets: NDArray[np.int64], text: str) -> NDArray[np.int64]:
+    """Turn offsets in the text's UTF-8 bytes into offsets in its characters."""
+    data = np.frombuffer(_utf8(text), np.uint8)
+    if len(data) == len(text):
+        return offsets
+    continues = np.append(data & 0xC0 == 0x80, False)  # whether a byte is not a character's first
+    begun = np.append(0, np.cumsum(~continues))  # how many characters began before a byte
+    starts, ends = offsets.T
+    result: NDArray[np.int64] = np.stack([begun[starts] - continues[starts], begun[ends]], axis=1)
+    if begun[-2] == len(text):
+        return result
+    # Two surrogates that stood for one character became that one.
+    pairs = re.compile("[\ud800-\udbff][\udc00-\udfff]|.", re.DOTALL)
+    begins = np.array([*(match.start() for match in pairs.finditer(text)), len(text)], np.int64)
+    return np.take(begins, result)
 
 
 def _special_names(names: Specials, known: Mapping[str, int]) -> set[str]:
