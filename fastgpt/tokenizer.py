@@ -18,7 +18,7 @@ import re
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex, TypeAlias
@@ -27,7 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt.compiled import _C
+from fastgpt.documents import cut_at_pieces, map_in_order, read_blocks
+from fastgpt.errors import UsageError
 from fastgpt.rank_file import read_rank_file, to_rank_file, to_ranks
+from fastgpt.shards import TOKENS_PER_SHARD, ShardWriter
 from fastgpt.vocabulary import (
     END_OF_TEXT,
     GPT2_PATTERNS,
@@ -206,6 +209,56 @@ class BaseTokenizer(ABC):
             )
             for text in texts
         ]
+
+    def encode_file(
+        self,
+        path: PathLike,
+        out: PathLike,
+        *,
+        threads: int | None = None,
+        progress: bool = True,
+        tokens_per_shard: int = TOKENS_PER_SHARD,
+    ) -> list[Path]:
+        """Encode a UTF-8 text file of any size into token shards, without holding it in memory.
+
+        The ids are those of the whole text, as one document; special tokens in it are ordinary
+        text. A byte order mark is left out, and Windows's line ends become newlines.
+
+        Args:
+            path: the text.
+            out: folder and name of the shards: ``OUT-00000.bin`` and so on (:mod:`fastgpt.shards`).
+            threads: how many blocks to encode at once; by default one for each CPU.
+            progress: show a bar, if standard error is a terminal.
+            tokens_per_shard: how many ids a file holds at most.
+
+        Returns: the files. Raises: UsageError for a text that is missing, empty or not UTF-8 (it
+            says where), ValueError for a character that the vocabulary does not have,
+            FileExistsError if there are such shards already. Then none are written.
+        """
+        from fastgpt.progress import FileProgress  # rich: only when there is something to show
+
+        path = Path(path)
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise UsageError(f"data file {path} cannot be read: {error.strerror}") from None
+        with (
+            FileProgress(path.name, size, progress) as bar,
+            ShardWriter(out, self, tokens_per_shard) as writer,
+        ):
+            blocks = _numbered(cut_at_pieces(read_blocks(path, advance=bar.advance)))
+            for ids in map_in_order(partial(self._encode_block, path), blocks, threads):
+                writer.append(ids, document_starts=() if writer.n_tokens else (0,))
+            if not writer.n_tokens:
+                raise UsageError(f"data file {path} is empty ({size} bytes)")
+        return writer.paths
+
+    def _encode_block(self, path: Path, block: tuple[int, str]) -> IdArray:
+        first, text = block
+        try:
+            return self.encode_to_numpy(text)
+        except ValueError as error:
+            raise ValueError(f"{path}, after {first:,} characters: {error}") from None
 
     def decode(self, ids: TokenIds, errors: str = "replace") -> str:
         """Return the text of one row of ids: a list, an array or a tensor.
@@ -643,6 +696,14 @@ def _utf8(text: str) -> bytes:
 
 def _code_points(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def _numbered(blocks: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Put in front of each block how many characters came before it."""
+    first = 0
+    for block in blocks:
+        yield first, block
+        first += len(block)
 
 
 def _in_characters(offsets: NDArray[np.int64], text: str) -> NDArray[np.int64]:
