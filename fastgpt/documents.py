@@ -40,11 +40,14 @@ _MARKER = re.compile(rf"(?<![^\n]){re.escape(END_OF_TEXT)}(?![^\n])")
 
 
 def find_sources(inputs: Iterable[str | Path]) -> list[Path]:
-    """Return the files named, and those in the folders named, in order of their names."""
+    """Return the files named, and those in the folders named, in order of their names.
+
+    Folders that fastgpt.prepare made are passed over.
+    """
     sources: list[Path] = []
     for path in map(Path, inputs):
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if _kind(p) in SUFFIXES and p.is_file())
+            found = sorted(p for p in path.rglob("*") if _kind(p) in SUFFIXES and _is_source(p))
             if not found:
                 raise UsageError(f"folder {path} holds no file named *{', *'.join(SUFFIXES)}")
             sources += found
@@ -61,7 +64,9 @@ def read_documents(path: Path, field: str, advance: Advance = lambda n: None) ->
     ``.jsonl``: an object a line, and in its `field` the text; ``.json``: a list of texts, or of
     such objects; ``.parquet``: a column `field`. Anything else is UTF-8 text, and one document,
     unless some lines of it are ``<|endoftext|>``: these, and the empty lines around them, part it
-    into several. Raises: UsageError that names the file and the place.
+    into several. Empty documents are left out.
+
+    Raises: UsageError that names the file and the place.
     """
     if _kind(path) == ".parquet":
         return _parquet(path, field, advance)
@@ -170,7 +175,8 @@ def _json_lines(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 place = f"{path}, line {number}"
-                yield _field_of(_parse_json(line, place), field, place), True
+                if text := _field_of(_parse_json(line, place), field, place):
+                    yield text, True
 
 
 def _json_list(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
@@ -180,7 +186,8 @@ def _json_list(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
         raise UsageError(f"{path} holds no list of texts but a {type(items).__name__}")
     for number, item in enumerate(items):
         text = item if isinstance(item, str) else _field_of(item, field, f"{path}, item {number}")
-        yield text, True
+        if text:
+            yield text, True
 
 
 def _parquet(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
@@ -198,7 +205,8 @@ def _parquet(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
                 for text in batch.column(0).to_pylist():
                     if not isinstance(text, str):
                         raise _no_text(f"{path}, row {row}", field, text)
-                    yield text, True
+                    if text:
+                        yield text, True
                     row += 1
                 advance(size * row // n_rows - size * (row - batch.num_rows) // n_rows)
     except (ArrowException, OSError) as error:
@@ -235,6 +243,10 @@ def _no_field(place: str, field: str, fields: Iterable[str]) -> UsageError:
 
 def _no_text(place: str, field: str, value: Any) -> UsageError:
     return UsageError(f"{place}: field {field!r} holds no text but {value!r:.40}")
+
+
+def _is_source(path: Path) -> bool:
+    return path.is_file() and not (path.parent / "meta.json").is_file()
 
 
 def _kind(path: Path) -> str:

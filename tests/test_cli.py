@@ -92,7 +92,7 @@ def wrong_uses() -> dict[str, tuple[object, list[str], str]]:
         "no runs yet": (generate.main, ["runs/latest"], "no runs in runs/ yet"),
         "not a run": (generate.main, ["."], ". is not a run folder"),
         "no run": (generate.main, ["none"], "none does not exist"),
-        "unknown command": (fastgpt_main.dispatch, ["trian"], "there are train, generate"),
+        "unknown command": (fastgpt_main.dispatch, ["trian"], "there are train, prepare"),
     }
 
 
