@@ -22,7 +22,7 @@ from fastgpt.errors import UsageError
 from fastgpt.hashing import mix as mix
 from fastgpt.preparation import META
 from fastgpt.preparation import prepare as prepare
-from fastgpt.shards import ShardedIds, joined, read_shards
+from fastgpt.shards import ShardedIds, joined, read_shards, verify_shard
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
 PACKAGED = {"shakespeare": Path(__file__).parent / "assets" / "tinyshakespeare.txt"}
@@ -94,12 +94,15 @@ def _load_prepared(folder: Path, tokenizer: str | BaseTokenizer, sha256: str | N
             f"{folder} was prepared with another tokenizer: its fingerprint is "
             f"{own.fingerprint[:16]}, not {tokenizer.fingerprint[:16]}"
         )
-    parts = {name: read_shards(folder / name, own, check=True) for name in ("train", "val")}
-    headers = [shard.header.pack() for shards in parts.values() for shard in shards]
-    digest = hashlib.sha256(b"".join(headers)).hexdigest()  # each holds that of its ids
-    if sha256 not in (None, digest):
-        raise UsageError(f"{folder} is not what the run was trained on: its SHA-256 differs")
-    return Corpus(joined(parts["train"]), joined(parts["val"]), own, digest)
+    train, val = (read_shards(folder / name, own, check=True) for name in ("train", "val"))
+    headers = b"".join(shard.header.pack() for shard in [*train, *val])
+    digest = hashlib.sha256(headers).hexdigest()
+    if sha256 is not None:
+        if sha256 != digest:
+            raise UsageError(f"{folder} is not what the run was trained on: its SHA-256 differs")
+        for shard in [*train, *val]:
+            verify_shard(shard)
+    return Corpus(joined(train), joined(val), own, digest)
 
 
 def read_text(path: Path) -> str:

@@ -132,6 +132,16 @@ def read_shards(
     return shards
 
 
+def verify_shard(shard: Shard) -> None:
+    """Read a shard whole; ShardError if it is not what was written, by its SHA-256."""
+    with shard.path.open("rb") as file:
+        file.seek(HEADER_BYTES)
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard.header.sha256:
+            raise ShardError(
+                f"{shard.path} was changed since it was written: its SHA-256 is not the header's"
+            )
+
+
 class ShardWriter:
     """Writes a row of ids into shards; within a ``with`` block, which ends in whole files or none.
 

@@ -19,6 +19,7 @@ from fastgpt.shards import (
     joined,
     read_shard,
     read_shards,
+    verify_shard,
 )
 from fastgpt.tokenizer import CharTokenizer
 
@@ -53,10 +54,10 @@ def test_fault_34_a_vocabulary_beyond_uint16(tmp_path: Path) -> None:
     assert read.ids.tolist() == [0, 69_999, 3]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     documents=st.lists(st.integers(1, 30), max_size=8),
-    limit=st.integers(1, 20),
+    limit=st.integers(8, 40),
     cuts=st.lists(st.integers(0, 200), max_size=4),
     data=st.data(),
 )
@@ -151,6 +152,13 @@ def test_faults_30_and_32_damaged(shard: Path, damage, message: str) -> None:
         assert str(error.value).startswith(str(shard))
 
 
+def test_fault_33_changed_since_it_was_written(shard: Path) -> None:
+    verify_shard(read_shard(shard))
+    shard.write_bytes(change(256 + 6, b"\x01")(shard.read_bytes()))
+    with pytest.raises(ShardError, match=r"x-00000\.bin was changed since it was written"):
+        verify_shard(read_shard(shard, LETTERS, check=True))
+
+
 def test_fault_32_an_id_size_that_does_not_exist(shard: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[12] = 3
@@ -161,7 +169,7 @@ def test_fault_32_an_id_size_that_does_not_exist(shard: Path) -> None:
 
 
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(at=st.integers(0, 295), byte=st.integers(0, 255), end=st.integers(0, 300))
 def test_fault_32_any_damage(shard, at, byte, end) -> None:

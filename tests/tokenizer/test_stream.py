@@ -33,7 +33,7 @@ def test_several_at_once(gpt2, convert):
     assert decoder.push([]) == ""
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(rows=st.lists(st.lists(st.integers(0, 300) | st.integers(0, 50256), max_size=5)))
 def test_cut_anywhere_it_is_what_decode_gives(gpt2, rows):
     decoder = StreamDecoder(gpt2)
