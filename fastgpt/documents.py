@@ -30,7 +30,7 @@ Out = TypeVar("Out")
 Advance: TypeAlias = Callable[[int], None]  # is told how many more bytes of the file were read
 
 BLOCK_BYTES = 1 << 22  # enough for the work on a block to outweigh its handling by far
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+IN_FOLDERS = (".txt", ".jsonl", ".parquet")  # .json, too, is often something else than texts
 
 # The last place before ASCII white space that follows another ASCII character. White space after
 # something else always starts a piece of its own, and what stands before it cannot see past it.
@@ -40,16 +40,13 @@ _MARKER = re.compile(rf"(?<![^\n]){re.escape(END_OF_TEXT)}(?![^\n])")
 
 
 def find_sources(inputs: Iterable[str | Path]) -> list[Path]:
-    """Return the files named, and those in the folders named, in order of their names.
-
-    Folders that fastgpt.prepare made are passed over.
-    """
+    """Return the files named, and the texts in the folders named, in order of their names."""
     sources: list[Path] = []
     for path in map(Path, inputs):
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if _kind(p) in SUFFIXES and _is_source(p))
+            found = sorted(p for p in path.rglob("*") if _kind(p) in IN_FOLDERS and p.is_file())
             if not found:
-                raise UsageError(f"folder {path} holds no file named *{', *'.join(SUFFIXES)}")
+                raise UsageError(f"folder {path} holds no file named *{', *'.join(IN_FOLDERS)}")
             sources += found
         elif path.exists():
             sources.append(path)
@@ -243,10 +240,6 @@ def _no_field(place: str, field: str, fields: Iterable[str]) -> UsageError:
 
 def _no_text(place: str, field: str, value: Any) -> UsageError:
     return UsageError(f"{place}: field {field!r} holds no text but {value!r:.40}")
-
-
-def _is_source(path: Path) -> bool:
-    return path.is_file() and not (path.parent / "meta.json").is_file()
 
 
 def _kind(path: Path) -> str:

@@ -86,8 +86,8 @@ def prepare(
     """Turn texts into a folder of token shards that ``load_corpus`` and the trainer read.
 
     Args:
-        inputs: text files (``.txt`` and others), ``.jsonl``, ``.json``, ``.parquet``, these with
-            ``.gz``, and folders of them; see :func:`fastgpt.documents.read_documents`.
+        inputs: text files (``.txt`` and others), ``.jsonl``, ``.json``, ``.parquet``, and folders
+            of them; see :func:`fastgpt.documents.read_documents`.
         out: the folder to make.
         tokenizer: ``"gpt2"``, a file or folder to load one from, or one that is given.
         train_vocab: instead, train a tokenizer of so many ids on the texts.

@@ -16,8 +16,9 @@ class Options:
     """Turn texts into a folder of token shards, to train on with --data FOLDER."""
 
     inputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Text files, .jsonl, .json (a list of texts), .parquet, these with .gz, and folders of them.
-    A text file is one document, unless lines of <|endoftext|> part it."""
+    """Text files, .jsonl, .parquet, .json (a list of texts), and folders of them (of which .txt,
+    .jsonl and .parquet are taken); text and JSON also with .gz. A text file is one document, unless
+    lines of <|endoftext|> part it."""
     out: Path
     """Folder to make, say data/my."""
     tokenizer: str = "gpt2"

@@ -127,11 +127,11 @@ def _encode(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
     """Merge the bytes of a token as far as tokens of a rank below the limit go."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        best, at = min(
-            (ranks.get(left + right, limit), i) for i, (left, right) in enumerate(pairwise(parts))
-        )
+        found = [ranks.get(left + right, limit) for left, right in pairwise(parts)]
+        best = min(found)
         if best >= limit:
             break
+        at = found.index(best)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts
 

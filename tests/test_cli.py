@@ -151,8 +151,8 @@ def test_fault_61_an_empty_prompt(trained: Path, capfd) -> None:
 def test_the_list_of_commands(capfd) -> None:
     assert run(fastgpt_main.dispatch) == 0
     out = capfd.readouterr().out
-    assert "train" in out
-    assert "generate" in out
+    for command in ("train", "prepare", "generate"):
+        assert command in out
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])

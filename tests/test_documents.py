@@ -51,7 +51,7 @@ def test_lines_that_part_a_text(tmp_path, monkeypatch, text, expected, block) ->
 
 
 @settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     parts=st.lists(st.sampled_from(["a", "b.", " ", "\n", EOT, f"\n{EOT}\n", "<|", ">"])),
@@ -135,13 +135,14 @@ def test_mistakes_in_files(tmp_path: Path, name: str, content: bytes, message: s
 
 
 def test_find_sources(tmp_path: Path) -> None:
-    for name in ("b.txt", "sub/a.jsonl", "sub/c.txt.gz", "d.parquet", "e.md", "made/x.json"):
+    for name in ("b.txt", "sub/a.jsonl", "sub/c.txt.gz", "d.parquet", "e.md", "f/config.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "made" / "meta.json").touch()  # what prepare has made is no source
-    names = [str(p.relative_to(tmp_path)) for p in find_sources([tmp_path, tmp_path / "e.md"])]
-    assert names == ["b.txt", "d.parquet", "sub/a.jsonl", "sub/c.txt.gz", "e.md"]
+    named = [tmp_path, tmp_path / "e.md", tmp_path / "f" / "config.json"]
+    names = [str(path.relative_to(tmp_path)) for path in find_sources(named)]
+    in_folder = ["b.txt", "d.parquet", "sub/a.jsonl", "sub/c.txt.gz"]
+    assert names == [*in_folder, "e.md", "f/config.json"]
     with pytest.raises(UsageError, match=r"no\.txt does not exist"):
         find_sources([tmp_path / "no.txt"])
-    with pytest.raises(UsageError, match=r"holds no file named \*\.txt, \*\.jsonl"):
-        find_sources([tmp_path / "made"])
+    with pytest.raises(UsageError, match=r"holds no file named \*\.txt, \*\.jsonl, \*\.parquet"):
+        find_sources([tmp_path / "f"])

@@ -112,7 +112,7 @@ def test_a_rank_file_in_any_order_and_without_its_last_newline(lines, tmp_path):
     assert Tokenizer.load(path) == small()
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_fault_50_any_rank_file(tmp_path, data):
     """Bytes changed, cut or put in anywhere: read or refused with ValueError."""
@@ -162,7 +162,7 @@ def test_what_no_rank_file_can_hold(tokenizer, message, tmp_path):
     assert not (tmp_path / "a.tiktoken").exists()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_to_tiktoken_is_equal_or_refused(data):
     """For any order of merges: what tiktoken would encode otherwise must not pass."""
@@ -188,7 +188,7 @@ def test_gpt2_to_tiktoken(gpt2, multilingual):
     pytest.importorskip("tiktoken")
     theirs = gpt2.to_tiktoken(name="mine")
     assert (theirs.name, theirs.n_vocab, theirs.eot_token) == ("mine", 50257, 50256)
-    assert theirs.encode_ordinary(multilingual) == gpt2.encode(multilingual)
+    assert theirs.encode_ordinary(multilingual[:9000]) == gpt2.encode(multilingual[:9000])
     text = f"one{EOT} two"
     assert theirs.encode(text, allowed_special="all") == gpt2.encode(text, allowed_special="all")
 
