@@ -25,9 +25,9 @@ from fastgpt.errors import UsageError
 from fastgpt.vocabulary import END_OF_TEXT
 
 Piece: TypeAlias = tuple[str, bool]
+Advance: TypeAlias = Callable[[int], None]  # is told how many more bytes of the file were read
 In = TypeVar("In")
 Out = TypeVar("Out")
-Advance: TypeAlias = Callable[[int], None]  # is told how many more bytes of the file were read
 
 BLOCK_BYTES = 1 << 22  # enough for the work on a block to outweigh its handling by far
 IN_FOLDERS = (".txt", ".jsonl", ".parquet")  # .json, too, is often something else than texts

@@ -16,8 +16,8 @@ import math
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
@@ -109,12 +109,13 @@ def prepare(
     chosen = _choose_tokenizer(tokenizer, train_vocab, reading)
     try:
         with _written_beside(folder) as beside:
-            split = _split(reading.pieces("tokenizing"), val_fraction, n_characters)
             with (
+                closing(reading.pieces("tokenizing")) as pieces,
                 ShardWriter(beside / "train", chosen, tokens_per_shard) as train_writer,
                 ShardWriter(beside / "val", chosen, tokens_per_shard) as val_writer,
             ):
                 sinks = {"train": _Sink(train_writer), "val": _Sink(val_writer)}
+                split = _split(pieces, val_fraction, n_characters)
                 for batch in map_in_order(partial(_encode, chosen), _batches(split), threads):
                     sinks[batch.split].take(batch)
                 _refuse_empty(sinks, val_fraction)
@@ -135,8 +136,8 @@ class _Reading:
             raise UsageError("nothing to prepare: name a text file, or a folder of some")
         self._field, self._progress = field, progress
 
-    def pieces(self, what: str) -> Iterator[Piece]:
-        """Yield the pieces of all documents, under a bar that says what for."""
+    def pieces(self, what: str) -> Generator[Piece, None, None]:
+        """Yield the pieces of all documents, under a bar that says what for; to be closed."""
         total = sum(path.stat().st_size for path in self.sources)
         with FileProgress(what, total, self._progress) as bar:
             yield from self._all(bar.advance)
@@ -144,11 +145,12 @@ class _Reading:
     def survey(self, most_documents: int) -> int | None:
         """Return how many characters there are, or None if there are that many documents."""
         n_characters = n_documents = 0
-        for text, ends in self.pieces("looking"):
-            n_characters += len(text)
-            n_documents += ends
-            if n_documents >= most_documents:
-                return None
+        with closing(self.pieces("looking")) as pieces:
+            for text, ends in pieces:
+                n_characters += len(text)
+                n_documents += ends
+                if n_documents >= most_documents:
+                    return None
         if not n_characters:
             raise UsageError(f"{', '.join(map(str, self.sources))}: no text in there")
         return n_characters
@@ -162,10 +164,11 @@ def _choose_tokenizer(
     tokenizer: str | Path | BaseTokenizer, train_vocab: int | None, reading: _Reading
 ) -> BaseTokenizer:
     if train_vocab is not None:
-        texts = (text for text, _ in reading.pieces("training a tokenizer"))
         try:
-            trained: Tokenizer = Tokenizer.train(texts, train_vocab, special_tokens=(_EOT,))
-            return trained
+            with closing(reading.pieces("training a tokenizer")) as pieces:
+                texts = (text for text, _ in pieces)
+                trained: Tokenizer = Tokenizer.train(texts, train_vocab, special_tokens=(_EOT,))
+                return trained
         except ValueError as error:
             raise UsageError(str(error)) from None
     if tokenizer == "gpt2":
@@ -267,12 +270,13 @@ class _Sink:
 
     def take(self, batch: _Batch) -> None:
         """Write a batch that follows the one before."""
-        starts = [0] if self._begins else []
-        ends = batch.ends
-        self.writer.append(batch.ids, np.append(starts, ends[ends < len(batch.ids)]))
+        size = len(batch.ids)
+        if not size:
+            return
+        starts = np.append(np.zeros(int(self._begins), np.int64), batch.ends)
+        self.writer.append(batch.ids, starts[starts < size])
         self._n_bytes += batch.n_bytes
-        if len(batch.ids):
-            self._begins = len(ends) > 0 and ends[-1] == len(batch.ids)
+        self._begins = bool((starts[-1:] == size).any())
 
     def part(self) -> Part:
         """Return what it has come to, when all is written."""
@@ -340,8 +344,11 @@ def _sha256(path: Path) -> str:
 @contextmanager
 def _written_beside(folder: Path) -> Iterator[Path]:
     """Give a folder to write into, which takes the place of `folder` at the end, or vanishes."""
+    folder = folder.absolute()  # "." has no name
     beside, old = (folder.with_name(f".{word}-{folder.name}") for word in ("preparing", "old"))
     shutil.rmtree(beside, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         yield beside

