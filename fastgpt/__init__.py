@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from fastgpt.recipes import RECIPES as RECIPES
     from fastgpt.recipes import Recipe as Recipe
     from fastgpt.tokenizer import CharTokenizer as CharTokenizer
+    from fastgpt.tokenizer import StreamDecoder as StreamDecoder
     from fastgpt.tokenizer import Tokenizer as Tokenizer
+    from fastgpt.tokenizer import load_tokenizer as load_tokenizer
     from fastgpt.trainer import Trainer as Trainer
 
 _HOME = {
@@ -28,11 +30,16 @@ _HOME = {
     "RECIPES": "recipes",
     "Recipe": "recipes",
     "CharTokenizer": "tokenizer",
+    "StreamDecoder": "tokenizer",
     "Tokenizer": "tokenizer",
     "Trainer": "trainer",
+    "load_tokenizer": "tokenizer",
 }
 
-_MODULES = {"checkpoint", "data", "generation", "ops", "optim", *_HOME.values()}
+_MODULES = {
+    *("bpe", "checkpoint", "data", "documents", "generation", "ops", "optim", "shards"),
+    *_HOME.values(),
+}
 
 __all__ = sorted(_HOME)
 

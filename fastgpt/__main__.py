@@ -9,6 +9,7 @@ from fastgpt.errors import UsageError
 
 COMMANDS = {
     "train": "train a model; with no arguments, on the packaged Shakespeare",
+    "prepare": "turn texts into token shards to train on",
     "generate": "write text with a trained model",
 }
 

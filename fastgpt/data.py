@@ -7,25 +7,35 @@ exactly once. Nothing has to be stored to continue anywhere.
 
 import codecs
 import hashlib
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastgpt.documents import not_utf8
 from fastgpt.errors import UsageError
-from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer
+from fastgpt.hashing import mix as mix
+from fastgpt.preparation import META
+from fastgpt.preparation import prepare as prepare
+from fastgpt.shards import ShardedIds, joined, read_shards, verify_shard
+from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
 PACKAGED = {"shakespeare": Path(__file__).parent / "assets" / "tinyshakespeare.txt"}
 
-Tokens = npt.NDArray[np.unsignedinteger]
+Tokens = npt.NDArray[np.unsignedinteger[Any]] | ShardedIds
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text as tokens: `train` and `val` (uint16 or uint32), and what made them."""
+    """A text as tokens: `train` and `val` (uint16 or uint32), and what made them.
+
+    The tokens of a prepared folder stay on disk and are read where they are indexed.
+    """
 
     train: Tokens
     val: Tokens
@@ -44,7 +54,12 @@ def load_corpus(
     tokenizer: ``"char"`` (one token per different character of the text), ``"gpt2"``, or one that
     is given. The last `val_fraction` of the characters is for validation. sha256: the text's, if it
     must be a certain one.
+
+    A folder that :func:`prepare` made is tokenized and split already: `val_fraction` says nothing
+    of it, and `tokenizer` only if one is given, which must be the folder's own.
     """
+    if data not in PACKAGED and Path(data).is_dir():
+        return _load_prepared(Path(data), tokenizer, sha256)
     text = read_text(PACKAGED.get(data, Path(data)))
     digest = hashlib.sha256(text.encode()).hexdigest()
     if sha256 not in (None, digest):
@@ -61,6 +76,33 @@ def load_corpus(
     except ValueError as error:
         raise UsageError(f"{data}: {error}") from None
     return Corpus(train, val, tokenizer, digest)
+
+
+def _load_prepared(folder: Path, tokenizer: str | BaseTokenizer, sha256: str | None) -> Corpus:
+    """Open the shards of a prepared folder, and check every id of them."""
+    if not (folder / META).is_file():
+        raise UsageError(
+            f"{folder} is a folder, but no prepared one (it has no {META}); make one of the texts "
+            f"in it: python -m fastgpt.prepare {shlex.quote(str(folder))} --out data/my"
+        )
+    try:
+        own = load_tokenizer(folder / "tokenizer.json")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the tokenizer of {folder} cannot be read: {error}") from None
+    if isinstance(tokenizer, BaseTokenizer) and tokenizer != own:
+        raise UsageError(
+            f"{folder} was prepared with another tokenizer: its fingerprint is "
+            f"{own.fingerprint[:16]}, not {tokenizer.fingerprint[:16]}"
+        )
+    train, val = (read_shards(folder / name, own, check=True) for name in ("train", "val"))
+    headers = b"".join(shard.header.pack() for shard in [*train, *val])
+    digest = hashlib.sha256(headers).hexdigest()
+    if sha256 is not None:
+        if sha256 != digest:
+            raise UsageError(f"{folder} is not what the run was trained on: its SHA-256 differs")
+        for shard in [*train, *val]:
+            verify_shard(shard)
+    return Corpus(joined(train), joined(val), own, digest)
 
 
 def read_text(path: Path) -> str:
@@ -81,10 +123,7 @@ def read_text(path: Path) -> str:
         return raw[start:].decode().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         at = start + error.start
-        raise UsageError(
-            f"data file {path} is not UTF-8: byte 0x{raw[at]:02x} at offset {at:,}; convert it "
-            f"from what it is, for example with: iconv -f latin1 -t utf-8"
-        ) from None
+        raise not_utf8(path, raw[at], at) from None
 
 
 class Batches:
@@ -148,13 +187,3 @@ def permute(
         result[outside] = (left << half) | right
         outside = result >= size
     return result
-
-
-def mix(key: npt.ArrayLike, value: npt.ArrayLike) -> npt.NDArray[np.uint64]:
-    """Hash 64-bit `value` under 64-bit `key` (the finaliser of SplitMix64, Steele et al. 2014)."""
-    z: npt.NDArray[np.uint64] = np.asarray(value, dtype=np.uint64)
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
-        z = (z + np.asarray(key, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))

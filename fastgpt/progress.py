@@ -1,6 +1,6 @@
-"""What a person sees while a model trains: one live line, and a line per evaluation.
+"""What a person sees: one live line while a model trains or files are read, and the evaluations.
 
-On a terminal the live line is redrawn in place; anywhere else only the evaluations are printed.
+On a terminal the live line is redrawn in place; anywhere else there is none.
 """
 
 import time
@@ -8,7 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as Bar
 
 SECONDS_BETWEEN_LOGS = 0.5
@@ -82,3 +88,32 @@ class Progress:
             f"validation loss {val_loss:.4f}  {self.tokens_per_s:>7,.0f} tokens/s  "
             f"{minutes}:{seconds:02d}"
         )
+
+
+class FileProgress:
+    """A bar of the bytes read of `total`, on a terminal only (it goes to standard error)."""
+
+    def __init__(self, what: str, total: int, shown: bool = True) -> None:
+        console = Console(stderr=True)
+        self._bar = Bar(
+            TextColumn(what),
+            BarColumn(bar_width=24),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not (shown and console.is_terminal),
+        )
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> "FileProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, n_bytes: int) -> None:
+        """Count so many bytes more."""
+        self._bar.advance(self._task, n_bytes)

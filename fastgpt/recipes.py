@@ -16,7 +16,8 @@ class Recipe:
     """A training run. The defaults are those of `shakespeare-char`."""
 
     data: str = "shakespeare"
-    """Text to train on: the path of a UTF-8 text file, or "shakespeare", the packaged one."""
+    """Text to train on: the path of a UTF-8 text file, a folder that fastgpt.prepare made (which
+    brings its own tokenizer and validation part), or "shakespeare", the packaged text."""
     tokenizer: Literal["char", "gpt2"] = "char"
     """One token per character of the text ("char"), or GPT-2's byte-pair encoding ("gpt2")."""
     val_fraction: float = 0.1

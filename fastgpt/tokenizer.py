@@ -18,7 +18,7 @@ import re
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex, TypeAlias
@@ -27,17 +27,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt.compiled import _C
+from fastgpt.documents import cut_at_pieces, map_in_order, read_blocks
+from fastgpt.errors import UsageError
+from fastgpt.rank_file import read_rank_file, to_rank_file, to_ranks
+from fastgpt.shards import TOKENS_PER_SHARD, ShardWriter
 from fastgpt.vocabulary import (
     END_OF_TEXT,
+    GPT2_PATTERNS,
+    IDS_FILE,
     Vocabulary,
     naming,
     read_hugging_face,
     read_json,
     read_merges,
     to_hugging_face,
+    to_merges,
 )
 
 if TYPE_CHECKING:
+    import tiktoken
     import torch
 
 TokenIds: TypeAlias = "Iterable[int] | NDArray[np.integer[Any]] | torch.Tensor"
@@ -71,9 +79,14 @@ class BaseTokenizer(ABC):
         """Return the bytes that the ids stand for; errors as in :meth:`decode`."""
 
     @classmethod
-    def load(cls, path: PathLike) -> Self:
+    def load(
+        cls,
+        path: PathLike,
+        *,
+        special_tokens: Mapping[str, int] | Iterable[str] | None = None,
+    ) -> Self:
         """Read a tokenizer of this class; see :func:`load_tokenizer`."""
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, special_tokens=special_tokens)
         if not isinstance(tokenizer, cls):
             found = type(tokenizer).__name__
             raise ValueError(f"{path} holds a {found}, not a {cls.__name__}: use load_tokenizer")
@@ -97,6 +110,11 @@ class BaseTokenizer(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) of all that determines the ids; equal for equal tokenizers."""
+
+    @property
+    @abstractmethod
+    def _token_sizes(self) -> NDArray[np.int64]:
+        """How many bytes each id stands for: ``[vocab_size]``."""
 
     @property
     def eot_token(self) -> int | None:
@@ -138,6 +156,41 @@ class BaseTokenizer(ABC):
         ).tolist()
         return ids
 
+    def encode_with_offsets(
+        self,
+        text: str | bytes,
+        *,
+        allowed_special: Specials = frozenset(),
+        disallowed_special: Specials = frozenset(),
+    ) -> tuple[IdArray, NDArray[np.int64]]:
+        """Encode as :meth:`encode_to_numpy` does, and say where in the text each id stands.
+
+        Returns: ids ``[n]`` and offsets ``[n, 2]``, the start of each and the end (the start of
+            what follows): in bytes if the text is bytes, in characters if it is a str. A character
+            that several ids share lies within the offsets of each.
+        """
+        ids = self.encode_to_numpy(
+            text, allowed_special=allowed_special, disallowed_special=disallowed_special
+        )
+        sizes = self._token_sizes[ids]  # [n], in bytes
+        ends = np.cumsum(sizes)
+        offsets = np.stack([ends - sizes, ends], axis=1)
+        return ids, offsets if isinstance(text, bytes) else _in_characters(offsets, text)
+
+    def count(
+        self,
+        text: str | bytes,
+        *,
+        allowed_special: Specials = frozenset(),
+        disallowed_special: Specials = frozenset(),
+    ) -> int:
+        """Return how many ids :meth:`encode` makes of the text."""
+        return len(
+            self.encode_to_numpy(
+                text, allowed_special=allowed_special, disallowed_special=disallowed_special
+            )
+        )
+
     def encode_batch(
         self,
         texts: Iterable[str | bytes],
@@ -156,6 +209,56 @@ class BaseTokenizer(ABC):
             )
             for text in texts
         ]
+
+    def encode_file(
+        self,
+        path: PathLike,
+        out: PathLike,
+        *,
+        threads: int | None = None,
+        progress: bool = True,
+        tokens_per_shard: int = TOKENS_PER_SHARD,
+    ) -> list[Path]:
+        """Encode a UTF-8 text file of any size into token shards, without holding it in memory.
+
+        The ids are those of the whole text, as one document; special tokens in it are ordinary
+        text. A byte order mark is left out, and Windows's line ends become newlines.
+
+        Args:
+            path: the text.
+            out: folder and name of the shards: ``OUT-00000.bin`` and so on (:mod:`fastgpt.shards`).
+            threads: how many blocks to encode at once; by default one for each CPU.
+            progress: show a bar, if standard error is a terminal.
+            tokens_per_shard: how many ids a file holds at most.
+
+        Returns: the files. Raises: UsageError for a text that is missing, empty or not UTF-8 (it
+            says where), ValueError for a character that the vocabulary does not have,
+            FileExistsError if there are such shards already. Then none are written.
+        """
+        from fastgpt.progress import FileProgress  # rich: only when there is something to show
+
+        path = Path(path)
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise UsageError(f"data file {path} cannot be read: {error.strerror}") from None
+        with (
+            FileProgress(path.name, size, progress) as bar,
+            ShardWriter(out, self, tokens_per_shard) as writer,
+        ):
+            blocks = _numbered(cut_at_pieces(read_blocks(path, advance=bar.advance)))
+            for ids in map_in_order(partial(self._encode_block, path), blocks, threads):
+                writer.append(ids, document_starts=() if writer.n_tokens else (0,))
+            if not writer.n_tokens:
+                raise UsageError(f"data file {path} is empty ({size} bytes)")
+        return writer.paths
+
+    def _encode_block(self, path: Path, block: tuple[int, str]) -> IdArray:
+        first, text = block
+        try:
+            return self.encode_to_numpy(text)
+        except ValueError as error:
+            raise ValueError(f"{path}, after {first:,} characters: {error}") from None
 
     def decode(self, ids: TokenIds, errors: str = "replace") -> str:
         """Return the text of one row of ids: a list, an array or a tensor.
@@ -177,11 +280,11 @@ class BaseTokenizer(ABC):
 
         Joined, it is the text that :meth:`decode` gives for all the ids together.
         """
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder = StreamDecoder(self)
         for token_id in ids:
-            if text := decoder.decode(self.token_bytes(token_id)):
+            if text := decoder.push([token_id]):
                 yield text
-        if text := decoder.decode(b"", final=True):
+        if text := decoder.finish():
             yield text
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -225,8 +328,48 @@ class Tokenizer(BaseTokenizer):
         return _gpt2()
 
     def save(self, path: PathLike) -> None:
-        """Write Hugging Face's ``tokenizer.json``, to a file or into a folder."""
-        _write_json(path, to_hugging_face(self._vocabulary))
+        """Write the tokenizer, in the format that the name says.
+
+        - a name ending in ``.json``, or a folder: Hugging Face's ``tokenizer.json``, which holds
+          any tokenizer;
+        - ``vocab.bpe`` or ``merges.txt``: OpenAI's merges, and beside them the ids, in
+          ``encoder.json`` or ``vocab.json``;
+        - a name ending in ``.tiktoken``: tiktoken's ranks, without the special tokens.
+
+        :func:`load_tokenizer` reads them all. Raises: ValueError for another name, or if the format
+        cannot hold this tokenizer.
+        """
+        path = Path(path)
+        if path.suffix == ".tiktoken":
+            path.write_bytes(to_rank_file(self._vocabulary))
+        elif path.name in IDS_FILE:
+            merges, ids = to_merges(self._vocabulary)
+            path.write_bytes(merges.encode())
+            _write_json(path.with_name(IDS_FILE[path.name]), ids)
+        elif path.suffix == ".json" or path.is_dir():
+            _write_json(path, to_hugging_face(self._vocabulary))
+        else:
+            raise ValueError(
+                f"{path}: name the file *.json, *.tiktoken, {' or '.join(IDS_FILE)}, or give a "
+                "folder that exists"
+            )
+
+    def to_tiktoken(self, name: str = "fastgpt") -> tiktoken.Encoding:
+        """Return a ``tiktoken.Encoding`` that makes the same ids.
+
+        Raises: ImportError without tiktoken; ValueError if it cannot make the same ids, because
+            the order of merges is not that of ids.
+        """
+        try:
+            import tiktoken
+        except ImportError:
+            raise ImportError("tiktoken is not installed: pip install tiktoken") from None
+        return tiktoken.Encoding(
+            name,
+            pat_str=GPT2_PATTERNS[-1],
+            mergeable_ranks=to_ranks(self._vocabulary),
+            special_tokens=self._special_tokens,
+        )
 
     def encode_to_numpy(
         self,
@@ -276,6 +419,11 @@ class Tokenizer(BaseTokenizer):
         digest.update(merges.astype("<u4").tobytes())
         digest.update(json.dumps(special_tokens, sort_keys=True).encode())
         return digest.hexdigest()
+
+    @cached_property
+    def _token_sizes(self) -> NDArray[np.int64]:
+        """How many bytes each id stands for: ``[vocab_size]``."""
+        return np.array([len(token) for token in self._encoder.tokens()], np.int64)
 
     @property
     def _vocabulary(self) -> Vocabulary:
@@ -379,6 +527,12 @@ class CharTokenizer(BaseTokenizer):
         """SHA-256 (hexadecimal) of the characters."""
         return hashlib.sha256(b"fastgpt-char 1\n" + self._characters.encode()).hexdigest()
 
+    @cached_property
+    def _token_sizes(self) -> NDArray[np.int64]:
+        """How many bytes each character has in UTF-8: ``[vocab_size]``."""
+        limits = np.array([0x80, 0x800, 0x10000], np.uint32)
+        return 1 + np.searchsorted(limits, self._code_points, side="right")
+
     def _unknown_character(self, text: str, at: int) -> ValueError:
         return ValueError(
             f"character {text[at]!r} (U+{ord(text[at]):04X}) at position {at} is not in this "
@@ -393,23 +547,60 @@ class CharTokenizer(BaseTokenizer):
         return CharTokenizer, (self._characters,)
 
 
-def load_tokenizer(path: PathLike) -> BaseTokenizer:
+class StreamDecoder:
+    """Turns ids into text as they come, holding back characters that are not complete yet.
+
+    >>> decoder = StreamDecoder(Tokenizer.gpt2())
+    >>> [decoder.push(i) for i in (15496, 10263, 248, 115)], decoder.finish()
+    (['Hello', ' ', '', '嚷'], '')
+    """
+
+    def __init__(self, tokenizer: BaseTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids: int | TokenIds) -> str:
+        """Take one id, or several, and return the text that is complete now.
+
+        Raises as :meth:`BaseTokenizer.decode` does; then nothing was taken.
+        """
+        row = [int(ids)] if isinstance(ids, (int, np.integer)) else ids
+        return self._decoder.decode(self._tokenizer.decode_bytes(row))
+
+    def finish(self) -> str:
+        """Return U+FFFD for what is held back, if anything is, and begin anew."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
+
+
+def load_tokenizer(
+    path: PathLike, *, special_tokens: Mapping[str, int] | Iterable[str] | None = None
+) -> BaseTokenizer:
     """Read a tokenizer of either class from a file, or from a folder that holds such files.
 
     - ``tokenizer.json`` (or any name ending in ``.json``), as :meth:`BaseTokenizer.save` writes it
-      or Hugging Face's tokenizers do for a byte-level BPE;
+      or Hugging Face's tokenizers do for a byte-level BPE that splits words as GPT-2 does;
     - ``vocab.bpe`` (Hugging Face: ``merges.txt``), OpenAI's format. Ids come from ``encoder.json``
-      (``vocab.json``) in the same folder where ``path`` is the folder; without one they are the
-      256 bytes in GPT-2's order, the merges in theirs, and ``<|endoftext|>``.
+      (``vocab.json``) in the same folder; without one they are the 256 bytes in GPT-2's order, the
+      merges in theirs, and ``<|endoftext|>``;
+    - ``*.tiktoken``, tiktoken's ranks. Such a file has no special tokens: `special_tokens` names
+      them, in the order of their ids, which follow the file's (or maps names to those ids); by
+      default it is ``<|endoftext|>`` alone. It says nothing of how to split words either, and
+      fastgpt does as GPT-2 does: right for r50k_base, wrong for cl100k_base and later.
 
     Raises: ValueError that names the place in a malformed file, or what in it is not supported;
         FileNotFoundError.
     """
     path = Path(path)
+    if path.suffix == ".tiktoken":
+        return _from_vocabulary(path, read_rank_file(path, special_tokens))
+    if special_tokens is not None:
+        raise ValueError(f"{path}: special_tokens are for *.tiktoken; other files hold their own")
     if path.is_dir():
         return _load_folder(path)
     if path.suffix != ".json":
-        return _from_vocabulary(path, read_merges(path))
+        return _from_merges(path)
     data = read_json(path)
     if "type" in data:
         return _from_char_json(path, data)
@@ -419,12 +610,16 @@ def load_tokenizer(path: PathLike) -> BaseTokenizer:
 def _load_folder(folder: Path) -> BaseTokenizer:
     if (folder / FILE_NAME).exists():
         return load_tokenizer(folder / FILE_NAME)
-    for merges, ids in (("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json")):
-        path, ids_path = folder / merges, folder / ids
-        if path.exists():
-            vocabulary = read_merges(path, ids_path if ids_path.exists() else None)
-            return _from_vocabulary(path, vocabulary)
+    for merges in IDS_FILE:
+        if (folder / merges).exists():
+            return _from_merges(folder / merges)
     raise FileNotFoundError(f"{folder} holds no tokenizer: neither {FILE_NAME} nor vocab.bpe")
+
+
+def _from_merges(path: Path) -> Tokenizer:
+    ids_path = path.with_name(IDS_FILE.get(path.name, path.name))
+    given = ids_path != path and ids_path.exists()
+    return _from_vocabulary(path, read_merges(path, ids_path if given else None))
 
 
 def _from_vocabulary(path: Path, vocabulary: Vocabulary) -> Tokenizer:
@@ -508,6 +703,31 @@ def _utf8(text: str) -> bytes:
 
 def _code_points(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def _numbered(blocks: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Put in front of each block how many characters came before it."""
+    first = 0
+    for block in blocks:
+        yield first, block
+        first += len(block)
+
+
+def _in_characters(offsets: NDArray[np.int64], text: str) -> NDArray[np.int64]:
+    """Turn offsets in the text's UTF-8 bytes into offsets in its characters."""
+    data = np.frombuffer(_utf8(text), np.uint8)
+    if len(data) == len(text):
+        return offsets
+    continues = np.append(data & 0xC0 == 0x80, False)  # whether a byte is not a character's first
+    begun = np.append(0, np.cumsum(~continues))  # how many characters began before a byte
+    starts, ends = offsets.T
+    result: NDArray[np.int64] = np.stack([begun[starts] - continues[starts], begun[ends]], axis=1)
+    if begun[-2] == len(text):
+        return result
+    # Two surrogates that stood for one character became that one.
+    pairs = re.compile("[\ud800-\udbff][\udc00-\udfff]|.", re.DOTALL)
+    begins = np.array([*(match.start() for match in pairs.finditer(text)), len(text)], np.int64)
+    return np.take(begins, result)
 
 
 def _special_names(names: Specials, known: Mapping[str, int]) -> set[str]:

@@ -1,5 +1,7 @@
 """Byte-level BPE vocabularies in files: Hugging Face's tokenizer.json and OpenAI's vocab.bpe.
 
+(tiktoken's are read by :mod:`fastgpt.rank_file`.)
+
 Both write a token's bytes as letters: a printable byte as the character of that number, the others
 as U+0100 and up (a space is "Ġ"), so that a token holds neither white space nor invalid UTF-8.
 """
@@ -21,6 +23,15 @@ from numpy.typing import NDArray
 from fastgpt.compiled import _C
 
 END_OF_TEXT = "<|endoftext|>"
+# How GPT-2 splits a text, as it was published, and rewritten by tiktoken to run faster.
+GPT2_PATTERNS = (
+    r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
+)
+# OpenAI's file of merges and the one of ids beside it, and what Hugging Face calls them.
+IDS_FILE = {"vocab.bpe": "encoder.json", "merges.txt": "vocab.json"}
+MERGES_FILES = tuple(IDS_FILE)
 
 _PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0x100)} - {0xAD}
 _OTHER = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -57,7 +68,7 @@ def read_merges(path: Path, ids_path: Path | None = None) -> Vocabulary:
 def read_hugging_face(path: Path, data: dict[str, Any]) -> Vocabulary:
     """Return the vocabulary of a parsed ``tokenizer.json``, if it splits words as GPT-2 does."""
     with naming(path):
-        _refuse_unsupported(data)
+        _refuse_unsupported({**data, "pre_tokenizer": _one_step(data.get("pre_tokenizer"))})
         specials = _added_tokens(data)
         ids = _check_ids(_item(data, "model.vocab"), specials)
         return _build(ids, _merge_rows(_item(data, "model.merges"), ids), specials.keys())
@@ -98,6 +109,31 @@ def to_hugging_face(vocabulary: Vocabulary) -> dict[str, Any]:
             "merges": [f"{names[left]} {names[right]}" for left, right, _ in merges.tolist()],
         },
     }
+
+
+def to_merges(vocabulary: Vocabulary) -> tuple[str, dict[str, int]]:
+    """Return what ``vocab.bpe`` and ``encoder.json`` hold for a vocabulary."""
+    tokens, merges, special_tokens = vocabulary
+    names = list(map(_letters_of, tokens))
+    made = {token_id for token_id, token in enumerate(tokens) if len(token) == 1}
+    made -= set(special_tokens.values())
+    lines = ["#version: 0.2"]
+    for left, right, merged in merges.tolist():
+        line = f"{names[left]} {names[right]}"
+        if not {left, right} <= made or merged in made:
+            raise ValueError(
+                f"{MERGES_FILES[0]} cannot hold the merge {line!r}: each must join what those "
+                "before it make, into something new; save it as tokenizer.json"
+            )
+        made.add(merged)
+        lines.append(line)
+    for name, token_id in special_tokens.items():
+        names[token_id] = name
+    others = set(range(len(tokens))) - made - set(special_tokens.values())
+    if others or len(set(names)) != len(names):
+        what = f"token {names[min(others)]!r}, which no merge makes" if others else "twice one name"
+        raise ValueError(f"{MERGES_FILES[0]} cannot hold {what}; save it as tokenizer.json")
+    return "\n".join(lines) + "\n", {name: token_id for token_id, name in enumerate(names)}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -152,6 +188,32 @@ def _added_tokens(data: dict[str, Any]) -> dict[str, int]:
             raise ValueError(f"added_tokens[{i}], {name!r}: {', '.join(flags)} is not supported")
         added[name] = token_id
     return added
+
+
+def _one_step(pre_tokenizer: Any) -> Any:
+    """Return the ByteLevel step that does what a Sequence of steps does, where one does.
+
+    That is a Sequence of ByteLevel alone, or of a Split by GPT-2's pattern and a ByteLevel that
+    leaves splitting to it.
+    """
+    steps = _item(pre_tokenizer, "pretokenizers")
+    if _item(pre_tokenizer, "type") != "Sequence" or not isinstance(steps, list):
+        return pre_tokenizer
+    if len(steps) == 1:
+        return steps[0]
+    if len(steps) == 2 and _splits_as_gpt2(steps[0]) and _item(steps[1], "use_regex") is False:
+        return {**steps[1], "use_regex": True}
+    return pre_tokenizer
+
+
+def _splits_as_gpt2(step: Any) -> bool:
+    """Tell whether a Split keeps each match of GPT-2's pattern, which leaves nothing between."""
+    kept = (_item(step, "behavior"), _item(step, "invert"))
+    return (
+        _item(step, "type") == "Split"
+        and _item(step, "pattern.Regex") in GPT2_PATTERNS
+        and kept in (("Isolated", False), ("Isolated", True), ("Removed", True))
+    )
 
 
 def _refuse_unsupported(data: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ def wrong_uses() -> dict[str, tuple[object, list[str], str]]:
         "no runs yet": (generate.main, ["runs/latest"], "no runs in runs/ yet"),
         "not a run": (generate.main, ["."], ". is not a run folder"),
         "no run": (generate.main, ["none"], "none does not exist"),
-        "unknown command": (fastgpt_main.dispatch, ["trian"], "there are train, generate"),
+        "unknown command": (fastgpt_main.dispatch, ["trian"], "there are train, prepare"),
     }
 
 
@@ -151,8 +151,8 @@ def test_fault_61_an_empty_prompt(trained: Path, capfd) -> None:
 def test_the_list_of_commands(capfd) -> None:
     assert run(fastgpt_main.dispatch) == 0
     out = capfd.readouterr().out
-    assert "train" in out
-    assert "generate" in out
+    for command in ("train", "prepare", "generate"):
+        assert command in out
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])

@@ -1,0 +1,277 @@
+"""Documents out of files, in flat memory however large the files are.
+
+A stream of documents is a stream of pieces ``(text, ends)``: `ends` says that the document ends
+with this piece. Pieces of one document are cut where GPT-2's splitting cuts anyway, so that
+encoding them one by one gives the same ids as encoding the whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeAlias, TypeVar, cast
+
+from fastgpt.errors import UsageError
+from fastgpt.vocabulary import END_OF_TEXT
+
+Piece: TypeAlias = tuple[str, bool]
+Advance: TypeAlias = Callable[[int], None]  # is told how many more bytes of the file were read
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+BLOCK_BYTES = 1 << 22  # enough for the work on a block to outweigh its handling by far
+IN_FOLDERS = (".txt", ".jsonl", ".parquet")  # .json, too, is often something else than texts
+
+# The last place before ASCII white space that follows another ASCII character. White space after
+# something else always starts a piece of its own, and what stands before it cannot see past it.
+# (Not after ">", so that a line of <|endoftext|> stays in one block with its line ends.)
+_LAST_CUT = re.compile(r".*[!-=?-~](?=[\t-\r ])", re.DOTALL)
+_MARKER = re.compile(rf"(?<![^\n]){re.escape(END_OF_TEXT)}(?![^\n])")
+
+
+def find_sources(inputs: Iterable[str | Path]) -> list[Path]:
+    """Return the files named, and the texts in the folders named, in order of their names."""
+    sources: list[Path] = []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if _kind(p) in IN_FOLDERS and p.is_file())
+            if not found:
+                raise UsageError(f"folder {path} holds no file named *{', *'.join(IN_FOLDERS)}")
+            sources += found
+        elif path.exists():
+            sources.append(path)
+        else:
+            raise UsageError(f"{path} does not exist")
+    return sources
+
+
+def read_documents(path: Path, field: str, advance: Advance = lambda n: None) -> Iterator[Piece]:
+    """Read the documents of one file, in the format that its name says (also with ``.gz``).
+
+    ``.jsonl``: an object a line, and in its `field` the text; ``.json``: a list of texts, or of
+    such objects; ``.parquet``: a column `field`. Anything else is UTF-8 text, and one document,
+    unless some lines of it are ``<|endoftext|>``: these, and the empty lines around them, part it
+    into several. Empty documents are left out.
+
+    Raises: UsageError that names the file and the place.
+    """
+    if _kind(path) == ".parquet":
+        return _parquet(path, field, advance)
+    if _kind(path) == ".jsonl":
+        return _json_lines(path, field, advance)
+    if _kind(path) == ".json":
+        return _json_list(path, field, advance)
+    return _text(path, advance)
+
+
+def read_blocks(
+    path: Path, block_bytes: int | None = None, advance: Advance = lambda n: None
+) -> Iterator[str]:
+    """Read a UTF-8 file in blocks of about so many bytes; joined, they are its text.
+
+    A byte order mark is left out, and Windows's line ends become newlines. Raises: UsageError.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    n_bytes, started, held = 0, False, ""
+    with _opened(path, advance) as file:
+        while True:
+            block = file.read(block_bytes or BLOCK_BYTES)
+            n_bytes += len(block)
+            try:
+                text = held + decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                at = n_bytes - len(error.object) + error.start
+                raise not_utf8(path, error.object[error.start], at) from None
+            if text and not started:
+                text, started = text.removeprefix("\ufeff"), True
+            held = "\r" if block and text.endswith("\r") else ""  # a "\n" may follow
+            if text := text.removesuffix(held).replace("\r\n", "\n"):
+                yield text
+            if not block:
+                return
+
+
+def cut_at_pieces(blocks: Iterable[str]) -> Iterator[str]:
+    """Cut the text elsewhere, at the last place in each block where GPT-2's splitting cuts too."""
+    held = [""]
+    for block in blocks:
+        text = held[-1][-1:] + block
+        if match := _LAST_CUT.match(text):
+            cut = match.end() - (len(text) - len(block))
+            yield "".join(held) + block[:cut]
+            held = [block[cut:]]
+        else:
+            held.append(block)
+    if rest := "".join(held):
+        yield rest
+
+
+def map_in_order(
+    function: Callable[[In], Out], items: Iterable[In], threads: int | None
+) -> Iterator[Out]:
+    """Yield the function's results in order, computed in threads, a few items ahead at most.
+
+    threads: None for one for each CPU that this process may use.
+    """
+    if threads is None:
+        here = getattr(os, "sched_getaffinity", None)
+        threads = len(here(0)) if here else os.cpu_count() or 1
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+    if threads == 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        running: deque[Future[Out]] = deque()
+        for item in items:
+            running.append(pool.submit(function, item))
+            if len(running) > threads:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+def not_utf8(path: Path, byte: int, at: int) -> UsageError:
+    """Return the error for a text with this byte at this offset."""
+    return UsageError(
+        f"data file {path} is not UTF-8: byte 0x{byte:02x} at offset {at:,}; convert it "
+        f"from what it is, for example with: iconv -f latin1 -t utf-8"
+    )
+
+
+def _text(path: Path, advance: Advance) -> Iterator[Piece]:
+    within = False  # a document
+    for block in cut_at_pieces(read_blocks(path, advance=advance)):
+        first, *others = _MARKER.split(block)
+        for text in others:
+            first = first.rstrip("\n")
+            if first or within:
+                yield first, True
+            first, within = text.lstrip("\n"), False
+        if first:
+            yield first, False
+            within = True
+    if within:
+        yield "", True
+
+
+def _json_lines(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
+    with _opened(path, advance) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                place = f"{path}, line {number}"
+                if text := _field_of(_parse_json(line, place), field, place):
+                    yield text, True
+
+
+def _json_list(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
+    with _opened(path, advance) as file:
+        items = _parse_json(file.read().removeprefix(codecs.BOM_UTF8), str(path))
+    if not isinstance(items, list):
+        raise UsageError(f"{path} holds no list of texts but a {type(items).__name__}")
+    for number, item in enumerate(items):
+        text = item if isinstance(item, str) else _field_of(item, field, f"{path}, item {number}")
+        if text:
+            yield text, True
+
+
+def _parquet(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UsageError(f"{path}: to read parquet files: pip install pyarrow") from None
+    try:
+        with ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                raise _no_field(str(path), field, file.schema_arrow.names)
+            size, n_rows, row = path.stat().st_size, max(1, file.metadata.num_rows), 0
+            for batch in file.iter_batches(batch_size=1024, columns=[field]):
+                for text in batch.column(0).to_pylist():
+                    if not isinstance(text, str):
+                        raise _no_text(f"{path}, row {row}", field, text)
+                    if text:
+                        yield text, True
+                    row += 1
+                advance(size * row // n_rows - size * (row - batch.num_rows) // n_rows)
+    except (ArrowException, OSError) as error:
+        raise UsageError(f"{path} is not a parquet file that can be read: {error}") from None
+
+
+def _parse_json(data: bytes, place: str) -> Any:
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise UsageError(f"{place}: brackets nested too deeply") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise UsageError(f"{place}, {line}column {error.colno}: {error.msg}") from None
+    except ValueError as error:
+        raise UsageError(f"{place}: is not JSON: {error}") from None
+
+
+def _field_of(item: Any, field: str, place: str) -> str:
+    if not isinstance(item, dict):
+        raise UsageError(f"{place}: holds no object with a field {field!r}, but {item!r:.40}")
+    if field not in item:
+        raise _no_field(place, field, item)
+    text = item[field]
+    if not isinstance(text, str):
+        raise _no_text(place, field, text)
+    return text
+
+
+def _no_field(place: str, field: str, fields: Iterable[str]) -> UsageError:
+    found = ", ".join(fields) or "none"
+    return UsageError(f"{place}: has no field {field!r}; name one with --field; there are: {found}")
+
+
+def _no_text(place: str, field: str, value: Any) -> UsageError:
+    return UsageError(f"{place}: field {field!r} holds no text but {value!r:.40}")
+
+
+def _kind(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix
+
+
+@contextmanager
+def _opened(path: Path, advance: Advance) -> Iterator[IO[bytes]]:
+    """Open a file, unpacked if it ends in ``.gz``; turn what can go wrong into UsageError."""
+    try:
+        with io.BufferedReader(_Counted(path, advance), 1 << 20) as file:
+            yield cast(IO[bytes], gzip.GzipFile(fileobj=file)) if path.suffix == ".gz" else file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UsageError(f"{path} is not a whole gzip file: {error}") from None
+    except OSError as error:
+        raise UsageError(f"data file {path} cannot be read: {error.strerror}") from None
+
+
+class _Counted(io.RawIOBase):
+    """A file that tells how much of it was read."""
+
+    def __init__(self, path: Path, advance: Advance) -> None:
+        self._file, self._advance = io.FileIO(path), advance
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        n_bytes = self._file.readinto(buffer)
+        self._advance(n_bytes or 0)
+        return n_bytes
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

@@ -1,0 +1,67 @@
+"""`python -m fastgpt.prepare my.txt --out data/my`: turn texts into token shards to train on."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fastgpt import cli
+
+
+@dataclass(frozen=True)
+class Options:
+    """Turn texts into a folder of token shards, to train on with --data FOLDER."""
+
+    inputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Text files, .jsonl, .parquet, .json (a list of texts), and folders of them (of which .txt,
+    .jsonl and .parquet are taken); text and JSON also with .gz. A text file is one document, unless
+    lines of <|endoftext|> part it."""
+    out: Path
+    """Folder to make, say data/my."""
+    tokenizer: str = "gpt2"
+    """GPT-2's ("gpt2"), or the file or folder of another one."""
+    train_vocab: int | None = None
+    """Train a tokenizer with so many tokens on these texts instead."""
+    field: str = "text"
+    """Where JSON objects and parquet tables hold the text."""
+    val_fraction: float = 0.01
+    """Share of the documents kept for validation; of few documents, the last part of the text."""
+    tokens_per_shard: int = 100_000_000
+    """Tokens per file at most."""
+    threads: int | None = None
+    """How many threads tokenize; by default one for each CPU."""
+    overwrite: bool = False
+    """Replace the folder if it was prepared before."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Prepare the texts, and say what came of it and what to do next."""
+    options = tyro.cli(Options, args=args, prog="python -m fastgpt.prepare")
+    from fastgpt.preparation import prepare
+
+    prepared = prepare(
+        options.inputs,
+        options.out,
+        tokenizer=options.tokenizer,
+        train_vocab=options.train_vocab,
+        field=options.field,
+        val_fraction=options.val_fraction,
+        tokens_per_shard=options.tokens_per_shard,
+        threads=options.threads,
+        overwrite=options.overwrite,
+    )
+    for name, part in (("training", prepared.train), ("validation", prepared.val)):
+        documents = f"{part.documents:,} document{'s' if part.documents != 1 else ''}"
+        print(f"{name + ':':<12}{part.tokens:>16,} tokens, {documents}")
+    print(
+        f"{prepared.bytes_per_token:.2f} bytes of text per token, "
+        f"vocabulary of {prepared.tokenizer.vocab_size:,}"
+    )
+    print(f"train on it:  python -m fastgpt.train --data {shlex.quote(str(prepared.folder))}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

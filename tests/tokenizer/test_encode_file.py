@@ -1,0 +1,134 @@
+"""Files of any size, encoded block by block: the ids must be those of the whole text."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastgpt import documents
+from fastgpt.data import read_text
+from fastgpt.documents import cut_at_pieces, map_in_order, read_blocks
+from fastgpt.errors import UsageError
+from fastgpt.shards import read_shards
+from fastgpt.tokenizer import CharTokenizer
+
+SETTINGS = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+TRICKY = st.text() | st.text(
+    st.sampled_from("'stlve aL1²漢é́ \n\t\r\u00a0\u3000\u0085\x1c\x0b.!<|>😀\ufeff\u200d\x00")
+)
+NOTHING = ("", "\ufeff")  # of these there is a test of their own
+
+
+def encoded(tokenizer, path: Path, out: Path, **options) -> list[int]:
+    paths = tokenizer.encode_file(path, out, **options)
+    shards = read_shards(out, tokenizer, check=True)
+    assert [shard.path for shard in shards] == paths
+    assert [shard.document_starts.tolist() for shard in shards] == [[0], *[[]] * (len(paths) - 1)]
+    ids = np.concatenate([shard.ids for shard in shards]).tolist()
+    for file in paths:
+        file.unlink()
+    return ids
+
+
+@SETTINGS
+@given(text=TRICKY.filter(lambda text: text not in NOTHING), size=st.integers(1, 9), data=st.data())
+def test_any_blocks_are_the_whole_text(gpt2, tmp_path, monkeypatch, text, size, data):
+    monkeypatch.setattr(documents, "BLOCK_BYTES", size)
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    whole = read_text(path)
+    assert "".join(read_blocks(path, size)) == whole
+    options = {"threads": data.draw(st.sampled_from([1, 2])), "tokens_per_shard": 20}
+    assert encoded(gpt2, path, tmp_path / "a", **options) == gpt2.encode(whole)
+
+
+@settings(max_examples=300, deadline=None)
+@given(blocks=st.lists(TRICKY))
+def test_pieces_are_cut_only_where_the_pattern_cuts(gpt2, blocks):
+    pieces = [*cut_at_pieces(blocks)]
+    assert "".join(pieces) == "".join(blocks)
+    assert [i for piece in pieces for i in gpt2.encode(piece)] == gpt2.encode("".join(blocks))
+
+
+def test_a_long_text_in_several_threads(gpt2, tmp_path, monkeypatch, multilingual):
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 1 << 12)
+    path = tmp_path / "a.txt"
+    path.write_text(multilingual * 3, encoding="utf-8")
+    assert encoded(gpt2, path, tmp_path / "a", threads=3) == gpt2.encode(multilingual * 3)
+    with pytest.raises(ValueError, match="threads must be at least 1, not 0"):
+        gpt2.encode_file(path, tmp_path / "a", threads=0)
+
+
+def test_single_characters(tmp_path, shakespeare, monkeypatch):
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 1 << 12)
+    tokenizer = CharTokenizer.from_text(shakespeare)
+    path = tmp_path / "a.txt"
+    path.write_text(shakespeare[:50_000], encoding="utf-8")
+    ids = encoded(tokenizer, path, tmp_path / "a")
+    assert tokenizer.decode(ids) == shakespeare[:50_000]
+    path.write_text(shakespeare[:50_000] + "é", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.txt, after 4\d,\d* characters: character 'é'"):
+        tokenizer.encode_file(path, tmp_path / "b")
+    assert not [*tmp_path.glob("*b-*")]
+
+
+def test_windows_line_ends_and_the_byte_order_mark_across_blocks(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeff\r\n\r\r\né\r\n\ufeff\r".encode())
+    for size in range(1, 20):
+        assert "".join(read_blocks(path, size)) == "\n\r\né\n\ufeff\r" == read_text(path)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1 << 20])
+@pytest.mark.parametrize(
+    "content", [b"x" * 1500 + b"\xe9y", b"\xef\xbb\xbfab\r\n\xff", b"caf\xc3", b"a\xf0\x9f\x98 b"]
+)
+def test_fault_35_not_utf8(gpt2, tmp_path, content, size):
+    path = tmp_path / "latin1.txt"
+    path.write_bytes(content)
+    with pytest.raises(UsageError) as expected:
+        read_text(path)
+    with pytest.raises(UsageError) as error:
+        list(read_blocks(path, size))
+    assert str(error.value) == str(expected.value)
+    with pytest.raises(UsageError, match="not UTF-8"):
+        gpt2.encode_file(path, tmp_path / "out")
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_fault_31_no_text(gpt2, tmp_path):
+    for content in NOTHING:
+        (tmp_path / "empty.txt").write_text(content, "utf-8")
+        message = rf"empty\.txt is empty \({len(content.encode())} bytes\)"
+        with pytest.raises(UsageError, match=message):
+            gpt2.encode_file(tmp_path / "empty.txt", tmp_path / "a")
+    for name, what in (("no.txt", "No such file"), (".", "Is a directory")):
+        with pytest.raises(UsageError, match=f"cannot be read: {what}"):
+            gpt2.encode_file(tmp_path / name, tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_fault_37_memory_is_flat():
+    """Reading never runs ahead of writing by more than a few blocks."""
+    alive, most = 0, 0
+
+    def items():
+        nonlocal alive, most
+        for i in range(100):
+            alive += 1
+            most = max(most, alive)
+            yield i
+
+    for expected, i in enumerate(map_in_order(lambda i: i, items(), 3)):
+        assert i == expected
+        alive -= 1
+    assert most <= 4
+
+
+def test_progress_is_for_terminals(gpt2, tmp_path, capfd, verse):
+    gpt2.encode_file(verse, tmp_path / "a", progress=True)
+    assert capfd.readouterr() == ("", "")
