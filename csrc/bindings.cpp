@@ -19,6 +19,9 @@
 namespace py = pybind11;
 
 namespace fastgpt {
+
+void bind_bpe_trainer(py::module_& m);  // in bpe_trainer_bindings.cpp
+
 namespace {
 
 using IdArray = py::array_t<TokenId, py::array::c_style>;
@@ -155,6 +158,7 @@ PYBIND11_MODULE(_C, m) {
       .def("merges", [](const BytePairEncoder& self) { return to_rows(self.merges()); })
       .def("__len__", [](const BytePairEncoder& self) { return self.tokens().size(); });
   m.def("parse_merges_file", &fastgpt::parse_merges, py::arg("file"));
+  fastgpt::bind_bpe_trainer(m);
 
   // Arrays are taken as they are or not at all: a silent copy would leave the output unwritten.
   m.def("gelu_forward", &fastgpt::gelu, py::arg("x").noconvert(), py::arg("y").noconvert(),

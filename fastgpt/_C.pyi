@@ -22,6 +22,29 @@ class BytePairEncoder:
     def merges(self) -> NDArray[np.uint32]: ...
     def __len__(self) -> int: ...
 
+class BpeTrainer:
+    """Learns the merges of a byte-pair encoding: first all the text, then the merges."""
+
+    def __init__(self) -> None: ...
+    def feed(self, block: bytes) -> None:
+        """Take the next block of a text, of any size: what it ends in may go on in the next."""
+
+    def end_text(self) -> None:
+        """End a text: the next block starts another, and no piece spans both."""
+
+    @property
+    def n_pieces(self) -> int:
+        """How many pieces there were, without those that the next block may go on with."""
+
+    def train(self, n_merges: int, min_count: int) -> int:
+        """Make that many merges, or all there are of pairs this frequent; return how many.
+
+        The first call's ``min_count`` holds for all.
+        """
+
+    def merges(self) -> NDArray[np.uint32]:
+        """Return rows (left, right, merged); ids 0 to 255 are the bytes in GPT-2's order."""
+
 def parse_merges_file(file: bytes) -> tuple[list[bytes], NDArray[np.uint32]]:
     """Return the tokens and the merges, rows (left, right, merged), of a ``vocab.bpe``."""
 

@@ -1,0 +1,131 @@
+#include "piece_counter.hpp"
+
+#include <cstring>
+
+#include "prefetch.hpp"
+#include "pretokenizer.hpp"
+
+namespace fastgpt {
+namespace {
+
+constexpr std::size_t kInline = 16;
+constexpr std::uint32_t kLong = kInline + 1;
+constexpr int kFirstBits = 12;
+
+// 16 bytes of ones, then 16 of zeros: the 16 bytes from byte 16 - n keep a piece's n bytes.
+constexpr std::array<unsigned char, 2 * kInline> kKeep = [] {
+  std::array<unsigned char, 2 * kInline> bytes{};
+  for (std::size_t i = 0; i < kInline; ++i) bytes[i] = 0xFF;
+  return bytes;
+}();
+
+std::uint64_t mix(std::uint64_t x) {
+  x *= 0x9E3779B97F4A7C15;  // 2^64 divided by the golden ratio
+  return x ^ x >> 32;
+}
+
+std::uint64_t hash_words(const std::uint64_t (&words)[2], std::uint64_t size) {
+  return mix(mix(words[0] + size) ^ words[1]) * 0xD6E8FEB86659FD93;
+}
+
+std::uint64_t hash_long(std::string_view piece) {
+  std::uint64_t hash = piece.size();
+  std::uint64_t word;
+  for (std::size_t at = 0; at + sizeof word <= piece.size(); at += sizeof word) {
+    std::memcpy(&word, piece.data() + at, sizeof word);
+    hash = mix(hash ^ word);
+  }
+  // The last bytes; some of them for the second time.
+  std::memcpy(&word, piece.data() + piece.size() - sizeof word, sizeof word);
+  return mix(hash ^ word);
+}
+
+}  // namespace
+
+PieceCounter::PieceCounter() : slots_(std::size_t{1} << kFirstBits), shift_(64 - kFirstBits) {}
+
+void PieceCounter::count(std::string_view text) {
+  for (std::size_t begin = 0; begin < text.size();) {
+    const std::size_t end = piece_end(text, begin);
+    add(text, begin, end);
+    begin = end;
+  }
+  add_pending();
+}
+
+void PieceCounter::add(std::string_view text, std::size_t begin, std::size_t end) {
+  const std::size_t size = end - begin;
+  ++total_;
+  if (size > kInline) {
+    add_long(text.substr(begin, size));
+    return;
+  }
+  Key& key = pending_[n_pending_];
+  key.size = static_cast<std::uint32_t>(size);
+  if (begin + kInline <= text.size()) {
+    std::uint64_t keep[2];
+    std::memcpy(keep, kKeep.data() + kInline - size, kInline);
+    std::memcpy(key.words, text.data() + begin, kInline);
+    key.words[0] &= keep[0];
+    key.words[1] &= keep[1];
+  } else {  // so near the end of the text, 16 bytes cannot be loaded
+    key.words[0] = key.words[1] = 0;
+    std::memcpy(key.words, text.data() + begin, size);
+  }
+  const std::uint64_t hash = hash_words(key.words, size);
+  pending_hashes_[n_pending_] = hash;
+  prefetch(&slots_[hash >> shift_]);
+  if (++n_pending_ == kPending) add_pending();
+}
+
+void PieceCounter::add_pending() {
+  for (std::size_t i = 0; i < n_pending_; ++i) {
+    Slot& slot = slot_of(pending_[i], pending_hashes_[i]);
+    if (slot.count++ == 0) insert(slot, pending_[i]);
+  }
+  n_pending_ = 0;
+}
+
+// Long pieces are rare: no need to look ahead for them.
+void PieceCounter::add_long(std::string_view piece) {
+  const std::uint64_t hash = hash_long(piece);
+  std::size_t at = hash >> shift_;
+  for (; slots_[at].count > 0; at = (at + 1) & (slots_.size() - 1)) {
+    const Key& key = slots_[at].key;
+    if (key.size == kLong && key.words[0] == hash && long_pieces_[key.words[1]] == piece) break;
+  }
+  if (slots_[at].count++ > 0) return;
+  long_pieces_.emplace_back(piece);
+  insert(slots_[at], {{hash, long_pieces_.size() - 1}, kLong});
+}
+
+// Returns the slot that holds the key, or the free one where it would go.
+PieceCounter::Slot& PieceCounter::slot_of(const Key& key, std::uint64_t hash) {
+  std::size_t at = hash >> shift_;
+  while (slots_[at].count > 0 && !(slots_[at].key == key)) at = (at + 1) & (slots_.size() - 1);
+  return slots_[at];
+}
+
+void PieceCounter::insert(Slot& free, const Key& key) {
+  free.key = key;
+  if (2 * ++distinct_ > slots_.size()) grow();
+}
+
+void PieceCounter::grow() {
+  std::vector<Slot> old(2 * slots_.size());
+  old.swap(slots_);
+  --shift_;
+  for (const Slot& slot : old) {
+    if (slot.count == 0) continue;
+    const Key& key = slot.key;
+    // Two long pieces of one hash are two keys, for their places differ.
+    slot_of(key, key.size == kLong ? key.words[0] : hash_words(key.words, key.size)) = slot;
+  }
+}
+
+std::string_view PieceCounter::piece_of(const Key& key) const {
+  if (key.size == kLong) return long_pieces_[key.words[1]];
+  return {reinterpret_cast<const char*>(key.words), key.size};
+}
+
+}  // namespace fastgpt

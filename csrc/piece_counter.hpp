@@ -1,0 +1,72 @@
+// Counts how often each distinct piece of a text occurs: all that BPE training needs of the text.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace fastgpt {
+
+// Hash table from a piece to its count. Open addressing, linear probing; pieces of up to 16 bytes,
+// most of any text, lie in the table itself, so that one cache line tells all about them. Memory
+// grows with the distinct pieces only.
+class PieceCounter {
+ public:
+  PieceCounter();
+
+  // Cuts the text into pieces (pretokenizer.hpp) and counts each of them once more.
+  void count(std::string_view text);
+
+  // How many different pieces were counted, and how many in all.
+  std::size_t distinct() const { return distinct_; }
+  std::uint64_t total() const { return total_; }
+
+  // Calls visit(std::string_view piece, std::uint64_t count) for each distinct piece.
+  template <typename Visit>
+  void for_each(const Visit& visit) const {
+    for (const Slot& slot : slots_) {
+      if (slot.count > 0) visit(piece_of(slot.key), slot.count);
+    }
+  }
+
+ private:
+  // A piece of up to 16 bytes, filled up with zeros; or the hash of a longer one and its place in
+  // long_pieces_, with kLong for its size.
+  struct Key {
+    std::uint64_t words[2];
+    std::uint32_t size;
+
+    bool operator==(const Key& other) const {
+      return words[0] == other.words[0] && words[1] == other.words[1] && size == other.size;
+    }
+  };
+  struct Slot {
+    Key key;
+    std::uint64_t count;  // 0: the slot is free
+  };
+
+  void add(std::string_view text, std::size_t begin, std::size_t end);
+  void add_pending();
+  void add_long(std::string_view piece);
+  Slot& slot_of(const Key& key, std::uint64_t hash);
+  void insert(Slot& free, const Key& key);
+  void grow();
+  std::string_view piece_of(const Key& key) const;
+
+  // The table is this many pieces behind the text, by when a prefetch has brought the slot near.
+  static constexpr std::size_t kPending = 16;
+
+  std::vector<Slot> slots_;
+  int shift_;  // a hash without its lowest `shift_` bits is a slot
+  std::size_t distinct_ = 0;
+  std::uint64_t total_ = 0;
+  std::vector<std::string> long_pieces_;
+  std::array<Key, kPending> pending_;
+  std::array<std::uint64_t, kPending> pending_hashes_;
+  std::size_t n_pending_ = 0;
+};
+
+}  // namespace fastgpt
