@@ -224,6 +224,40 @@ class Tokenizer(BaseTokenizer):
         """Return GPT-2's tokenizer, from the merges that ship with the package."""
         return _gpt2()
 
+    @staticmethod
+    def train(
+        source: PathLike | Iterable[str | bytes | Path],
+        vocab_size: int,
+        *,
+        special_tokens: Iterable[str] = (END_OF_TEXT,),
+        min_frequency: int = 0,
+        progress: bool = False,
+    ) -> Tokenizer:
+        """Learn a vocabulary from text, as in Sennrich et al. (2016) and GPT-2.
+
+        Again and again, the most frequent pair of neighbouring tokens becomes a token, and of
+        equally frequent ones that of the smallest ids; the merges are those of Hugging Face's
+        ``BpeTrainer`` over ``ByteLevel``. Memory grows with the different words of the text, not
+        with its length.
+
+        Args:
+            source: the path of a file; or texts (str or UTF-8 bytes) and files (Path objects, read
+                in blocks) one after the other, so that a list with one str is one text. What
+                stands in the text as a special token counts as ordinary text.
+            vocab_size: how many ids: 256 bytes in GPT-2's order, then a token for each merge, then
+                the special tokens. It is smaller where the text holds no more pairs to merge.
+            special_tokens: names such as ``<|endoftext|>``, which no merge can make.
+            min_frequency: pairs that occur less often are not merged.
+            progress: show a bar, if the output is a terminal.
+
+        Raises: ValueError for a vocabulary too small, special tokens that are not, or no text.
+        """
+        from fastgpt.bpe_training import learn_vocabulary  # here, for it imports this module
+
+        return Tokenizer(
+            *learn_vocabulary(source, vocab_size, special_tokens, min_frequency, progress)
+        )
+
     def save(self, path: PathLike) -> None:
         """Write Hugging Face's ``tokenizer.json``, to a file or into a folder."""
         _write_json(path, to_hugging_face(self._vocabulary))
