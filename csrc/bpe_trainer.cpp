@@ -11,18 +11,19 @@
 namespace fastgpt {
 namespace {
 
-// A slot below it is a token's id.
+// A slot below it is a token's id; the slot before a word is this plus the word's number.
 constexpr std::uint32_t kNoToken = std::uint32_t{1} << 31;
-// The slot before a word is kNoToken plus the word's count, or from this number on, plus that and
-// the index of the count in a list.
-constexpr std::uint32_t kLargeCount = std::uint32_t{1} << 30;
 constexpr std::uint32_t kInsideToken = std::numeric_limits<std::uint32_t>::max();
 
 constexpr std::size_t kNowhere = std::numeric_limits<std::size_t>::max();
 
-// Pairs are collected that are at least this fraction as frequent as the most frequent. A larger
-// one would have the words gone through more often, a smaller one more pairs looked after.
-constexpr std::uint64_t kCollectedFraction = 16;
+// Pairs are collected down to this fraction of the most frequent one's count: with 8 the words are
+// gone through too often, with 8192 too many rare pairs are looked after. Any makes the same
+// merges.
+constexpr std::uint64_t kCollectedFraction = 512;
+
+// The logarithm of the number of bounds (see bound_counts): few enough to stay in the cache.
+constexpr int kBoundBits = 18;
 
 // Memory is prefetched for this many steps ahead.
 constexpr std::size_t kAhead = 16;
@@ -36,6 +37,8 @@ std::uint64_t spread(std::uint64_t pair) {
   return (pair ^ pair >> 32) * 0xD6E8FEB86659FD93;
 }
 
+std::size_t bound_of(std::uint64_t pair) { return spread(pair) >> (64 - kBoundBits); }
+
 std::array<TokenId, 256> gpt2_byte_ids() {
   const std::vector<std::string> bytes = parse_merges_file("").tokens;
   std::array<TokenId, 256> ids{};
@@ -45,10 +48,25 @@ std::array<TokenId, 256> gpt2_byte_ids() {
 
 bool is_space(char c) { return c == ' ' || c == '\n' || c == '\r' || c == '\t'; }
 
-// Whether a piece surely starts at text[at], whatever precedes and follows: at white space after
-// what is none. (Both are looked for in ASCII only, which tells them from one byte each.)
+// Whether a piece starts at text[at] whatever precedes and follows: at white space after what is
+// none. Both are looked for in ASCII only, where one byte tells.
 bool starts_piece(std::string_view text, std::size_t at) {
   return is_space(text[at]) && text[at - 1] > ' ' && text[at - 1] <= '~';
+}
+
+// Returns the first such place after the text's first byte, or the text's end.
+std::size_t first_start(std::string_view text) {
+  std::size_t at = 1;
+  while (at < text.size() && !starts_piece(text, at)) ++at;
+  return std::min(at, text.size());
+}
+
+// Returns the last such place, or 0.
+std::size_t last_start(std::string_view text) {
+  for (std::size_t at = text.size(); at-- > 1;) {
+    if (starts_piece(text, at)) return at;
+  }
+  return 0;
 }
 
 }  // namespace
@@ -132,19 +150,11 @@ void PairMerger::lay_out(const PieceCounter& pieces) {
     if (slots_.size() + piece.size() >= std::numeric_limits<std::uint32_t>::max()) {
       throw std::length_error("the text has 4 GiB of different words: train on less of it");
     }
-    if (count < kLargeCount) {
-      slots_.push_back(kNoToken + static_cast<std::uint32_t>(count));
-    } else {
-      slots_.push_back(kNoToken + kLargeCount + static_cast<std::uint32_t>(large_counts_.size()));
-      large_counts_.push_back(count);
-    }
+    slots_.push_back(kNoToken + static_cast<std::uint32_t>(word_counts_.size()));
+    word_counts_.push_back(count);
     for (const char byte : piece) slots_.push_back(byte_ids[static_cast<unsigned char>(byte)]);
   });
   slots_.push_back(kNoToken);  // the end of the last word
-}
-
-PairMerger::Count PairMerger::count_of(std::uint32_t weight) const {
-  return weight < kLargeCount ? weight : large_counts_[weight - kLargeCount];
 }
 
 // Brings to the heap's front the pair to merge next. Returns false if the table may not have it.
@@ -169,14 +179,12 @@ void PairMerger::collect_pairs() {
   } while (heap_.empty() && threshold > min_count_);
 }
 
-// Counts pairs by their hash: no pair of a hash is more frequent than the count that this returns
-// for it. Most pairs are rare, and this table, smaller than one of them all, tells which may not
-// be.
+// Counts the pairs by their hash: none of a hash is more frequent than all of it together. Most
+// pairs are rare, and these numbers, far fewer than there are pairs, rule most of them out.
 std::vector<PairMerger::Count> PairMerger::bound_counts() const {
-  std::vector<Count> bounds(std::size_t{1} << 20);
-  for_each_pair([&](std::uint64_t pair, Place place) {
-    bounds[spread(pair) >> 44] += count_of(place.weight);
-  });
+  std::vector<Count> bounds(std::size_t{1} << kBoundBits);
+  for_each_pair(
+      [&](std::uint64_t pair, Place place) { bounds[bound_of(pair)] += word_counts_[place.word]; });
   return bounds;
 }
 
@@ -184,9 +192,9 @@ void PairMerger::collect_pairs_from(Count threshold, const std::vector<Count>& b
   threshold_ = threshold;
   pairs_.clear();
   for_each_pair([&](std::uint64_t pair, Place place) {
-    if (bounds[spread(pair) >> 44] < threshold) return;
+    if (bounds[bound_of(pair)] < threshold) return;
     PairTable::Entry& entry = pairs_.insert(pair);
-    entry.count += count_of(place.weight);
+    entry.count += word_counts_[place.word];
     ++entry.size;
   });
 
@@ -203,7 +211,7 @@ void PairMerger::collect_pairs_from(Count threshold, const std::vector<Count>& b
 
   places_.resize(n_places);
   for_each_pair([&](std::uint64_t pair, Place place) {
-    if (bounds[spread(pair) >> 44] < threshold) return;
+    if (bounds[bound_of(pair)] < threshold) return;
     PairTable::Entry& entry = *pairs_.find(pair);
     if (entry.count >= threshold) places_[entry.begin + entry.size++] = place;
   });
@@ -214,12 +222,12 @@ template <typename Visit>
 void PairMerger::for_each_pair(const Visit& visit) const {
   std::size_t at = 0;
   while (at + 1 < slots_.size()) {
-    const std::uint32_t weight = slots_[at++] - kNoToken;
+    const std::uint32_t word = slots_[at++] - kNoToken;
     while (true) {
       const TokenId token = slots_[at];
       const std::size_t next_at = at + lengths_[token];
       const TokenId next = slots_[next_at];
-      if (next < kNoToken) visit(pair_of(token, next), {static_cast<std::uint32_t>(at), weight});
+      if (next < kNoToken) visit(pair_of(token, next), {static_cast<std::uint32_t>(at), word});
       at = next_at;
       if (next >= kNoToken) break;
     }
@@ -230,7 +238,10 @@ void PairMerger::replace(const PairTable::Entry& entry, Merge merge) {
   const Place* const begin = places_.data() + entry.begin;
   const Place* const end = begin + entry.size;
   for (const Place* place = begin; place < end; ++place) {
-    if (place + kAhead < end) prefetch(&slots_[place[kAhead].at]);
+    if (place + kAhead < end) {
+      prefetch(&slots_[place[kAhead].at]);
+      prefetch(&word_counts_[place[kAhead].word]);
+    }
     replace_at(*place, merge);
   }
 }
@@ -245,11 +256,11 @@ void PairMerger::replace_at(Place place, Merge merge) {
   slots_[right_at - 1] = slots_[right_at] = kInsideToken;
   slots_[left_at] = slots_[end - 1] = merge.merged;
 
-  const Count count = count_of(place.weight);
+  const Count count = word_counts_[place.word];
   const TokenId before = slots_[left_at - 1];
   const TokenId after = slots_[end];
   if (before < kNoToken) {
-    left_.add(before, {place.at - lengths_[before], place.weight}, count);
+    left_.add(before, {place.at - lengths_[before], place.word}, count);
   }
   if (after < kNoToken) right_.add(after, place, count);
 }
@@ -310,18 +321,15 @@ void PairMerger::write_places(Side& side) {
 
 void BpeTrainer::feed(std::string_view block) {
   if (merger_) throw std::invalid_argument("no more text can be added once merging has begun");
-  // The unfinished piece goes on up to the first place where a piece surely starts...
-  std::size_t begin = 0;
   if (!unfinished_.empty()) {
-    while (begin < block.size() && !(begin > 0 && starts_piece(block, begin))) ++begin;
+    const std::size_t begin = first_start(block);
     unfinished_ += block.substr(0, begin);
     if (begin == block.size()) return;
     end_text();
+    block.remove_prefix(begin);
   }
-  // ...and the last such place is where the next unfinished one starts.
-  std::size_t end = block.size();
-  while (end > begin && !(end < block.size() && end > 0 && starts_piece(block, end))) --end;
-  pieces_.count(block.substr(begin, end - begin));
+  const std::size_t end = last_start(block);
+  pieces_.count(block.substr(0, end));
   unfinished_ = block.substr(end);
 }
 

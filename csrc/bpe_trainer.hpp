@@ -56,9 +56,9 @@ class PairTable {
 // All words stand in one array, a token at the place of its first byte, so that a merge changes
 // three or four numbers of one word and nothing moves:
 //
-//   | c |  h  e  r  e |   the bytes of a word, after its count c
-//   | c | he he re re |   merged: a token's id is at its first and its last byte,
-//   | c | X  -  -  X  |   and what lies between belongs to no token
+//   | n |  h  e  r  e |   a word's bytes, and before them its number
+//   | n | he he re re |   after two merges: a token's id is at its first and its last byte,
+//   | n | X  -  -  X  |   and what lies between belongs to no token
 //
 // so the token after the one at p starts at p + (its length), and the one before ends at p - 1.
 //
@@ -76,10 +76,10 @@ class PairMerger {
  private:
   using Count = std::uint64_t;
 
-  // Where a pair's left token starts, and its word's count as in the slot before the word.
+  // The slot where a pair's left token starts, and the number of its word.
   struct Place {
     std::uint32_t at;
-    std::uint32_t weight;
+    std::uint32_t word;
   };
   struct Candidate {
     Count count;  // not less than the pair's count of now
@@ -109,8 +109,6 @@ class PairMerger {
   };
 
   void lay_out(const PieceCounter& pieces);
-  void add_word(std::string_view piece, Count count);
-  Count count_of(std::uint32_t weight) const;
 
   bool find_candidate();
   void collect_pairs();
@@ -128,7 +126,7 @@ class PairMerger {
 
   Count min_count_;
   std::vector<std::uint32_t> slots_;
-  std::vector<Count> large_counts_;
+  std::vector<Count> word_counts_;
   std::vector<std::uint32_t> lengths_;  // of each token, in bytes
 
   Count threshold_ = 0;  // pairs at least as frequent are in the table
