@@ -98,7 +98,7 @@ def test_train(benchmark, text, our_merges, train):
         lambda: train(text),
         group=f"train {VOCAB_SIZE:,} ids",
         variant=train.__name__,
-        baseline="gigatoken",
+        baseline="hugging_face",
         device="cpu",
         megabytes=n_bytes / 1e6,
     )

@@ -90,14 +90,14 @@ def _read(trainer: _C.BpeTrainer, source: Source, bar: Progress, block_bytes: in
 
 def _blocks(item: object, block_bytes: int) -> Iterator[bytes]:
     """Yield the bytes of one text, or of one file."""
-    if isinstance(item, str):
-        yield _utf8(item)
-    elif isinstance(item, bytes):
-        yield item
-    elif isinstance(item, Path):
+    if isinstance(item, Path):
         with _open(item) as file:
             while block := file.read(block_bytes):
                 yield block
+    elif isinstance(item, (str, bytes)):
+        data = item if isinstance(item, bytes) else _utf8(item)
+        for begin in range(0, len(data), block_bytes):  # Ctrl-C waits for the end of a block
+            yield data[begin : begin + block_bytes]
     else:
         raise TypeError(
             f"a text is str, UTF-8 bytes or the Path of a file, not {type(item).__name__} (to "

@@ -1,8 +1,12 @@
 """Training against Hugging Face's BpeTrainer and against a naive one written here."""
 
+import _thread
 import json
 import pickle
+import signal
 import sysconfig
+import threading
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -291,6 +295,22 @@ class TestFaults:
     def test_a_min_frequency_below_zero(self):
         with pytest.raises(ValueError, match="min_frequency is -1"):
             Tokenizer.train([PARAGRAPH], 300, min_frequency=-1)
+
+    def test_ctrl_c_ends_it_at_once(self):
+        words = np.random.default_rng(0).integers(ord("a"), ord("z") + 1, (100_000, 20), np.uint8)
+        trainer = _C.BpeTrainer()
+        trainer.feed(b" ".join(word.tobytes() for word in words))
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+        timer = threading.Timer(0.3, _thread.interrupt_main)
+        timer.start()
+        began = time.perf_counter()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train(10_000_000, 0)
+        finally:
+            timer.join()
+            signal.signal(signal.SIGINT, previous)
+        assert time.perf_counter() - began < 2
 
     def test_text_after_the_first_merge(self):
         trainer = _C.BpeTrainer()
