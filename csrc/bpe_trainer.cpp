@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <future>
 #include <limits>
 #include <stdexcept>
 
@@ -24,6 +25,9 @@ constexpr std::uint64_t kCollectedFraction = 512;
 
 // The logarithm of the number of bounds (see bound_counts): few enough to stay in the cache.
 constexpr int kBoundBits = 18;
+
+// So many bytes take a thread longer to count than it takes to start.
+constexpr std::size_t kWorthAThread = std::size_t{1} << 18;
 
 // Memory is prefetched for this many steps ahead.
 constexpr std::size_t kAhead = 16;
@@ -329,23 +333,48 @@ void BpeTrainer::feed(std::string_view block) {
     block.remove_prefix(begin);
   }
   const std::size_t end = last_start(block);
-  pieces_.count(block.substr(0, end));
+  count(block.substr(0, end));
   unfinished_ = block.substr(end);
 }
 
 void BpeTrainer::end_text() {
-  pieces_.count(unfinished_);
+  count(unfinished_);
   unfinished_.clear();
 }
 
-bool BpeTrainer::merge_next(std::uint64_t min_count) {
-  if (!merger_) {
-    end_text();
-    merger_.emplace(pieces_, min_count);
+// Leaves parts of about the same size to other threads, from the end of the text on.
+void BpeTrainer::count(std::string_view text) {
+  std::vector<std::future<void>> others;
+  for (std::size_t n = std::min(counters_.size(), text.size() / kWorthAThread); n > 1; --n) {
+    const std::size_t part = text.size() - text.size() / n;
+    const std::size_t begin = part + first_start(text.substr(part));
+    others.push_back(std::async(
+        std::launch::async,
+        [counter = &counters_[n - 1], rest = text.substr(begin)] { counter->count(rest); }));
+    text = text.substr(0, begin);
   }
+  counters_[0].count(text);
+  for (std::future<void>& other : others) other.get();
+}
+
+std::uint64_t BpeTrainer::n_pieces() const {
+  std::uint64_t total = 0;
+  for (const PieceCounter& counter : counters_) total += counter.total();
+  return total;
+}
+
+bool BpeTrainer::merge_next(std::uint64_t min_count) {
+  if (!merger_) start_merging(min_count);
   const std::optional<Merge> merge = merger_->merge_next();
   if (merge) merges_.push_back(*merge);
   return merge.has_value();
+}
+
+void BpeTrainer::start_merging(std::uint64_t min_count) {
+  end_text();
+  for (; counters_.size() > 1; counters_.pop_back()) counters_[0].count(counters_.back());
+  merger_.emplace(counters_[0], min_count);
+  counters_[0] = PieceCounter();  // for its memory
 }
 
 }  // namespace fastgpt

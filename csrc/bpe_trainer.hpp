@@ -136,24 +136,32 @@ class PairMerger {
   Side left_, right_;  // of the merge that is being made
 };
 
-// Takes text in blocks of any size, then makes merges.
+// Takes text in blocks of any size, then makes merges. The number of threads changes none of them.
 class BpeTrainer {
  public:
+  // Counts each block on up to `threads` threads, each of which has a table of its own.
+  explicit BpeTrainer(unsigned threads) : counters_(threads > 1 ? threads : 1) {}
+
   // Takes the next block of a text. Throws std::invalid_argument once merging has begun.
   void feed(std::string_view block);
   // Says that the text is over, so that the next block starts another: no piece spans both.
   void end_text();
+  // How many pieces were counted, but for those that the next block may go on with. 0 once merging
+  // has begun.
+  std::uint64_t n_pieces() const;
 
   // Makes one merge (see PairMerger) of all that was fed, the first call's `min_count` holding for
   // all; returns false when no pair is left.
   bool merge_next(std::uint64_t min_count);
 
-  const PieceCounter& pieces() const { return pieces_; }
   const std::vector<Merge>& merges() const { return merges_; }
 
  private:
-  PieceCounter pieces_;
-  std::string unfinished_;  // the end of the last block, which the next may go on with
+  void count(std::string_view text);
+  void start_merging(std::uint64_t min_count);
+
+  std::vector<PieceCounter> counters_;  // one a thread
+  std::string unfinished_;              // the end of the last block, which the next may go on with
   std::optional<PairMerger> merger_;
   std::vector<Merge> merges_;
 };

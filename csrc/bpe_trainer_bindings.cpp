@@ -60,11 +60,10 @@ py::array_t<TokenId> merges(const BpeTrainer& trainer) {
 
 void bind_bpe_trainer(py::module_& m) {
   py::class_<BpeTrainer>(m, "BpeTrainer", "Learns the merges of a byte-pair encoding from text")
-      .def(py::init<>())
+      .def(py::init<unsigned>(), py::arg("threads") = 1)
       .def("feed", &feed, py::arg("block"))
       .def("end_text", &end_text)
-      .def_property_readonly("n_pieces",
-                             [](const BpeTrainer& self) { return self.pieces().total(); })
+      .def_property_readonly("n_pieces", &BpeTrainer::n_pieces)
       .def("train", &train, py::arg("n_merges"), py::arg("min_count"))
       .def("merges", &merges);
 }

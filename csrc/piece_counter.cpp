@@ -53,11 +53,23 @@ void PieceCounter::count(std::string_view text) {
   add_pending();
 }
 
+void PieceCounter::count(const PieceCounter& other) {
+  for (const Slot& slot : other.slots_) {
+    if (slot.count == 0) continue;
+    if (slot.key.size == kLong) {
+      add_long(other.piece_of(slot.key), slot.count);
+    } else {
+      add_short(slot.key, hash_words(slot.key.words, slot.key.size), slot.count);
+    }
+  }
+  total_ += other.total_;
+}
+
 void PieceCounter::add(std::string_view text, std::size_t begin, std::size_t end) {
   const std::size_t size = end - begin;
   ++total_;
   if (size > kInline) {
-    add_long(text.substr(begin, size));
+    add_long(text.substr(begin, size), 1);
     return;
   }
   Key& key = pending_[n_pending_];
@@ -79,34 +91,39 @@ void PieceCounter::add(std::string_view text, std::size_t begin, std::size_t end
 }
 
 void PieceCounter::add_pending() {
-  for (std::size_t i = 0; i < n_pending_; ++i) {
-    Slot& slot = slot_of(pending_[i], pending_hashes_[i]);
-    if (slot.count++ == 0) insert(slot, pending_[i]);
-  }
+  for (std::size_t i = 0; i < n_pending_; ++i) add_short(pending_[i], pending_hashes_[i], 1);
   n_pending_ = 0;
 }
 
+void PieceCounter::add_short(const Key& key, std::uint64_t hash, std::uint64_t count) {
+  Slot& slot = slots_[slot_of(key, hash)];
+  slot.count += count;
+  if (slot.count == count) fill(slot, key);
+}
+
 // Long pieces are rare: no need to look ahead for them.
-void PieceCounter::add_long(std::string_view piece) {
+void PieceCounter::add_long(std::string_view piece, std::uint64_t count) {
   const std::uint64_t hash = hash_long(piece);
   std::size_t at = hash >> shift_;
   for (; slots_[at].count > 0; at = (at + 1) & (slots_.size() - 1)) {
     const Key& key = slots_[at].key;
     if (key.size == kLong && key.words[0] == hash && long_pieces_[key.words[1]] == piece) break;
   }
-  if (slots_[at].count++ > 0) return;
+  slots_[at].count += count;
+  if (slots_[at].count > count) return;
   long_pieces_.emplace_back(piece);
-  insert(slots_[at], {{hash, long_pieces_.size() - 1}, kLong});
+  fill(slots_[at], {{hash, long_pieces_.size() - 1}, kLong});
 }
 
 // Returns the slot that holds the key, or the free one where it would go.
-PieceCounter::Slot& PieceCounter::slot_of(const Key& key, std::uint64_t hash) {
+std::size_t PieceCounter::slot_of(const Key& key, std::uint64_t hash) const {
   std::size_t at = hash >> shift_;
   while (slots_[at].count > 0 && !(slots_[at].key == key)) at = (at + 1) & (slots_.size() - 1);
-  return slots_[at];
+  return at;
 }
 
-void PieceCounter::insert(Slot& free, const Key& key) {
+// Gives its key to a slot that was free, and keeps half of the slots free.
+void PieceCounter::fill(Slot& free, const Key& key) {
   free.key = key;
   if (2 * ++distinct_ > slots_.size()) grow();
 }
@@ -119,7 +136,7 @@ void PieceCounter::grow() {
     if (slot.count == 0) continue;
     const Key& key = slot.key;
     // Two long pieces of one hash are two keys, for their places differ.
-    slot_of(key, key.size == kLong ? key.words[0] : hash_words(key.words, key.size)) = slot;
+    slots_[slot_of(key, key.size == kLong ? key.words[0] : hash_words(key.words, key.size))] = slot;
   }
 }
 

@@ -12,16 +12,18 @@ namespace fastgpt {
 
 // Hash table from a piece to its count. Open addressing, linear probing; pieces of up to 16 bytes,
 // most of any text, lie in the table itself, so that one cache line tells all about them. Memory
-// grows with the distinct pieces only.
-class PieceCounter {
+// grows with the distinct pieces only. (Two counters, for two threads, share no cache line.)
+class alignas(64) PieceCounter {
  public:
   PieceCounter();
 
   // Cuts the text into pieces (pretokenizer.hpp) and counts each of them once more.
   void count(std::string_view text);
 
-  // How many different pieces were counted, and how many in all.
-  std::size_t distinct() const { return distinct_; }
+  // Counts all that the other has counted.
+  void count(const PieceCounter& other);
+
+  // How many pieces were counted.
   std::uint64_t total() const { return total_; }
 
   // Calls visit(std::string_view piece, std::uint64_t count) for each distinct piece.
@@ -50,9 +52,10 @@ class PieceCounter {
 
   void add(std::string_view text, std::size_t begin, std::size_t end);
   void add_pending();
-  void add_long(std::string_view piece);
-  Slot& slot_of(const Key& key, std::uint64_t hash);
-  void insert(Slot& free, const Key& key);
+  void add_long(std::string_view piece, std::uint64_t count);
+  void add_short(const Key& key, std::uint64_t hash, std::uint64_t count);
+  std::size_t slot_of(const Key& key, std::uint64_t hash) const;
+  void fill(Slot& free, const Key& key);
   void grow();
   std::string_view piece_of(const Key& key) const;
 

@@ -25,7 +25,9 @@ class BytePairEncoder:
 class BpeTrainer:
     """Learns the merges of a byte-pair encoding: first all the text, then the merges."""
 
-    def __init__(self) -> None: ...
+    def __init__(self, threads: int = 1) -> None:
+        """Count on so many threads; their number changes no merge."""
+
     def feed(self, block: bytes) -> None:
         """Take the next block of a text, of any size: what it ends in may go on in the next."""
 
@@ -34,7 +36,10 @@ class BpeTrainer:
 
     @property
     def n_pieces(self) -> int:
-        """How many pieces there were, without those that the next block may go on with."""
+        """How many pieces were counted, but for those that the next block may go on with.
+
+        0 once merging has begun.
+        """
 
     def train(self, n_merges: int, min_count: int) -> int:
         """Make that many merges, or all there are of pairs this frequent; return how many.

@@ -24,8 +24,9 @@ def learn_vocabulary(
     source: Source,
     vocab_size: int,
     special_tokens: Iterable[str],
-    min_frequency: int,
-    progress: bool,
+    min_frequency: int = 0,
+    threads: int = 1,
+    progress: bool = False,
     block_bytes: int = BLOCK_BYTES,
 ) -> Vocabulary:
     """Do what :meth:`Tokenizer.train` says, reading files in blocks of so many bytes."""
@@ -38,8 +39,10 @@ def learn_vocabulary(
         )
     if index(min_frequency) < 0:
         raise ValueError(f"min_frequency is {min_frequency}, but no pair occurs less than 0 times")
+    if index(threads) < 1:
+        raise ValueError(f"threads is {threads}, but it takes at least one")
 
-    trainer = _C.BpeTrainer()
+    trainer = _C.BpeTrainer(threads)
     with _bar(progress) as bar:
         _read(trainer, source, bar, block_bytes)
         _merge(trainer, n_merges, min_frequency, bar)

@@ -231,6 +231,7 @@ class Tokenizer(BaseTokenizer):
         *,
         special_tokens: Iterable[str] = (END_OF_TEXT,),
         min_frequency: int = 0,
+        threads: int = 1,
         progress: bool = False,
     ) -> Tokenizer:
         """Learn a vocabulary from text, as in Sennrich et al. (2016) and GPT-2.
@@ -248,6 +249,7 @@ class Tokenizer(BaseTokenizer):
                 the special tokens. It is smaller where the text holds no more pairs to merge.
             special_tokens: names such as ``<|endoftext|>``, which no merge can make.
             min_frequency: pairs that occur less often are not merged.
+            threads: how many count words; their number changes nothing in the vocabulary.
             progress: show a bar, if the output is a terminal.
 
         Raises: ValueError for a vocabulary too small, special tokens that are not, or no text.
@@ -255,7 +257,7 @@ class Tokenizer(BaseTokenizer):
         from fastgpt.bpe_training import learn_vocabulary  # here, for it imports this module
 
         return Tokenizer(
-            *learn_vocabulary(source, vocab_size, special_tokens, min_frequency, progress)
+            *learn_vocabulary(source, vocab_size, special_tokens, min_frequency, threads, progress)
         )
 
     def save(self, path: PathLike) -> None:

@@ -141,9 +141,11 @@ class TestMerges:
         ours = Tokenizer.train(["ab" * 500_000], 300, special_tokens=())
         assert merges_of(ours)[:3] == [(b"a", b"b"), (b"ab", b"ab"), (b"abab", b"abab")]
 
-    def test_are_the_same_every_time(self, multilingual):
-        first, second = (Tokenizer.train([multilingual], 1000) for _ in range(2))
-        assert first == second
+    def test_are_the_same_every_time_on_any_number_of_threads(self, shakespeare):
+        one, again, three = (
+            Tokenizer.train([shakespeare], 1000, threads=threads) for threads in (1, 1, 3)
+        )
+        assert one == again == three
 
 
 class TestVocabulary:
@@ -197,7 +199,7 @@ class TestSource:
         text = multilingual[:3000] + "  x \n\n  y\t z's\r\n" * 20 + "x" * 500 + " \n" * 100
         path = tmp_path / "text.txt"
         path.write_bytes(text.encode())
-        in_blocks = learn_vocabulary(path, 500, [END], 0, False, block_bytes=block_bytes)
+        in_blocks = learn_vocabulary(path, 500, [END], block_bytes=block_bytes)
         assert Tokenizer(*in_blocks) == Tokenizer.train([text], 500)
 
     @settings(max_examples=200, deadline=None)
@@ -210,10 +212,12 @@ class TestSource:
         whole.feed(text)
         for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
             parts.feed(text[begin:end])
+            parts.feed(b"")
         for trainer in (whole, parts):
             trainer.end_text()
-            trainer.train(50, 0)
         assert parts.n_pieces == whole.n_pieces
+        for trainer in (whole, parts):
+            trainer.train(50, 0)
         np.testing.assert_array_equal(parts.merges(), whole.merges())
 
     def test_no_piece_spans_two_texts(self):
@@ -311,6 +315,10 @@ class TestFaults:
             timer.join()
             signal.signal(signal.SIGINT, previous)
         assert time.perf_counter() - began < 2
+
+    def test_no_threads(self):
+        with pytest.raises(ValueError, match="threads is 0"):
+            Tokenizer.train([PARAGRAPH], 300, threads=0)
 
     def test_text_after_the_first_merge(self):
         trainer = _C.BpeTrainer()
