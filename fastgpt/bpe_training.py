@@ -77,16 +77,16 @@ def _read(trainer: _C.BpeTrainer, source: Source, bar: Progress, block_bytes: in
     """Feed all texts and files to the trainer."""
     items: Iterable[object] = [Path(source)] if isinstance(source, (str, Path)) else source
     task = bar.add_task("reading", total=None, unit="MB")
-    n_bytes = 0
+    n_bytes = shown = 0
     for item in items:
         for block in _blocks(item, block_bytes):
             trainer.feed(block)
             n_bytes += len(block)
-            if n_bytes >= 1_000_000:  # moving the bar costs more than counting a short text
-                bar.advance(task, n_bytes / 1e6)
-                n_bytes = 0
+            if n_bytes - shown >= 1_000_000:  # moving the bar costs more than a short text
+                bar.update(task, completed=n_bytes / 1e6)
+                shown = n_bytes
         trainer.end_text()
-    bar.advance(task, n_bytes / 1e6)
+    bar.update(task, completed=n_bytes / 1e6, total=n_bytes / 1e6)
     if trainer.n_pieces == 0:
         raise ValueError("there is no text to train on: the source is empty")
 

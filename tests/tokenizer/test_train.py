@@ -104,6 +104,11 @@ class TestMerges:
         assert merges_of(ours) == their_merges(hugging_face(texts, 2000))
         assert ours.vocab_size == 2000
 
+    def test_pairs_too_rare_at_first_are_merged_later(self, hugging_face, shakespeare):
+        text = shakespeare[:50_000] + " rarely" * 50_000 + " often" * 500
+        ours = Tokenizer.train([text], 3000)
+        assert merges_of(ours) == their_merges(hugging_face([text], 3000))
+
     @pytest.mark.parametrize("min_frequency", [1, 2, 7])
     def test_min_frequency_is_that_of_hugging_face(self, hugging_face, min_frequency):
         text = stdlib_sources()[0][:20_000]
