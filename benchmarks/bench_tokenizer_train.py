@@ -7,8 +7,8 @@ median round is in ``extra_info``. Before anything is timed,
 - gigatoken's too: it is asked for Hugging Face's way with ties (its ids begin with other bytes);
 - rustbpe's are not compared: it breaks ties in an order of its own, so only their number is.
 
-The corpus is the packaged text and Python's standard library, 6 MB, of which 10,000 ids are learned;
-or, of a larger one, 32,000: of the file that the environment variable FASTGPT_BENCH_TEXT names.
+The corpus is the packaged text and Python's standard library, 6 MB, for 10,000 ids; or the file
+that the environment variable FASTGPT_BENCH_TEXT names, for 32,000.
 """
 
 import json

@@ -125,7 +125,6 @@ PairMerger::PairMerger(const PieceCounter& pieces, std::uint64_t min_count)
   left_.by_token.resize(256);
   right_.by_token.resize(256);
   lay_out(pieces);
-  threshold_ = std::numeric_limits<Count>::max();  // nothing is in the table yet
 }
 
 std::optional<Merge> PairMerger::merge_next() {
@@ -302,6 +301,10 @@ void PairMerger::take_away(std::uint64_t pair, Count count) {
   if (PairTable::Entry* entry = pairs_.find(pair)) entry->count -= count;
 }
 
+// A pair is new only once, in the merge that makes the later of its tokens: no two merges make the
+// same token. (Where its bytes are a token, no token ever spanned their ends, so what went on
+// inside was the same in every word.) So all places of the pair are known now, and their list never
+// grows.
 void PairMerger::add_pair(std::uint64_t pair, Neighbour& neighbour, Count count) {
   neighbour.next_place = kNowhere;
   if (count < threshold_) return;

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -129,7 +130,8 @@ class PairMerger {
   std::vector<Count> word_counts_;
   std::vector<std::uint32_t> lengths_;  // of each token, in bytes
 
-  Count threshold_ = 0;  // pairs at least as frequent are in the table
+  // Pairs at least as frequent are in the table: at first none.
+  Count threshold_ = std::numeric_limits<Count>::max();
   PairTable pairs_;
   std::vector<Place> places_;
   std::vector<Candidate> heap_;

@@ -45,12 +45,13 @@ std::uint64_t hash_long(std::string_view piece) {
 PieceCounter::PieceCounter() : slots_(std::size_t{1} << kFirstBits), shift_(64 - kFirstBits) {}
 
 void PieceCounter::count(std::string_view text) {
-  for (std::size_t begin = 0; begin < text.size();) {
+  Pending pending;
+  for (std::size_t begin = 0; begin < text.size(); ++total_) {
     const std::size_t end = piece_end(text, begin);
-    add(text, begin, end);
+    add(text, begin, end, pending);
     begin = end;
   }
-  add_pending();
+  add_all(pending);
 }
 
 void PieceCounter::count(const PieceCounter& other) {
@@ -65,14 +66,14 @@ void PieceCounter::count(const PieceCounter& other) {
   total_ += other.total_;
 }
 
-void PieceCounter::add(std::string_view text, std::size_t begin, std::size_t end) {
+void PieceCounter::add(std::string_view text, std::size_t begin, std::size_t end,
+                       Pending& pending) {
   const std::size_t size = end - begin;
-  ++total_;
   if (size > kInline) {
     add_long(text.substr(begin, size), 1);
     return;
   }
-  Key& key = pending_[n_pending_];
+  Key& key = pending.keys[pending.size];
   key.size = static_cast<std::uint32_t>(size);
   if (begin + kInline <= text.size()) {
     std::uint64_t keep[2];
@@ -85,14 +86,14 @@ void PieceCounter::add(std::string_view text, std::size_t begin, std::size_t end
     std::memcpy(key.words, text.data() + begin, size);
   }
   const std::uint64_t hash = hash_words(key.words, size);
-  pending_hashes_[n_pending_] = hash;
+  pending.hashes[pending.size] = hash;
   prefetch(&slots_[hash >> shift_]);
-  if (++n_pending_ == kPending) add_pending();
+  if (++pending.size == Pending::kSize) add_all(pending);
 }
 
-void PieceCounter::add_pending() {
-  for (std::size_t i = 0; i < n_pending_; ++i) add_short(pending_[i], pending_hashes_[i], 1);
-  n_pending_ = 0;
+void PieceCounter::add_all(Pending& pending) {
+  for (std::size_t i = 0; i < pending.size; ++i) add_short(pending.keys[i], pending.hashes[i], 1);
+  pending.size = 0;
 }
 
 void PieceCounter::add_short(const Key& key, std::uint64_t hash, std::uint64_t count) {

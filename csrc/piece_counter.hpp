@@ -12,8 +12,8 @@ namespace fastgpt {
 
 // Hash table from a piece to its count. Open addressing, linear probing; pieces of up to 16 bytes,
 // most of any text, lie in the table itself, so that one cache line tells all about them. Memory
-// grows with the distinct pieces only. (Two counters, for two threads, share no cache line.)
-class alignas(64) PieceCounter {
+// grows with the distinct pieces only.
+class PieceCounter {
  public:
   PieceCounter();
 
@@ -50,8 +50,16 @@ class alignas(64) PieceCounter {
     std::uint64_t count;  // 0: the slot is free
   };
 
-  void add(std::string_view text, std::size_t begin, std::size_t end);
-  void add_pending();
+  // Pieces whose slots are on their way into the cache.
+  struct Pending {
+    static constexpr std::size_t kSize = 16;
+    std::array<Key, kSize> keys;
+    std::array<std::uint64_t, kSize> hashes;
+    std::size_t size = 0;
+  };
+
+  void add(std::string_view text, std::size_t begin, std::size_t end, Pending& pending);
+  void add_all(Pending& pending);
   void add_long(std::string_view piece, std::uint64_t count);
   void add_short(const Key& key, std::uint64_t hash, std::uint64_t count);
   std::size_t slot_of(const Key& key, std::uint64_t hash) const;
@@ -59,17 +67,11 @@ class alignas(64) PieceCounter {
   void grow();
   std::string_view piece_of(const Key& key) const;
 
-  // The table is this many pieces behind the text, by when a prefetch has brought the slot near.
-  static constexpr std::size_t kPending = 16;
-
   std::vector<Slot> slots_;
   int shift_;  // a hash without its lowest `shift_` bits is a slot
   std::size_t distinct_ = 0;
   std::uint64_t total_ = 0;
   std::vector<std::string> long_pieces_;
-  std::array<Key, kPending> pending_;
-  std::array<std::uint64_t, kPending> pending_hashes_;
-  std::size_t n_pending_ = 0;
 };
 
 }  // namespace fastgpt
