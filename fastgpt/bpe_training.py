@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from operator import index
 from pathlib import Path
@@ -109,15 +110,13 @@ def _blocks(item: object, block_bytes: int) -> Iterator[bytes]:
 
 
 def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except (FileNotFoundError, ValueError) as error:  # ValueError: a NUL in the name
-        name = str(path)
-        shown = name if len(name) <= 200 else name[:200] + "..."
+    if not os.path.exists(path):  # Path.exists raises for what can be no file name
+        name = str(path) if len(str(path)) <= 200 else f"{str(path)[:200]}..."
         raise FileNotFoundError(
-            f"there is no file {shown!r} (a str by itself is a path: to train on one text, pass a "
+            f"there is no file {name!r} (a str by itself is a path: to train on one text, pass a "
             "list that holds it)"
-        ) from error
+        )
+    return path.open("rb")
 
 
 def _merge(trainer: _C.BpeTrainer, n_merges: int, min_frequency: int, bar: Progress) -> None:

@@ -273,10 +273,9 @@ class TestFaults:
             Tokenizer.train(tmp_path / "empty", 300)
 
     def test_a_text_where_a_path_belongs(self):
-        with pytest.raises(FileNotFoundError, match="pass a list that holds it"):
-            Tokenizer.train("Once upon a time", 300)
-        with pytest.raises(OSError, match=r"pass a list|too long"):
-            Tokenizer.train(PARAGRAPH * 100, 300)
+        for text in ("Once upon a time", PARAGRAPH * 100, "nul\0", "\ud800"):
+            with pytest.raises(FileNotFoundError, match="pass a list that holds it"):
+                Tokenizer.train(text, 300)
         with pytest.raises(TypeError, match=r"not int .*pass a list"):
             Tokenizer.train(b"Once upon a time", 300)
 
