@@ -19,8 +19,7 @@ constexpr std::uint32_t kInsideToken = std::numeric_limits<std::uint32_t>::max()
 constexpr std::size_t kNowhere = std::numeric_limits<std::size_t>::max();
 
 // Pairs are collected down to this fraction of the most frequent one's count: with 8 the words are
-// gone through too often, with 8192 too many rare pairs are looked after. Any makes the same
-// merges.
+// gone through too often, with 8192 too many rare pairs are kept. Any makes the same merges.
 constexpr std::uint64_t kCollectedFraction = 512;
 
 // The logarithm of the number of bounds (see bound_counts): few enough to stay in the cache.
@@ -275,8 +274,8 @@ void PairMerger::Side::add(TokenId neighbour, Place place, Count count) {
   events.push_back({neighbour, place});
 }
 
-// A neighbour b of what is merged now forms a pair with the new token, and not any more with the
-// left or right one: that many pairs fewer and more.
+// What stands beside a merge forms a pair with the new token now, and no longer with the left or
+// the right one.
 void PairMerger::update_counts(Merge merge) {
   const auto& [left, right, merged] = merge;
   for (const TokenId before : left_.touched) pairs_.prefetch_slot(pair_of(before, left));
