@@ -20,6 +20,9 @@
 namespace py = pybind11;
 
 namespace fastgpt {
+
+void bind_bpe_trainer(py::module_& m);  // in bpe_trainer_bindings.cpp
+
 namespace {
 
 using IdArray = py::array_t<TokenId, py::array::c_style>;
@@ -88,33 +91,31 @@ IdBuffer<Id> encode_between(const BytePairEncoder& encoder, std::string_view tex
   return ids;
 }
 
-// The ids that Python's lists hold, made once: most of what a list of ids costs is making numbers.
+// The numbers that lists of ids hold, each made once: most of what a list costs is making them.
 class Numbers {
  public:
-  py::object operator[](TokenId id) {
-    if (numbers_.size() <= id) numbers_.resize(id + 1);
-    if (!numbers_[id]) numbers_[id] = py::int_(id);
-    return numbers_[id];
+  explicit Numbers(std::size_t count) : numbers_(count) {}
+
+  template <typename Ids>
+  py::list list(const Ids& ids) {
+    py::list list(ids.size());
+    for (py::ssize_t i = 0; i < ids.size(); ++i) {
+      const std::size_t id = ids.data()[i];
+      if (!numbers_.at(id)) numbers_[id] = py::int_(id);
+      PyList_SET_ITEM(list.ptr(), i, numbers_[id].inc_ref().ptr());
+    }
+    return list;
   }
 
  private:
   std::vector<py::object> numbers_;
 };
 
-template <typename Id>
-py::list to_list(IdBuffer<Id> ids, Numbers& numbers) {
-  py::list list(ids.size());
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    PyList_SET_ITEM(list.ptr(), static_cast<py::ssize_t>(i),
-                    numbers[ids.data()[i]].release().ptr());
-  }
-  return list;
-}
-
 // What Python holds of an encoder.
 class Encoder {
  public:
-  explicit Encoder(Vocabulary vocabulary) : encoder_(std::move(vocabulary)) {}
+  explicit Encoder(Vocabulary vocabulary)
+      : encoder_(std::move(vocabulary)), numbers_(encoder_.vocabulary().tokens().size()) {}
 
   static std::unique_ptr<Encoder> make(const std::vector<py::bytes>& tokens,
                                        const IdArray& merges) {
@@ -143,13 +144,10 @@ class Encoder {
                     : to_numpy(encode_between<std::uint32_t>(encoder_, bytes, specials, threads));
   }
 
-  py::list encode_to_list(const py::object& text, const std::vector<SpecialSpan>& specials,
-                          unsigned threads) {
-    const std::string_view bytes = utf8_of(text);
-    return narrow() ? to_list(encode_between<std::uint16_t>(encoder_, bytes, specials, threads),
-                              numbers_)
-                    : to_list(encode_between<std::uint32_t>(encoder_, bytes, specials, threads),
-                              numbers_);
+  // Returns the same ids as a list. Needs ids that encode() has returned.
+  py::list to_list(const py::array& ids) {
+    return narrow() ? numbers_.list(py::array_t<std::uint16_t, py::array::c_style>(ids))
+                    : numbers_.list(IdArray(ids));
   }
 
   // Returns the bytes, or None if this is not one row of numbers each of which has a token.
@@ -289,8 +287,7 @@ PYBIND11_MODULE(_C, m) {
                   py::arg("special_tokens"), py::arg("trusted") = false)
       .def("encode", &Encoder::encode, py::arg("text"),
            py::arg("specials") = std::vector<fastgpt::SpecialSpan>{}, py::arg("threads") = 1)
-      .def("encode_to_list", &Encoder::encode_to_list, py::arg("text"),
-           py::arg("specials") = std::vector<fastgpt::SpecialSpan>{}, py::arg("threads") = 1)
+      .def("to_list", &Encoder::to_list, py::arg("ids"))
       .def("decode", &Encoder::decode, py::arg("ids"))
       .def("tokens",
            [](const Encoder& self) { return fastgpt::to_bytes_list(self.vocabulary().tokens()); })
@@ -299,6 +296,7 @@ PYBIND11_MODULE(_C, m) {
       .def("__len__", [](const Encoder& self) { return self.vocabulary().tokens().size(); });
   m.def("parse_merges_file", &fastgpt::parse_merges, py::arg("file"));
   m.def("piece_ends", &fastgpt::piece_ends, py::arg("text"), py::arg("vectorized") = true);
+  fastgpt::bind_bpe_trainer(m);
 
   // Arrays are taken as they are or not at all: a silent copy would leave the output unwritten.
   m.def("gelu_forward", &fastgpt::gelu, py::arg("x").noconvert(), py::arg("y").noconvert(),

@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <system_error>
 #include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "piece_encoder.hpp"
+#include "pretokenizer.hpp"
 
 namespace fastgpt {
 namespace {
@@ -16,23 +18,11 @@ namespace {
 // A part of a text that is worth starting a thread for: some hundred microseconds of work.
 constexpr std::size_t kMinPart = std::size_t{1} << 18;
 
-bool is_ascii_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
-
-// Returns the first place at or after `at` where a piece starts whatever the rest of the text: at
-// white space after something else, both of them ASCII. The text's end if there is none.
-std::size_t find_break(std::string_view text, std::size_t at) {
-  for (at = std::max<std::size_t>(at, 1); at < text.size(); ++at) {
-    const char before = text[at - 1];
-    if (is_ascii_space(text[at]) && !is_ascii_space(before) && (before & 0x80) == 0) return at;
-  }
-  return text.size();
-}
-
 std::vector<std::string_view> split(std::string_view text, std::size_t parts) {
   std::vector<std::string_view> list;
   const std::size_t size = text.size() / parts + 1;
   for (std::size_t begin = 0; begin < text.size();) {
-    const std::size_t end = find_break(text, std::min(begin + size, text.size()));
+    const std::size_t end = find_start(text, begin + size);
     list.push_back(text.substr(begin, end - begin));
     begin = end;
   }
@@ -53,8 +43,12 @@ void run_side_by_side(std::size_t count, const Work& work) {
   };
   std::vector<std::thread> threads;
   threads.reserve(count);
-  for (std::size_t i = 0; i + 1 < count; ++i) threads.emplace_back(guarded, i);
-  guarded(count - 1);
+  std::size_t started = 0;
+  try {
+    for (; started + 1 < count; ++started) threads.emplace_back(guarded, started);
+  } catch (const std::system_error&) {  // no more threads to be had: the rest is done here
+  }
+  for (; started < count; ++started) guarded(started);
   for (std::thread& thread : threads) thread.join();
   for (const std::exception_ptr& error : errors) {
     if (error) std::rethrow_exception(error);

@@ -34,13 +34,6 @@ std::size_t chunk_size(const Vocabulary& vocabulary, std::string_view piece, boo
   return kChunk;
 }
 
-// Returns the key of the piece, if it is short enough to have one.
-PieceKey key_at(std::string_view text, std::size_t at, std::size_t size) {
-  if (size > PieceKey::kMaxSize) return {};
-  if (text.size() - at >= PieceKey::kMaxSize) return PieceKey::load(text.data() + at, size);
-  return PieceKey::load_exactly(text.substr(at, size));
-}
-
 }  // namespace
 
 template <typename Id>
@@ -118,8 +111,9 @@ template <typename Id>
 FASTGPT_NOINLINE std::size_t PieceEncoder<Id>::find_or_note(std::string_view text, std::size_t at,
                                                             std::size_t size, const Id* first,
                                                             Id* to) {
-  const PieceKey key = key_at(text, at, size);
-  const std::size_t tokens = size <= PieceKey::kMaxSize ? cache_.find(key, size, to) : 0;
+  const bool is_short = size <= PieceKey::kMaxSize;
+  const PieceKey key = is_short ? key_at(text, at, size) : PieceKey{};
+  const std::size_t tokens = is_short ? cache_.find(key, size, to) : 0;
   if (tokens == 0) {
     holes_.push_back({key, text.substr(at, size), static_cast<std::size_t>(to - first)});
   }

@@ -209,6 +209,18 @@ inline std::size_t write_places(std::uint64_t bits, std::size_t base, std::size_
 
 }  // namespace
 
+bool starts_piece(std::string_view text, std::size_t at) {
+  const auto is_space = [](char c) { return c == ' ' || (c >= '\t' && c <= '\r'); };
+  const char before = text[at - 1];
+  return is_space(text[at]) && !is_space(before) && static_cast<unsigned char>(before) < 0x80;
+}
+
+std::size_t find_start(std::string_view text, std::size_t at) {
+  at = std::max<std::size_t>(at, 1);
+  while (at < text.size() && !starts_piece(text, at)) ++at;
+  return std::min(at, text.size());
+}
+
 Pretokenizer::Pretokenizer(std::string_view text, bool vectorized)
     : text_(text), vectorized_(vectorized) {
   previous_.spaces = ~std::uint64_t{0};  // before the text: nothing that a word could go on from

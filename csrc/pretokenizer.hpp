@@ -23,6 +23,14 @@ class Ends {
   std::size_t count_;
 };
 
+// Whether a piece starts at text[at], whatever precedes and follows: at white space after what is
+// none. Both are looked for in ASCII only, where one byte tells.
+bool starts_piece(std::string_view text, std::size_t at);
+
+// Returns the first such place that is at `at` or after it, but not at the text's start; or the
+// text's end.
+std::size_t find_start(std::string_view text, std::size_t at);
+
 // Cuts one text, some kilobytes at a time. The pieces are those that GPT-2's pattern matches one
 // after the other,
 //

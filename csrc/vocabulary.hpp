@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#include "prefetch.hpp"
 #include "token_bytes.hpp"
 #include "token_index.hpp"
 
@@ -50,10 +51,9 @@ class MergeTable {
       if (lowest != kNoMerge || bucket.back() == kFree) return static_cast<Rank>(lowest);
     }
   }
-  void ask_for([[maybe_unused]] TokenId left, [[maybe_unused]] TokenId right) const {
-#if defined(__GNUC__)
-    __builtin_prefetch(&buckets_[home(slot_of(left, right, 0))]);
-#endif
+  // Has the processor fetch what rank() will look at.
+  void ask_for(TokenId left, TokenId right) const {
+    prefetch(&buckets_[home(slot_of(left, right, 0))]);
   }
 
  private:

@@ -31,15 +31,43 @@ class BytePairEncoder:
         UnicodeEncodeError for a str with lone surrogates.
         """
 
-    def encode_to_list(
-        self, text: str | bytes, specials: Sequence[tuple[int, int, int]] = ..., threads: int = ...
-    ) -> list[int]: ...
+    def to_list(self, ids: NDArray[np.uint16] | NDArray[np.uint32]) -> list[int]:
+        """Return ids of ``encode`` as a list, quicker than ``tolist`` does."""
+
     def decode(self, ids: Any) -> bytes | None:
         """Return the bytes of a list or an array of ids, or None if it is not one of valid ids."""
 
     def tokens(self) -> list[bytes]: ...
     def merges(self) -> NDArray[np.uint32]: ...
     def __len__(self) -> int: ...
+
+class BpeTrainer:
+    """Learns the merges of a byte-pair encoding: first all the text, then the merges."""
+
+    def __init__(self, threads: int = 1) -> None:
+        """Count on so many threads; their number changes no merge."""
+
+    def feed(self, block: bytes) -> None:
+        """Take the next block of a text, of any size: what it ends in may go on in the next."""
+
+    def end_text(self) -> None:
+        """End a text: the next block starts another, and no piece spans both."""
+
+    @property
+    def n_pieces(self) -> int:
+        """How many pieces were counted, but for those that the next block may go on with.
+
+        0 once merging has begun.
+        """
+
+    def train(self, n_merges: int, min_count: int) -> int:
+        """Make that many merges, or all there are of pairs this frequent; return how many.
+
+        The first call's ``min_count`` holds for all.
+        """
+
+    def merges(self) -> NDArray[np.uint32]:
+        """Return rows (left, right, merged); ids 0 to 255 are the bytes in GPT-2's order."""
 
 def parse_merges_file(file: bytes) -> tuple[list[bytes], NDArray[np.uint32]]:
     """Return the tokens and the merges, rows (left, right, merged), of a ``vocab.bpe``."""

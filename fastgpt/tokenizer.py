@@ -68,6 +68,7 @@ class BaseTokenizer(ABC):
         allowed_special: Specials = frozenset(),
         disallowed_special: Specials = frozenset(),
         errors: Literal["strict", "ignore"] = "strict",
+        threads: int = 1,
     ) -> IdArray:
         """Encode as :meth:`encode` does, into an array.
 
@@ -135,6 +136,7 @@ class BaseTokenizer(ABC):
         allowed_special: Specials = frozenset(),
         disallowed_special: Specials = frozenset(),
         errors: Literal["strict", "ignore"] = "strict",
+        threads: int = 1,
     ) -> list[int]:
         """Return the ids of the text.
 
@@ -145,16 +147,19 @@ class BaseTokenizer(ABC):
             disallowed_special: special tokens whose presence in the text is an error.
             errors: "ignore" leaves out characters that the vocabulary does not have, "strict"
                 raises; a byte-level vocabulary has all.
+            threads: how many may work at a long text; the ids are the same.
 
         Raises: ValueError for an unknown character or a disallowed special token.
         """
-        ids: list[int] = self.encode_to_numpy(
-            text,
-            allowed_special=allowed_special,
-            disallowed_special=disallowed_special,
-            errors=errors,
-        ).tolist()
-        return ids
+        return self._to_list(
+            self.encode_to_numpy(
+                text,
+                allowed_special=allowed_special,
+                disallowed_special=disallowed_special,
+                errors=errors,
+                threads=threads,
+            )
+        )
 
     def encode_with_offsets(
         self,
@@ -198,17 +203,16 @@ class BaseTokenizer(ABC):
         allowed_special: Specials = frozenset(),
         disallowed_special: Specials = frozenset(),
         errors: Literal["strict", "ignore"] = "strict",
+        threads: int = 1,
     ) -> list[list[int]]:
-        """Return the ids of each text; see :meth:`encode`."""
-        return [
-            self.encode(
-                text,
-                allowed_special=allowed_special,
-                disallowed_special=disallowed_special,
-                errors=errors,
-            )
-            for text in texts
-        ]
+        """Return the ids of each text; see :meth:`encode`. `threads`: how many texts at once."""
+        encode = partial(
+            self.encode,
+            allowed_special=allowed_special,
+            disallowed_special=disallowed_special,
+            errors=errors,
+        )
+        return list(map_in_order(encode, texts, threads))
 
     def encode_file(
         self,
@@ -287,6 +291,10 @@ class BaseTokenizer(ABC):
         if text := decoder.finish():
             yield text
 
+    def _to_list(self, ids: IdArray) -> list[int]:
+        numbers: list[int] = ids.tolist()
+        return numbers
+
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token, which need not be whole characters."""
         return self.decode_bytes([token_id])
@@ -322,10 +330,53 @@ class Tokenizer(BaseTokenizer):
         self._encoder = _C.BytePairEncoder(tokens, rows)
         self._special_tokens = dict(special_tokens)
 
+    @classmethod
+    def _of(cls, encoder: _C.BytePairEncoder, special_tokens: dict[str, int]) -> Self:
+        tokenizer = cls.__new__(cls)
+        tokenizer._encoder = encoder
+        tokenizer._special_tokens = special_tokens
+        return tokenizer
+
     @staticmethod
     def gpt2() -> Tokenizer:
         """Return GPT-2's tokenizer, from the merges that ship with the package."""
         return _gpt2()
+
+    @staticmethod
+    def train(
+        source: PathLike | Iterable[str | bytes | Path],
+        vocab_size: int,
+        *,
+        special_tokens: Iterable[str] = (END_OF_TEXT,),
+        min_frequency: int = 0,
+        threads: int = 1,
+        progress: bool = False,
+    ) -> Tokenizer:
+        """Learn a vocabulary from text, as in Sennrich et al. (2016) and GPT-2.
+
+        Again and again, the most frequent pair of neighbouring tokens becomes a token, and of
+        equally frequent ones that of the smallest ids; the merges are those of Hugging Face's
+        ``BpeTrainer`` over ``ByteLevel``. Memory grows with the different words of the text, not
+        with its length.
+
+        Args:
+            source: the path of a file; or texts (str or UTF-8 bytes) and files (Path objects, read
+                in blocks) one after the other, so that a list with one str is one text. What
+                stands in the text as a special token counts as ordinary text.
+            vocab_size: how many ids: 256 bytes in GPT-2's order, then a token for each merge, then
+                the special tokens. It is smaller where the text holds no more pairs to merge.
+            special_tokens: names such as ``<|endoftext|>``, which no merge can make.
+            min_frequency: pairs that occur less often are not merged.
+            threads: how many count words; their number changes nothing in the vocabulary.
+            progress: show a bar, if the output is a terminal.
+
+        Raises: ValueError for a vocabulary too small, special tokens that are not, or no text.
+        """
+        from fastgpt.bpe_training import learn_vocabulary  # here, for it imports this module
+
+        return Tokenizer(
+            *learn_vocabulary(source, vocab_size, special_tokens, min_frequency, threads, progress)
+        )
 
     def save(self, path: PathLike) -> None:
         """Write the tokenizer, in the format that the name says.
@@ -378,6 +429,7 @@ class Tokenizer(BaseTokenizer):
         allowed_special: Specials = frozenset(),
         disallowed_special: Specials = frozenset(),
         errors: Literal["strict", "ignore"] = "strict",
+        threads: int = 1,
     ) -> IdArray:
         """Encode as :meth:`encode` does, into an array of uint16 (65,536 ids or fewer) or uint32.
 
@@ -385,19 +437,27 @@ class Tokenizer(BaseTokenizer):
         """
         if not isinstance(text, str | bytes):
             raise TypeError(f"encode takes str or bytes, not {type(text).__name__}")
-        spans = []
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, not {threads}")
+        spans: list[tuple[int, int, int]] = []
         if allowed_special or disallowed_special:
             text = _utf8(text)
             spans = self._special_spans(text, allowed_special, disallowed_special)
         try:
-            return self._encoder.encode(text, spans)
+            return self._encoder.encode(text, spans, threads)
         except UnicodeEncodeError:  # lone surrogates
-            return self._encoder.encode(_utf8(text), spans)
+            return self._encoder.encode(_utf8(text), spans, threads)
+
+    def _to_list(self, ids: IdArray) -> list[int]:
+        return self._encoder.to_list(ids)
 
     def decode_bytes(self, ids: TokenIds) -> bytes:
         """Return the bytes that the ids stand for; errors as in :meth:`decode`."""
         data = self._encoder.decode(ids)
-        return self._encoder.decode(_check_ids(ids, self.vocab_size)) if data is None else data
+        if data is None:  # another kind of sequence, or wrong
+            data = self._encoder.decode(_check_ids(ids, self.vocab_size))
+            assert data is not None
+        return data
 
     @property
     def vocab_size(self) -> int:
@@ -488,6 +548,7 @@ class CharTokenizer(BaseTokenizer):
         allowed_special: Specials = frozenset(),
         disallowed_special: Specials = frozenset(),
         errors: Literal["strict", "ignore"] = "strict",
+        threads: int = 1,
     ) -> IdArray:
         """Encode as :meth:`encode` does, into an array of uint16 (65,536 ids or fewer) or uint32.
 
@@ -496,7 +557,7 @@ class CharTokenizer(BaseTokenizer):
         """
         for names in (allowed_special, disallowed_special):
             _special_names(names, {})
-        text = (text if isinstance(text, bytes) else _utf8(text)).decode()
+        text = _utf8(text).decode()
         points = _code_points(text)
         # The table's last entry is -1, and stands for every code point beyond its end.
         ids = self._ids[np.minimum(points, len(self._ids) - 1)]
@@ -641,7 +702,12 @@ def _from_char_json(path: Path, data: dict[str, Any]) -> CharTokenizer:
 
 @cache
 def _gpt2() -> Tokenizer:
-    return _from_vocabulary(GPT2_MERGES, read_merges(GPT2_MERGES))
+    # Every token of this file is what its own bytes are encoded to (the tests hold it to that), so
+    # that nobody need wait for it to be found out.
+    encoder = _C.BytePairEncoder.from_merges_file(
+        GPT2_MERGES.read_bytes(), [END_OF_TEXT.encode()], trusted=True
+    )
+    return Tokenizer._of(encoder, {END_OF_TEXT: len(encoder) - 1})
 
 
 def _write_json(path: PathLike, data: dict[str, Any]) -> None:
@@ -688,7 +754,7 @@ def _bad_id(ids: list[Any], vocab_size: int) -> Exception:
     raise AssertionError("none of the ids is bad")
 
 
-def _utf8(text: str) -> bytes:
+def _utf8(text: str | bytes) -> bytes:
     """Encode a str, with U+FFFD for each lone surrogate, which UTF-8 cannot hold."""
     if isinstance(text, bytes):
         return text

@@ -1,0 +1,107 @@
+"""Training a vocabulary against Hugging Face's tokenizers, gigatoken and rustbpe, one thread each.
+
+All learn from one text in memory; its size in megabytes (10⁶ bytes of UTF-8) a second of the
+median round is in ``extra_info``. Before anything is timed,
+
+- Hugging Face's merges must be equal to ours, one by one;
+- gigatoken's too: it is asked for Hugging Face's way with ties (its ids begin with other bytes);
+- rustbpe's are not compared: it breaks ties in an order of its own, so only their number is.
+
+The corpus is the packaged text and Python's standard library, 6 MB, for 10,000 ids; or the file
+that the environment variable FASTGPT_BENCH_TEXT names, for 32,000.
+"""
+
+import json
+import os
+import sysconfig
+from pathlib import Path
+
+os.environ["RAYON_NUM_THREADS"] = "1"  # read by the peers when they are imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+from benchmarks.common import measure
+from fastgpt.tokenizer import GPT2_MERGES, Tokenizer
+from fastgpt.vocabulary import END_OF_TEXT, LETTER_OF_BYTE
+
+TEXT_PATH = os.environ.get("FASTGPT_BENCH_TEXT")
+VOCAB_SIZE = 32_000 if TEXT_PATH else 10_000
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+@pytest.fixture(scope="module")
+def text():
+    if TEXT_PATH:
+        return Path(TEXT_PATH).read_text("utf-8")
+    files = [GPT2_MERGES.with_name("tinyshakespeare.txt")]
+    files += sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return "\n".join(file.read_text("utf-8", "replace") for file in files)
+
+
+@pytest.fixture(scope="module")
+def our_merges(text):
+    return merges_of(Tokenizer.train([text], VOCAB_SIZE))
+
+
+def merges_of(tokenizer):
+    _, (tokens, merges, _) = tokenizer.__reduce__()
+    return [(tokens[left], tokens[right]) for left, right, _ in merges.tolist()]
+
+
+def ours(text):
+    tokenizer = Tokenizer.train([text], VOCAB_SIZE)
+    return lambda: merges_of(tokenizer)
+
+
+def hugging_face(text):
+    tokenizers = pytest.importorskip("tokenizers")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = byte_level(add_prefix_space=False, use_regex=True)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+    )
+    theirs.train_from_iterator([text], trainer)
+
+    def merges():
+        byte_of = {letter: byte for byte, letter in enumerate(LETTER_OF_BYTE)}
+        pairs = json.loads(theirs.to_str())["model"]["merges"]
+        return [tuple(bytes(map(byte_of.__getitem__, part)) for part in pair) for pair in pairs]
+
+    return merges
+
+
+def gigatoken(text):
+    result = pytest.importorskip("gigatoken").train_bpe(text.encode(), VOCAB_SIZE, [END_OF_TEXT])
+    return lambda: result[1]
+
+
+def rustbpe(text):
+    theirs = pytest.importorskip("rustbpe").Tokenizer()
+    theirs.train_from_iterator(iter([text]), VOCAB_SIZE - 1, pattern=PATTERN)
+    return lambda: theirs.get_mergeable_ranks()[256:]
+
+
+@pytest.mark.parametrize("train", [ours, hugging_face, gigatoken, rustbpe])
+def test_train(benchmark, text, our_merges, train):
+    merges = train(text)()
+    if train is rustbpe:
+        assert len(merges) == len(our_merges)
+    else:
+        assert merges == our_merges
+    n_bytes = len(text.encode())
+    measure(
+        benchmark,
+        lambda: train(text),
+        group=f"train {VOCAB_SIZE:,} ids",
+        variant=train.__name__,
+        baseline="hugging_face",
+        device="cpu",
+        megabytes=n_bytes / 1e6,
+    )
+    if benchmark.stats:  # there are none with --benchmark-disable
+        benchmark.extra_info["MB/s"] = round(n_bytes / benchmark.stats.stats.median / 1e6, 1)
