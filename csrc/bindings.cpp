@@ -1,4 +1,6 @@
 // What Python sees of csrc/, as fastgpt._C; typed in fastgpt/_C.pyi.
+#include "bindings.hpp"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -22,11 +24,8 @@ namespace py = pybind11;
 
 namespace fastgpt {
 
-void bind_bpe_trainer(py::module_& m);  // in bpe_trainer_bindings.cpp
-
 namespace {
 
-using IdArray = py::array_t<TokenId, py::array::c_style>;
 // A special token in the text: its first byte, the byte after its last, and its id.
 using SpecialSpan = std::tuple<std::size_t, std::size_t, TokenId>;
 
@@ -221,19 +220,6 @@ py::list to_bytes_list(const TokenBytes& tokens) {
   return list;
 }
 
-IdArray to_rows(const std::vector<Merge>& merges) {
-  IdArray array({static_cast<py::ssize_t>(merges.size()), py::ssize_t{3}});
-  auto rows = array.mutable_unchecked<2>();
-  py::ssize_t i = 0;
-  for (const auto& [left, right, merged] : merges) {
-    rows(i, 0) = left;
-    rows(i, 1) = right;
-    rows(i, 2) = merged;
-    ++i;
-  }
-  return array;
-}
-
 std::tuple<py::list, IdArray> parse_merges(const py::bytes& file) {
   const MergesFile parsed = parse_merges_file(file);
   return {to_bytes_list(parsed.tokens), to_rows(parsed.merges)};
@@ -293,6 +279,20 @@ void gelu_gradient(const Floats& grad, const Floats& x, Floats& grad_x, unsigned
 }
 
 }  // namespace
+
+IdArray to_rows(const std::vector<Merge>& merges) {
+  IdArray array({static_cast<py::ssize_t>(merges.size()), py::ssize_t{3}});
+  auto rows = array.mutable_unchecked<2>();
+  py::ssize_t i = 0;
+  for (const auto& [left, right, merged] : merges) {
+    rows(i, 0) = left;
+    rows(i, 1) = right;
+    rows(i, 2) = merged;
+    ++i;
+  }
+  return array;
+}
+
 }  // namespace fastgpt
 
 PYBIND11_MODULE(_C, m) {

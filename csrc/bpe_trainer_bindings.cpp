@@ -1,12 +1,10 @@
 // What Python sees of bpe_trainer.hpp.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
 
+#include "bindings.hpp"
 #include "bpe_trainer.hpp"
 
 namespace py = pybind11;
@@ -43,19 +41,6 @@ std::size_t train(BpeTrainer& trainer, std::size_t n_merges, std::uint64_t min_c
   return made;
 }
 
-py::array_t<TokenId> merges(const BpeTrainer& trainer) {
-  py::array_t<TokenId> array({static_cast<py::ssize_t>(trainer.merges().size()), py::ssize_t{3}});
-  auto rows = array.mutable_unchecked<2>();
-  py::ssize_t i = 0;
-  for (const auto& [left, right, merged] : trainer.merges()) {
-    rows(i, 0) = left;
-    rows(i, 1) = right;
-    rows(i, 2) = merged;
-    ++i;
-  }
-  return array;
-}
-
 }  // namespace
 
 void bind_bpe_trainer(py::module_& m) {
@@ -65,7 +50,7 @@ void bind_bpe_trainer(py::module_& m) {
       .def("end_text", &end_text)
       .def_property_readonly("n_pieces", &BpeTrainer::n_pieces)
       .def("train", &train, py::arg("n_merges"), py::arg("min_count"))
-      .def("merges", &merges);
+      .def("merges", [](const BpeTrainer& self) { return to_rows(self.merges()); });
 }
 
 }  // namespace fastgpt
