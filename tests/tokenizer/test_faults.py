@@ -51,6 +51,15 @@ def test_fault_42_nul(gpt2, reference):
     assert gpt2.decode(gpt2.encode(text)) == text
 
 
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
+def test_fault_42_runs_of_nuls_of_many_lengths(packaged_encoder, before):
+    """What the core remembers of one length must not hide another: the bytes look the same."""
+    encoder = packaged_encoder()
+    for length in [*range(before), *range(40, 0, -1), *range(40)]:
+        for data in (b"\0" * length, b" !" + b"\0" * length):
+            assert encoder.decode(encoder.encode(data)) == data
+
+
 RUNS = ["a", " ", "7", "\n", "😀", "漢字", "abc", "\t \n", "'s", "!?"]
 
 
