@@ -22,7 +22,7 @@ def gpt2():
 def packaged_encoder():
     """Makes new encoders for GPT-2's vocabulary, which remember nothing yet."""
     file = (ASSETS / "vocab.bpe").read_bytes()
-    return partial(BytePairEncoder.from_merges_file, file, [b"<|endoftext|>"])
+    return partial(BytePairEncoder.from_merges_file, file=file, special_tokens=[b"<|endoftext|>"])
 
 
 @pytest.fixture(scope="session")
