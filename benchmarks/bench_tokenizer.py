@@ -1,63 +1,49 @@
-"""The tokenizer against tiktoken: encoding, decoding and loading, one thread each.
+"""The tokenizer against tiktoken, Hugging Face's tokenizers and gigatoken, where installed.
 
-Both get the same text, the ids are compared before anything is timed, and ``extra_info`` says how
-many megabytes (10⁶ bytes of UTF-8) a second the median round makes.
+All get the same text, the ids are compared before anything is timed, and ``extra_info`` says how
+many megabytes (10⁶ bytes of UTF-8) a second the median round makes. "Cold" is a new tokenizer's
+first text, "warm" the same text again. Each case runs by itself; for figures to quote, where two
+tokenizers take turns, see compare_tokenizers.py.
 """
 
-import sysconfig
-from pathlib import Path
+from functools import cache
 
+import numpy as np
 import pytest
 
-from benchmarks.common import measure
-from fastgpt import tokenizer as ours
-from fastgpt.tokenizer import GPT2_MERGES, Tokenizer
-from fastgpt.vocabulary import read_merges
+from benchmarks import tokenizer_peers as peers
+from benchmarks.common import MIN_ROUNDS, measure
 
-tiktoken = pytest.importorskip("tiktoken")
-
-TEXT_BYTES = 5_000_000
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+TEXTS = peers.texts()
+PEERS = [peers.ours, peers.tiktoken, peers.hugging_face, peers.gigatoken]
 
 
-def load_tiktoken():
-    tokens = read_merges(GPT2_MERGES).tokens[:-1]
-    return tiktoken.Encoding(
-        "gpt2-packaged",
-        pat_str=PATTERN,
-        mergeable_ranks={token: i for i, token in enumerate(tokens)},
-        special_tokens={"<|endoftext|>": len(tokens)},
-    )
+@cache
+def text_and_ids(name):
+    text = TEXTS[name]()
+    return text, peers.ours().encode(text)
 
 
-def shakespeare():
-    text = GPT2_MERGES.with_name("tinyshakespeare.txt").read_text("utf-8")
-    return (text * (TEXT_BYTES // len(text) + 1))[:TEXT_BYTES]
+@pytest.fixture(params=TEXTS)
+def name(request):
+    return request.param
 
 
-def source_code():
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return "\n".join(file.read_text("utf-8", "replace") for file in files)[:TEXT_BYTES]
+def make(peer):
+    """Return a new tokenizer of this kind, or skip the case."""
+    try:
+        return peer()
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module", params=[shakespeare, source_code], ids=lambda text: text.__name__)
-def text(request):
-    return request.param()
-
-
-@pytest.fixture(scope="module")
-def reference():
-    return load_tiktoken()
-
-
-def time_it(benchmark, group, text, whose, work):
-    """Time one member of a group; tiktoken is what ours is compared with."""
+def time_it(benchmark, group, peer, text, work):
     n_bytes = len(text.encode())
     measure(
         benchmark,
         work,
         group=group,
-        variant=whose,
+        variant=peer.__name__,
         baseline="tiktoken",
         device="cpu",
         megabytes=n_bytes / 1e6,
@@ -66,43 +52,57 @@ def time_it(benchmark, group, text, whose, work):
         benchmark.extra_info["MB/s"] = round(n_bytes / benchmark.stats.stats.median / 1e6, 1)
 
 
-@pytest.mark.parametrize("whose", ["ours", "tiktoken"])
-@pytest.mark.parametrize("into", ["list", "numpy"])
-def test_encode(benchmark, request, text, reference, into, whose):
-    gpt2 = Tokenizer.gpt2()
-    assert gpt2.encode(text) == reference.encode_ordinary(text)
-    encode = {
-        ("list", "ours"): gpt2.encode,
-        ("numpy", "ours"): gpt2.encode_to_numpy,
-        ("list", "tiktoken"): reference.encode_ordinary,
-        ("numpy", "tiktoken"): reference.encode_to_numpy,
-    }[into, whose]
-    group = f"encode {name_of(request)} into a {into}"
-    time_it(benchmark, group, text, whose, lambda: encode(text))
+@pytest.mark.parametrize("peer", [*PEERS, peers.ours_in_two_threads])
+def test_encode_warm(benchmark, name, peer):
+    text, ids = text_and_ids(name)
+    tokenizer = make(peer)
+    assert np.array_equal(tokenizer.encode(text), ids)
+    time_it(benchmark, f"encode {name}, warm", peer, text, lambda: tokenizer.encode(text))
 
 
-@pytest.mark.parametrize("whose", ["ours", "tiktoken"])
-def test_decode(benchmark, request, text, reference, whose):
-    ids = Tokenizer.gpt2().encode(text)
-    decode = {"ours": Tokenizer.gpt2().decode, "tiktoken": reference.decode}[whose]
-    assert decode(ids) == text
-    group = f"decode {name_of(request)} from a list"
-    time_it(benchmark, group, text, whose, lambda: decode(ids))
+@pytest.mark.parametrize("peer", [peers.ours, peers.tiktoken, peers.gigatoken])
+def test_encode_cold(benchmark, name, peer):
+    text, ids = text_and_ids(name)
+    assert np.array_equal(make(peer).encode(text), ids)
+    benchmark.group = f"encode {name}, cold"
+    benchmark.extra_info.update(
+        variant=peer.__name__, baseline="tiktoken", device="cpu", megabytes=len(text.encode()) / 1e6
+    )
+    benchmark.pedantic(
+        lambda tokenizer: tokenizer.encode(text),
+        setup=lambda: ((make(peer),), {}),
+        rounds=MIN_ROUNDS,
+    )
+    if benchmark.stats:
+        rate = len(text.encode()) / benchmark.stats.stats.median / 1e6
+        benchmark.extra_info["MB/s"] = round(rate, 1)
 
 
-@pytest.mark.parametrize("whose", ["ours", "tiktoken"])
-def test_load(benchmark, whose):
-    """From vocab.bpe; tiktoken's time includes our parser, for it has none of its own offline."""
-    load = {"ours": ours._gpt2.__wrapped__, "tiktoken": load_tiktoken}[whose]
+@pytest.mark.parametrize("peer", PEERS)
+def test_decode_list(benchmark, name, peer):
+    text, ids = text_and_ids(name)
+    decode, ids = make(peer).decode, ids.tolist()
+    assert decode(ids) in (text, text.encode())
+    time_it(benchmark, f"decode {name} from a list", peer, text, lambda: decode(ids))
+
+
+@pytest.mark.parametrize("peer", [peers.ours, peers.gigatoken])
+def test_decode_array(benchmark, name, peer):
+    text, ids = text_and_ids(name)
+    decode, ids = make(peer).decode_array, ids.astype(np.uint32)
+    assert decode(ids) == text.encode()
+    time_it(benchmark, f"decode {name} from an array into bytes", peer, text, lambda: decode(ids))
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_load(benchmark, peer):
+    """Ours from the packaged merges, tiktoken from ranks in memory, the others from JSON."""
+    make(peer)  # what peers need beforehand, they make here
     measure(
         benchmark,
-        load,
+        peer,
         group="load GPT-2's vocabulary",
-        variant=whose,
+        variant=peer.__name__,
         baseline="tiktoken",
         device="cpu",
     )
-
-
-def name_of(request):
-    return request.node.callspec.params["text"].__name__

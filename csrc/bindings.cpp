@@ -16,6 +16,7 @@
 #include "gelu.hpp"
 #include "merges_file.hpp"
 #include "pretokenizer.hpp"
+#include "text_file.hpp"
 
 namespace py = pybind11;
 
@@ -238,6 +239,24 @@ std::tuple<py::list, IdArray> parse_merges(const py::bytes& file) {
   return {to_bytes_list(parsed.tokens), to_rows(parsed.merges)};
 }
 
+std::size_t valid_utf8_of(const py::bytes& text) {
+  const std::string_view bytes = text;
+  const py::gil_scoped_release unlocked;
+  return valid_utf8(bytes);
+}
+
+py::bytes unix_newlines_of(const py::bytes& text) {
+  const std::string_view bytes = text;
+  std::unique_ptr<char[]> to;
+  std::size_t size = 0;
+  {
+    const py::gil_scoped_release unlocked;
+    to.reset(new char[bytes.size()]);  // make_unique would fill it with zeros first
+    size = unix_newlines(bytes, to.get());
+  }
+  return {to.get(), size};
+}
+
 std::vector<std::size_t> piece_ends(const py::object& text, bool vectorized) {
   Pretokenizer pretokenizer(utf8_of(text), vectorized);
   std::vector<std::size_t> all;
@@ -295,6 +314,8 @@ PYBIND11_MODULE(_C, m) {
            [](const Encoder& self) { return fastgpt::to_rows(self.vocabulary().merges()); })
       .def("__len__", [](const Encoder& self) { return self.vocabulary().tokens().size(); });
   m.def("parse_merges_file", &fastgpt::parse_merges, py::arg("file"));
+  m.def("valid_utf8", &fastgpt::valid_utf8_of, py::arg("text"));
+  m.def("unix_newlines", &fastgpt::unix_newlines_of, py::arg("text"));
   m.def("piece_ends", &fastgpt::piece_ends, py::arg("text"), py::arg("vectorized") = true);
   fastgpt::bind_bpe_trainer(m);
 

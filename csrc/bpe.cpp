@@ -92,9 +92,10 @@ void BytePairEncoder::encode(std::string_view text, unsigned threads, IdBuffer<I
   if (parts <= 1) return encode_part(text, ids);
 
   const std::vector<std::string_view> texts = split(text, parts);
-  std::vector<IdBuffer<Id>> encoded(texts.size());
-  run_side_by_side(texts.size(), [&](std::size_t i) { encode_part(texts[i], encoded[i]); });
-  for (IdBuffer<Id>& part : encoded) ids.append(part.data(), part.size());
+  std::vector<IdBuffer<Id>> others(texts.size() - 1);
+  run_side_by_side(texts.size(),
+                   [&](std::size_t i) { encode_part(texts[i], i == 0 ? ids : others[i - 1]); });
+  for (const IdBuffer<Id>& part : others) ids.append(part.data(), part.size());
 }
 
 template <typename Id>

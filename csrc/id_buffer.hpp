@@ -8,6 +8,8 @@
 #include <memory>
 #include <new>
 
+#include "huge_pages.hpp"
+
 namespace fastgpt {
 
 template <typename Id>
@@ -15,6 +17,7 @@ class IdBuffer {
  public:
   std::size_t size() const { return size_; }
   Id* data() { return ids_.get(); }
+  const Id* data() const { return ids_.get(); }
 
   // Makes room for `count` more ids, and returns where they go. They count as there only after
   // extend_by or extend_to.
@@ -49,6 +52,7 @@ class IdBuffer {
     static_cast<void>(ids_.release());  // realloc has freed it
     ids_.reset(static_cast<Id*>(moved));
     capacity_ = capacity;
+    use_huge_pages(ids_.get(), capacity * sizeof(Id));
   }
 
   std::unique_ptr<Id[], Free> ids_;

@@ -7,9 +7,7 @@
 #include <memory>
 #include <new>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "huge_pages.hpp"
 
 namespace fastgpt {
 
@@ -25,10 +23,7 @@ class LazyArray {
     if (!memory_) throw std::bad_alloc();
     const auto address = reinterpret_cast<std::uintptr_t>(memory_.get());
     data_ = reinterpret_cast<T*>((address + alignment - 1) / alignment * alignment);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    // A wish: where it is not granted, all works as well, only slower.
-    if (bytes >= kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);
-#endif
+    if (bytes >= kHugePage) use_huge_pages(data_, bytes);
   }
 
   T* data() { return data_; }
@@ -44,7 +39,6 @@ class LazyArray {
     void operator()(void* memory) const { std::free(memory); }
   };
   static constexpr std::size_t kCacheLine = 64;
-  static constexpr std::size_t kHugePage = std::size_t{1} << 21;
 
   std::unique_ptr<void, Free> memory_;
   T* data_;

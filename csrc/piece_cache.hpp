@@ -62,7 +62,8 @@ class PieceCache {
   static_assert(sizeof(HalfLine) == 32);
 
   // Writes the tokens of the piece of up to kShortSize bytes, and up to kWrittenIds in all, and
-  // returns how many it has; 0 if it is not in this half line.
+  // returns how many it has; 0 if it is not in this half line, or in the second slot with a piece
+  // in the first that differs from it in NULs at the end only: find() tells.
   static std::size_t copy_short(const HalfLine& half, std::uint64_t piece, std::size_t size,
                                 Id* to) {
     const Slot& slot = half.slots[half.slots[0].key == piece ? 0 : 1];
@@ -116,9 +117,12 @@ class PieceCache {
     for (std::size_t step = 0;; ++step) {
       const HalfLine& half = table_[place(first, step)];
       if (half.slots[0].size() == 0) return 0;
-      std::size_t count = size <= kShortSize ? copy_short(half, key.low, size, to) : 0;
-      if (count == 0) count = copy_long(half, key, size, to);
-      if (count != 0) return count;
+      for (const Slot& slot : half.slots) {
+        if (size > kShortSize || !slot.holds(key.low, size)) continue;
+        slot.copy_ids(to);
+        return slot.count();
+      }
+      if (const std::size_t count = copy_long(half, key, size, to); count != 0) return count;
       if (half.holds_long(key, size + kLong + kMany)) {
         std::memcpy(to, &more_[half.slots[1].rest >> 32], PieceKey::kMaxSize * sizeof(Id));
         return half.slots[0].count();

@@ -72,6 +72,12 @@ class BpeTrainer:
 def parse_merges_file(file: bytes) -> tuple[list[bytes], NDArray[np.uint32]]:
     """Return the tokens and the merges, rows (left, right, merged), of a ``vocab.bpe``."""
 
+def valid_utf8(text: bytes) -> int:
+    """Return how many bytes from the start are whole, valid characters."""
+
+def unix_newlines(text: bytes) -> bytes:
+    """Return the text with each Windows line end as a newline."""
+
 def piece_ends(text: str | bytes, vectorized: bool = ...) -> list[int]:
     """Return the byte offsets where the pieces end that GPT-2's pattern cuts the text into."""
 

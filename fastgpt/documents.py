@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeAlias, TypeVar, cast
 
+from fastgpt.compiled import _C
 from fastgpt.errors import UsageError
 from fastgpt.vocabulary import END_OF_TEXT
 
@@ -29,13 +30,13 @@ Advance: TypeAlias = Callable[[int], None]  # is told how many more bytes of the
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-BLOCK_BYTES = 1 << 22  # enough for the work on a block to outweigh its handling by far
+BLOCK_BYTES = 1 << 21  # enough for the work on a block to outweigh its handling by far
 IN_FOLDERS = (".txt", ".jsonl", ".parquet")  # .json, too, is often something else than texts
 
 # The last place before ASCII white space that follows another ASCII character. White space after
 # something else always starts a piece of its own, and what stands before it cannot see past it.
 # (Not after ">", so that a line of <|endoftext|> stays in one block with its line ends.)
-_LAST_CUT = re.compile(r".*[!-=?-~](?=[\t-\r ])", re.DOTALL)
+_LAST_CUT = re.compile(rb".*[!-=?-~](?=[\t-\r ])", re.DOTALL)
 _MARKER = re.compile(rf"(?<![^\n]){re.escape(END_OF_TEXT)}(?![^\n])")
 
 
@@ -76,44 +77,62 @@ def read_documents(path: Path, field: str, advance: Advance = lambda n: None) ->
 
 def read_blocks(
     path: Path, block_bytes: int | None = None, advance: Advance = lambda n: None
-) -> Iterator[str]:
-    """Read a UTF-8 file in blocks of about so many bytes; joined, they are its text.
+) -> Iterator[bytes]:
+    """Read a UTF-8 file in blocks of about so many bytes, each of whole characters.
 
     A byte order mark is left out, and Windows's line ends become newlines. Raises: UsageError.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    n_bytes, started, held = 0, False, ""
+    n_bytes, started, held = 0, False, b""
     with _opened(path, advance) as file:
         while True:
-            block = file.read(block_bytes or BLOCK_BYTES)
-            n_bytes += len(block)
-            try:
-                text = held + decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                at = n_bytes - len(error.object) + error.start
-                raise not_utf8(path, error.object[error.start], at) from None
-            if text and not started:
-                text, started = text.removeprefix("\ufeff"), True
-            held = "\r" if block and text.endswith("\r") else ""  # a "\n" may follow
-            if text := text.removesuffix(held).replace("\r\n", "\n"):
-                yield text
-            if not block:
+            read = file.read(block_bytes or BLOCK_BYTES)
+            n_bytes += len(read)
+            block, held = _whole_characters(path, held + read, n_bytes, final=not read)
+            if block and not started:
+                block, started = block.removeprefix(codecs.BOM_UTF8), True
+            if read and block.endswith(b"\r"):  # a newline may follow
+                block, held = block[:-1], b"\r" + held
+            if b"\r" in block:
+                block = _C.unix_newlines(block)
+            if block:
+                yield block
+            if not read:
                 return
 
 
-def cut_at_pieces(blocks: Iterable[str]) -> Iterator[str]:
+def _whole_characters(path: Path, block: bytes, read: int, final: bool) -> tuple[bytes, bytes]:
+    """Part a block, which ends at byte `read` of the file, at the end of its last character."""
+    size = _C.valid_utf8(block)
+    if size == len(block):
+        return block, b""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(block[size:], final)
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error.object[error.start], read - len(block) + size) from None
+    return block[:size], block[size:]
+
+
+def cut_at_pieces(blocks: Iterable[bytes]) -> Iterator[bytes]:
     """Cut the text elsewhere, at the last place in each block where GPT-2's splitting cuts too."""
-    held = [""]
+    held = [b""]
     for block in blocks:
-        text = held[-1][-1:] + block
-        if match := _LAST_CUT.match(text):
-            cut = match.end() - (len(text) - len(block))
-            yield "".join(held) + block[:cut]
+        before = held[-1][-1:]
+        if cut := _last_cut(before + block if before else block):
+            cut -= len(before)
+            yield b"".join([*held, block[:cut]])
             held = [block[cut:]]
         else:
             held.append(block)
-    if rest := "".join(held):
+    if rest := b"".join(held):
         yield rest
+
+
+def _last_cut(text: bytes) -> int:
+    """Return the last place to cut at, or 0 if there is none."""
+    for window in (1 << 10, 1 << 16, len(text)):  # nearly always, it is near the end
+        if match := _LAST_CUT.match(text, max(0, len(text) - window)):
+            return match.end()
+    return 0
 
 
 def map_in_order(
@@ -121,16 +140,14 @@ def map_in_order(
 ) -> Iterator[Out]:
     """Yield the function's results in order, computed in threads, a few items ahead at most.
 
-    threads: None for one for each CPU that this process may use.
+    threads: None for one for each CPU that this process may use. Taking items and using results is
+    for the caller's own thread, meanwhile.
     """
     if threads is None:
         here = getattr(os, "sched_getaffinity", None)
         threads = len(here(0)) if here else os.cpu_count() or 1
     if threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
-    if threads == 1:
-        yield from map(function, items)
-        return
     with ThreadPoolExecutor(threads) as pool:
         running: deque[Future[Out]] = deque()
         for item in items:
@@ -152,7 +169,7 @@ def not_utf8(path: Path, byte: int, at: int) -> UsageError:
 def _text(path: Path, advance: Advance) -> Iterator[Piece]:
     within = False  # a document
     for block in cut_at_pieces(read_blocks(path, advance=advance)):
-        first, *others = _MARKER.split(block)
+        first, *others = _MARKER.split(block.decode())
         for text in others:
             first = first.rstrip("\n")
             if first or within:

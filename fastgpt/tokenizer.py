@@ -212,7 +212,7 @@ class BaseTokenizer(ABC):
             disallowed_special=disallowed_special,
             errors=errors,
         )
-        return list(map_in_order(encode, texts, threads))
+        return list(map(encode, texts) if threads == 1 else map_in_order(encode, texts, threads))
 
     def encode_file(
         self,
@@ -231,7 +231,8 @@ class BaseTokenizer(ABC):
         Args:
             path: the text.
             out: folder and name of the shards: ``OUT-00000.bin`` and so on (:mod:`fastgpt.shards`).
-            threads: how many blocks to encode at once; by default one for each CPU.
+            threads: how many blocks to encode at once, while the caller's thread reads and writes;
+                by default one for each CPU.
             progress: show a bar, if standard error is a terminal.
             tokens_per_shard: how many ids a file holds at most.
 
@@ -257,12 +258,12 @@ class BaseTokenizer(ABC):
                 raise UsageError(f"data file {path} is empty ({size} bytes)")
         return writer.paths
 
-    def _encode_block(self, path: Path, block: tuple[int, str]) -> IdArray:
+    def _encode_block(self, path: Path, block: tuple[int, bytes]) -> IdArray:
         first, text = block
         try:
             return self.encode_to_numpy(text)
         except ValueError as error:
-            raise ValueError(f"{path}, after {first:,} characters: {error}") from None
+            raise ValueError(f"{path}, after {first:,} bytes: {error}") from None
 
     def decode(self, ids: TokenIds, errors: str = "replace") -> str:
         """Return the text of one row of ids: a list, an array or a tensor.
@@ -474,8 +475,7 @@ class Tokenizer(BaseTokenizer):
         """SHA-256 (hexadecimal) of the tokens, the merges and the special tokens."""
         tokens, merges, special_tokens = self._vocabulary
         digest = hashlib.sha256(b"fastgpt-bpe 1\n")
-        for token in tokens:
-            digest.update(len(token).to_bytes(4, "little") + token)
+        digest.update(b"".join(len(token).to_bytes(4, "little") + token for token in tokens))
         digest.update(merges.astype("<u4").tobytes())
         digest.update(json.dumps(special_tokens, sort_keys=True).encode())
         return digest.hexdigest()
@@ -771,8 +771,8 @@ def _code_points(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
-def _numbered(blocks: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """Put in front of each block how many characters came before it."""
+def _numbered(blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Put in front of each block how many bytes came before it."""
     first = 0
     for block in blocks:
         yield first, block

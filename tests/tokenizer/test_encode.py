@@ -4,6 +4,7 @@ import hashlib
 import sysconfig
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -21,6 +22,15 @@ TRICKY = st.text(st.sampled_from("'sdmtlvre SLRa1²٣漢é́ \n\t\r\u00a0\u3000\
 def test_packaged_merges_are_openais():
     digest = hashlib.sha256(GPT2_MERGES.read_bytes()).hexdigest()
     assert digest == "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_bytes_as_tiktoken(gpt2, reference, seed):
+    """Among them pieces that differ in NULs at their ends only."""
+    text = Random(seed).randbytes(5_000).decode("utf-8", "replace")
+    assert gpt2.encode(text) == reference.encode_ordinary(text)
+    text = "".join(Random(seed).choices("\0\0<\1}", k=5_000))
+    assert gpt2.encode(text) == reference.encode_ordinary(text)
 
 
 def test_known_ids(gpt2):

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastgpt import documents
+from fastgpt.compiled import _C
 from fastgpt.data import read_text
 from fastgpt.documents import cut_at_pieces, map_in_order, read_blocks
 from fastgpt.errors import UsageError
@@ -41,17 +42,50 @@ def test_any_blocks_are_the_whole_text(gpt2, tmp_path, monkeypatch, text, size, 
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
     whole = read_text(path)
-    assert "".join(read_blocks(path, size)) == whole
+    assert b"".join(read_blocks(path, size)).decode() == whole
     options = {"threads": data.draw(st.sampled_from([1, 2])), "tokens_per_shard": 20}
     assert encoded(gpt2, path, tmp_path / "a", **options) == gpt2.encode(whole)
 
 
 @settings(max_examples=300, deadline=None)
-@given(blocks=st.lists(TRICKY))
-def test_pieces_are_cut_only_where_the_pattern_cuts(gpt2, blocks):
+@given(texts=st.lists(TRICKY))
+def test_pieces_are_cut_only_where_the_pattern_cuts(gpt2, texts):
+    blocks = [text.encode() for text in texts]
     pieces = [*cut_at_pieces(blocks)]
-    assert "".join(pieces) == "".join(blocks)
-    assert [i for piece in pieces for i in gpt2.encode(piece)] == gpt2.encode("".join(blocks))
+    assert b"".join(pieces) == b"".join(blocks)
+    assert [i for piece in pieces for i in gpt2.encode(piece)] == gpt2.encode(b"".join(blocks))
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.binary() | st.text().map(str.encode) | st.text(alphabet="aé漢😀").map(str.encode))
+def test_valid_utf8_as_python_decodes(data):
+    try:
+        data.decode()
+        expected = len(data)
+    except UnicodeDecodeError as error:
+        expected = error.start
+    assert _C.valid_utf8(data) == expected
+
+
+@SETTINGS
+@given(text=st.text(st.sampled_from("a\r\n")).map(str.encode))
+def test_unix_newlines(text):
+    assert _C.unix_newlines(text) == text.replace(b"\r\n", b"\n")
+
+
+def test_valid_utf8_of_all_characters_and_their_neighbours():
+    for point in range(0x7F, 0x110000, 0x3F):
+        data = chr(point).encode("utf-8", "surrogatepass")
+        valid = not 0xD800 <= point < 0xE000
+        assert _C.valid_utf8(b"a" + data + b"b") == (2 + len(data) if valid else 1), hex(point)
+    for data in (
+        b"\xc0\x80",
+        b"\xc1\xbf",
+        b"\xe0\x9f\xbf",
+        b"\xf0\x8f\xbf\xbf",
+        b"\xf4\x90\x80\x80",
+    ):
+        assert _C.valid_utf8(data) == 0
 
 
 def test_a_long_text_in_several_threads(gpt2, tmp_path, monkeypatch, multilingual):
@@ -71,7 +105,7 @@ def test_single_characters(tmp_path, shakespeare, monkeypatch):
     ids = encoded(tokenizer, path, tmp_path / "a")
     assert tokenizer.decode(ids) == shakespeare[:50_000]
     path.write_text(shakespeare[:50_000] + "é", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"a\.txt, after 4\d,\d* characters: character 'é'"):
+    with pytest.raises(ValueError, match=r"a\.txt, after 4\d,\d* bytes: character 'é'"):
         tokenizer.encode_file(path, tmp_path / "b")
     assert not [*tmp_path.glob("*b-*")]
 
@@ -80,7 +114,7 @@ def test_windows_line_ends_and_the_byte_order_mark_across_blocks(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeff\r\n\r\r\né\r\n\ufeff\r".encode())
     for size in range(1, 20):
-        assert "".join(read_blocks(path, size)) == "\n\r\né\n\ufeff\r" == read_text(path)
+        assert b"".join(read_blocks(path, size)).decode() == "\n\r\né\n\ufeff\r" == read_text(path)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 1 << 20])

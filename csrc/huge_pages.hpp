@@ -1,0 +1,26 @@
+// Asks the system for large pages of memory, where it has them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fastgpt {
+
+constexpr std::size_t kHugePage = std::size_t{1} << 21;
+
+// Has what lies in whole huge pages of these bytes laid in such pages when it is first touched:
+// fewer faults to serve, fewer addresses to translate. A wish: without it all works, only slower.
+inline void use_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const auto begin = reinterpret_cast<std::uintptr_t>(memory);
+  const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const std::uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace fastgpt
