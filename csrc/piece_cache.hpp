@@ -172,16 +172,14 @@ class PieceCache {
     return rest;
   }
 
-  // Never puts two pieces of one key into a half line, where copy_short() would see only the first:
-  // pieces that differ in the number of NULs at their end, which only the size tells.
   void put_short(Slot slot) {
     const std::size_t first = home({slot.key, 0});
     for (std::size_t step = 0;; ++step) {
-      HalfLine& half = table_[place(first, step)];
-      const bool first_free = half.slots[0].size() == 0;
-      if (!first_free && (half.slots[1].size() != 0 || half.slots[0].key == slot.key)) continue;
-      half.slots[first_free ? 0 : 1] = slot;
-      return;
+      for (Slot& free : table_[place(first, step)].slots) {
+        if (free.size() != 0) continue;
+        free = slot;
+        return;
+      }
     }
   }
 
