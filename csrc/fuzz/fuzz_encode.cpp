@@ -8,6 +8,7 @@
 #include "../merger.hpp"
 #include "../piece_encoder.hpp"
 #include "../pretokenizer.hpp"
+#include "../text_file.hpp"
 #include "fuzz.hpp"
 #include "gpt2.hpp"
 #include "reference_splitter.hpp"
@@ -68,6 +69,17 @@ void check_long(const BytePairEncoder& encoder, std::string_view text) {
   check(decode(encoder, ids) == many, "a long text comes back");
 }
 
+void check_as_a_file(std::string_view text) {
+  check(valid_utf8(text) == reference::valid_size(text), "UTF-8 is valid as far as it is");
+  std::string expected;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    if (text.substr(i, 2) != "\r\n") expected += text[i];
+  }
+  std::string converted(text.size(), '\0');
+  converted.resize(unix_newlines(text, converted.data()));
+  check(converted == expected, "a newline stands for each of Windows's");
+}
+
 void check_text(const BytePairEncoder& encoder, std::string_view text) {
   const Vocabulary& vocabulary = encoder.vocabulary();
   const std::vector<TokenId> expected = merge_each(vocabulary, check_pieces(text));
@@ -76,6 +88,7 @@ void check_text(const BytePairEncoder& encoder, std::string_view text) {
   check(encode<std::uint16_t>(encoder, text, 1) == expected, "ids after many other texts");
   check(encode<std::uint32_t>(encoder, text, 2) == expected, "wide ids after many other texts");
   check(decode(encoder, expected) == text, "the text comes back");
+  check_as_a_file(text);
 }
 
 }  // namespace
@@ -89,6 +102,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   // The same with all of it at other places of the blocks that the text is cut by.
   const std::string moved = std::string(1 + hash % 70, 'x') + std::string(text);
   static_cast<void>(fastgpt::check_pieces(moved));
+  fastgpt::check_as_a_file(moved);
   if (size > 0 && hash % 256 == 0) fastgpt::check_long(encoder, text);
   return 0;
 }

@@ -144,7 +144,8 @@ void check_recipe(Numbers numbers) {
   PieceEncoder<std::uint16_t> narrow(vocabulary);
   PieceEncoder<std::uint32_t> wide(vocabulary);
   // Short texts first: what is remembered of them is looked up for the long one.
-  for (const std::size_t size : {4, 10, 20, 20, 80, 300}) {
+  constexpr std::size_t kSizes[] = {4, 10, 20, 20, 80, 300};
+  for (const std::size_t size : kSizes) {
     const std::string text = write_text(recipe, numbers, size);
     check_ids(naive, narrow, text);
     check_ids(naive, wide, text);

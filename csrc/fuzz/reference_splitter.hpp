@@ -33,27 +33,34 @@ inline CharClass class_of(std::uint32_t code_point) {
 struct Char {
   CharClass char_class;
   std::size_t size;  // in bytes
+  bool valid = true;
 };
 
 // Reads the character at text[at]: UTF-8 (RFC 3629), or a byte that is no part of any.
 inline Char char_at(std::string_view text, std::size_t at) {
+  constexpr Char kInvalid{CharClass::kOther, 1, false};
   constexpr std::uint32_t kSmallest[] = {0, 0, 0x80, 0x800, 0x10000};  // by size
   const auto first = static_cast<unsigned char>(text[at]);
   if (first < 0x80) return {class_of(first), 1};
 
   const std::size_t size = first < 0xC0 ? 0 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
-  if (size == 0 || first >= 0xF8 || text.size() - at < size) return {CharClass::kOther, 1};
+  if (size == 0 || first >= 0xF8 || text.size() - at < size) return kInvalid;
   std::uint32_t code_point = first & (0x7FU >> size);
   for (std::size_t i = 1; i < size; ++i) {
     const auto byte = static_cast<unsigned char>(text[at + i]);
-    if ((byte & 0xC0U) != 0x80U) return {CharClass::kOther, 1};
+    if ((byte & 0xC0U) != 0x80U) return kInvalid;
     code_point = code_point << 6 | (byte & 0x3FU);
   }
   const bool surrogate = code_point >= 0xD800 && code_point < 0xE000;
-  if (code_point < kSmallest[size] || surrogate || code_point > 0x10FFFF) {
-    return {CharClass::kOther, 1};
-  }
+  if (code_point < kSmallest[size] || surrogate || code_point > 0x10FFFF) return kInvalid;
   return {class_of(code_point), size};
+}
+
+// Returns how many bytes from the start are whole, valid characters.
+inline std::size_t valid_size(std::string_view text) {
+  std::size_t at = 0;
+  while (at < text.size() && char_at(text, at).valid) at += char_at(text, at).size;
+  return at;
 }
 
 // Returns the end of the longest run of characters of one class that starts at `at`.
