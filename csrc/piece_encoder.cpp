@@ -129,7 +129,7 @@ void PieceEncoder<Id>::fill_holes(IdBuffer<Id>& ids) {
   const std::size_t first = holes_[0].at;
   std::size_t at = first;
   for (const Hole& hole : holes_) {
-    ids.append(&looked_up_[at - first], hole.at - at);
+    ids.append(looked_up_.data() + (at - first), hole.at - at);
     if (hole.piece.size() > PieceKey::kMaxSize) {
       encode_long(hole.piece, ids);
     } else {

@@ -1,8 +1,10 @@
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from fastgpt._C import BytePairEncoder
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.vocabulary import LETTER_OF_BYTE
 
@@ -14,6 +16,13 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 @pytest.fixture(scope="session")
 def gpt2():
     return Tokenizer.gpt2()
+
+
+@pytest.fixture(scope="session")
+def packaged_encoder():
+    """Makes new encoders for GPT-2's vocabulary, which remember nothing yet."""
+    file = (ASSETS / "vocab.bpe").read_bytes()
+    return partial(BytePairEncoder.from_merges_file, file=file, special_tokens=[b"<|endoftext|>"])
 
 
 @pytest.fixture(scope="session")

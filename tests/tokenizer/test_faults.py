@@ -1,14 +1,23 @@
 """Texts and ids that have broken tokenizers; the numbers are those of the project's fault list."""
 
+import multiprocessing
 import os
+import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastgpt import bpe
+from fastgpt._C import BytePairEncoder, piece_ends
+from fastgpt.vocabulary import LETTER_OF_BYTE
 
 MILLION = 10**6
 
@@ -51,6 +60,15 @@ def test_fault_42_nul(gpt2, reference):
     assert gpt2.decode(gpt2.encode(text)) == text
 
 
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
+def test_fault_42_runs_of_nuls_of_many_lengths(packaged_encoder, before):
+    """What the core remembers of one length must not hide another: the bytes look the same."""
+    encoder = packaged_encoder()
+    for length in [*range(before), *range(40, 0, -1), *range(40)]:
+        for data in (b"\0" * length, b" !" + b"\0" * length):
+            assert encoder.decode(encoder.encode(data)) == data
+
+
 RUNS = ["a", " ", "7", "\n", "😀", "漢字", "abc", "\t \n", "'s", "!?"]
 
 
@@ -62,6 +80,15 @@ def test_fault_43_long_runs_in_linear_time(gpt2, unit):
     seconds = time.perf_counter() - start
     assert seconds < 5, "on any machine; quadratic time would take minutes"
     assert gpt2.decode(ids) == text
+
+
+@pytest.mark.parametrize("unit", ["a", "😀"])
+def test_fault_43_ten_million_bytes_in_one_piece(gpt2, unit):
+    data = unit.encode() * (10 * MILLION // len(unit.encode()))
+    start = time.perf_counter()
+    ids = gpt2.encode_to_numpy(data, threads=2)
+    assert time.perf_counter() - start < 30
+    assert gpt2.decode_bytes(ids) == data
 
 
 @pytest.mark.parametrize("unit", RUNS)
@@ -98,6 +125,29 @@ def test_fault_45_id_out_of_range(gpt2, bad):
             gpt2.decode(np.array([0, bad], np.uint64))
 
 
+INTEGERS = ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", ">i2", ">u4", ">i8"]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_fault_45_arrays_of_every_type(gpt2, dtype):
+    """Also where the ids lie apart or backwards, and where one is too small or too large."""
+    good = np.array([72, 9, 105, 9], dtype)
+    for row in (good, good[::2], good[::-1], np.asfortranarray(good.reshape(2, 2).T)[0]):
+        assert gpt2.decode_bytes(row) == gpt2.decode_bytes(row.tolist())
+    limits = np.iinfo(dtype)
+    for bad in {limits.min, limits.max, 50257} - {0}:
+        if limits.min <= bad <= limits.max and not 0 <= bad < 50257:
+            with pytest.raises(IndexError, match=f"token id {bad} at position 2 is out of range"):
+                gpt2.decode(np.array([1, 2, bad], dtype))
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "c8", "?", "O", "U1", "S1", "M8[s]", "m8[s]"])
+def test_fault_45_arrays_of_no_integers(gpt2, dtype):
+    row = np.array([0, 1], "i8").astype(dtype)
+    with pytest.raises(TypeError, match="token ids must be integers, not"):
+        gpt2.decode(row)
+
+
 @pytest.mark.parametrize("bad", [1.5, None, "1", [1], 1 + 0j])
 def test_fault_45_no_id(gpt2, bad):
     with pytest.raises(TypeError, match=r"token ids must be integers, not .* at position 1"):
@@ -131,16 +181,28 @@ def test_fault_46_stream_cuts_a_character(gpt2):
     assert "".join(gpt2.decode_stream(ids[:-1])) == gpt2.decode(ids[:-1]) == "日é\ufffd"
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
-def test_fault_47_fork_after_threads(gpt2, multilingual):
-    expected = gpt2.encode(multilingual)
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+warned = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
+
+
+@pytest.fixture
+def threads_were_used(gpt2, shakespeare):
+    """Returns ids: two threads in one call, and four calls at a time, have made the same."""
+    ids = gpt2.encode_to_numpy(shakespeare, threads=2)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(gpt2.encode, [multilingual] * 4))
+        for others in pool.map(gpt2.encode_to_numpy, [shakespeare] * 4):
+            np.testing.assert_array_equal(ids, others)
+    return ids
+
+
+@needs_fork
+@warned
+def test_fault_47_fork_after_threads(gpt2, shakespeare, threads_were_used):
     child = os.fork()
     if child == 0:
-        os._exit(0 if gpt2.encode(multilingual) == expected else 1)
-    deadline = time.monotonic() + 20
+        same = np.array_equal(gpt2.encode_to_numpy(shakespeare, threads=2), threads_were_used)
+        os._exit(0 if same else 1)
+    deadline = time.monotonic() + 60
     while (status := os.waitpid(child, os.WNOHANG)) == (0, 0):
         if time.monotonic() > deadline:
             os.kill(child, 9)
@@ -150,6 +212,37 @@ def test_fault_47_fork_after_threads(gpt2, multilingual):
     assert os.waitstatus_to_exitcode(status[1]) == 0
 
 
+@needs_fork
+@warned
+def test_fault_47_fork_while_a_thread_encodes(gpt2, shakespeare, threads_were_used):
+    """As a DataLoader's workers are started while the parent goes on."""
+    context = multiprocessing.get_context("fork")
+    stop = threading.Event()
+
+    def go_on():
+        while not stop.is_set():
+            gpt2.encode_to_numpy(shakespeare, threads=2)
+
+    def encode():
+        ids = gpt2.encode_to_numpy(shakespeare, threads=2)
+        sys.exit(0 if np.array_equal(ids, threads_were_used) else 1)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        children = [context.Process(target=encode) for _ in range(3)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(60)
+            child.kill()  # if it is still there
+            child.join()
+    finally:
+        stop.set()
+        thread.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]
+
+
 def test_fault_48_threads_share_a_tokenizer(gpt2, multilingual):
     texts = [multilingual[i : i + 10_000] for i in range(0, 80_000, 1_000)]
     expected = [gpt2.encode(text) for text in texts]
@@ -157,3 +250,42 @@ def test_fault_48_threads_share_a_tokenizer(gpt2, multilingual):
         for _ in range(3):
             assert list(pool.map(gpt2.encode, texts)) == expected
             assert list(pool.map(gpt2.decode, expected)) == texts
+
+
+def test_fault_48_threads_share_a_tokenizer_that_starts_threads(gpt2, shakespeare, multilingual):
+    texts = [shakespeare[i:] + multilingual for i in range(8)]
+    expected = [gpt2.encode_to_numpy(text) for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        threads = [1 + i % 3 for i in range(8)]
+        encode = partial(pool.map, lambda text, n: gpt2.encode_to_numpy(text, threads=n))
+        for ids, again in zip(expected, encode(texts, threads), strict=True):
+            np.testing.assert_array_equal(ids, again)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_fault_50_any_vocabulary_that_could_be_learned(data):
+    """Against the readable twin: each merge joins what those before it make."""
+    letters = data.draw(st.sampled_from([b"ab", b"ab '", b"\0!", b"\xc3\xa9a", b" \n", b"12"]))
+    tokens = [bytes([byte]) for byte in letters]
+    merges = []
+    for _ in range(data.draw(st.integers(0, 25))):
+        pair = (data.draw(st.sampled_from(tokens)), data.draw(st.sampled_from(tokens)))
+        if pair[0] + pair[1] not in tokens and len(pair[0] + pair[1]) <= 40:
+            merges.append(pair)
+            tokens.append(pair[0] + pair[1])
+    file = "".join(f"{_letters(left)} {_letters(right)}\n" for left, right in merges)
+    encoder = BytePairEncoder.from_merges_file(file.encode(), [])
+    ids = {token: i for i, token in enumerate(encoder.tokens())}
+    ranks = bpe.ranks_of(merges)
+    for _ in range(4):
+        text = b"".join(data.draw(st.lists(st.sampled_from(tokens), max_size=60)))
+        ends = [0, *piece_ends(text)]
+        pieces = [text[begin:end] for begin, end in pairwise(ends)]
+        expected = [ids[part] for piece in pieces for part in bpe.merge(piece, ranks)]
+        assert encoder.encode(text).tolist() == expected
+        assert encoder.decode(expected) == text
+
+
+def _letters(token):
+    return "".join(LETTER_OF_BYTE[byte] for byte in token)
