@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "bits.hpp"
 #include "vocabulary.hpp"
 
 namespace fastgpt {
@@ -15,8 +16,9 @@ namespace fastgpt {
 // Merges one short piece: of the merges that are possible, the one of lowest rank, then leftmost,
 // until none is left. Looks through all of them for the next one, which for few is quickest.
 //
-// Most of its time goes by waiting for the vocabulary's tables to come from memory. So the work is
-// in two steps, between which one does those of other pieces.
+// Most of its time goes by waiting for the vocabulary's tables to come from memory, and for branches
+// that the processor did not foresee. So the work is in two steps, between which one does those of
+// other pieces, and neither has a branch.
 template <unsigned kCapacity>
 class ShortMerge {
  public:
@@ -24,30 +26,61 @@ class ShortMerge {
   void start(const Vocabulary& vocabulary, std::string_view piece);
 
   // Does the next merge, and asks for what look_up() will need. Returns false if there is none.
+  template <typename Isa>
   bool merge_next(const Vocabulary& vocabulary);
   // Looks up how the token just made merges with its neighbours.
   void look_up(const Vocabulary& vocabulary);
 
   // Writes the tokens, and returns how many they are.
-  std::size_t copy_tokens(TokenId* to) const;
+  template <typename Id>
+  std::size_t copy_tokens(Id* to) const;
 
  private:
-  static constexpr std::uint32_t kNone =
-      std::numeric_limits<std::int32_t>::max();  // quick to compare
-  static_assert(std::uint64_t{kNoMerge} * kCapacity < kNone);
+  // A candidate is rank * kCapacity + place - 1 of a merge with the next token, so that the smallest
+  // is the lowest rank, then leftmost; kNone or more if there is no such merge.
+  static constexpr std::int32_t kNone = static_cast<std::int32_t>(kNoMerge * kCapacity);
+  static_assert((std::uint64_t{kNoMerge} + 1) * kCapacity <=
+                std::numeric_limits<std::int32_t>::max());
+  static_assert(kCapacity + 2 <= 64);
 
-  std::uint32_t candidate(const Vocabulary& vocabulary, unsigned place) const;
+  static std::int32_t candidate(Rank rank, unsigned place) {
+    return static_cast<std::int32_t>(rank * kCapacity + place - 1);
+  }
+  // Written so that no compiler makes a branch of it.
+  static MergeTable::Pair no_pair_if_zero(std::uint64_t number) {
+    return (0 - ((number - 1) >> 63)) & MergeTable::kNoPair;
+  }
+  unsigned next_start(unsigned place) const {
+    return lowest_bit(starts_ & ~std::uint64_t{1} << place);
+  }
 
-  // Every byte is a place. The token that starts at a place reaches to the next place in use.
-  unsigned size_;
-  unsigned changed_;  // the place of the token just made
-  std::array<TokenId, kCapacity> ids_;
-  std::array<std::uint8_t, kCapacity + 1> previous_;
-  std::array<std::uint8_t, kCapacity> next_;
-  // By place: rank * kCapacity + place of the merge with the next token, so that the smallest is
-  // the lowest rank, then leftmost; kNone if there is no such merge.
-  std::array<std::uint32_t, kCapacity> candidates_;
+  // Every byte is a place, counted from 1; so that every token has neighbours, there is a place
+  // before and one behind the piece.
+  std::uint64_t starts_;  // a bit for each place where a token starts, and for these two
+  std::array<TokenId, kCapacity + 2> ids_;
+  std::array<std::int32_t, kCapacity + 1> candidates_;
+
+  // Of the token just made.
+  unsigned changed_;
+  unsigned previous_;
+  MergeTable::Pair with_next_;
+  MergeTable::Pair with_previous_;
 };
+
+// Pieces that are merged side by side.
+constexpr std::size_t kShortPiece = 16;
+constexpr std::size_t kTogether = 8;  // at a time
+
+template <typename Id>
+struct ShortTokens {
+  std::array<Id, kShortPiece> ids;
+  std::size_t count;
+};
+
+// Merges up to kTogether pieces of 1 to kShortPiece bytes.
+template <typename Id>
+void merge_together(const Vocabulary& vocabulary, const std::string_view* pieces,
+                    ShortTokens<Id>* tokens, std::size_t count);
 
 // Merges pieces of any size. Keeps its buffers from piece to piece; for one thread at a time.
 class Merger {
@@ -67,7 +100,7 @@ class Merger {
   };
   static constexpr std::uint32_t kNoNode = std::numeric_limits<std::uint32_t>::max();
   // Up to this many bytes, a ShortMerge is quicker than keeping a heap.
-  static constexpr unsigned kShort = 64;
+  static constexpr unsigned kShort = 32;
 
   void merge_by_heap(std::string_view piece);
   void link(std::string_view piece);

@@ -115,6 +115,7 @@ class PieceCache {
     const std::size_t first = home(key);
     for (std::size_t step = 0;; ++step) {
       const HalfLine& half = table_[place(first, step)];
+      // Behind free room there is nothing.
       if (half.slots[0].size() == 0) return 0;
       std::size_t count = size <= kShortSize ? copy_short(half, key.low, size, to) : 0;
       if (count == 0) count = copy_long(half, key, size, to);
@@ -125,13 +126,9 @@ class PieceCache {
       }
     }
   }
-  bool has(PieceKey key, std::size_t size) const {
-    std::array<Id, kWrittenIds> ids;
-    return find(key, size, ids.data()) != 0;
-  }
 
-  // Needs a piece that is not there.
-  void insert(PieceKey key, std::size_t size, const TokenId* ids, std::size_t count) {
+  // A piece that is there already is found as it was, and takes room twice.
+  void insert(PieceKey key, std::size_t size, const Id* ids, std::size_t count) {
     if (used_ + 2 > table_.size()) make_room();  // half of the slots stay free
     if (size <= kShortSize && count <= kShortIds) {
       used_ += 1;
@@ -159,7 +156,7 @@ class PieceCache {
   static constexpr std::size_t kMany = 0x80;
   static constexpr int kIdsAt = sizeof(Id) == 2 ? 16 : 32;
 
-  static std::uint64_t pack(std::size_t size, std::size_t count, const TokenId* ids,
+  static std::uint64_t pack(std::size_t size, std::size_t count, const Id* ids,
                             std::size_t packed) {
     std::uint64_t rest = size | count << 8;
     for (std::size_t i = 0; i < packed; ++i) {

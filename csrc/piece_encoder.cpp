@@ -4,6 +4,7 @@
 #include <array>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "pretokenizer.hpp"
 
@@ -60,6 +61,7 @@ void PieceEncoder<Id>::encode_stretch(std::string_view text, std::size_t begin, 
     end += count;
   }
   if (holes_.empty()) return ids.extend_to(to);
+  learn(holes_.data(), holes_.data() + holes_.size());
   looked_up_.assign(first + holes_[0].at, to);
   ids.extend_to(first + holes_[0].at);
   fill_holes(ids);
@@ -115,17 +117,58 @@ FASTGPT_NOINLINE std::size_t PieceEncoder<Id>::find_or_note(std::string_view tex
   const PieceKey key = is_short ? key_at(text, at, size) : PieceKey{};
   const std::size_t tokens = is_short ? cache_.find(key, size, to) : 0;
   if (tokens == 0) {
-    holes_.push_back({key, text.substr(at, size), static_cast<std::size_t>(to - first)});
+    if (is_short) vocabulary_.whole_tokens().ask_for(key);  // for learn()
+    Hole& hole = holes_.emplace_back();
+    hole.key = key;
+    hole.piece = text.substr(at, size);
+    hole.at = static_cast<std::size_t>(to - first);
   }
   return tokens;
+}
+
+// Finds the tokens of the short ones of the missing pieces, and puts them into the cache.
+template <typename Id>
+void PieceEncoder<Id>::learn(Hole* hole, Hole* end) {
+  std::array<Hole*, kTogether> unknown;
+  std::size_t unknowns = 0;
+  for (; hole != end; ++hole) {
+    if (hole->piece.size() > PieceKey::kMaxSize || is_known(*hole)) continue;
+    unknown[unknowns++] = hole;
+    if (unknowns == kTogether) merge_holes(unknown.data(), std::exchange(unknowns, 0));
+  }
+  merge_holes(unknown.data(), unknowns);
+}
+
+// Whether the piece needs no merging: because it has been learnt since it was missed, or is a token.
+template <typename Id>
+bool PieceEncoder<Id>::is_known(Hole& hole) {
+  auto& [ids, count] = hole.tokens;
+  count = cache_.find(hole.key, hole.piece.size(), ids.data());
+  if (count != 0) return true;
+  const TokenId whole = vocabulary_.whole_tokens().find(hole.key, hole.piece.size());
+  if (whole == kNoToken) return false;
+  ids[0] = static_cast<Id>(whole);
+  count = 1;
+  cache_.insert(hole.key, hole.piece.size(), ids.data(), 1);
+  return true;
+}
+
+template <typename Id>
+void PieceEncoder<Id>::merge_holes(Hole* const* holes, std::size_t count) {
+  std::array<std::string_view, kTogether> pieces;
+  std::array<ShortTokens<Id>, kTogether> tokens;
+  for (std::size_t i = 0; i < count; ++i) pieces[i] = holes[i]->piece;
+  merge_together(vocabulary_, pieces.data(), tokens.data(), count);
+  for (std::size_t i = 0; i < count; ++i) {
+    Hole& hole = *holes[i];
+    hole.tokens = tokens[i];
+    cache_.insert(hole.key, hole.piece.size(), tokens[i].ids.data(), tokens[i].count);
+  }
 }
 
 // Appends looked_up_, with the ids of what is missing put in.
 template <typename Id>
 void PieceEncoder<Id>::fill_holes(IdBuffer<Id>& ids) {
-  for (const Hole* hole = holes_.data(); hole != holes_.data() + holes_.size();) {
-    hole = learn(hole, holes_.data() + holes_.size());
-  }
   const std::size_t first = holes_[0].at;
   std::size_t at = first;
   for (const Hole& hole : holes_) {
@@ -133,63 +176,13 @@ void PieceEncoder<Id>::fill_holes(IdBuffer<Id>& ids) {
     if (hole.piece.size() > PieceKey::kMaxSize) {
       encode_long(hole.piece, ids);
     } else {
-      encode_short(hole.key, hole.piece, ids);
+      const auto& [tokens, count] = hole.tokens;
+      std::copy(tokens.begin(), tokens.end(), ids.reserve(tokens.size()));  // of fixed size: quick
+      ids.extend_by(count);
     }
     at = hole.at;
   }
   ids.append(looked_up_.data() + (at - first), looked_up_.size() - (at - first));
-}
-
-// Puts the first few of the missing pieces into the cache, and returns the one after those.
-template <typename Id>
-auto PieceEncoder<Id>::learn(const Hole* hole, const Hole* end) -> const Hole* {
-  std::array<Hole, kTogether> unknown;
-  std::size_t unknowns = 0;
-  for (; hole != end && unknowns < kTogether; ++hole) {
-    if (hole->piece.size() > PieceKey::kMaxSize) continue;
-    const auto same = [&](const Hole& other) {
-      return other.key == hole->key && other.piece.size() == hole->piece.size();
-    };
-    if (std::any_of(unknown.begin(), unknown.begin() + unknowns, same)) continue;
-    if (cache_.has(hole->key, hole->piece.size())) continue;
-    vocabulary_.whole_tokens().ask_for(hole->key);
-    unknown[unknowns++] = *hole;
-  }
-  std::size_t to_merge = 0;
-  for (std::size_t i = 0; i < unknowns; ++i) {
-    const auto& [key, piece, at] = unknown[i];
-    const TokenId whole = vocabulary_.whole_tokens().find(key, piece.size());
-    if (whole != kNoToken) {
-      cache_.insert(key, piece.size(), &whole, 1);
-    } else {
-      unknown[to_merge++] = unknown[i];
-    }
-  }
-  merge_together(unknown.data(), to_merge);
-  return hole;
-}
-
-template <typename Id>
-void PieceEncoder<Id>::merge_together(const Hole* pieces, std::size_t count) {
-  std::array<ShortMerge<PieceKey::kMaxSize>, kTogether> merges;
-  std::array<std::size_t, kTogether> going;  // which are not done yet
-  for (std::size_t i = 0; i < count; ++i) {
-    merges[i].start(vocabulary_, pieces[i].piece);
-    going[i] = i;
-  }
-  for (std::size_t left = count; left > 0;) {
-    std::size_t still = 0;
-    for (std::size_t i = 0; i < left; ++i) {
-      if (merges[going[i]].merge_next(vocabulary_)) going[still++] = going[i];
-    }
-    left = still;
-    for (std::size_t i = 0; i < left; ++i) merges[going[i]].look_up(vocabulary_);
-  }
-  for (std::size_t i = 0; i < count; ++i) {
-    std::array<TokenId, PieceKey::kMaxSize> ids;
-    cache_.insert(pieces[i].key, pieces[i].piece.size(), ids.data(),
-                  merges[i].copy_tokens(ids.data()));
-  }
 }
 
 template <typename Id>
@@ -197,9 +190,10 @@ void PieceEncoder<Id>::encode_short(PieceKey key, std::string_view piece, IdBuff
   Id* const to = ids.reserve(PieceCache<Id>::kWrittenIds);
   std::size_t count = cache_.find(key, piece.size(), to);
   if (count == 0) {
-    const Hole missing{key, piece, 0};
+    Hole missing{key, piece, 0, {}};
     learn(&missing, &missing + 1);
-    count = cache_.find(key, piece.size(), to);
+    count = missing.tokens.count;
+    std::copy_n(missing.tokens.ids.begin(), count, to);
   }
   ids.extend_by(count);
 }

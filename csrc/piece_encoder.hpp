@@ -26,14 +26,14 @@ class PieceEncoder {
   void encode(std::string_view text, IdBuffer<Id>& ids);
 
  private:
-  static constexpr std::size_t kGroup = 64;    // pieces that are looked up together
-  static constexpr std::size_t kTogether = 8;  // and learnt
+  static constexpr std::size_t kGroup = 64;  // pieces that are looked up together
 
   // A piece that is missing before the id at this place.
   struct Hole {
     PieceKey key;
     std::string_view piece;
     std::size_t at;
+    ShortTokens<Id> tokens;  // once it is known
   };
 
   void encode_stretch(std::string_view text, std::size_t begin, Ends ends, IdBuffer<Id>& ids);
@@ -41,9 +41,10 @@ class PieceEncoder {
                     std::size_t count, const Id* first, Id* to);
   std::size_t find_or_note(std::string_view text, std::size_t at, std::size_t size, const Id* first,
                            Id* to);
+  void learn(Hole* hole, Hole* end);
+  bool is_known(Hole& hole);
+  void merge_holes(Hole* const* holes, std::size_t count);
   void fill_holes(IdBuffer<Id>& ids);
-  const Hole* learn(const Hole* hole, const Hole* end);
-  void merge_together(const Hole* pieces, std::size_t count);
   void encode_short(PieceKey key, std::string_view piece, IdBuffer<Id>& ids);
   void encode_long(std::string_view piece, IdBuffer<Id>& ids);
   void encode_chunks(std::string_view piece, IdBuffer<Id>& ids);

@@ -35,21 +35,21 @@ std::vector<Merge> checked_size(std::vector<Merge> merges, const TokenBytes& tok
 MergeTable::MergeTable(const std::vector<Merge>& merges) {
   int bits = 2;
   while ((std::size_t{2} << bits) < merges.size()) ++bits;  // half of the slots stay free
-  const Bucket free = {kFree, kFree, kFree, kFree};
+  const Bucket free = {{kFree, kFree, kFree, kFree}};
   buckets_.assign(std::size_t{1} << bits, free);
   mask_ = buckets_.size() - 1;
   shift_ = 64 - bits;
   constexpr std::size_t kAhead = 16;  // by the time a merge's turn comes, its bucket is there
   for (std::size_t i = 0; i < merges.size(); ++i) {
-    if (i + kAhead < merges.size()) ask_for(merges[i + kAhead].left, merges[i + kAhead].right);
+    if (i + kAhead < merges.size()) ask_for(pair(merges[i + kAhead].left, merges[i + kAhead].right));
     const auto [left, right, merged] = merges[i];
-    if (const Rank other = rank(left, right); other != kNoMerge) {
+    if (const Rank other = rank(pair(left, right)); other != kNoMerge) {
       throw std::invalid_argument(numbered("merge", i) + " repeats " + numbered("merge", other));
     }
-    const std::uint64_t slot = slot_of(left, right, static_cast<Rank>(i));
+    const std::uint64_t slot = pair(left, right) | i;
     std::size_t at = home(slot);
-    while (buckets_[at].back() != kFree) at = (at + 1) & mask_;
-    *std::find(buckets_[at].begin(), buckets_[at].end(), kFree) = slot;
+    while (buckets_[at].slots.back() != kFree) at = (at + 1) & mask_;
+    *std::find(buckets_[at].slots.begin(), buckets_[at].slots.end(), kFree) = slot;
   }
 }
 
