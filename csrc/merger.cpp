@@ -27,8 +27,7 @@ struct Avx2 {
   FASTGPT_AVX2 static std::int32_t lowest(const std::int32_t* numbers) {
     __m256i eight = load(numbers);
     for (std::size_t i = 8; i < kCount; i += 8) eight = _mm256_min_epi32(eight, load(numbers + i));
-    __m128i four =
-        _mm_min_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    __m128i four = _mm_min_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
     four = _mm_min_epi32(four, _mm_shuffle_epi32(four, 0x4E));  // the other half
     four = _mm_min_epi32(four, _mm_shuffle_epi32(four, 0xB1));  // the neighbour
     return _mm_cvtsi128_si32(four);
@@ -43,8 +42,7 @@ struct Avx2 {
 
 }  // namespace
 
-template <unsigned kCapacity>
-inline void ShortMerge<kCapacity>::start(const Vocabulary& vocabulary, std::string_view piece) {
+inline void ShortMerge::start(const Vocabulary& vocabulary, std::string_view piece) {
   const auto size = static_cast<unsigned>(piece.size());
   starts_ = (std::uint64_t{4} << size) - 1;
   candidates_.fill(kNone);
@@ -56,9 +54,8 @@ inline void ShortMerge<kCapacity>::start(const Vocabulary& vocabulary, std::stri
   }
 }
 
-template <unsigned kCapacity>
 template <typename Isa>
-inline bool ShortMerge<kCapacity>::merge_next(const Vocabulary& vocabulary) {
+inline bool ShortMerge::merge_next(const Vocabulary& vocabulary) {
   const std::int32_t lowest = Isa::template lowest<kCapacity>(&candidates_[1]);
   if (lowest >= kNone) return false;
   const unsigned place = static_cast<unsigned>(lowest) % kCapacity + 1;
@@ -79,15 +76,13 @@ inline bool ShortMerge<kCapacity>::merge_next(const Vocabulary& vocabulary) {
   return true;
 }
 
-template <unsigned kCapacity>
-inline void ShortMerge<kCapacity>::look_up(const Vocabulary& vocabulary) {
+inline void ShortMerge::look_up(const Vocabulary& vocabulary) {
   candidates_[changed_] = candidate(vocabulary.ranks().rank(with_next_), changed_);
   candidates_[previous_] = candidate(vocabulary.ranks().rank(with_previous_), previous_);
 }
 
-template <unsigned kCapacity>
 template <typename Id>
-inline std::size_t ShortMerge<kCapacity>::copy_tokens(Id* to) const {
+inline std::size_t ShortMerge::copy_tokens(Id* to) const {
   Id* const first = to;
   // All starts but the two that are beside the piece.
   const std::uint64_t all = starts_ ^ 1;
@@ -99,35 +94,51 @@ inline std::size_t ShortMerge<kCapacity>::copy_tokens(Id* to) const {
 
 namespace {
 
+// A piece that is done makes room for the next one at once, so that there are always as many on the
+// way, and loops over them have a length that the processor foresees.
 template <typename Isa, typename Id>
 inline void merge_all(const Vocabulary& vocabulary, const std::string_view* pieces,
-                      ShortTokens<Id>* tokens, std::size_t count) {
-  using Merge16 = ShortMerge<kShortPiece>;
-  std::array<Merge16, kTogether> merges;
-  std::array<Merge16*, kTogether> going;  // which are not done yet
-  for (std::size_t i = 0; i < count; ++i) {
-    merges[i].start(vocabulary, pieces[i]);
-    going[i] = &merges[i];
+                      ShortTokens<Id>* const* tokens, std::size_t count) {
+  constexpr std::size_t kLanes = 8;
+  struct Lane {
+    ShortMerge merge;
+    std::size_t piece;
+  };
+  std::array<Lane, kLanes> lanes;
+  std::array<Lane*, kLanes> going;
+  std::size_t next = 0;
+  const auto start_next = [&](Lane& lane) {
+    lane.merge.start(vocabulary, pieces[next]);
+    lane.piece = next++;
+  };
+  std::size_t left = std::min(count, kLanes);
+  for (std::size_t i = 0; i < left; ++i) {
+    going[i] = &lanes[i];
+    start_next(lanes[i]);
   }
-  for (std::size_t left = count; left > 0;) {
-    std::size_t still = 0;
-    for (std::size_t i = 0; i < left; ++i) {
-      going[still] = going[i];
-      if (going[i]->template merge_next<Isa>(vocabulary)) ++still;
+  while (left > 0) {
+    for (std::size_t i = 0; i < left;) {
+      Lane& lane = *going[i];
+      if (lane.merge.template merge_next<Isa>(vocabulary)) {
+        ++i;
+        continue;
+      }
+      tokens[lane.piece]->count = lane.merge.copy_tokens(tokens[lane.piece]->ids.data());
+      if (next < count) {
+        start_next(lane);
+      } else {
+        going[i] = going[--left];
+      }
     }
-    left = still;
-    for (std::size_t i = 0; i < left; ++i) going[i]->look_up(vocabulary);
-  }
-  for (std::size_t i = 0; i < count; ++i) {
-    tokens[i].count = merges[i].copy_tokens(tokens[i].ids.data());
+    for (std::size_t i = 0; i < left; ++i) going[i]->merge.look_up(vocabulary);
   }
 }
 
 #if defined(FASTGPT_HAS_AVX2)
 template <typename Id>
 FASTGPT_AVX2_FLAT void merge_all_with_avx2(const Vocabulary& vocabulary,
-                                           const std::string_view* pieces, ShortTokens<Id>* tokens,
-                                           std::size_t count) {
+                                           const std::string_view* pieces,
+                                           ShortTokens<Id>* const* tokens, std::size_t count) {
   merge_all<Avx2>(vocabulary, pieces, tokens, count);
 }
 #endif
@@ -135,22 +146,22 @@ FASTGPT_AVX2_FLAT void merge_all_with_avx2(const Vocabulary& vocabulary,
 }  // namespace
 
 template <typename Id>
-void merge_together(const Vocabulary& vocabulary, const std::string_view* pieces,
-                    ShortTokens<Id>* tokens, std::size_t count) {
+void merge_short(const Vocabulary& vocabulary, const std::string_view* pieces,
+                 ShortTokens<Id>* const* tokens, std::size_t count) {
 #if defined(FASTGPT_HAS_AVX2)
   if (has_avx2()) return merge_all_with_avx2(vocabulary, pieces, tokens, count);
 #endif
   merge_all<Portable>(vocabulary, pieces, tokens, count);
 }
 
-template void merge_together(const Vocabulary&, const std::string_view*,
-                             ShortTokens<std::uint16_t>*, std::size_t);
-template void merge_together(const Vocabulary&, const std::string_view*,
-                             ShortTokens<std::uint32_t>*, std::size_t);
+template void merge_short(const Vocabulary&, const std::string_view*,
+                          ShortTokens<std::uint16_t>* const*, std::size_t);
+template void merge_short(const Vocabulary&, const std::string_view*,
+                          ShortTokens<std::uint32_t>* const*, std::size_t);
 
 const std::vector<TokenId>& Merger::merge(std::string_view piece) {
   tokens_.clear();
-  if (piece.size() > kShort) {
+  if (piece.size() > ShortMerge::kCapacity) {
     merge_by_heap(piece);
   } else {
     short_merge_.start(vocabulary_, piece);

@@ -16,12 +16,13 @@ namespace fastgpt {
 // Merges one short piece: of the merges that are possible, the one of lowest rank, then leftmost,
 // until none is left. Looks through all of them for the next one, which for few is quickest.
 //
-// Most of its time goes by waiting for the vocabulary's tables to come from memory, and for branches
-// that the processor did not foresee. So the work is in two steps, between which one does those of
-// other pieces, and neither has a branch.
-template <unsigned kCapacity>
+// Most of its time goes by waiting for the vocabulary's tables to come from memory, and for
+// branches that the processor did not foresee. So the work is in two steps, between which one does
+// those of other pieces, and neither has a branch.
 class ShortMerge {
  public:
+  static constexpr std::size_t kCapacity = 32;
+
   // Needs a piece of 1 to kCapacity bytes.
   void start(const Vocabulary& vocabulary, std::string_view piece);
 
@@ -36,15 +37,15 @@ class ShortMerge {
   std::size_t copy_tokens(Id* to) const;
 
  private:
-  // A candidate is rank * kCapacity + place - 1 of a merge with the next token, so that the smallest
-  // is the lowest rank, then leftmost; kNone or more if there is no such merge.
-  static constexpr std::int32_t kNone = static_cast<std::int32_t>(kNoMerge * kCapacity);
+  // A candidate is rank * kCapacity + place - 1 of a merge with the next token, so that the
+  // smallest is the lowest rank, then leftmost; kNone or more if there is no such merge.
+  static constexpr auto kNone = static_cast<std::int32_t>(kNoMerge * kCapacity);
   static_assert((std::uint64_t{kNoMerge} + 1) * kCapacity <=
                 std::numeric_limits<std::int32_t>::max());
   static_assert(kCapacity + 2 <= 64);
 
   static std::int32_t candidate(Rank rank, unsigned place) {
-    return static_cast<std::int32_t>(rank * kCapacity + place - 1);
+    return static_cast<std::int32_t>(rank * unsigned{kCapacity} + place - 1);
   }
   // Written so that no compiler makes a branch of it.
   static MergeTable::Pair no_pair_if_zero(std::uint64_t number) {
@@ -67,20 +68,17 @@ class ShortMerge {
   MergeTable::Pair with_previous_;
 };
 
-// Pieces that are merged side by side.
-constexpr std::size_t kShortPiece = 16;
-constexpr std::size_t kTogether = 8;  // at a time
-
+// The tokens of a short piece.
 template <typename Id>
 struct ShortTokens {
-  std::array<Id, kShortPiece> ids;
+  std::array<Id, ShortMerge::kCapacity> ids;
   std::size_t count;
 };
 
-// Merges up to kTogether pieces of 1 to kShortPiece bytes.
+// Merges pieces of 1 to ShortMerge::kCapacity bytes, some at a time: quicker than one by one.
 template <typename Id>
-void merge_together(const Vocabulary& vocabulary, const std::string_view* pieces,
-                    ShortTokens<Id>* tokens, std::size_t count);
+void merge_short(const Vocabulary& vocabulary, const std::string_view* pieces,
+                 ShortTokens<Id>* const* tokens, std::size_t count);
 
 // Merges pieces of any size. Keeps its buffers from piece to piece; for one thread at a time.
 class Merger {
@@ -99,8 +97,6 @@ class Merger {
     std::uint32_t next;
   };
   static constexpr std::uint32_t kNoNode = std::numeric_limits<std::uint32_t>::max();
-  // Up to this many bytes, a ShortMerge is quicker than keeping a heap.
-  static constexpr unsigned kShort = 32;
 
   void merge_by_heap(std::string_view piece);
   void link(std::string_view piece);
@@ -111,7 +107,7 @@ class Merger {
 
   const Vocabulary& vocabulary_;
   std::vector<TokenId> tokens_;
-  ShortMerge<kShort> short_merge_;
+  ShortMerge short_merge_;
   std::vector<Node> nodes_;
   std::vector<std::uint64_t> candidates_;  // a heap, smallest first
 };

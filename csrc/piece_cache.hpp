@@ -115,7 +115,6 @@ class PieceCache {
     const std::size_t first = home(key);
     for (std::size_t step = 0;; ++step) {
       const HalfLine& half = table_[place(first, step)];
-      // Behind free room there is nothing.
       if (half.slots[0].size() == 0) return 0;
       std::size_t count = size <= kShortSize ? copy_short(half, key.low, size, to) : 0;
       if (count == 0) count = copy_long(half, key, size, to);
@@ -127,7 +126,8 @@ class PieceCache {
     }
   }
 
-  // A piece that is there already is found as it was, and takes room twice.
+  // Reads kWrittenIds of `ids`. A piece that is there already is found as it was, and takes room
+  // twice.
   void insert(PieceKey key, std::size_t size, const Id* ids, std::size_t count) {
     if (used_ + 2 > table_.size()) make_room();  // half of the slots stay free
     if (size <= kShortSize && count <= kShortIds) {
@@ -158,11 +158,10 @@ class PieceCache {
 
   static std::uint64_t pack(std::size_t size, std::size_t count, const Id* ids,
                             std::size_t packed) {
-    std::uint64_t rest = size | count << 8;
-    for (std::size_t i = 0; i < packed; ++i) {
-      rest |= static_cast<std::uint64_t>(ids[i]) << (kIdsAt + 8 * sizeof(Id) * i);
-    }
-    return rest;
+    std::uint64_t word;
+    std::memcpy(&word, ids, sizeof word);
+    word &= (std::uint64_t{1} << 8 * sizeof(Id) * packed) - 1;
+    return size | count << 8 | word << kIdsAt;
   }
 
   void put_short(Slot slot) {
@@ -222,14 +221,13 @@ class LongPieceCache {
  public:
   static constexpr std::size_t kMaxPiece = 256;  // longer ones are rarely seen twice
 
-  // Appends the tokens of the piece to `ids`, or returns false if it is not there.
-  template <typename Buffer>
-  bool find(std::string_view piece, Buffer& ids) const {
-    if (entries_.empty()) return false;
+  // Writes the tokens of the piece, and returns how many it has; 0 if it is not there.
+  std::size_t find(std::string_view piece, Id* to) const {
+    if (entries_.empty()) return 0;
     const Entry& entry = entries_[home(piece)];
-    if (std::string_view(bytes_.data() + entry.bytes_at, entry.size) != piece) return false;
-    ids.append(ids_.data() + entry.ids_at, entry.count);
-    return true;
+    if (std::string_view(bytes_.data() + entry.bytes_at, entry.size) != piece) return 0;
+    std::copy_n(ids_.data() + entry.ids_at, entry.count, to);
+    return entry.count;
   }
 
   // Takes the place of another piece with the same home.

@@ -117,35 +117,37 @@ FASTGPT_NOINLINE std::size_t PieceEncoder<Id>::find_or_note(std::string_view tex
   const PieceKey key = is_short ? key_at(text, at, size) : PieceKey{};
   const std::size_t tokens = is_short ? cache_.find(key, size, to) : 0;
   if (tokens == 0) {
-    if (is_short) vocabulary_.whole_tokens().ask_for(key);  // for learn()
-    Hole& hole = holes_.emplace_back();
-    hole.key = key;
-    hole.piece = text.substr(at, size);
-    hole.at = static_cast<std::size_t>(to - first);
+    if (is_short) vocabulary_.ask_for_whole_token(key);  // for learn()
+    holes_.emplace_back(key, text.substr(at, size), static_cast<std::size_t>(to - first));
   }
   return tokens;
 }
 
-// Finds the tokens of the short ones of the missing pieces, and puts them into the cache.
+// Finds the tokens of the short ones of the missing pieces, and has the caches keep them.
 template <typename Id>
 void PieceEncoder<Id>::learn(Hole* hole, Hole* end) {
-  std::array<Hole*, kTogether> unknown;
+  std::array<Hole*, kBatch> unknown;
   std::size_t unknowns = 0;
   for (; hole != end; ++hole) {
-    if (hole->piece.size() > PieceKey::kMaxSize || is_known(*hole)) continue;
+    if (!hole->is_short() || is_known(*hole)) continue;
     unknown[unknowns++] = hole;
-    if (unknowns == kTogether) merge_holes(unknown.data(), std::exchange(unknowns, 0));
+    if (unknowns == kBatch) merge_holes(unknown.data(), std::exchange(unknowns, 0));
   }
   merge_holes(unknown.data(), unknowns);
 }
 
-// Whether the piece needs no merging: because it has been learnt since it was missed, or is a token.
+// Whether the piece needs no merging: because it has been learnt since it was missed, or is a
+// token.
 template <typename Id>
 bool PieceEncoder<Id>::is_known(Hole& hole) {
   auto& [ids, count] = hole.tokens;
+  if (!hole.in_cache()) {
+    count = long_cache_.find(hole.piece, ids.data());
+    return count != 0;
+  }
   count = cache_.find(hole.key, hole.piece.size(), ids.data());
   if (count != 0) return true;
-  const TokenId whole = vocabulary_.whole_tokens().find(hole.key, hole.piece.size());
+  const TokenId whole = vocabulary_.whole_token(hole.key, hole.piece.size());
   if (whole == kNoToken) return false;
   ids[0] = static_cast<Id>(whole);
   count = 1;
@@ -155,14 +157,20 @@ bool PieceEncoder<Id>::is_known(Hole& hole) {
 
 template <typename Id>
 void PieceEncoder<Id>::merge_holes(Hole* const* holes, std::size_t count) {
-  std::array<std::string_view, kTogether> pieces;
-  std::array<ShortTokens<Id>, kTogether> tokens;
-  for (std::size_t i = 0; i < count; ++i) pieces[i] = holes[i]->piece;
-  merge_together(vocabulary_, pieces.data(), tokens.data(), count);
+  std::array<std::string_view, kBatch> pieces;
+  std::array<ShortTokens<Id>*, kBatch> tokens{};
   for (std::size_t i = 0; i < count; ++i) {
-    Hole& hole = *holes[i];
-    hole.tokens = tokens[i];
-    cache_.insert(hole.key, hole.piece.size(), tokens[i].ids.data(), tokens[i].count);
+    pieces[i] = holes[i]->piece;
+    tokens[i] = &holes[i]->tokens;
+  }
+  merge_short(vocabulary_, pieces.data(), tokens.data(), count);
+  for (std::size_t i = 0; i < count; ++i) {
+    const Hole& hole = *holes[i];
+    if (hole.in_cache()) {
+      cache_.insert(hole.key, hole.piece.size(), hole.tokens.ids.data(), hole.tokens.count);
+    } else {
+      long_cache_.insert(hole.piece, hole.tokens.ids.data(), hole.tokens.count);
+    }
   }
 }
 
@@ -173,12 +181,12 @@ void PieceEncoder<Id>::fill_holes(IdBuffer<Id>& ids) {
   std::size_t at = first;
   for (const Hole& hole : holes_) {
     ids.append(&looked_up_[at - first], hole.at - at);
-    if (hole.piece.size() > PieceKey::kMaxSize) {
-      encode_long(hole.piece, ids);
-    } else {
+    if (hole.is_short()) {
       const auto& [tokens, count] = hole.tokens;
       std::copy(tokens.begin(), tokens.end(), ids.reserve(tokens.size()));  // of fixed size: quick
       ids.extend_by(count);
+    } else {
+      encode_long(hole.piece, ids);
     }
     at = hole.at;
   }
@@ -190,7 +198,7 @@ void PieceEncoder<Id>::encode_short(PieceKey key, std::string_view piece, IdBuff
   Id* const to = ids.reserve(PieceCache<Id>::kWrittenIds);
   std::size_t count = cache_.find(key, piece.size(), to);
   if (count == 0) {
-    Hole missing{key, piece, 0, {}};
+    Hole missing(key, piece, 0);
     learn(&missing, &missing + 1);
     count = missing.tokens.count;
     std::copy_n(missing.tokens.ids.begin(), count, to);
@@ -201,7 +209,10 @@ void PieceEncoder<Id>::encode_short(PieceKey key, std::string_view piece, IdBuff
 template <typename Id>
 void PieceEncoder<Id>::encode_long(std::string_view piece, IdBuffer<Id>& ids) {
   const bool cached = piece.size() <= LongPieceCache<Id>::kMaxPiece;
-  if (cached && long_cache_.find(piece, ids)) return;
+  if (cached) {
+    const std::size_t count = long_cache_.find(piece, ids.reserve(piece.size()));
+    if (count != 0) return ids.extend_by(count);
+  }
   const std::size_t first = ids.size();
   encode_chunks(piece, ids);
   if (cached) long_cache_.insert(piece, ids.data() + first, ids.size() - first);

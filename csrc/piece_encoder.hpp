@@ -27,13 +27,20 @@ class PieceEncoder {
 
  private:
   static constexpr std::size_t kGroup = 64;  // pieces that are looked up together
+  static constexpr std::size_t kBatch = 64;  // and merged
 
   // A piece that is missing before the id at this place.
   struct Hole {
-    PieceKey key;
+    Hole(PieceKey missing_key, std::string_view missing, std::size_t place)
+        : key(missing_key), piece(missing), at(place) {}
+
+    bool in_cache() const { return piece.size() <= PieceKey::kMaxSize; }
+    bool is_short() const { return piece.size() <= ShortMerge::kCapacity; }
+
+    PieceKey key;  // if it is for the cache
     std::string_view piece;
     std::size_t at;
-    ShortTokens<Id> tokens;  // once it is known
+    ShortTokens<Id> tokens;  // of a short one, once they are known
   };
 
   void encode_stretch(std::string_view text, std::size_t begin, Ends ends, IdBuffer<Id>& ids);

@@ -87,8 +87,9 @@ class Vocabulary {
   // are not a vocabulary.
   Vocabulary(TokenBytes tokens, std::vector<Merge> merges);
 
-  // The same, for the caller who knows that `whole_tokens` is what it has to be. Finding it out
-  // takes most of the time that the other constructor does.
+  // The same, for the caller who knows that `whole_tokens` is what it has to be, and that merges
+  // make tokens of their parts. Finding it out takes most of the time that the other constructor
+  // does.
   Vocabulary(TokenBytes tokens, std::vector<Merge> merges, TokenIndex whole_tokens);
 
   const TokenBytes& tokens() const { return tokens_; }
@@ -102,7 +103,11 @@ class Vocabulary {
   }
 
   // The tokens that their own bytes are encoded to: a piece that is one of them needs no merging.
-  const TokenIndex& whole_tokens() const { return whole_tokens_; }
+  TokenId whole_token(PieceKey piece, std::size_t size) const {
+    return whole_tokens_.find(tokens_, piece, size);
+  }
+  // Has the processor fetch what whole_token() will look at.
+  void ask_for_whole_token(PieceKey piece) const { whole_tokens_.ask_for(TokenIndex::hash(piece)); }
 
   // Whether some merge joins tokens at a place between these two bytes. Where none does, what lies
   // left and right of the place can be encoded apart.
