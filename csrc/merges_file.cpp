@@ -23,17 +23,17 @@ constexpr bool printable(std::size_t byte) {
 }
 
 // Returns the byte of each letter, or -1 for a character that is none.
-constexpr std::array<int, kLetters> make_byte_of_letter() {
-  std::array<int, kLetters> bytes{};
-  for (int& byte : bytes) byte = -1;
+constexpr std::array<std::int16_t, kLetters> make_byte_of_letter() {
+  std::array<std::int16_t, kLetters> bytes{};
+  for (std::int16_t& byte : bytes) byte = -1;
   std::size_t next_other = kOtherLetters;
   for (std::size_t byte = 0; byte < 256; ++byte) {
-    bytes[printable(byte) ? byte : next_other++] = static_cast<int>(byte);
+    bytes[printable(byte) ? byte : next_other++] = static_cast<std::int16_t>(byte);
   }
   return bytes;
 }
 
-constexpr std::array<int, kLetters> kByteOfLetter = make_byte_of_letter();
+constexpr std::array<std::int16_t, kLetters> kByteOfLetter = make_byte_of_letter();
 
 [[noreturn]] void fail(std::size_t line, const std::string& what) {
   throw std::invalid_argument("line " + std::to_string(line) + ": " + what);
@@ -86,12 +86,14 @@ class Parser {
   // and returns how many they are.
   std::size_t read_letters(char* to) {
     const char* const first = to;
-    for (std::size_t size = 0; at_ < file_.size(); at_ += size) {
-      std::size_t letter = static_cast<unsigned char>(file_[at_]);
+    const std::string_view file = file_;  // and at_: quicker as variables that nothing points to
+    std::size_t at = at_;
+    for (std::size_t size = 0; at < file.size(); at += size) {
+      std::size_t letter = static_cast<unsigned char>(file[at]);
       size = 1;
       if (letter >= 0x80) {
-        if (letter < 0xC2 || letter > 0xC5 || at_ + 1 == file_.size()) break;
-        const auto next = static_cast<unsigned char>(file_[at_ + 1]);
+        if (letter < 0xC2 || letter > 0xC5 || at + 1 == file.size()) break;
+        const auto next = static_cast<unsigned char>(file[at + 1]);
         if ((next & 0xC0U) != 0x80U) break;
         letter = (letter & 0x1FU) << 6 | (next & 0x3FU);
         size = 2;
@@ -99,6 +101,7 @@ class Parser {
       if (kByteOfLetter[letter] < 0) break;
       *to++ = static_cast<char>(kByteOfLetter[letter]);
     }
+    at_ = at;
     return static_cast<std::size_t>(to - first);
   }
 

@@ -254,16 +254,8 @@ class LongPieceCache {
   static constexpr std::size_t kEntries = std::size_t{1} << 14;
   static constexpr std::size_t kMaxBytes = std::size_t{1} << 20;
 
-  // Needs more than 16 bytes.
   static std::size_t home(std::string_view piece) {
-    std::uint64_t hash = piece.size();
-    const auto mix = [&](std::size_t at) {
-      hash = (PieceKey::load(piece.data() + at, PieceKey::kMaxSize).hash() ^ hash >> 29) *
-             0x9E3779B97F4A7C15;
-    };
-    for (std::size_t at = 0; at + 16 < piece.size(); at += 16) mix(at);
-    mix(piece.size() - 16);
-    return static_cast<std::size_t>(hash >> 50);
+    return static_cast<std::size_t>(hash_of(piece) >> 50);
   }
 
   std::vector<Entry> entries_;

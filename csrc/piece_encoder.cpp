@@ -194,19 +194,6 @@ void PieceEncoder<Id>::fill_holes(IdBuffer<Id>& ids) {
 }
 
 template <typename Id>
-void PieceEncoder<Id>::encode_short(PieceKey key, std::string_view piece, IdBuffer<Id>& ids) {
-  Id* const to = ids.reserve(PieceCache<Id>::kWrittenIds);
-  std::size_t count = cache_.find(key, piece.size(), to);
-  if (count == 0) {
-    Hole missing(key, piece, 0);
-    learn(&missing, &missing + 1);
-    count = missing.tokens.count;
-    std::copy_n(missing.tokens.ids.begin(), count, to);
-  }
-  ids.extend_by(count);
-}
-
-template <typename Id>
 void PieceEncoder<Id>::encode_long(std::string_view piece, IdBuffer<Id>& ids) {
   const bool cached = piece.size() <= LongPieceCache<Id>::kMaxPiece;
   if (cached) {
@@ -224,45 +211,99 @@ template <typename Id>
 void PieceEncoder<Id>::encode_chunks(std::string_view piece, IdBuffer<Id>& ids) {
   const std::size_t first = ids.size();
   std::size_t fence = first;  // no merge crosses the place before this id
-  for (std::size_t at = 0; at < piece.size();) {
-    bool apart;
-    const std::size_t size = chunk_size(vocabulary_, piece.substr(at), apart);
-    const std::size_t seam = ids.size();
-    encode_short(key_at(piece, at, size), piece.substr(at, size), ids);
-    at += size;
-    if (seam > fence && !stand_side_by_side(ids.data()[seam - 1], ids.data()[seam]) &&
-        !mend(piece.substr(0, at), fence, seam, ids)) {
-      ids.truncate(first);
-      const std::vector<TokenId>& tokens = merger_.merge(piece);
-      ids.append(tokens.data(), tokens.size());
-      return;
+  // Many pieces are the same few bytes again and again: the first chunks are learnt before the rest
+  // is looked up.
+  std::size_t count = 1;
+  for (std::size_t at = 0; at < piece.size(); count = std::min(2 * count, kBatch)) {
+    at = cut_chunks(piece, at, count);
+    learn(chunks_.data(), chunks_.data() + chunks_.size());
+    for (const Hole& chunk : chunks_) {
+      if (!append_chunk(piece, chunk, fence, ids)) {
+        ids.truncate(first);
+        const std::vector<TokenId>& tokens = merger_.merge(piece);
+        ids.append(tokens.data(), tokens.size());
+        return;
+      }
+      if (chunk.ends_apart) fence = ids.size();
     }
-    if (apart) fence = ids.size();
   }
 }
 
-// Merges the last chunk of the text anew together with as many tokens before it as it takes for the
-// rest to stand. Returns false if that would be too many.
+// Cuts up to `count` chunks from a piece, and returns the place after them.
 template <typename Id>
-bool PieceEncoder<Id>::mend(std::string_view text, std::size_t fence, std::size_t seam,
-                            IdBuffer<Id>& ids) {
+std::size_t PieceEncoder<Id>::cut_chunks(std::string_view piece, std::size_t at,
+                                         std::size_t count) {
+  chunks_.clear();
+  while (at < piece.size() && chunks_.size() < count) {
+    bool apart;
+    const std::size_t size = chunk_size(vocabulary_, piece.substr(at), apart);
+    const PieceKey key = key_at(piece, at, size);
+    vocabulary_.ask_for_whole_token(key);
+    chunks_.emplace_back(key, piece.substr(at, size), at);
+    chunks_.back().ends_apart = apart;
+    at += size;
+  }
+  return at;
+}
+
+// Returns false if the seam cannot be mended.
+template <typename Id>
+bool PieceEncoder<Id>::append_chunk(std::string_view piece, const Hole& chunk, std::size_t fence,
+                                    IdBuffer<Id>& ids) {
+  const std::size_t seam = ids.size();
+  ids.append(chunk.tokens.ids.data(), chunk.tokens.count);
+  if (seam == fence || stand_side_by_side(ids.data()[seam - 1], ids.data()[seam])) return true;
+  return mend(piece, chunk.at, fence, seam, ids);
+}
+
+// Merges as many tokens anew on both sides of a seam, which is at that place of the piece and
+// before that id, as it takes for the rest to stand. Returns false if that would be too many.
+template <typename Id>
+bool PieceEncoder<Id>::mend(std::string_view piece, std::size_t at, std::size_t fence,
+                            std::size_t seam, IdBuffer<Id>& ids) {
   constexpr std::size_t kMostTaken = 64;
-  std::size_t bytes = 0;  // at the end of the text, to be merged anew
-  for (std::size_t i = seam; i < ids.size(); ++i)
-    bytes += vocabulary_.tokens().size_of(ids.data()[i]);
-  std::size_t kept = seam;
-  for (std::size_t taken = 1; taken <= kMostTaken; taken *= 2) {
-    for (; kept > fence && seam - kept < taken; --kept) {
-      bytes += vocabulary_.tokens().size_of(ids.data()[kept - 1]);
-    }
-    const std::vector<TokenId> tokens = merger_.merge(text.substr(text.size() - bytes));
-    if (kept == fence || stand_side_by_side(ids.data()[kept - 1], tokens[0])) {
-      ids.truncate(kept);
-      ids.append(tokens.data(), tokens.size());
+  const auto size_of = [&](std::size_t i) { return vocabulary_.tokens().size_of(ids.data()[i]); };
+  std::size_t begin = seam;  // of the tokens to be merged anew
+  std::size_t end = seam;
+  std::size_t bytes_left = 0;
+  std::size_t bytes_right = 0;
+  std::size_t take_left = 1;
+  std::size_t take_right = 1;
+  while (take_left <= kMostTaken) {
+    for (; begin > fence && seam - begin < take_left; --begin) bytes_left += size_of(begin - 1);
+    for (; end < ids.size() && end - seam < take_right; ++end) bytes_right += size_of(end);
+    const std::vector<Id>& tokens =
+        merge_again(piece.substr(at - bytes_left, bytes_left + bytes_right));
+    const bool left_stands =
+        begin == fence || stand_side_by_side(ids.data()[begin - 1], tokens.front());
+    const bool right_stands =
+        end == ids.size() || stand_side_by_side(tokens.back(), ids.data()[end]);
+    if (left_stands && right_stands) {
+      merged_again_.insert(merged_again_.end(), ids.data() + end, ids.data() + ids.size());
+      ids.truncate(begin);
+      ids.append(merged_again_.data(), merged_again_.size());
       return true;
     }
+    if (!left_stands) take_left *= 2;
+    if (!right_stands) take_right *= 2;
   }
   return false;
+}
+
+// Returns the tokens of the bytes, valid until the next call.
+template <typename Id>
+const std::vector<Id>& PieceEncoder<Id>::merge_again(std::string_view bytes) {
+  merged_again_.resize(bytes.size());
+  const bool cached = bytes.size() <= LongPieceCache<Id>::kMaxPiece;
+  std::size_t count = cached ? long_cache_.find(bytes, merged_again_.data()) : 0;
+  if (count == 0) {
+    const std::vector<TokenId>& tokens = merger_.merge(bytes);
+    count = tokens.size();
+    for (std::size_t i = 0; i < count; ++i) merged_again_[i] = static_cast<Id>(tokens[i]);
+    if (cached) long_cache_.insert(bytes, merged_again_.data(), count);
+  }
+  merged_again_.resize(count);
+  return merged_again_;
 }
 
 // Whether the two tokens stay as they are when their bytes are encoded together.

@@ -40,7 +40,8 @@ class PieceEncoder {
     PieceKey key;  // if it is for the cache
     std::string_view piece;
     std::size_t at;
-    ShortTokens<Id> tokens;  // of a short one, once they are known
+    ShortTokens<Id> tokens;   // of a short one, once they are known
+    bool ends_apart = false;  // a chunk that ends where no merge crosses
   };
 
   void encode_stretch(std::string_view text, std::size_t begin, Ends ends, IdBuffer<Id>& ids);
@@ -52,10 +53,14 @@ class PieceEncoder {
   bool is_known(Hole& hole);
   void merge_holes(Hole* const* holes, std::size_t count);
   void fill_holes(IdBuffer<Id>& ids);
-  void encode_short(PieceKey key, std::string_view piece, IdBuffer<Id>& ids);
   void encode_long(std::string_view piece, IdBuffer<Id>& ids);
   void encode_chunks(std::string_view piece, IdBuffer<Id>& ids);
-  bool mend(std::string_view text, std::size_t fence, std::size_t seam, IdBuffer<Id>& ids);
+  std::size_t cut_chunks(std::string_view piece, std::size_t at, std::size_t count);
+  bool append_chunk(std::string_view piece, const Hole& chunk, std::size_t fence,
+                    IdBuffer<Id>& ids);
+  bool mend(std::string_view piece, std::size_t at, std::size_t fence, std::size_t seam,
+            IdBuffer<Id>& ids);
+  const std::vector<Id>& merge_again(std::string_view bytes);
   bool stand_side_by_side(TokenId left, TokenId right);
 
   const Vocabulary& vocabulary_;
@@ -64,6 +69,8 @@ class PieceEncoder {
   Merger merger_;
   std::vector<Hole> holes_;                  // of a stretch
   std::vector<Id> looked_up_;                // what follows its first hole
+  std::vector<Hole> chunks_;                 // some of a long piece
+  std::vector<Id> merged_again_;             // by merge_again
   std::vector<std::uint64_t> side_by_side_;  // what stand_side_by_side has found, by hash
 };
 

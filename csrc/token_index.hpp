@@ -22,10 +22,7 @@ class TokenIndex {
   // The hash of a token: what all functions below want to know it by.
   using Hash = std::uint64_t;
   static Hash hash(PieceKey key) { return key.hash(); }
-  static Hash hash(std::string_view bytes) {
-    return bytes.size() <= PieceKey::kMaxSize ? hash(PieceKey::load_exactly(bytes))
-                                              : hash_of_long(bytes);
-  }
+  static Hash hash(std::string_view bytes) { return hash_of(bytes); }
 
   // Returns kNoToken if there is no such token. `tokens` are those whose ids were inserted.
   TokenId find(const TokenBytes& tokens, PieceKey key, std::size_t size) const {
@@ -49,15 +46,6 @@ class TokenIndex {
   static constexpr std::size_t kMinSize = std::size_t{1} << 17;  // GPT-2's fit: 512 KB
   static constexpr int kIdBits = 21;
   static constexpr std::uint32_t kIdMask = (std::uint32_t{1} << kIdBits) - 1;
-
-  static Hash hash_of_long(std::string_view bytes) {
-    Hash hash = bytes.size();
-    for (; bytes.size() > PieceKey::kMaxSize; bytes.remove_prefix(PieceKey::kMaxSize)) {
-      const PieceKey key = PieceKey::load(bytes.data(), PieceKey::kMaxSize);
-      hash = (hash ^ hash >> 29) * 0x9E3779B97F4A7C15 + key.hash();
-    }
-    return (hash ^ hash >> 29) * 0x9E3779B97F4A7C15 + PieceKey::load_exactly(bytes).hash();
-  }
 
   // An entry: the id plus 1, so that 0 is free, below the bits of the hash.
   static std::uint32_t entry(Hash hash, TokenId id) {
