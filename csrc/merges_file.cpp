@@ -1,10 +1,14 @@
 #include "merges_file.hpp"
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
+#include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace fastgpt {
 namespace {
@@ -12,149 +16,184 @@ namespace {
 // The letter for a printable byte is the character of that number. The letters for the others are
 // the characters from U+0100 on, in the order of the bytes; a space is U+0120.
 constexpr std::size_t kOtherLetters = 0x100;
-constexpr std::size_t kLetters = kOtherLetters + 68;
+constexpr std::size_t kLetters = 0x180;  // all characters whose first byte is 0xC5 or less
 
 constexpr bool printable(std::size_t byte) {
   return (byte >= 0x21 && byte <= 0x7E) || (byte >= 0xA1 && byte <= 0xFF && byte != 0xAD);
 }
 
 // Returns the byte of each letter, or -1 for a character that is none.
-constexpr std::array<int, kLetters> make_byte_of_letter() {
-  std::array<int, kLetters> bytes{};
+constexpr std::array<std::int16_t, kLetters> make_byte_of_letter() {
+  std::array<std::int16_t, kLetters> bytes{};
+  for (std::int16_t& byte : bytes) byte = -1;
   std::size_t next_other = kOtherLetters;
   for (std::size_t byte = 0; byte < 256; ++byte) {
-    if (!printable(byte)) bytes[byte] = -1;
-    bytes[printable(byte) ? byte : next_other++] = static_cast<int>(byte);
+    bytes[printable(byte) ? byte : next_other++] = static_cast<std::int16_t>(byte);
   }
   return bytes;
 }
 
-constexpr std::array<int, kLetters> kByteOfLetter = make_byte_of_letter();
+constexpr std::array<std::int16_t, kLetters> kByteOfLetter = make_byte_of_letter();
 
 [[noreturn]] void fail(std::size_t line, const std::string& what) {
   throw std::invalid_argument("line " + std::to_string(line) + ": " + what);
 }
 
+// Reads all tokens first, for which the file is enough. What they are merged from is looked up
+// after that, with the memory to look at asked for early.
 class Parser {
  public:
-  Parser() {
+  explicit Parser(std::string_view file) : file_(file), token_(new char[file.size() + 1]) {
     for (const bool wanted : {true, false}) {
       for (std::size_t byte = 0; byte < 256; ++byte) {
         const auto token = static_cast<char>(byte);
-        if (printable(byte) == wanted) add({&token, 1});
+        if (printable(byte) == wanted) parsed_.tokens.push_back({&token, 1});
       }
     }
   }
 
-  // Lines are added some at a time, so that what their tokens are looked up in has come from memory
-  // by then.
-  void parse_line(std::string_view text, std::size_t line) {
-    const std::size_t space = text.find(' ');
-    if (space == 0 || space >= text.size() - 1 || text.find(' ', space + 1) != text.npos) {
-      fail_after_pending(line, "is not two tokens with one space between them");
+  MergesFile parse() {
+    constexpr std::string_view kVersion = "#version";
+    if (file_.substr(0, kVersion.size()) == kVersion) {
+      at_ = std::min(file_.find('\n'), file_.size() - 1) + 1;
+      first_line_ = 2;
+      if (file_[at_ - 1] != '\n') fail_at(0);
     }
-    Line& read = pending_[pending_count_];
-    read.number = line;
-    read.bytes.resize(text.size());
-    char* const bytes = read.bytes.data();
-    read.left = read_letters(text.substr(0, space), bytes, line);
-    read.size = read.left + read_letters(text.substr(space + 1), bytes + read.left, line);
-    file_.index.ask_for({bytes, read.left});
-    file_.index.ask_for({bytes + read.left, read.size - read.left});
-    file_.index.ask_for({bytes, read.size});
-    if (++pending_count_ == pending_.size()) add_pending();
-  }
-
-  // The first line that is wrong is to be named.
-  [[noreturn]] void fail_after_pending(std::size_t line, const char* what) {
-    add_pending();
-    fail(line, what);
-  }
-
-  MergesFile take() {
-    add_pending();
-    return std::move(file_);
+    while (at_ < file_.size()) read_line();
+    add_merges();
+    return std::move(parsed_);
   }
 
  private:
-  struct Line {
-    std::size_t number;
-    std::vector<char> bytes;  // of the token that the line makes, and room
-    std::size_t left;         // how many of them are its left part's
-    std::size_t size;
-  };
+  // Reads "left right\n", and adds the token that the two make.
+  void read_line() {
+    const std::size_t begin = at_;
+    const std::size_t left = read_letters(token_.get());
+    if (left == 0 || !read(' ')) fail_at(begin);
+    const std::size_t right = read_letters(token_.get() + left);
+    if (right == 0 || !read('\n')) fail_at(begin);
+    left_sizes_.push_back(static_cast<std::uint32_t>(left));
+    parsed_.tokens.push_back({token_.get(), left + right});
+  }
 
-  // Writes the bytes that a token's letters (each one or two bytes of UTF-8) stand for, and returns
-  // how many they are.
-  std::size_t read_letters(std::string_view letters, char* to, std::size_t line) {
+  bool read(char wanted) {
+    if (at_ == file_.size() || file_[at_] != wanted) return false;
+    ++at_;
+    return true;
+  }
+
+  // Writes the bytes that letters (each one or two bytes of UTF-8) stand for, up to what is none,
+  // and returns how many they are.
+  std::size_t read_letters(char* to) {
     const char* const first = to;
-    for (std::size_t i = 0; i < letters.size(); ++i) {
-      std::size_t letter = static_cast<unsigned char>(letters[i]);
-      if (letter >= 0xC2 && letter <= 0xC5 && i + 1 < letters.size()) {
-        const auto next = static_cast<unsigned char>(letters[i + 1]);
-        const bool continues = (next & 0xC0U) == 0x80U;
-        letter = continues ? (letter & 0x1FU) << 6 | (next & 0x3FU) : kLetters;
-        ++i;
-      } else if (letter >= 0x80) {
-        letter = kLetters;
+    const std::string_view file = file_;  // and at_: quicker as variables that nothing points to
+    std::size_t at = at_;
+    for (std::size_t size = 0; at < file.size(); at += size) {
+      std::size_t letter = static_cast<unsigned char>(file[at]);
+      size = 1;
+      if (letter >= 0x80) {
+        if (letter < 0xC2 || letter > 0xC5 || at + 1 == file.size()) break;
+        const auto next = static_cast<unsigned char>(file[at + 1]);
+        if ((next & 0xC0U) != 0x80U) break;
+        letter = (letter & 0x1FU) << 6 | (next & 0x3FU);
+        size = 2;
       }
-      if (letter >= kLetters || kByteOfLetter[letter] < 0) {
-        fail_after_pending(line,
-                           "holds a character that stands for no byte (a line ends in a "
-                           "plain newline)");
-      }
+      if (kByteOfLetter[letter] < 0) break;
       *to++ = static_cast<char>(kByteOfLetter[letter]);
     }
+    at_ = at;
     return static_cast<std::size_t>(to - first);
   }
 
-  void add_pending() {
-    const std::size_t count = std::exchange(pending_count_, 0);
-    for (std::size_t i = 0; i < count; ++i) {
-      const Line& line = pending_[i];
-      const std::string_view merged(line.bytes.data(), line.size);
-      const Merge merge{find(merged.substr(0, line.left), line.number),
-                        find(merged.substr(line.left), line.number),
-                        static_cast<TokenId>(file_.tokens.size())};
-      if (file_.index.find(merged) != kNoToken) {
-        fail(line.number, "makes a token that an earlier line makes");
-      }
-      file_.merges.push_back(merge);
-      add(merged);
+  // Says what is wrong with the line that begins there, if none before it is wrong.
+  [[noreturn]] void fail_at(std::size_t begin) {
+    add_merges();
+    const std::size_t line = begin == 0 ? 1 : line_of(left_sizes_.size());
+    const std::size_t end = file_.find('\n', begin);
+    if (end == file_.npos) fail(line, "has no newline at its end: is the file cut short?");
+    const std::string_view text = file_.substr(begin, end - begin);
+    const std::size_t space = text.find(' ');
+    if (space == 0 || space >= text.size() - 1 || text.find(' ', space + 1) != text.npos) {
+      fail(line, "is not two tokens with one space between them");
+    }
+    fail(line, "holds a character that stands for no byte (a line ends in a plain newline)");
+  }
+
+  std::size_t line_of(std::size_t merge) const { return merge + first_line_; }
+
+  // A token, or a part of one.
+  struct Part {
+    const char* bytes;
+    std::size_t size;
+    TokenIndex::Hash hash;
+  };
+  struct Line {
+    Part left;
+    Part right;
+    Part merged;
+  };
+
+  void add_merges() {
+    for (TokenId id = 0; id < kBytes; ++id) parsed_.index.insert(tokens(), part(id).hash, id);
+    parsed_.merges.reserve(left_sizes_.size());
+    std::array<Line, 32> lines;
+    for (std::size_t first = 0; first < left_sizes_.size(); first += lines.size()) {
+      const std::size_t count = std::min(lines.size(), left_sizes_.size() - first);
+      for (std::size_t i = 0; i < count; ++i) lines[i] = ask_for(first + i);
+      for (std::size_t i = 0; i < count; ++i) add_merge(first + i, lines[i]);
     }
   }
 
-  void add(std::string_view token) {
-    file_.index.insert(token, static_cast<TokenId>(file_.tokens.size()));
-    file_.tokens.push_back(token);
+  Line ask_for(std::size_t merge) const {
+    const auto id = static_cast<TokenId>(kBytes + merge);
+    const std::size_t left = left_sizes_[merge];
+    const Line line{part(id, 0, left), part(id, left, tokens().size_of(id) - left), part(id)};
+    for (const Part& part : {line.left, line.right, line.merged}) parsed_.index.ask_for(part.hash);
+    return line;
   }
 
-  TokenId find(std::string_view token, std::size_t line) const {
-    const TokenId id = file_.index.find(token);
-    if (id == kNoToken) fail(line, "merges a token that no line before it makes");
-    return id;
+  void add_merge(std::size_t merge, const Line& line) {
+    const auto id = static_cast<TokenId>(kBytes + merge);
+    const TokenId left = find(line.left);
+    const TokenId right = find(line.right);
+    if (left == kNoToken || right == kNoToken) {
+      fail(line_of(merge), "merges a token that no line before it makes");
+    }
+    if (find(line.merged) != kNoToken) {
+      fail(line_of(merge), "makes a token that an earlier line makes");
+    }
+    parsed_.merges.push_back({left, right, id});
+    parsed_.index.insert(tokens(), line.merged.hash, id);
   }
 
-  MergesFile file_;
-  std::array<Line, 32> pending_;
-  std::size_t pending_count_ = 0;
+  Part part(TokenId id) const { return part(id, 0, tokens().size_of(id)); }
+  Part part(TokenId id, std::size_t begin, std::size_t size) const {
+    const char* const bytes = tokens().data(id) + begin;
+    if (size > PieceKey::kMaxSize) return {bytes, size, TokenIndex::hash({bytes, size})};
+    return {bytes, size,
+            TokenIndex::hash(PieceKey::load(bytes, size))};  // quicker, for padded ones
+  }
+
+  TokenId find(const Part& part) const {
+    const auto& [bytes, size, hash] = part;
+    if (size > PieceKey::kMaxSize) return parsed_.index.find(tokens(), hash, {bytes, size});
+    return parsed_.index.find(tokens(), PieceKey::load(bytes, size), size);
+  }
+
+  const TokenBytes& tokens() const { return parsed_.tokens; }
+
+  static constexpr std::size_t kBytes = 256;
+
+  std::string_view file_;
+  std::size_t at_ = 0;
+  std::size_t first_line_ = 1;             // that makes a token
+  std::unique_ptr<char[]> token_;          // room for any
+  std::vector<std::uint32_t> left_sizes_;  // of the left parts of the tokens read
+  MergesFile parsed_;
 };
 
 }  // namespace
 
-MergesFile parse_merges_file(std::string_view file) {
-  constexpr std::string_view kVersion = "#version";
-  Parser parser;
-  for (std::size_t begin = 0, line = 1; begin < file.size(); ++line) {
-    const std::size_t end = file.find('\n', begin);
-    if (end == file.npos)
-      parser.fail_after_pending(line, "has no newline at its end: is the file cut short?");
-    const std::string_view text = file.substr(begin, end - begin);
-    const bool version = line == 1 && text.substr(0, kVersion.size()) == kVersion;
-    if (!version) parser.parse_line(text, line);
-    begin = end + 1;
-  }
-  return parser.take();
-}
+MergesFile parse_merges_file(std::string_view file) { return Parser(file).parse(); }
 
 }  // namespace fastgpt

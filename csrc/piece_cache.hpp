@@ -129,13 +129,10 @@ class PieceCache {
       }
     }
   }
-  bool has(PieceKey key, std::size_t size) const {
-    std::array<Id, kWrittenIds> ids;
-    return find(key, size, ids.data()) != 0;
-  }
 
-  // Needs a piece that is not there.
-  void insert(PieceKey key, std::size_t size, const TokenId* ids, std::size_t count) {
+  // Reads kWrittenIds of `ids`. A piece that is there already is found as it was, and takes room
+  // twice.
+  void insert(PieceKey key, std::size_t size, const Id* ids, std::size_t count) {
     if (used_ + 2 > table_.size()) make_room();  // half of the slots stay free
     if (size <= kShortSize && count <= kShortIds) {
       used_ += 1;
@@ -163,13 +160,12 @@ class PieceCache {
   static constexpr std::size_t kMany = 0x80;
   static constexpr int kIdsAt = sizeof(Id) == 2 ? 16 : 32;
 
-  static std::uint64_t pack(std::size_t size, std::size_t count, const TokenId* ids,
+  static std::uint64_t pack(std::size_t size, std::size_t count, const Id* ids,
                             std::size_t packed) {
-    std::uint64_t rest = size | count << 8;
-    for (std::size_t i = 0; i < packed; ++i) {
-      rest |= static_cast<std::uint64_t>(ids[i]) << (kIdsAt + 8 * sizeof(Id) * i);
-    }
-    return rest;
+    std::uint64_t word;
+    std::memcpy(&word, ids, sizeof word);
+    word &= (std::uint64_t{1} << 8 * sizeof(Id) * packed) - 1;
+    return size | count << 8 | word << kIdsAt;
   }
 
   void put_short(Slot slot) {
@@ -229,14 +225,13 @@ class LongPieceCache {
  public:
   static constexpr std::size_t kMaxPiece = 256;  // longer ones are rarely seen twice
 
-  // Appends the tokens of the piece to `ids`, or returns false if it is not there.
-  template <typename Buffer>
-  bool find(std::string_view piece, Buffer& ids) const {
-    if (entries_.empty()) return false;
+  // Writes the tokens of the piece, and returns how many it has; 0 if it is not there.
+  std::size_t find(std::string_view piece, Id* to) const {
+    if (entries_.empty()) return 0;
     const Entry& entry = entries_[home(piece)];
-    if (std::string_view(bytes_.data() + entry.bytes_at, entry.size) != piece) return false;
-    ids.append(ids_.data() + entry.ids_at, entry.count);
-    return true;
+    if (std::string_view(bytes_.data() + entry.bytes_at, entry.size) != piece) return 0;
+    std::copy_n(ids_.data() + entry.ids_at, entry.count, to);
+    return entry.count;
   }
 
   // Takes the place of another piece with the same home.
@@ -263,16 +258,8 @@ class LongPieceCache {
   static constexpr std::size_t kEntries = std::size_t{1} << 14;
   static constexpr std::size_t kMaxBytes = std::size_t{1} << 20;
 
-  // Needs more than 16 bytes.
   static std::size_t home(std::string_view piece) {
-    std::uint64_t hash = piece.size();
-    const auto mix = [&](std::size_t at) {
-      hash = (PieceKey::load(piece.data() + at, PieceKey::kMaxSize).hash() ^ hash >> 29) *
-             0x9E3779B97F4A7C15;
-    };
-    for (std::size_t at = 0; at + 16 < piece.size(); at += 16) mix(at);
-    mix(piece.size() - 16);
-    return static_cast<std::size_t>(hash >> 50);
+    return static_cast<std::size_t>(hash_of(piece) >> 50);
   }
 
   std::vector<Entry> entries_;

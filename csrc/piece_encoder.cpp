@@ -4,6 +4,7 @@
 #include <array>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "pretokenizer.hpp"
 
@@ -60,6 +61,7 @@ void PieceEncoder<Id>::encode_stretch(std::string_view text, std::size_t begin, 
     end += count;
   }
   if (holes_.empty()) return ids.extend_to(to);
+  learn(holes_.data(), holes_.data() + holes_.size());
   looked_up_.assign(first + holes_[0].at, to);
   ids.extend_to(first + holes_[0].at);
   fill_holes(ids);
@@ -115,99 +117,89 @@ FASTGPT_NOINLINE std::size_t PieceEncoder<Id>::find_or_note(std::string_view tex
   const PieceKey key = is_short ? key_at(text, at, size) : PieceKey{};
   const std::size_t tokens = is_short ? cache_.find(key, size, to) : 0;
   if (tokens == 0) {
-    holes_.push_back({key, text.substr(at, size), static_cast<std::size_t>(to - first)});
+    if (is_short) vocabulary_.ask_for_whole_token(key);  // for learn()
+    holes_.emplace_back(key, text.substr(at, size), static_cast<std::size_t>(to - first));
   }
   return tokens;
+}
+
+// Finds the tokens of the short ones of the missing pieces, and has the caches keep them.
+template <typename Id>
+void PieceEncoder<Id>::learn(Hole* hole, Hole* end) {
+  std::array<Hole*, kBatch> unknown;
+  std::size_t unknowns = 0;
+  for (; hole != end; ++hole) {
+    if (!hole->is_short() || is_known(*hole)) continue;
+    unknown[unknowns++] = hole;
+    if (unknowns == kBatch) merge_holes(unknown.data(), std::exchange(unknowns, 0));
+  }
+  merge_holes(unknown.data(), unknowns);
+}
+
+// Whether the piece needs no merging: because it has been learnt since it was missed, or is a
+// token.
+template <typename Id>
+bool PieceEncoder<Id>::is_known(Hole& hole) {
+  auto& [ids, count] = hole.tokens;
+  if (!hole.in_cache()) {
+    count = long_cache_.find(hole.piece, ids.data());
+    return count != 0;
+  }
+  count = cache_.find(hole.key, hole.piece.size(), ids.data());
+  if (count != 0) return true;
+  const TokenId whole = vocabulary_.whole_token(hole.key, hole.piece.size());
+  if (whole == kNoToken) return false;
+  ids[0] = static_cast<Id>(whole);
+  count = 1;
+  cache_.insert(hole.key, hole.piece.size(), ids.data(), 1);
+  return true;
+}
+
+template <typename Id>
+void PieceEncoder<Id>::merge_holes(Hole* const* holes, std::size_t count) {
+  std::array<std::string_view, kBatch> pieces;
+  std::array<ShortTokens<Id>*, kBatch> tokens{};
+  for (std::size_t i = 0; i < count; ++i) {
+    pieces[i] = holes[i]->piece;
+    tokens[i] = &holes[i]->tokens;
+  }
+  merge_short(vocabulary_, pieces.data(), tokens.data(), count);
+  for (std::size_t i = 0; i < count; ++i) {
+    const Hole& hole = *holes[i];
+    if (hole.in_cache()) {
+      cache_.insert(hole.key, hole.piece.size(), hole.tokens.ids.data(), hole.tokens.count);
+    } else {
+      long_cache_.insert(hole.piece, hole.tokens.ids.data(), hole.tokens.count);
+    }
+  }
 }
 
 // Appends looked_up_, with the ids of what is missing put in.
 template <typename Id>
 void PieceEncoder<Id>::fill_holes(IdBuffer<Id>& ids) {
-  for (const Hole* hole = holes_.data(); hole != holes_.data() + holes_.size();) {
-    hole = learn(hole, holes_.data() + holes_.size());
-  }
   const std::size_t first = holes_[0].at;
   std::size_t at = first;
   for (const Hole& hole : holes_) {
     ids.append(looked_up_.data() + (at - first), hole.at - at);
-    if (hole.piece.size() > PieceKey::kMaxSize) {
-      encode_long(hole.piece, ids);
+    if (hole.is_short()) {
+      const auto& [tokens, count] = hole.tokens;
+      std::copy(tokens.begin(), tokens.end(), ids.reserve(tokens.size()));  // of fixed size: quick
+      ids.extend_by(count);
     } else {
-      encode_short(hole.key, hole.piece, ids);
+      encode_long(hole.piece, ids);
     }
     at = hole.at;
   }
   ids.append(looked_up_.data() + (at - first), looked_up_.size() - (at - first));
 }
 
-// Puts the first few of the missing pieces into the cache, and returns the one after those.
-template <typename Id>
-auto PieceEncoder<Id>::learn(const Hole* hole, const Hole* end) -> const Hole* {
-  std::array<Hole, kTogether> unknown;
-  std::size_t unknowns = 0;
-  for (; hole != end && unknowns < kTogether; ++hole) {
-    if (hole->piece.size() > PieceKey::kMaxSize) continue;
-    const auto same = [&](const Hole& other) {
-      return other.key == hole->key && other.piece.size() == hole->piece.size();
-    };
-    if (std::any_of(unknown.begin(), unknown.begin() + unknowns, same)) continue;
-    if (cache_.has(hole->key, hole->piece.size())) continue;
-    vocabulary_.whole_tokens().ask_for(hole->key);
-    unknown[unknowns++] = *hole;
-  }
-  std::size_t to_merge = 0;
-  for (std::size_t i = 0; i < unknowns; ++i) {
-    const auto& [key, piece, at] = unknown[i];
-    const TokenId whole = vocabulary_.whole_tokens().find(key, piece.size());
-    if (whole != kNoToken) {
-      cache_.insert(key, piece.size(), &whole, 1);
-    } else {
-      unknown[to_merge++] = unknown[i];
-    }
-  }
-  merge_together(unknown.data(), to_merge);
-  return hole;
-}
-
-template <typename Id>
-void PieceEncoder<Id>::merge_together(const Hole* pieces, std::size_t count) {
-  std::array<ShortMerge<PieceKey::kMaxSize>, kTogether> merges;
-  std::array<std::size_t, kTogether> going;  // which are not done yet
-  for (std::size_t i = 0; i < count; ++i) {
-    merges[i].start(vocabulary_, pieces[i].piece);
-    going[i] = i;
-  }
-  for (std::size_t left = count; left > 0;) {
-    std::size_t still = 0;
-    for (std::size_t i = 0; i < left; ++i) {
-      if (merges[going[i]].merge_next(vocabulary_)) going[still++] = going[i];
-    }
-    left = still;
-    for (std::size_t i = 0; i < left; ++i) merges[going[i]].look_up(vocabulary_);
-  }
-  for (std::size_t i = 0; i < count; ++i) {
-    std::array<TokenId, PieceKey::kMaxSize> ids;
-    cache_.insert(pieces[i].key, pieces[i].piece.size(), ids.data(),
-                  merges[i].copy_tokens(ids.data()));
-  }
-}
-
-template <typename Id>
-void PieceEncoder<Id>::encode_short(PieceKey key, std::string_view piece, IdBuffer<Id>& ids) {
-  Id* const to = ids.reserve(PieceCache<Id>::kWrittenIds);
-  std::size_t count = cache_.find(key, piece.size(), to);
-  if (count == 0) {
-    const Hole missing{key, piece, 0};
-    learn(&missing, &missing + 1);
-    count = cache_.find(key, piece.size(), to);
-  }
-  ids.extend_by(count);
-}
-
 template <typename Id>
 void PieceEncoder<Id>::encode_long(std::string_view piece, IdBuffer<Id>& ids) {
   const bool cached = piece.size() <= LongPieceCache<Id>::kMaxPiece;
-  if (cached && long_cache_.find(piece, ids)) return;
+  if (cached) {
+    const std::size_t count = long_cache_.find(piece, ids.reserve(piece.size()));
+    if (count != 0) return ids.extend_by(count);
+  }
   const std::size_t first = ids.size();
   encode_chunks(piece, ids);
   if (cached) long_cache_.insert(piece, ids.data() + first, ids.size() - first);
@@ -219,45 +211,99 @@ template <typename Id>
 void PieceEncoder<Id>::encode_chunks(std::string_view piece, IdBuffer<Id>& ids) {
   const std::size_t first = ids.size();
   std::size_t fence = first;  // no merge crosses the place before this id
-  for (std::size_t at = 0; at < piece.size();) {
-    bool apart;
-    const std::size_t size = chunk_size(vocabulary_, piece.substr(at), apart);
-    const std::size_t seam = ids.size();
-    encode_short(key_at(piece, at, size), piece.substr(at, size), ids);
-    at += size;
-    if (seam > fence && !stand_side_by_side(ids.data()[seam - 1], ids.data()[seam]) &&
-        !mend(piece.substr(0, at), fence, seam, ids)) {
-      ids.truncate(first);
-      const std::vector<TokenId>& tokens = merger_.merge(piece);
-      ids.append(tokens.data(), tokens.size());
-      return;
+  // Many pieces are the same few bytes again and again: the first chunks are learnt before the rest
+  // is looked up.
+  std::size_t count = 1;
+  for (std::size_t at = 0; at < piece.size(); count = std::min(2 * count, kBatch)) {
+    at = cut_chunks(piece, at, count);
+    learn(chunks_.data(), chunks_.data() + chunks_.size());
+    for (const Hole& chunk : chunks_) {
+      if (!append_chunk(piece, chunk, fence, ids)) {
+        ids.truncate(first);
+        const std::vector<TokenId>& tokens = merger_.merge(piece);
+        ids.append(tokens.data(), tokens.size());
+        return;
+      }
+      if (chunk.ends_apart) fence = ids.size();
     }
-    if (apart) fence = ids.size();
   }
 }
 
-// Merges the last chunk of the text anew together with as many tokens before it as it takes for the
-// rest to stand. Returns false if that would be too many.
+// Cuts up to `count` chunks from a piece, and returns the place after them.
 template <typename Id>
-bool PieceEncoder<Id>::mend(std::string_view text, std::size_t fence, std::size_t seam,
-                            IdBuffer<Id>& ids) {
+std::size_t PieceEncoder<Id>::cut_chunks(std::string_view piece, std::size_t at,
+                                         std::size_t count) {
+  chunks_.clear();
+  while (at < piece.size() && chunks_.size() < count) {
+    bool apart;
+    const std::size_t size = chunk_size(vocabulary_, piece.substr(at), apart);
+    const PieceKey key = key_at(piece, at, size);
+    vocabulary_.ask_for_whole_token(key);
+    chunks_.emplace_back(key, piece.substr(at, size), at);
+    chunks_.back().ends_apart = apart;
+    at += size;
+  }
+  return at;
+}
+
+// Returns false if the seam cannot be mended.
+template <typename Id>
+bool PieceEncoder<Id>::append_chunk(std::string_view piece, const Hole& chunk, std::size_t fence,
+                                    IdBuffer<Id>& ids) {
+  const std::size_t seam = ids.size();
+  ids.append(chunk.tokens.ids.data(), chunk.tokens.count);
+  if (seam == fence || stand_side_by_side(ids.data()[seam - 1], ids.data()[seam])) return true;
+  return mend(piece, chunk.at, fence, seam, ids);
+}
+
+// Merges as many tokens anew on both sides of a seam, which is at that place of the piece and
+// before that id, as it takes for the rest to stand. Returns false if that would be too many.
+template <typename Id>
+bool PieceEncoder<Id>::mend(std::string_view piece, std::size_t at, std::size_t fence,
+                            std::size_t seam, IdBuffer<Id>& ids) {
   constexpr std::size_t kMostTaken = 64;
-  std::size_t bytes = 0;  // at the end of the text, to be merged anew
-  for (std::size_t i = seam; i < ids.size(); ++i)
-    bytes += vocabulary_.tokens().size_of(ids.data()[i]);
-  std::size_t kept = seam;
-  for (std::size_t taken = 1; taken <= kMostTaken; taken *= 2) {
-    for (; kept > fence && seam - kept < taken; --kept) {
-      bytes += vocabulary_.tokens().size_of(ids.data()[kept - 1]);
-    }
-    const std::vector<TokenId> tokens = merger_.merge(text.substr(text.size() - bytes));
-    if (kept == fence || stand_side_by_side(ids.data()[kept - 1], tokens[0])) {
-      ids.truncate(kept);
-      ids.append(tokens.data(), tokens.size());
+  const auto size_of = [&](std::size_t i) { return vocabulary_.tokens().size_of(ids.data()[i]); };
+  std::size_t begin = seam;  // of the tokens to be merged anew
+  std::size_t end = seam;
+  std::size_t bytes_left = 0;
+  std::size_t bytes_right = 0;
+  std::size_t take_left = 1;
+  std::size_t take_right = 1;
+  while (take_left <= kMostTaken) {
+    for (; begin > fence && seam - begin < take_left; --begin) bytes_left += size_of(begin - 1);
+    for (; end < ids.size() && end - seam < take_right; ++end) bytes_right += size_of(end);
+    const std::vector<Id>& tokens =
+        merge_again(piece.substr(at - bytes_left, bytes_left + bytes_right));
+    const bool left_stands =
+        begin == fence || stand_side_by_side(ids.data()[begin - 1], tokens.front());
+    const bool right_stands =
+        end == ids.size() || stand_side_by_side(tokens.back(), ids.data()[end]);
+    if (left_stands && right_stands) {
+      merged_again_.insert(merged_again_.end(), ids.data() + end, ids.data() + ids.size());
+      ids.truncate(begin);
+      ids.append(merged_again_.data(), merged_again_.size());
       return true;
     }
+    if (!left_stands) take_left *= 2;
+    if (!right_stands) take_right *= 2;
   }
   return false;
+}
+
+// Returns the tokens of the bytes, valid until the next call.
+template <typename Id>
+const std::vector<Id>& PieceEncoder<Id>::merge_again(std::string_view bytes) {
+  merged_again_.resize(bytes.size());
+  const bool cached = bytes.size() <= LongPieceCache<Id>::kMaxPiece;
+  std::size_t count = cached ? long_cache_.find(bytes, merged_again_.data()) : 0;
+  if (count == 0) {
+    const std::vector<TokenId>& tokens = merger_.merge(bytes);
+    count = tokens.size();
+    for (std::size_t i = 0; i < count; ++i) merged_again_[i] = static_cast<Id>(tokens[i]);
+    if (cached) long_cache_.insert(bytes, merged_again_.data(), count);
+  }
+  merged_again_.resize(count);
+  return merged_again_;
 }
 
 // Whether the two tokens stay as they are when their bytes are encoded together.

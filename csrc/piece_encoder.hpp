@@ -26,14 +26,22 @@ class PieceEncoder {
   void encode(std::string_view text, IdBuffer<Id>& ids);
 
  private:
-  static constexpr std::size_t kGroup = 64;    // pieces that are looked up together
-  static constexpr std::size_t kTogether = 8;  // and learnt
+  static constexpr std::size_t kGroup = 64;  // pieces that are looked up together
+  static constexpr std::size_t kBatch = 64;  // and merged
 
   // A piece that is missing before the id at this place.
   struct Hole {
-    PieceKey key;
+    Hole(PieceKey missing_key, std::string_view missing, std::size_t place)
+        : key(missing_key), piece(missing), at(place) {}
+
+    bool in_cache() const { return piece.size() <= PieceKey::kMaxSize; }
+    bool is_short() const { return piece.size() <= ShortMerge::kCapacity; }
+
+    PieceKey key;  // if it is for the cache
     std::string_view piece;
     std::size_t at;
+    ShortTokens<Id> tokens;   // of a short one, once they are known
+    bool ends_apart = false;  // a chunk that ends where no merge crosses
   };
 
   void encode_stretch(std::string_view text, std::size_t begin, Ends ends, IdBuffer<Id>& ids);
@@ -41,13 +49,18 @@ class PieceEncoder {
                     std::size_t count, const Id* first, Id* to);
   std::size_t find_or_note(std::string_view text, std::size_t at, std::size_t size, const Id* first,
                            Id* to);
+  void learn(Hole* hole, Hole* end);
+  bool is_known(Hole& hole);
+  void merge_holes(Hole* const* holes, std::size_t count);
   void fill_holes(IdBuffer<Id>& ids);
-  const Hole* learn(const Hole* hole, const Hole* end);
-  void merge_together(const Hole* pieces, std::size_t count);
-  void encode_short(PieceKey key, std::string_view piece, IdBuffer<Id>& ids);
   void encode_long(std::string_view piece, IdBuffer<Id>& ids);
   void encode_chunks(std::string_view piece, IdBuffer<Id>& ids);
-  bool mend(std::string_view text, std::size_t fence, std::size_t seam, IdBuffer<Id>& ids);
+  std::size_t cut_chunks(std::string_view piece, std::size_t at, std::size_t count);
+  bool append_chunk(std::string_view piece, const Hole& chunk, std::size_t fence,
+                    IdBuffer<Id>& ids);
+  bool mend(std::string_view piece, std::size_t at, std::size_t fence, std::size_t seam,
+            IdBuffer<Id>& ids);
+  const std::vector<Id>& merge_again(std::string_view bytes);
   bool stand_side_by_side(TokenId left, TokenId right);
 
   const Vocabulary& vocabulary_;
@@ -56,6 +69,8 @@ class PieceEncoder {
   Merger merger_;
   std::vector<Hole> holes_;                  // of a stretch
   std::vector<Id> looked_up_;                // what follows its first hole
+  std::vector<Hole> chunks_;                 // some of a long piece
+  std::vector<Id> merged_again_;             // by merge_again
   std::vector<std::uint64_t> side_by_side_;  // what stand_side_by_side has found, by hash
 };
 

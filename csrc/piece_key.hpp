@@ -74,6 +74,19 @@ struct PieceKey {
 
 inline constexpr std::array<std::uint64_t, 25> PieceKey::kMasks = PieceKey::make_masks();
 
+// The hash of any bytes; of up to 16, that of their key.
+inline std::uint64_t hash_of(std::string_view bytes) {
+  constexpr std::size_t kBlock = PieceKey::kMaxSize;
+  if (bytes.size() <= kBlock) return PieceKey::load_exactly(bytes).hash();
+  std::uint64_t hash = bytes.size();
+  const auto mix = [&](std::size_t at) {
+    hash = (PieceKey::load(bytes.data() + at, kBlock).hash() ^ hash >> 29) * 0x9E3779B97F4A7C15;
+  };
+  for (std::size_t at = 0; at + kBlock < bytes.size(); at += kBlock) mix(at);
+  mix(bytes.size() - kBlock);
+  return hash;
+}
+
 // Returns the key of text[at : at + size], which has at most 16 bytes.
 inline PieceKey key_at(std::string_view text, std::size_t at, std::size_t size) {
   if (text.size() - at >= PieceKey::kMaxSize) return PieceKey::load(text.data() + at, size);

@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#include "bits.hpp"
+#include "processor.hpp"
+
+#if defined(FASTGPT_HAS_AVX2)
 #include <immintrin.h>
-#define FASTGPT_HAS_AVX2 1
-#define FASTGPT_AVX2 __attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt")))
 #endif
 
 namespace fastgpt {
@@ -82,31 +83,10 @@ unsigned contraction_size(std::string_view text, std::size_t begin) {
   return rest == "ll" || rest == "ve" || rest == "re" ? 3 : 0;
 }
 
-// The place of the lowest set bit; needs bits != 0.
-inline unsigned lowest(std::uint64_t bits) {
-#if defined(__GNUC__)
-  return static_cast<unsigned>(__builtin_ctzll(bits));
-#else
-  unsigned place = 0;
-  for (; (bits & 1) == 0; bits >>= 1) ++place;
-  return place;
-#endif
-}
-
-inline std::size_t count_bits(std::uint64_t bits) {
-#if defined(__GNUC__)
-  return static_cast<std::size_t>(__builtin_popcountll(bits));
-#else
-  std::size_t count = 0;
-  for (; bits != 0; bits &= bits - 1) ++count;
-  return count;
-#endif
-}
-
 // Classifies 64 bytes as far as each byte alone allows, and returns which are not ASCII.
 struct Portable {
   static unsigned lowest_or_any(std::uint64_t bits) {
-    return lowest(bits | std::uint64_t{1} << 63);
+    return lowest_bit(bits | std::uint64_t{1} << 63);
   }
 
   static std::uint64_t classify(const char* bytes, Block& block) {
@@ -229,18 +209,13 @@ Pretokenizer::Pretokenizer(std::string_view text, bool vectorized)
 
 Ends Pretokenizer::next() {
 #if defined(FASTGPT_HAS_AVX2)
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-                               __builtin_cpu_supports("bmi2");
-  if (vectorized_ && has_avx2) return {ends_.data(), cut_with_avx2()};
+  if (vectorized_ && has_avx2()) return {ends_.data(), cut_with_avx2()};
 #endif
   return {ends_.data(), cut<Portable>()};
 }
 
 #if defined(FASTGPT_HAS_AVX2)
-// Everything is inlined here, so that all of it is compiled for these instructions.
-__attribute__((flatten)) FASTGPT_AVX2 std::size_t Pretokenizer::cut_with_avx2() {
-  return cut<Avx2>();
-}
+FASTGPT_AVX2_FLAT std::size_t Pretokenizer::cut_with_avx2() { return cut<Avx2>(); }
 #endif
 
 // Writes the next ends to ends_, and returns how many.
@@ -284,7 +259,7 @@ std::uint64_t Pretokenizer::join_contractions(std::uint64_t starts) {
   starts = (starts & ~joined_) | after_joined_;
   joined_ = after_joined_ = 0;
   for (; apostrophes != 0; apostrophes &= apostrophes - 1) {
-    const unsigned place = lowest(apostrophes);
+    const unsigned place = lowest_bit(apostrophes);
     const unsigned size = contraction_size(text_, at_ + place);
     if (size == 0) continue;
     const auto set = [](std::uint64_t& here, std::uint64_t& next, unsigned at) {
@@ -326,7 +301,7 @@ void Pretokenizer::classify_wide(std::size_t at, std::uint64_t high, Block& bloc
   high &= ~spilled_;
   spilled_ = 0;
   while (high != 0) {
-    const unsigned place = lowest(high);
+    const unsigned place = lowest_bit(high);
     const Char c = multibyte_char_at(text_, at + place);
     const std::uint64_t bytes = (std::uint64_t{1} << c.size) - 1;
     const auto char_class = static_cast<std::size_t>(c.char_class);

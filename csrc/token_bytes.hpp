@@ -28,9 +28,7 @@ class TokenBytes {
   std::string_view operator[](TokenId id) const { return {data(id), size_of(id)}; }
 
  private:
-  char* grow(std::size_t size);
-
-  std::vector<char> bytes_;
+  std::vector<char> bytes_;            // and room for more
   std::vector<std::uint32_t> begins_;  // token i is bytes_[begins_[i] : begins_[i + 1]]
 };
 

@@ -35,41 +35,39 @@ std::vector<Merge> checked_size(std::vector<Merge> merges, const TokenBytes& tok
 MergeTable::MergeTable(const std::vector<Merge>& merges) {
   int bits = 2;
   while ((std::size_t{2} << bits) < merges.size()) ++bits;  // half of the slots stay free
-  const Bucket free = {kFree, kFree, kFree, kFree};
+  const Bucket free = {{kFree, kFree, kFree, kFree}};
   buckets_.assign(std::size_t{1} << bits, free);
   mask_ = buckets_.size() - 1;
   shift_ = 64 - bits;
   constexpr std::size_t kAhead = 16;  // by the time a merge's turn comes, its bucket is there
   for (std::size_t i = 0; i < merges.size(); ++i) {
-    if (i + kAhead < merges.size()) ask_for(merges[i + kAhead].left, merges[i + kAhead].right);
+    if (i + kAhead < merges.size())
+      ask_for(pair(merges[i + kAhead].left, merges[i + kAhead].right));
     const auto [left, right, merged] = merges[i];
-    if (const Rank other = rank(left, right); other != kNoMerge) {
+    if (const Rank other = rank(pair(left, right)); other != kNoMerge) {
       throw std::invalid_argument(numbered("merge", i) + " repeats " + numbered("merge", other));
     }
-    const std::uint64_t slot = slot_of(left, right, static_cast<Rank>(i));
+    const std::uint64_t slot = pair(left, right) | i;
     std::size_t at = home(slot);
-    while (buckets_[at].back() != kFree) at = (at + 1) & mask_;
-    *std::find(buckets_[at].begin(), buckets_[at].end(), kFree) = slot;
+    while (buckets_[at].slots.back() != kFree) at = (at + 1) & mask_;
+    *std::find(buckets_[at].slots.begin(), buckets_[at].slots.end(), kFree) = slot;
   }
 }
 
 void TokenBytes::push_back(std::string_view token) {
-  std::memcpy(grow(token.size()), token.data(), token.size());
-}
-
-// Makes room for one more token, and returns where its bytes go.
-char* TokenBytes::grow(std::size_t size) {
   const std::size_t begin = begins_.back();
-  if (begin + size > std::numeric_limits<std::uint32_t>::max()) {
+  const std::size_t end = begin + token.size();
+  if (end > std::numeric_limits<std::uint32_t>::max()) {
     throw std::invalid_argument("the tokens of a vocabulary may have 4 GiB in all");
   }
-  bytes_.resize(begin + size + kPadding);
-  begins_.push_back(static_cast<std::uint32_t>(begin + size));
-  return bytes_.data() + begin;
+  if (end + kPadding > bytes_.size()) bytes_.resize(2 * (end + kPadding));
+  std::memcpy(bytes_.data() + begin, token.data(), token.size());
+  begins_.push_back(static_cast<std::uint32_t>(end));
 }
 
 Vocabulary::Vocabulary(TokenBytes tokens, std::vector<Merge> merges)
     : Vocabulary(std::move(tokens), std::move(merges), TokenIndex()) {
+  check_merges();
   index_whole_tokens();
 }
 
@@ -78,7 +76,6 @@ Vocabulary::Vocabulary(TokenBytes tokens, std::vector<Merge> merges, TokenIndex 
       merges_(checked_size(std::move(merges), tokens_)),
       ranks_(merges_),
       whole_tokens_(std::move(whole_tokens)) {
-  check_merges();
   index_bytes();
   index_merges();
 }
@@ -135,7 +132,8 @@ void Vocabulary::index_whole_tokens() {
   Merger merger(*this);
   for (TokenId id = 0; id < tokens_.size(); ++id) {
     const std::vector<TokenId>& ids = merger.merge(tokens_[id]);
-    if (ids.size() == 1 && ids[0] == id) whole_tokens_.insert(tokens_[id], id);
+    if (ids.size() != 1 || ids[0] != id) continue;
+    whole_tokens_.insert(tokens_, TokenIndex::hash(tokens_[id]), id);
   }
 }
 

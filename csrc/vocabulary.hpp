@@ -30,7 +30,7 @@ using Rank = std::uint32_t;
 constexpr int kIdBits = 21;
 constexpr int kRankBits = 22;
 constexpr Rank kNoMerge = (Rank{1} << kRankBits) - 1;
-constexpr std::size_t kMaxTokens = std::size_t{1} << kIdBits;
+constexpr std::size_t kMaxTokens = (std::size_t{1} << kIdBits) - 1;  // the last id has no token
 
 // Hash table from a pair of tokens to the rank of their merge. A bucket of four is searched without
 // a branch; a pair whose bucket was full is in one that follows.
@@ -40,30 +40,36 @@ class MergeTable {
   // twice.
   explicit MergeTable(const std::vector<Merge>& merges);
 
+  // Two tokens in one number.
+  using Pair = std::uint64_t;
+  static Pair pair(TokenId left, TokenId right) {
+    return (static_cast<std::uint64_t>(left) << kIdBits | right) << kRankBits;
+  }
+  // No such tokens: what merges with nothing.
+  static constexpr Pair kNoPair = ~std::uint64_t{0} << kRankBits;
+
   // Returns kNoMerge for a pair that does not merge.
-  Rank rank(TokenId left, TokenId right) const {
-    const std::uint64_t pair = slot_of(left, right, 0);
+  Rank rank(Pair pair) const {
     for (std::size_t at = home(pair);; at = (at + 1) & mask_) {
-      const Bucket& bucket = buckets_[at];
+      const auto& bucket = buckets_[at].slots;
       std::uint64_t lowest = kNoMerge;
       // Only the pair's own slot differs from it by no more than a rank.
       for (const std::uint64_t slot : bucket) lowest = std::min(lowest, slot ^ pair);
-      if (lowest != kNoMerge || bucket.back() == kFree) return static_cast<Rank>(lowest);
+      // In this order the first question nearly always settles it.
+      if (bucket.back() == kFree || lowest != kNoMerge) return static_cast<Rank>(lowest);
     }
   }
   // Has the processor fetch what rank() will look at.
-  void ask_for(TokenId left, TokenId right) const {
-    prefetch(&buckets_[home(slot_of(left, right, 0))]);
-  }
+  void ask_for(Pair pair) const { prefetch(&buckets_[home(pair)]); }
 
  private:
-  using Bucket = std::array<std::uint64_t, 4>;  // slots: a pair above, its rank in the low bits
+  // A slot is a pair above its rank in the low bits. No bucket lies across two cache lines.
+  struct alignas(32) Bucket {
+    std::array<std::uint64_t, 4> slots;
+  };
   static constexpr std::uint64_t kFree = std::numeric_limits<std::uint64_t>::max();
 
-  static std::uint64_t slot_of(TokenId left, TokenId right, Rank rank) {
-    return (static_cast<std::uint64_t>(left) << kIdBits | right) << kRankBits | rank;
-  }
-  std::size_t home(std::uint64_t pair) const {
+  std::size_t home(Pair pair) const {
     // 2^64 divided by the golden ratio: multiplying by it spreads nearby keys over the high bits.
     return static_cast<std::size_t>((pair >> kRankBits) * 0x9E3779B97F4A7C15 >> shift_);
   }
@@ -81,24 +87,27 @@ class Vocabulary {
   // are not a vocabulary.
   Vocabulary(TokenBytes tokens, std::vector<Merge> merges);
 
-  // The same, for the caller who knows that `whole_tokens` is what it has to be. Finding it out
-  // takes most of the time that the other constructor does.
+  // The same, for the caller who knows that `whole_tokens` is what it has to be, and that merges
+  // make tokens of their parts. Finding it out takes most of the time that the other constructor
+  // does.
   Vocabulary(TokenBytes tokens, std::vector<Merge> merges, TokenIndex whole_tokens);
 
   const TokenBytes& tokens() const { return tokens_; }
   const std::vector<Merge>& merges() const { return merges_; }
 
   TokenId of_byte(char byte) const { return of_byte_[static_cast<unsigned char>(byte)]; }
-  Rank rank(TokenId left, TokenId right) const { return ranks_.rank(left, right); }
-  // Has the processor fetch what rank() will look at.
-  void ask_for_rank(TokenId left, TokenId right) const { ranks_.ask_for(left, right); }
+  const MergeTable& ranks() const { return ranks_; }
   Rank rank_of_bytes(char left, char right) const { return rank_of_bytes_[pair_of(left, right)]; }
   TokenId merged(Rank rank) const {
     return first_merged_ == kNoToken ? merges_[rank].merged : first_merged_ + rank;
   }
 
   // The tokens that their own bytes are encoded to: a piece that is one of them needs no merging.
-  const TokenIndex& whole_tokens() const { return whole_tokens_; }
+  TokenId whole_token(PieceKey piece, std::size_t size) const {
+    return whole_tokens_.find(tokens_, piece, size);
+  }
+  // Has the processor fetch what whole_token() will look at.
+  void ask_for_whole_token(PieceKey piece) const { whole_tokens_.ask_for(TokenIndex::hash(piece)); }
 
   // Whether some merge joins tokens at a place between these two bytes. Where none does, what lies
   // left and right of the place can be encoded apart.

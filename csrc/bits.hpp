@@ -1,0 +1,41 @@
+// Questions about the bits of a word.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastgpt {
+
+// The place of the lowest set bit; needs bits != 0.
+inline unsigned lowest_bit(std::uint64_t bits) {
+#if defined(__GNUC__)
+  return static_cast<unsigned>(__builtin_ctzll(bits));
+#else
+  unsigned place = 0;
+  for (; (bits & 1) == 0; bits >>= 1) ++place;
+  return place;
+#endif
+}
+
+// The place of the highest set bit; needs bits != 0.
+inline unsigned highest_bit(std::uint64_t bits) {
+#if defined(__GNUC__)
+  return 63U - static_cast<unsigned>(__builtin_clzll(bits));
+#else
+  unsigned place = 0;
+  while ((bits >>= 1) != 0) ++place;
+  return place;
+#endif
+}
+
+inline std::size_t count_bits(std::uint64_t bits) {
+#if defined(__GNUC__)
+  return static_cast<std::size_t>(__builtin_popcountll(bits));
+#else
+  std::size_t count = 0;
+  for (; bits != 0; bits &= bits - 1) ++count;
+  return count;
+#endif
+}
+
+}  // namespace fastgpt
