@@ -188,9 +188,11 @@ class PieceCache {
       *this = PieceCache(kMaxSize);
       return;
     }
-    LazyArray<HalfLine> old = std::exchange(table_, LazyArray<HalfLine>(4 * table_.size()));
+    // Few steps while it is small, and no more memory than it takes after that.
+    const int bits = table_.size() < kMaxSize / 4 ? 2 : 1;
+    LazyArray<HalfLine> old = std::exchange(table_, LazyArray<HalfLine>(table_.size() << bits));
     mask_ = table_.size() - 1;
-    shift_ -= 2;
+    shift_ -= bits;
     for (const HalfLine& half : old) {
       if (half.is_long()) {
         put_long(half);

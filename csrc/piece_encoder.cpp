@@ -187,7 +187,7 @@ void PieceEncoder<Id>::fill_holes(IdBuffer<Id>& ids) {
   const std::size_t first = holes_[0].at;
   std::size_t at = first;
   for (const Hole& hole : holes_) {
-    ids.append(&looked_up_[at - first], hole.at - at);
+    ids.append(looked_up_.data() + (at - first), hole.at - at);
     if (hole.is_short()) {
       const auto& [tokens, count] = hole.tokens;
       std::copy(tokens.begin(), tokens.end(), ids.reserve(tokens.size()));  // of fixed size: quick
