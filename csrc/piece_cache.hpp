@@ -88,7 +88,7 @@ class PieceCache {
     for (; size > 1; size /= 2) --shift_;
   }
 
-  // Where pieces should be. Of no use any more once layout() has changed.
+  // Where pieces should be, until the next insert().
   class Homes {
    public:
     // Returns where this one should be, and has the processor fetch it.
@@ -109,7 +109,6 @@ class PieceCache {
     int shift_;
   };
   Homes homes() const { return {table_.data(), shift_}; }
-  const HalfLine* layout() const { return table_.data(); }
 
   // Writes the tokens of the piece, and up to kWrittenIds in all, and returns how many it has; 0 if
   // it is not there.
@@ -120,8 +119,7 @@ class PieceCache {
       if (half.slots[0].size() == 0) return 0;
       for (const Slot& slot : half.slots) {
         if (size > kShortSize || !slot.holds(key.low, size)) continue;
-        slot.copy_ids(to);
-        return slot.count();
+        return slot.copy(to);
       }
       if (const std::size_t count = copy_long(half, key, size, to); count != 0) return count;
       if (half.holds_long(key, size + kLong + kMany)) {

@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastgpt.tokenizer import CharTokenizer, Tokenizer
+from fastgpt.vocabulary import END_OF_TEXT
 
 SETTINGS = settings(max_examples=150, deadline=None)
 TEXT = st.text() | st.text(st.sampled_from("'s aé漢😀\n\u0301\x00\ud83d\ude00"))
@@ -78,6 +79,7 @@ def test_fault_40_surrogates(gpt2):
 @SETTINGS
 @given(text=st.text(st.characters(exclude_categories=["Cs", "Cn"])))
 def test_as_hugging_face(gpt2, hugging_face, text):
+    assume(END_OF_TEXT not in text)  # special there; Hypothesis tries what stands in the sources
     theirs = hugging_face.encode(text)
     ids, offsets = gpt2.encode_with_offsets(text)
     assert ids.tolist() == theirs.ids
