@@ -41,10 +41,11 @@ class PieceCache {
     bool holds(std::uint64_t piece, std::size_t piece_size) const {
       return key == piece && size() == piece_size;
     }
-    // Writes kShortIds tokens and what may follow them in 8 bytes, whatever count() is.
-    void copy_ids(Id* to) const {
+    // Writes kShortIds tokens and what may follow them in 8 bytes, and returns count().
+    std::size_t copy(Id* to) const {
       const std::uint64_t ids = rest >> kIdsAt;
       std::memcpy(to, &ids, sizeof ids);
+      return count();
     }
   };
 
@@ -54,6 +55,8 @@ class PieceCache {
   struct HalfLine {
     Slot slots[2];
 
+    // The only slot that may hold the short piece.
+    const Slot& slot_for(std::uint64_t piece) const { return slots[slots[0].key == piece ? 0 : 1]; }
     bool is_long() const { return slots[1].size() == kLong; }
     bool holds_long(PieceKey piece, std::size_t marked_size) const {
       return slots[0].holds(piece.low, marked_size) && slots[1].key == piece.high;
@@ -66,18 +69,16 @@ class PieceCache {
   // in the first that differs from it in NULs at the end only: find() tells.
   static std::size_t copy_short(const HalfLine& half, std::uint64_t piece, std::size_t size,
                                 Id* to) {
-    const Slot& slot = half.slots[half.slots[0].key == piece ? 0 : 1];
-    if (!slot.holds(piece, size)) return 0;
-    slot.copy_ids(to);
-    return slot.count();
+    const Slot& slot = half.slot_for(piece);
+    return slot.holds(piece, size) ? slot.copy(to) : 0;
   }
 
   // The same for a piece of any size up to PieceKey::kMaxSize.
   static std::size_t copy_long(const HalfLine& half, PieceKey piece, std::size_t size, Id* to) {
     if (!half.holds_long(piece, size + kLong)) return 0;
-    half.slots[0].copy_ids(to);
-    half.slots[1].copy_ids(to + kShortIds);
-    return half.slots[0].count();
+    const std::size_t count = half.slots[0].copy(to);
+    half.slots[1].copy(to + kShortIds);
+    return count;
   }
   static constexpr std::size_t kWrittenIds = PieceKey::kMaxSize;
   static_assert(kWrittenIds >= kShortIds + 8 / sizeof(Id));
@@ -191,9 +192,11 @@ class PieceCache {
       *this = PieceCache(kMaxSize);
       return;
     }
-    LazyArray<HalfLine> old = std::exchange(table_, LazyArray<HalfLine>(4 * table_.size()));
+    // Few steps while it is small, and no more memory than it takes after that.
+    const int bits = table_.size() < kMaxSize / 4 ? 2 : 1;
+    LazyArray<HalfLine> old = std::exchange(table_, LazyArray<HalfLine>(table_.size() << bits));
     mask_ = table_.size() - 1;
-    shift_ -= 2;
+    shift_ -= bits;
     for (const HalfLine& half : old) {
       if (half.is_long()) {
         put_long(half);

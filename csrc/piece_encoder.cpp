@@ -95,14 +95,21 @@ Id* PieceEncoder<Id>::look_up_group(std::string_view text, std::size_t begin,
   }
   for (std::size_t i = 0, at = begin; i < count; at = ends[i++]) {
     const std::size_t size = ends[i] - at;
-    std::size_t tokens = 0;
     if (size <= Cache::kShortSize) {
-      tokens = Cache::copy_short(*halves[i], lows[i], size, to);
+      const auto& slot = halves[i]->slot_for(lows[i]);
+      if (slot.holds(lows[i], size)) {
+        to += slot.copy(to);
+        continue;
+      }
     } else if (size <= PieceKey::kMaxSize) {
-      tokens = Cache::copy_long(*halves[i], PieceKey::load(text.data() + at, size), size, to);
+      const std::size_t tokens =
+          Cache::copy_long(*halves[i], PieceKey::load(text.data() + at, size), size, to);
+      if (tokens != 0) {
+        to += tokens;
+        continue;
+      }
     }
-    if (tokens == 0) tokens = find_or_note(text, at, size, first, to);
-    to += tokens;
+    to += find_or_note(text, at, size, first, to);
   }
   return to;
 }

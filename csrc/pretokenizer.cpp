@@ -54,24 +54,38 @@ struct Char {
   unsigned size;  // in bytes
 };
 
-// Reads the character at text[at], whose first byte is 0x80 or above.
-inline Char multibyte_char_at(std::string_view text, std::size_t at) {
-  constexpr Char kInvalid{CharClass::kOther, 1};
-  constexpr std::uint32_t kSmallest[] = {0, 0, 0x80, 0x800, 0x10000};  // by size: no overlong forms
+// The first bytes of characters of more than one byte. (0xC0 and 0xC1 would start an overlong form
+// of an ASCII character, those above 0xF4 a number beyond U+10FFFF.)
+constexpr unsigned kFirstLead = 0xC2;
+constexpr unsigned kLastLead = 0xF4;
 
-  const auto first = static_cast<unsigned char>(text[at]);
-  const unsigned size = first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
-  if (first < 0xC2 || first > 0xF4 || text.size() - at < size) return kInvalid;
-
-  std::uint32_t code_point = first & (0x7FU >> size);
-  for (unsigned i = 1; i < size; ++i) {
-    const auto byte = static_cast<unsigned char>(text[at + i]);
-    if ((byte & 0xC0U) != 0x80U) return kInvalid;
-    code_point = code_point << 6 | (byte & 0x3FU);
+// Reads the character whose first byte, one of these, is the lowest of `bytes`.
+inline Char multibyte_char(std::uint32_t bytes) {
+  const auto bits = [&](unsigned byte, std::uint32_t mask) { return bytes >> 8 * byte & mask; };
+  if ((bytes & 0xC0E0) == 0x80C0) return {kClasses[bits(0, 0x1F) << 6 | bits(1, 0x3F)], 2};
+  if ((bytes & 0xC0C0F0) == 0x8080E0) {
+    const std::uint32_t point = bits(0, 0x0F) << 12 | bits(1, 0x3F) << 6 | bits(2, 0x3F);
+    // Surrogates and numbers past U+10FFFF, invalid too, need no check: no class is theirs either.
+    if (point >= 0x800) return {kClasses[point], 3};
+  } else if ((bytes & 0xC0C0C0F8) == 0x808080F0) {
+    const std::uint32_t point =
+        bits(0, 0x07) << 18 | bits(1, 0x3F) << 12 | bits(2, 0x3F) << 6 | bits(3, 0x3F);
+    if (point >= 0x10000) return {kClasses[point], 4};
   }
-  // Surrogates and numbers past U+10FFFF, invalid too, need no check: no class is theirs either.
-  if (code_point < kSmallest[size]) return kInvalid;
-  return {kClasses[code_point], size};
+  return {CharClass::kOther, 1};
+}
+
+// The four bytes at text[at], the first one lowest, with zeros beyond the end.
+inline std::uint32_t four_bytes_at(std::string_view text, std::size_t at) {
+  std::uint32_t bytes = 0;
+  if (text.size() - at >= sizeof bytes) {
+    std::memcpy(&bytes, text.data() + at, sizeof bytes);
+    return bytes;
+  }
+  for (std::size_t i = text.size(); i > at; --i) {
+    bytes = bytes << 8 | static_cast<unsigned char>(text[i - 1]);
+  }
+  return bytes;
 }
 
 // Returns the length of the contraction ('s 'd 'm 't 'll 've 're) whose apostrophe is text[begin],
@@ -83,14 +97,15 @@ unsigned contraction_size(std::string_view text, std::size_t begin) {
   return rest == "ll" || rest == "ve" || rest == "re" ? 3 : 0;
 }
 
-// Classifies 64 bytes as far as each byte alone allows, and returns which are not ASCII.
+// Classifies 64 bytes as far as each byte alone allows, and returns which are the first of a longer
+// character.
 struct Portable {
   static unsigned lowest_or_any(std::uint64_t bits) {
     return lowest_bit(bits | std::uint64_t{1} << 63);
   }
 
   static std::uint64_t classify(const char* bytes, Block& block) {
-    std::uint64_t high = 0;
+    std::uint64_t leads = 0;
     for (unsigned i = 0; i < 64; ++i) {
       const auto byte = static_cast<unsigned char>(bytes[i]);
       const std::uint64_t letter = static_cast<unsigned char>((byte | 0x20U) - 'a') < 26;
@@ -102,9 +117,9 @@ struct Portable {
       block.blanks |= blank << i;
       block.spaces |= (blank | control) << i;
       block.apostrophes |= std::uint64_t{byte == '\''} << i;
-      high |= std::uint64_t{byte >= 0x80} << i;
+      leads |= std::uint64_t{byte >= kFirstLead && byte <= kLastLead} << i;
     }
-    return high;
+    return leads;
   }
 };
 
@@ -120,7 +135,7 @@ struct Avx2 {
     block.blanks = below(low, high, ' ', 1);
     block.spaces = block.blanks | below(low, high, '\t', 5);
     block.apostrophes = below(low, high, '\'', 1);
-    return mask(low, high);
+    return below(low, high, static_cast<char>(kFirstLead), kLastLead - kFirstLead + 1);
   }
 
  private:
@@ -289,31 +304,26 @@ Block Pretokenizer::classify(std::size_t at) {
     std::memcpy(padded.data(), bytes, text_.size() - at);
     bytes = padded.data();
   }
-  const std::uint64_t high = Isa::classify(bytes, block);
-  if ((high | spilled_) != 0) classify_wide(at, high, block);
+  const std::uint64_t leads = Isa::classify(bytes, block);
+  if (leads != 0 || has_spill_) classify_wide(at, leads, block);
   return block;
 }
 
-// Adds the characters of more than one byte, of which the bytes in `high` are a part.
-void Pretokenizer::classify_wide(std::size_t at, std::uint64_t high, Block& block) {
-  std::uint64_t masks[] = {0, spill_.letters, spill_.numbers, spill_.spaces};  // by CharClass
-  std::uint64_t spilled[] = {0, 0, 0, 0};
-  high &= ~spilled_;
-  spilled_ = 0;
-  while (high != 0) {
-    const unsigned place = lowest_bit(high);
-    const Char c = multibyte_char_at(text_, at + place);
+// Adds the characters of more than one byte, of which these are the first bytes; and what the last
+// one of the block before has here. A byte that continues no character is in no class.
+void Pretokenizer::classify_wide(std::size_t at, std::uint64_t leads, Block& block) {
+  std::array<std::uint64_t, 4> masks = {0, spill_.letters, spill_.numbers, spill_.spaces};
+  std::array<std::uint64_t, 4> spilled{};  // both by CharClass
+  for (; leads != 0; leads &= leads - 1) {
+    const unsigned place = lowest_bit(leads);
+    const Char c = multibyte_char(four_bytes_at(text_, at + place));
     const std::uint64_t bytes = (std::uint64_t{1} << c.size) - 1;
     const auto char_class = static_cast<std::size_t>(c.char_class);
     masks[char_class] |= bytes << place;
-    high &= ~(bytes << place);
     if (c.char_class == CharClass::kSpace) {
       (c.size == 2 ? block.spaces_of_2 : block.spaces_of_3) |= std::uint64_t{1} << place;
     }
-    if (place + c.size > kBlock) {
-      spilled_ = bytes >> (kBlock - place);
-      spilled[char_class] = spilled_;
-    }
+    if (place + c.size > kBlock) spilled[char_class] = bytes >> (kBlock - place);
   }
   block.letters |= masks[1];
   block.numbers |= masks[2];
@@ -322,6 +332,7 @@ void Pretokenizer::classify_wide(std::size_t at, std::uint64_t high, Block& bloc
   spill_.letters = spilled[1];
   spill_.numbers = spilled[2];
   spill_.spaces = spilled[3];
+  has_spill_ = (spilled[1] | spilled[2] | spilled[3]) != 0;
 }
 
 }  // namespace fastgpt

@@ -74,7 +74,7 @@ class Pretokenizer {
   std::size_t cut_with_avx2();
   template <typename Isa>
   Block classify(std::size_t at);
-  void classify_wide(std::size_t at, std::uint64_t high, Block& block);
+  void classify_wide(std::size_t at, std::uint64_t leads, Block& block);
   std::uint64_t starts(const Block& next);
   std::uint64_t join_contractions(std::uint64_t starts);
 
@@ -83,8 +83,8 @@ class Pretokenizer {
   std::size_t at_ = 0;  // the first byte of current_
   Block previous_;      // of which only the last byte counts
   Block current_;
-  Block spill_;                     // what the last character of the block classified last puts
-  std::uint64_t spilled_ = 0;       // into the next one, and which bytes of it
+  Block spill_;  // what the last character of the block classified last puts into the next one
+  bool has_spill_ = false;
   std::uint64_t joined_ = 0;        // places in current_ that continue a contraction,
   std::uint64_t after_joined_ = 0;  // and the place after one, where a piece starts
   std::array<std::size_t, kEnds> ends_;
