@@ -46,7 +46,7 @@ class Numbers {
 };
 
 // A number that differs from text to text, for what is too slow to be done with each (FNV-1a).
-inline std::uint64_t hash_of(std::string_view text) {
+inline std::uint64_t number_of(std::string_view text) {
   std::uint64_t hash = 0xCBF29CE484222325;
   for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001B3;
   return hash ^ hash >> 32;
