@@ -134,6 +134,9 @@ class Parser {
   };
 
   void add_merges() {
+    if (tokens().size() > kMaxTokens) {
+      throw std::invalid_argument("makes more than " + std::to_string(kMaxTokens) + " tokens");
+    }
     for (TokenId id = 0; id < kBytes; ++id) parsed_.index.insert(tokens(), part(id).hash, id);
     parsed_.merges.reserve(left_sizes_.size());
     std::array<Line, 32> lines;
