@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterable, Iterator
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from fastgpt.compiled import _C
+from fastgpt.documents import read_blocks
 from fastgpt.tokenizer import PathLike, _utf8
 from fastgpt.vocabulary import Vocabulary
 
@@ -95,9 +96,8 @@ def _read(trainer: _C.BpeTrainer, source: Source, bar: Progress, block_bytes: in
 def _blocks(item: object, block_bytes: int) -> Iterator[bytes]:
     """Yield the bytes of one text, or of one file."""
     if isinstance(item, Path):
-        with _open(item) as file:
-            while block := file.read(block_bytes):
-                yield block
+        _check_there(item)
+        yield from read_blocks(item, block_bytes)
     elif isinstance(item, (str, bytes)):
         data = _utf8(item)
         for begin in range(0, len(data), block_bytes):  # Ctrl-C waits for the end of a block
@@ -109,14 +109,13 @@ def _blocks(item: object, block_bytes: int) -> Iterator[bytes]:
         )
 
 
-def _open(path: Path) -> BinaryIO:
+def _check_there(path: Path) -> None:
     if not os.path.exists(path):  # Path.exists raises for what can be no file name
         name = str(path) if len(str(path)) <= 200 else f"{str(path)[:200]}..."
         raise FileNotFoundError(
             f"there is no file {name!r} (a str by itself is a path: to train on one text, pass a "
             "list that holds it)"
         )
-    return path.open("rb")
 
 
 def _merge(trainer: _C.BpeTrainer, n_merges: int, min_frequency: int, bar: Progress) -> None:

@@ -103,6 +103,8 @@ def prepare(
     """
     folder = Path(out)
     _refuse_bad_arguments(val_fraction, tokens_per_shard, threads)
+    if train_vocab is not None and tokenizer != "gpt2":
+        raise UsageError("give --tokenizer or --train-vocab, not both")
     _refuse_to_overwrite(folder, overwrite)
     reading = _Reading([inputs] if isinstance(inputs, str | Path) else inputs, field, progress)
     n_characters = reading.survey(most_documents=math.ceil(ENOUGH_DRAWN / val_fraction))

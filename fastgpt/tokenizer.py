@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property, partial
+from itertools import permutations
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex, TypeAlias
@@ -55,6 +56,7 @@ PathLike: TypeAlias = str | Path
 
 GPT2_MERGES = Path(__file__).with_name("assets") / "vocab.bpe"
 FILE_NAME = "tokenizer.json"
+MOST_THREADS = 1024  # for one text: more would only wait for each other
 
 
 class BaseTokenizer(ABC):
@@ -324,7 +326,10 @@ class Tokenizer(BaseTokenizer):
         merges: NDArray[np.integer[Any]] | Sequence[tuple[int, int, int]],
         special_tokens: Mapping[str, int],
     ) -> None:
-        rows = np.asarray(merges, dtype=np.uint32).reshape(-1, 3)
+        rows = np.asarray(merges).reshape(-1, 3)
+        if rows.size and (rows.dtype.kind not in "iu" or not 0 <= rows.min() <= rows.max() < 2**32):
+            raise ValueError("merges must be rows of three ids: whole numbers, none negative")
+        rows = rows.astype(np.uint32)
         for name, token_id in special_tokens.items():
             if not 0 <= token_id < len(tokens) or tokens[token_id] != name.encode():
                 raise ValueError(f"special token {name!r} is not the token of its id {token_id}")
@@ -361,9 +366,10 @@ class Tokenizer(BaseTokenizer):
         with its length.
 
         Args:
-            source: the path of a file; or texts (str or UTF-8 bytes) and files (Path objects, read
-                in blocks) one after the other, so that a list with one str is one text. What
-                stands in the text as a special token counts as ordinary text.
+            source: the path of a file; or texts (str or bytes) and files (Path objects) one after
+                the other, so that a list with one str is one text. Files are read in blocks, as
+                :meth:`encode_file` reads them: UTF-8, perhaps in a ``.gz``. What stands in the
+                text as a special token counts as ordinary text.
             vocab_size: how many ids: 256 bytes in GPT-2's order, then a token for each merge, then
                 the special tokens. It is smaller where the text holds no more pairs to merge.
             special_tokens: names such as ``<|endoftext|>``, which no merge can make.
@@ -371,7 +377,8 @@ class Tokenizer(BaseTokenizer):
             threads: how many count words; their number changes nothing in the vocabulary.
             progress: show a bar, if the output is a terminal.
 
-        Raises: ValueError for a vocabulary too small, special tokens that are not, or no text.
+        Raises: ValueError for a vocabulary too small, special tokens that are not, or no text;
+            UsageError for a file that is not UTF-8 or cannot be read.
         """
         from fastgpt.bpe_training import learn_vocabulary  # here, for it imports this module
 
@@ -409,9 +416,12 @@ class Tokenizer(BaseTokenizer):
     def to_tiktoken(self, name: str = "fastgpt") -> tiktoken.Encoding:
         """Return a ``tiktoken.Encoding`` that makes the same ids.
 
-        Raises: ImportError without tiktoken; ValueError if it cannot make the same ids, because
-            the order of merges is not that of ids.
+        Raises: ImportError without tiktoken; ValueError if it cannot make the same ids: because
+            the order of merges is not that of ids, or a special token begins with another one.
         """
+        for short, long in permutations(self._special_tokens, 2):
+            if long.startswith(short):
+                raise ValueError(f"tiktoken would find {short!r} where {long!r} stands in a text")
         try:
             import tiktoken
         except ImportError:
@@ -438,8 +448,10 @@ class Tokenizer(BaseTokenizer):
         """
         if not isinstance(text, str | bytes):
             raise TypeError(f"encode takes str or bytes, not {type(text).__name__}")
+        threads = index(threads)
         if threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
+        threads = min(threads, MOST_THREADS)
         spans: list[tuple[int, int, int]] = []
         if allowed_special or disallowed_special:
             text = _utf8(text)

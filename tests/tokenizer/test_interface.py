@@ -138,3 +138,24 @@ def test_decode_errors(gpt2):
     assert gpt2.decode(half) == "\ufffd"
     with pytest.raises(UnicodeDecodeError):
         gpt2.decode(half, errors="strict")
+
+
+@pytest.mark.parametrize("merges", [[[2**32, 1, 256]], [[0.5, 1, 256]], [[-1, 1, 256]]])
+def test_merges_are_ids(merges):
+    tokens = [bytes([i]) for i in range(256)] + [b"\0\1"]
+    with pytest.raises(ValueError, match="merges must be rows of three ids"):
+        Tokenizer(tokens, np.array(merges), {})
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_threads_are_counted_from_one(gpt2, threads):
+    with pytest.raises(ValueError, match="threads must be at least 1"):
+        gpt2.encode("a", threads=threads)
+    assert gpt2.encode("a" * 300_000, threads=2**63) == gpt2.encode("a" * 300_000)
+
+
+def test_special_tokens_that_tiktoken_would_confuse():
+    pytest.importorskip("tiktoken")
+    tokenizer = Tokenizer.train(["hello hello"], 300, special_tokens=["<|a|>", "<|a|>b"])
+    with pytest.raises(ValueError, match=r"tiktoken would find '<\|a\|>' where '<\|a\|>b'"):
+        tokenizer.to_tiktoken()

@@ -1,6 +1,7 @@
 """Training against Hugging Face's BpeTrainer and against a naive one written here."""
 
 import _thread
+import gzip
 import json
 import pickle
 import signal
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from fastgpt import _C
 from fastgpt.bpe_training import learn_vocabulary
+from fastgpt.errors import UsageError
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.vocabulary import LETTER_OF_BYTE
 
@@ -205,7 +207,7 @@ class TestSource:
         path = tmp_path / "text.txt"
         path.write_bytes(text.encode())
         in_blocks = learn_vocabulary(path, 500, [END], block_bytes=block_bytes)
-        assert Tokenizer(*in_blocks) == Tokenizer.train([text], 500)
+        assert Tokenizer(*in_blocks) == Tokenizer.train([text.replace("\r\n", "\n")], 500)
 
     @settings(max_examples=200, deadline=None)
     @given(
@@ -330,3 +332,18 @@ class TestFaults:
         assert trainer.train(1, 0) == 1
         with pytest.raises(ValueError, match="once merging has begun"):
             trainer.feed(b"cd")
+
+
+def test_files_are_read_as_encode_file_reads_them(tmp_path):
+    text = "ab ab\nab ab\n" * 50
+    for name, content in {
+        "plain.txt": text.encode(),
+        "windows.txt": b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode(),
+        "packed.txt.gz": gzip.compress(text.encode()),
+    }.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert Tokenizer.train(path, 300) == Tokenizer.train([text], 300), name
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UsageError, match="not UTF-8: byte 0xe9 at offset 3"):
+        Tokenizer.train(tmp_path / "latin1.txt", 300)
