@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import tokenizer_peers as peers
-from benchmarks.common import MIN_ROUNDS, measure
+from benchmarks.common import MIN_ROUNDS, measure, note_megabytes
 
 TEXTS = peers.texts()
 PEERS = [peers.ours, peers.tiktoken, peers.hugging_face, peers.gigatoken]
@@ -38,7 +38,6 @@ def make(peer):
 
 
 def time_it(benchmark, group, peer, text, work):
-    n_bytes = len(text.encode())
     measure(
         benchmark,
         work,
@@ -46,10 +45,12 @@ def time_it(benchmark, group, peer, text, work):
         variant=peer.__name__,
         baseline="tiktoken",
         device="cpu",
-        megabytes=n_bytes / 1e6,
+        megabytes=megabytes_of(text),
     )
-    if benchmark.stats:  # there are none with --benchmark-disable
-        benchmark.extra_info["MB/s"] = round(n_bytes / benchmark.stats.stats.median / 1e6, 1)
+
+
+def megabytes_of(text):
+    return len(text.encode()) / 1e6
 
 
 @pytest.mark.parametrize("peer", [*PEERS, peers.ours_in_two_threads])
@@ -65,17 +66,13 @@ def test_encode_cold(benchmark, name, peer):
     text, ids = text_and_ids(name)
     assert np.array_equal(make(peer).encode(text), ids)
     benchmark.group = f"encode {name}, cold"
-    benchmark.extra_info.update(
-        variant=peer.__name__, baseline="tiktoken", device="cpu", megabytes=len(text.encode()) / 1e6
-    )
+    benchmark.extra_info.update(variant=peer.__name__, baseline="tiktoken", device="cpu")
     benchmark.pedantic(
         lambda tokenizer: tokenizer.encode(text),
         setup=lambda: ((make(peer),), {}),
         rounds=MIN_ROUNDS,
     )
-    if benchmark.stats:
-        rate = len(text.encode()) / benchmark.stats.stats.median / 1e6
-        benchmark.extra_info["MB/s"] = round(rate, 1)
+    note_megabytes(benchmark, megabytes_of(text))
 
 
 @pytest.mark.parametrize("peer", PEERS)

@@ -57,12 +57,14 @@ def measure(
     baseline: str,
     device: str,
     tokens: int | None = None,
+    megabytes: float | None = None,
     **sizes: Any,
 ) -> None:
     """Time `work` as the member `variant` of `group`.
 
     baseline: the variant that the report compares the group with. tokens: how many `work`
-    processes, for tokens per second. sizes: goes into the results as it is.
+    processes, for tokens per second; megabytes: the same, for MB/s. sizes: goes into the results
+    as it is.
     """
 
     def timed() -> None:
@@ -83,6 +85,15 @@ def measure(
     benchmark.pedantic(timed, rounds=rounds, iterations=iterations)
     if tokens and benchmark.stats:  # there are none with --benchmark-disable
         benchmark.extra_info["tokens/s"] = round(tokens / benchmark.stats.stats.median)
+    if megabytes:
+        note_megabytes(benchmark, megabytes)
+
+
+def note_megabytes(benchmark: Any, megabytes: float) -> None:
+    """Note how many megabytes (10⁶ bytes) a round processes, and in the median round a second."""
+    benchmark.extra_info["megabytes"] = megabytes
+    if benchmark.stats:
+        benchmark.extra_info["MB/s"] = round(megabytes / benchmark.stats.stats.median, 1)
 
 
 def compile_or_skip(function: Any, first_call: Callable[[Any], object]) -> Any:

@@ -1,7 +1,5 @@
 #include "piece_counter.hpp"
 
-#include <cstring>
-
 #include "prefetch.hpp"
 #include "pretokenizer.hpp"
 
@@ -10,27 +8,6 @@ namespace {
 
 constexpr std::uint32_t kLong = PieceKey::kMaxSize + 1;
 constexpr int kFirstBits = 12;
-
-std::uint64_t mix(std::uint64_t x) {
-  x *= 0x9E3779B97F4A7C15;  // 2^64 divided by the golden ratio
-  return x ^ x >> 32;
-}
-
-std::uint64_t hash_words(PieceKey words, std::uint64_t size) {
-  return mix(mix(words.low + size) ^ words.high) * 0xD6E8FEB86659FD93;
-}
-
-std::uint64_t hash_long(std::string_view piece) {
-  std::uint64_t hash = piece.size();
-  std::uint64_t word;
-  for (std::size_t at = 0; at + sizeof word <= piece.size(); at += sizeof word) {
-    std::memcpy(&word, piece.data() + at, sizeof word);
-    hash = mix(hash ^ word);
-  }
-  // The last bytes; some of them for the second time.
-  std::memcpy(&word, piece.data() + piece.size() - sizeof word, sizeof word);
-  return mix(hash ^ word);
-}
 
 }  // namespace
 
@@ -56,7 +33,7 @@ void PieceCounter::count(const PieceCounter& other) {
     if (slot.key.size == kLong) {
       add_long(other.piece_of(slot.key), slot.count);
     } else {
-      add_short(slot.key, hash_words(slot.key.words, slot.key.size), slot.count);
+      add_short(slot.key, slot.key.words.hash(), slot.count);
     }
   }
   total_ += other.total_;
@@ -71,7 +48,7 @@ void PieceCounter::add(std::string_view text, std::size_t begin, std::size_t end
   }
   Key& key = pending.keys[pending.size];
   key = {key_at(text, begin, size), static_cast<std::uint32_t>(size)};
-  const std::uint64_t hash = hash_words(key.words, size);
+  const std::uint64_t hash = key.words.hash();
   pending.hashes[pending.size] = hash;
   prefetch(&slots_[hash >> shift_]);
   if (++pending.size == Pending::kSize) add_all(pending);
@@ -90,7 +67,7 @@ void PieceCounter::add_short(const Key& key, std::uint64_t hash, std::uint64_t c
 
 // Long pieces are rare: no need to look ahead for them.
 void PieceCounter::add_long(std::string_view piece, std::uint64_t count) {
-  const std::uint64_t hash = hash_long(piece);
+  const std::uint64_t hash = hash_of(piece);
   std::size_t at = hash >> shift_;
   for (; slots_[at].count > 0; at = (at + 1) & (slots_.size() - 1)) {
     const Key& key = slots_[at].key;
@@ -123,8 +100,7 @@ void PieceCounter::grow() {
     if (slot.count == 0) continue;
     const Key& key = slot.key;
     // Two long pieces of one hash are two keys, for their places differ.
-    slots_[slot_of(key, key.size == kLong ? key.words.low : hash_words(key.words, key.size))] =
-        slot;
+    slots_[slot_of(key, key.size == kLong ? key.words.low : key.words.hash())] = slot;
   }
 }
 

@@ -12,6 +12,10 @@ namespace fastgpt {
 using TokenId = std::uint32_t;
 constexpr TokenId kNoToken = std::numeric_limits<TokenId>::max();
 
+// Tables pack ids into so many bits, which bounds the size of a vocabulary.
+constexpr int kIdBits = 21;
+constexpr std::size_t kMaxTokens = (std::size_t{1} << kIdBits) - 1;  // the last id has no token
+
 // All tokens' bytes in one block, with kPadding bytes after the last, so that a copy may read in
 // strides of that size.
 class TokenBytes {

@@ -44,7 +44,6 @@ class TokenIndex {
 
  private:
   static constexpr std::size_t kMinSize = std::size_t{1} << 17;  // GPT-2's fit: 512 KB
-  static constexpr int kIdBits = 21;
   static constexpr std::uint32_t kIdMask = (std::uint32_t{1} << kIdBits) - 1;
 
   // An entry: the id plus 1, so that 0 is free, below the bits of the hash.

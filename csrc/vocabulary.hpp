@@ -26,11 +26,8 @@ struct Merge {
 // The place of a merge in the list: of several possible merges, the lowest rank goes first.
 using Rank = std::uint32_t;
 
-// A pair of ids and a rank share 64 bits in MergeTable, which bounds the size of a vocabulary.
-constexpr int kIdBits = 21;
-constexpr int kRankBits = 22;
+constexpr int kRankBits = 64 - 2 * kIdBits;  // a pair of ids and a rank share 64 bits
 constexpr Rank kNoMerge = (Rank{1} << kRankBits) - 1;
-constexpr std::size_t kMaxTokens = (std::size_t{1} << kIdBits) - 1;  // the last id has no token
 
 // Hash table from a pair of tokens to the rank of their merge. A bucket of four is searched without
 // a branch; a pair whose bucket was full is in one that follows.
