@@ -5,13 +5,15 @@ Triton has no tanh. The backward recomputes the sigmoid from x, so that only x i
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+from fastgpt.kernels.common import DTYPES, Variant, check_tensors, on_device, widen
+
 BLOCK = 1024  # 8 elements a thread: one 128-bit load of 16-bit numbers, two of 32-bit ones
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
@@ -23,9 +25,9 @@ CUBIC = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi) * 0.044715)
 def gelu_forward(x: Tensor) -> Tensor:
     """Return gelu(x), contiguous, in the shape and dtype of `x`.
 
-    x: any shape and strides; fp32, fp16 or bf16, computed in fp32, or fp64. TypeError if not.
+    x: any shape and strides; fp32, fp16 or bf16, computed in fp32, or fp64. ValueError if not.
     """
-    _check_dtype(x)
+    check_tensors("gelu", x=x)
     x = x.contiguous()
     y = torch.empty_like(x)
     _launch(_gelu_forward, x, y)
@@ -37,10 +39,10 @@ def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
     grad: shape and dtype of `x`, any strides (autograd's expanded ones too); ValueError if not.
     """
-    _check_dtype(x)
+    check_tensors("gelu", grad=grad, x=x)
     if grad.shape != x.shape or grad.dtype != x.dtype:
         raise ValueError(
-            f"grad must have the shape and dtype of x, {tuple(x.shape)} {x.dtype}, "
+            f"gelu: grad must have the shape and dtype of x, {tuple(x.shape)} {x.dtype}, "
             f"not {tuple(grad.shape)} {grad.dtype}"
         )
     # Both come out of matrix products and are contiguous; the rare one that is not (the gradient of
@@ -51,10 +53,21 @@ def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad_x
 
 
+def variants(capability: int) -> Iterator[Variant]:
+    """Yield all that the launchers can launch on a GPU of a compute capability."""
+    for dtype in DTYPES.values():
+        for kernel, pointers in (
+            (_gelu_forward, ("x_ptr", "y_ptr")),
+            (_gelu_backward, ("grad_ptr", "x_ptr", "grad_x_ptr")),
+        ):
+            signature = dict.fromkeys(pointers, f"*{dtype}") | {"n_elements": "i64"}
+            yield Variant(kernel.__name__, signature, {"BLOCK": BLOCK}, OPTIONS)
+
+
 @triton.jit
 def _gelu_forward(x_ptr, y_ptr, n_elements, BLOCK: tl.constexpr):
     offsets, inside = _block(n_elements, BLOCK)
-    x = _widen(tl.load(x_ptr + offsets, mask=inside))
+    x = widen(tl.load(x_ptr + offsets, mask=inside))
     e, r = _decay(x)
     y = x * tl.where(x < 0.0, e * r, r)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -63,8 +76,8 @@ def _gelu_forward(x_ptr, y_ptr, n_elements, BLOCK: tl.constexpr):
 @triton.jit
 def _gelu_backward(grad_ptr, x_ptr, grad_x_ptr, n_elements, BLOCK: tl.constexpr):
     offsets, inside = _block(n_elements, BLOCK)
-    grad = _widen(tl.load(grad_ptr + offsets, mask=inside))
-    x = _widen(tl.load(x_ptr + offsets, mask=inside))
+    grad = widen(tl.load(grad_ptr + offsets, mask=inside))
+    x = widen(tl.load(x_ptr + offsets, mask=inside))
     e, r = _decay(x)
     # d/dx x s(2u) = s + x s (1 - s) (2u)', and s (1 - s) = e r². Where e is 0, (2u)' may overflow.
     slope = tl.where(e == 0.0, 0.0, x * (e * r * r) * (LINEAR + 3.0 * CUBIC * x * x))
@@ -89,21 +102,10 @@ def _block(n_elements, BLOCK: tl.constexpr):
     return offsets, offsets < n_elements
 
 
-@triton.jit
-def _widen(x):
-    return x if x.dtype == tl.float64 else x.to(tl.float32)
-
-
-def _check_dtype(x: Tensor) -> None:
-    if x.dtype not in DTYPES:
-        names = ", ".join(str(dtype) for dtype in DTYPES)
-        raise TypeError(f"gelu takes {names}, not {x.dtype}")
-
-
 def _launch(kernel: triton.JITFunction, *tensors: Tensor) -> None:
     """Run an elementwise kernel over contiguous tensors of one size."""
     n_elements = tensors[0].numel()
     if n_elements == 0:  # CUDA has no empty grid
         return
-    with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
+    with on_device(tensors[0]):
         kernel[(triton.cdiv(n_elements, BLOCK),)](*tensors, n_elements, BLOCK=BLOCK, **OPTIONS)

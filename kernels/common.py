@@ -1,0 +1,103 @@
+"""What the kernels share: checks of their inputs, facts of a GPU, and how to list what can be run.
+
+Every kernel module has two kinds of public names: launchers, which take and return tensors, and
+`variants`, which lists all the ways in which its launchers can launch its kernels, from the same
+tables, so that each can be compiled ahead of time without a GPU.
+"""
+
+import functools
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Whether `@triton.jit` functions run in Triton's interpreter: decided when they are defined.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+# What Triton calls the dtypes that the kernels take.
+DTYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float64: "fp64",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way in which a launcher launches a kernel; Triton compiles each one separately.
+
+    kernel: the name of the `@triton.jit` function in its module. signature: the type of each
+    run-time argument, as Triton writes it ("*bf16", "i32", "fp32"). constants: the compile-time
+    arguments (None for a pointer that is left out). options: `num_warps`, `num_stages` and so on.
+    matrix: whether its products must reach the matrix units. unaligned: the run-time integers that
+    are not multiples of 16 in ordinary use.
+    """
+
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    matrix: bool = False
+    unaligned: tuple[str, ...] = ()
+
+
+def check_tensors(operation: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless the kernels can compute with each of the tensors (None: left out)."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for name, tensor in given.items():
+        if tensor.dtype not in DTYPES:
+            names = ", ".join(str(dtype) for dtype in DTYPES)
+            raise ValueError(f"{operation}: {name} must be one of {names}, not {tensor.dtype}")
+    check_devices(operation, **given)
+
+
+def check_devices(operation: str, **tensors: Tensor) -> None:
+    """Raise ValueError unless all tensors, of any dtype, are where the kernels can run."""
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{operation}: all tensors must be on one device, not {places}")
+    device = next(iter(devices.values()))
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+        raise ValueError(
+            f"{operation}: the Triton kernels run on CUDA, and the tensors are on {device}; move "
+            'them there, use ops="native", or, to try the kernels slowly on a CPU, set '
+            "TRITON_INTERPRET=1 before the first import of triton"
+        )
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Return the context to launch a kernel on `tensor` in: Triton takes the current device."""
+    return torch.cuda.device_of(tensor)
+
+
+def capability(device: torch.device) -> int:
+    """Return a GPU's compute capability, 90 for 9.0; in the interpreter that of an H100."""
+    return 90 if device.type == "cpu" else _capability(device)
+
+
+def n_processors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has; a few in the interpreter, so that grids loop."""
+    return 3 if device.type == "cpu" else _n_processors(device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def _n_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def widen(x):
+    """Cast to fp32, in which all arithmetic is done; fp64 stays."""
+    return x if x.dtype == tl.float64 else x.to(tl.float32)

@@ -1,0 +1,84 @@
+"""Every kernel, in every form that can be launched, compiles for the GPUs that matter.
+
+Triton's interpreter accepts what a GPU refuses; this part needs no GPU to find that out. No
+form may spill registers, and a matrix product must be one in the machine code too.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+from fastgpt.kernels.common import DTYPES
+
+ROOT = Path(__file__).parents[2]
+MODULES = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem != "common")
+MATRIX_INSTRUCTIONS = {80: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA", "HMMA"}}
+HALVES = ("fp16", "bf16")
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What `benchmarks/compile_kernels.py` finds: in a process of its own, because the interpreter,
+    once switched on, leaves no real `@triton.jit` function in a process."""
+    module, capability = request.param
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = [str(ROOT), *filter(None, [environ.get("PYTHONPATH")])]  # this checkout's kernels
+    command = [sys.executable, ROOT / "benchmarks" / "compile_kernels.py", "--out", "-"]
+    done = subprocess.run(
+        [*command, "--modules", module, "--capabilities", str(capability)],
+        env=environ | {"PYTHONPATH": os.pathsep.join(path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)["kernels"]
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        pytest.param((module, capability), marks=[pytest.mark.slow] * (capability != 90))
+        for module in MODULES
+        for capability in MATRIX_INSTRUCTIONS
+    ],
+    indirect=True,
+    ids=lambda case: "{}-sm_{}".format(*case),
+)
+def test_compiles_without_spills_to_the_expected_instructions(compiled: list[Any]) -> None:
+    assert compiled
+    wrong = {fault for result in compiled for fault in faults(result)}
+    assert not wrong, "\n".join(sorted(wrong))
+
+
+def faults(result: dict[str, Any]) -> list[str]:
+    """Say what is wrong with a compiled variant."""
+    name = f"{result['kernel']} {result['dtypes']} {result['constants']} {result['options']}"
+    if "error" in result:
+        return [f"{name}: {result['error']}"]
+    found = []
+    if result["spilled_bytes"] or result["local_accesses"]:
+        found.append(f"{name}: spills {result['spilled_bytes']} bytes")
+    if not result["occupancy"]:
+        found.append(f"{name}: no block fits a multiprocessor")
+    expected = MATRIX_INSTRUCTIONS[result["capability"]]
+    halves = set(result["dtypes"]) & set(HALVES)
+    if result["matrix"] and halves and not expected & set(result["matrix_instructions"]):
+        found.append(f"{name}: none of {expected}, only {result['matrix_instructions']}")
+    if not result["store_bits"]:
+        found.append(f"{name}: stores nothing")
+    return found
+
+
+@pytest.mark.parametrize("compiled", [("gelu", 90)], indirect=True, ids=["gelu"])
+def test_gelu_moves_128_bits_at_a_time_at_full_occupancy(compiled: list[Any]) -> None:
+    assert {result["dtypes"][0] for result in compiled} == set(DTYPES.values())
+    for result in compiled:
+        assert {*result["load_bits"], *result["store_bits"]} == {128}
+        if result["dtypes"] != ["fp64"]:
+            assert result["occupancy"] >= 0.75
