@@ -30,7 +30,15 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = ("attention", "cached_attention", "layer_norm", "gelu", "cross_entropy", "adamw")
+MODULES = (
+    "attention",
+    "cached_attention",
+    "layer_norm",
+    "gelu",
+    "column_sum",
+    "cross_entropy",
+    "adamw",
+)
 CAPABILITIES = (80, 90, 100)
 
 # What a multiprocessor has: 32-bit registers, bytes of shared memory, threads, blocks

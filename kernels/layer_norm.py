@@ -1,0 +1,476 @@
+"""Layer normalisation over the last dimension, alone or after a residual addition, in one pass
+(the twins of `fastgpt.ops.reference.layer_norm` and `add_layer_norm`).
+
+A program holds some whole rows in registers: the mean comes first and then the variance, of the
+centred numbers, from one reading (the mean of squares less the squared mean would cancel). The
+backward reads rows, normalises them again from the kept mean and 1 / std, and adds up the gradients
+of weight and bias on the way: a few programs on each multiprocessor walk over all rows, with sums
+in registers, which `fastgpt.kernels.column_sum` finishes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels.column_sum import add_up
+from fastgpt.kernels.common import DTYPES, Variant, check_tensors, n_processors, on_device, widen
+
+# Rows are held in registers whole; wider ones would spill.
+MAX_WIDTH = 8192
+MAX_WIDTH_FP64 = 2048
+MIN_BLOCK = 128
+
+
+class Gradients(NamedTuple):
+    """What `layer_norm_backward` returns."""
+
+    total: Tensor
+    x: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+
+
+def layer_norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the normalised `x`, in `out_dtype` or its own, and each row's mean and 1 / std.
+
+    x: `[..., C]`, C at most 8192 (fp64: 2048), any strides; weight, bias: `[C]`. fp32, fp16 and
+    bf16 in any mix, computed in fp32, or fp64 alone. mean and 1 / std are fp32 (fp64), one number
+    for each row, flat. ValueError for anything else.
+    """
+    _check_inputs("layer_norm", out_dtype, weight, bias, x=x)
+    x = x.contiguous()
+    y = torch.empty_like(x, dtype=out_dtype)
+    return y, *_forward(x, None, weight, bias, eps, None, y)
+
+
+def add_layer_norm_forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ``total = x + residual`` and what `layer_norm_forward` returns of it.
+
+    x, residual: `[..., C]`, each of any strides; total has the dtype that PyTorch gives it, fp32
+    for fp16 + fp32. What is normalised is total as it is stored, for the backward knows no other.
+    The rest is as in `layer_norm_forward`.
+    """
+    _check_inputs("add_layer_norm", out_dtype, weight, bias, x=x, residual=residual)
+    x, residual = x.contiguous(), residual.contiguous()
+    total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
+    y = torch.empty_like(total, dtype=out_dtype)
+    return total, y, *_forward(x, residual, weight, bias, eps, total, y)
+
+
+def layer_norm_backward(
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    has_bias: bool,
+    x_dtype: torch.dtype | None = None,
+) -> Gradients:
+    """Return the gradients of total (the x of `layer_norm_forward`), x, weight and bias.
+
+    grad_y: that of the normalised, `[..., C]`; grad_total: what else reaches total, added to its
+    gradient (None: nothing does); both of any strides, so autograd's expanded ones too. mean, rstd:
+    as the forward returned them. The gradients of weight and bias (None without `has_bias`) have
+    the dtype of weight. That of total serves for both summands; where a summand has another dtype,
+    `x_dtype`, its gradient is the second result (else None), rounded from the same fp32 numbers.
+    """
+    _check_gradients(grad_y, grad_total, total, weight, mean, rstd, x_dtype)
+    # All come out of kernels and are contiguous; the rare one that is not (the gradient of a sum
+    # has stride 0) is worth a copy, which keeps each row one vectorised range of memory.
+    grad_y, total, weight = grad_y.contiguous(), total.contiguous(), weight.contiguous()
+    grad_total = None if grad_total is None else grad_total.contiguous()
+    grad = torch.empty_like(total)
+    grad_x = None if x_dtype in (None, total.dtype) else torch.empty_like(total, dtype=x_dtype)
+
+    n_rows, width = mean.numel(), weight.numel()
+    shape = backward_shape(width, _widest(grad_y, grad_total, total))
+    resident = n_processors(total.device) * shape.programs
+    n_programs = min(triton.cdiv(n_rows, shape.rows), resident)
+    partials = torch.empty(1 + has_bias, n_programs, width, dtype=mean.dtype, device=total.device)
+    if n_programs:  # CUDA has no empty grid
+        tensors = (grad_y, grad_total, total, weight, mean, rstd, grad, grad_x, partials)
+        with on_device(total):
+            _layer_norm_backward[(n_programs,)](
+                *tensors, n_rows, width, **shape.constants, HAS_BIAS=has_bias, **shape.options
+            )
+    grad_weight, grad_bias = (*add_up(partials, weight.dtype), None)[:2]
+    return Gradients(grad, grad_x, grad_weight, grad_bias)
+
+
+class Shape(NamedTuple):
+    """How a kernel is launched for a width: rows × block numbers at once, on so many warps.
+
+    programs: for the backward, how many are to run on a multiprocessor at once. registers: what a
+    thread may use so that they do (None: the compiler decides).
+    """
+
+    rows: int
+    block: int
+    warps: int
+    programs: int = 0
+    registers: int | None = None
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Compile-time arguments of the kernel."""
+        return {"ROWS": self.rows, "BLOCK": self.block}
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Options of the compiler."""
+        options = {"num_warps": self.warps, "enable_fp_fusion": True}
+        return options | ({"maxnreg": self.registers} if self.registers else {})
+
+
+def forward_shape(width: int) -> Shape:
+    """Return how the forward is launched for rows of `width`.
+
+    A thread has 8 columns (16 in the widest rows), a 128-bit load of 16-bit numbers, of several
+    rows: tens of KB are on their way to each multiprocessor, which is what its share of the memory
+    bandwidth times the latency asks for.
+    """
+    block = max(MIN_BLOCK, triton.next_power_of_2(width))
+    return Shape(max(1, min(4, 8192 // block)), block, _n_warps(block))
+
+
+def backward_shape(width: int, n_bytes: int) -> Shape:
+    """Return how the backward is launched for rows of `width`.
+
+    n_bytes: of a number, in the widest of the tensors that it reads. All programs of a
+    multiprocessor are to run at once, so that none waits for another's end; rows of 32-bit numbers
+    have as much on its way with fewer warps, and need more registers.
+    """
+    block = max(MIN_BLOCK, triton.next_power_of_2(width))
+    warps = _n_warps(block)
+    if n_bytes == 8:  # for checks of gradients: free of spills, and no more
+        return Shape(1, block, warps, programs=1)
+    if warps > 8:
+        return Shape(8192 // block, block, warps, programs=1)
+    resident, registers = (24, 80) if n_bytes == 2 else (16, 128)
+    return Shape(2, block, warps, min(16, resident // warps), registers)
+
+
+def _n_warps(block: int) -> int:
+    return min(max(1, block // 256), 16)
+
+
+# What training meets: dtypes of x, of the residual stream, of weight and bias, and of y. In one
+# precision throughout, under autocast, and under autocast with the residual stream in 16 bits.
+MIXES = [
+    *((dtype,) * 4 for dtype in DTYPES.values()),
+    *((half, "fp32", "fp32", half) for half in ("fp16", "bf16")),
+    *((half, half, "fp32", half) for half in ("fp16", "bf16")),
+]
+WIDTHS = (768, 1600)
+OTHER_WIDTHS = (MIN_BLOCK, 256, 512, 4096, MAX_WIDTH)
+
+
+def variants(capability: int) -> Iterator[Variant]:
+    """Yield what the launchers can launch on a GPU of a compute capability.
+
+    All widths for two of the mixes of dtypes, and all mixes that training meets for the widths of
+    GPT-2. What is not listed, mixes of fp16 and bf16 for example, differs in a conversion.
+    """
+    for mix in MIXES:
+        for width in WIDTHS + OTHER_WIDTHS * (mix in (("fp32",) * 4, ("bf16", "fp32") * 2)):
+            yield _forward_variant(mix, width)
+            yield _backward_variant(mix, width)
+        yield _forward_variant(mix, WIDTHS[0], alone=True)
+        yield _backward_variant(mix, WIDTHS[0], alone=True)
+    for make in (_forward_variant, _backward_variant):
+        odd = make(("bf16", "fp32", "fp32", "bf16"), 1023)
+        yield replace(odd, unaligned=("n_rows", "width"))
+
+
+def _forward_variant(mix: tuple[str, ...], width: int, alone: bool = False) -> Variant:
+    x, residual, weight, y = mix
+    pointers = {
+        "x_ptr": residual if alone else x,
+        "residual_ptr": None if alone else residual,
+        "weight_ptr": weight,
+        "bias_ptr": weight,
+        "total_ptr": None if alone else residual,
+        "y_ptr": y,
+        "mean_ptr": _wide(residual),
+        "rstd_ptr": _wide(residual),
+    }
+    return _variant(_layer_norm_forward, pointers, {"eps": "fp32"}, forward_shape(width))
+
+
+def _backward_variant(mix: tuple[str, ...], width: int, alone: bool = False) -> Variant:
+    x, residual, weight, y = mix
+    pointers = {
+        "grad_y_ptr": y,
+        "grad_total_ptr": None if alone else residual,
+        "total_ptr": residual,
+        "weight_ptr": weight,
+        "mean_ptr": _wide(residual),
+        "rstd_ptr": _wide(residual),
+        "grad_ptr": residual,
+        "grad_x_ptr": None if alone or x == residual else x,
+        "partials_ptr": _wide(residual),
+    }
+    shape = backward_shape(width, int(residual.lstrip("bfp")) // 8)
+    return _variant(_layer_norm_backward, pointers, {}, shape, HAS_BIAS=True)
+
+
+def _variant(
+    kernel: triton.JITFunction,
+    pointers: dict[str, str | None],
+    numbers: dict[str, str],
+    shape: Shape,
+    **constants: bool,
+) -> Variant:
+    given = {name: f"*{dtype}" for name, dtype in pointers.items() if dtype}
+    left_out = {name: None for name, dtype in pointers.items() if not dtype}
+    return Variant(
+        kernel.__name__,
+        given | {"n_rows": "i32", "width": "i32"} | numbers,
+        left_out | shape.constants | constants,
+        shape.options,
+    )
+
+
+def _wide(dtype: str) -> str:
+    return "fp64" if dtype == "fp64" else "fp32"
+
+
+@triton.jit
+def _layer_norm_forward(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    total_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    n_rows,
+    width,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows, offsets, present, inside = _tile(tl.program_id(0), n_rows, width, ROWS, BLOCK)
+    x = widen(tl.load(x_ptr + offsets, mask=inside, other=0.0))  # [ROWS, BLOCK]
+    weight = _vector(weight_ptr, width, BLOCK)  # [1, BLOCK]
+    if bias_ptr is not None:
+        bias = _vector(bias_ptr, width, BLOCK)
+    if residual_ptr is not None:
+        residual = widen(tl.load(residual_ptr + offsets, mask=inside, other=0.0))
+        total = (x + residual).to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + offsets, total, mask=inside)
+        x = widen(total)
+
+    mean = tl.sum(x, axis=1, keep_dims=True) / width  # [ROWS, 1]
+    centred = tl.where(inside, x - mean, 0.0)
+    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / width
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    tl.store(mean_ptr + rows, mean, mask=present)
+    tl.store(rstd_ptr + rows, rstd, mask=present)
+
+    y = centred * rstd * weight
+    if bias_ptr is not None:
+        y += bias
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _layer_norm_backward(
+    grad_y_ptr,
+    grad_total_ptr,
+    total_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    grad_ptr,
+    grad_x_ptr,
+    partials_ptr,
+    n_rows,
+    width,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program, n_programs = tl.program_id(0), tl.num_programs(0)
+    weight = _vector(weight_ptr, width, BLOCK)  # [1, BLOCK]
+    grad_weight = tl.zeros([1, BLOCK], partials_ptr.dtype.element_ty)
+    grad_bias = tl.zeros([1, BLOCK], partials_ptr.dtype.element_ty)
+    for tile in range(program, tl.cdiv(n_rows, ROWS), n_programs):
+        rows, offsets, present, inside = _tile(tile, n_rows, width, ROWS, BLOCK)
+        grad_y = widen(tl.load(grad_y_ptr + offsets, mask=inside, other=0.0))  # [ROWS, BLOCK]
+        total = widen(tl.load(total_ptr + offsets, mask=inside, other=0.0))
+        if grad_total_ptr is not None:  # early, so that all the loads are on their way at once
+            grad_total = tl.load(grad_total_ptr + offsets, mask=inside, other=0.0)
+        mean = tl.load(mean_ptr + rows, mask=present, other=0.0)  # [ROWS, 1]
+        rstd = tl.load(rstd_ptr + rows, mask=present, other=0.0)
+
+        normed = (total - mean) * rstd
+        grad_weight += tl.sum(grad_y * normed, axis=0, keep_dims=True)
+        if HAS_BIAS:
+            grad_bias += tl.sum(grad_y, axis=0, keep_dims=True)
+        # Outside, grad_normed is 0: what normed is there does not count.
+        grad_normed = grad_y * weight
+        along = tl.sum(grad_normed * normed, axis=1, keep_dims=True) / width  # [ROWS, 1]
+        level = tl.sum(grad_normed, axis=1, keep_dims=True) / width
+        grad = rstd * (grad_normed - normed * along - level)
+        if grad_total_ptr is not None:
+            grad += widen(grad_total)
+        tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+        if grad_x_ptr is not None:
+            tl.store(grad_x_ptr + offsets, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
+
+    columns = tl.arange(0, BLOCK)[None, :]
+    partials_ptr += program.to(tl.int64) * width  # [1 or 2, n_programs, C]
+    tl.store(partials_ptr + columns, grad_weight, mask=columns < width)
+    if HAS_BIAS:
+        partials_ptr += n_programs.to(tl.int64) * width
+        tl.store(partials_ptr + columns, grad_bias, mask=columns < width)
+
+
+@triton.jit
+def _tile(tile, n_rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return rows [ROWS, 1] and offsets [ROWS, BLOCK] of a tile, and which of each exist."""
+    # int64: tensors of more than 2^31 elements are in use
+    rows = tl.full([ROWS, 1], tile, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    present = rows < n_rows
+    return rows, rows * width + columns, present, present & (columns < width)
+
+
+@triton.jit
+def _vector(pointer, width, BLOCK: tl.constexpr):
+    """Load a weight or bias as [1, BLOCK], and 0 beyond its width."""
+    # Two dimensions from the start: the threads that load it are those that use it.
+    columns = tl.arange(0, BLOCK)[None, :]
+    return widen(tl.load(pointer + columns, mask=columns < width, other=0.0))
+
+
+def _widest(*tensors: Tensor | None) -> int:
+    """Return the bytes of a number in the tensor, of those given, where it has most."""
+    return max(tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    total: Tensor | None,
+    y: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Fill total and y; return mean and 1 / std."""
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    width = weight.numel()
+    n_rows = x.shape[:-1].numel()
+    mean, rstd = (torch.empty(n_rows, dtype=_wide_dtype(x), device=x.device) for _ in range(2))
+    if n_rows:  # CUDA has no empty grid
+        shape = forward_shape(width)
+        tensors = (x, residual, weight, bias, total, y, mean, rstd)
+        with on_device(x):
+            _layer_norm_forward[(triton.cdiv(n_rows, shape.rows),)](
+                *tensors, n_rows, width, eps, **shape.constants, **shape.options
+            )
+    return mean, rstd
+
+
+def _check_inputs(
+    operation: str,
+    out_dtype: torch.dtype | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    **inputs: Tensor,
+) -> None:
+    """Raise ValueError unless the forward kernel can take the tensors."""
+    check_tensors(operation, **inputs, weight=weight, bias=bias)
+    x = inputs["x"]
+    for name, tensor in inputs.items():
+        if tensor.shape != x.shape:
+            raise ValueError(
+                f"{operation}: {name} must have the shape of x, {tuple(x.shape)}, "
+                f"not {tuple(tensor.shape)}"
+            )
+    dtypes = {tensor.dtype for tensor in (*inputs.values(), weight, bias) if tensor is not None}
+    _check_dtypes(operation, {*dtypes, out_dtype} - {None})
+    _check_width(operation, x, weight, bias)
+
+
+def _check_gradients(
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x_dtype: torch.dtype | None,
+) -> None:
+    """Raise ValueError unless the backward kernel can take the tensors."""
+    operation = "layer_norm backward"
+    gradients = {"grad_y": grad_y, "grad_total": grad_total}
+    check_tensors(operation, **gradients, total=total, weight=weight, mean=mean, rstd=rstd)
+    for name, grad in gradients.items():
+        if grad is not None and grad.shape != total.shape:
+            raise ValueError(
+                f"{operation}: {name} must have the shape of total, {tuple(total.shape)}, "
+                f"not {tuple(grad.shape)}"
+            )
+    given = [grad for grad in gradients.values() if grad is not None]
+    dtypes = {tensor.dtype for tensor in (*given, total, weight, mean, rstd)}
+    _check_dtypes(operation, {*dtypes, x_dtype} - {None})
+    _check_width(operation, total, weight, None)
+    kept, n_rows = _wide_dtype(total), total.shape[:-1].numel()
+    for name, tensor in {"mean": mean, "rstd": rstd}.items():
+        if tensor.shape != (n_rows,) or tensor.dtype != kept or not tensor.is_contiguous():
+            raise ValueError(
+                f"{operation}: {name} must be what the forward returned, ({n_rows},) {kept}, "
+                f"not {tuple(tensor.shape)} {tensor.dtype}"
+            )
+
+
+def _check_dtypes(operation: str, dtypes: set[torch.dtype | None]) -> None:
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            names = ", ".join(map(str, DTYPES))
+            raise ValueError(f"{operation}: results must be one of {names}, not {dtype}")
+    if torch.float64 in dtypes and len(dtypes) > 1:
+        others = ", ".join(sorted(str(dtype) for dtype in dtypes - {torch.float64}))
+        raise ValueError(
+            f"{operation}: torch.float64 does not mix with {others}; cast all to one dtype"
+        )
+
+
+def _check_width(operation: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    width = x.size(-1) if x.dim() else 0
+    largest = MAX_WIDTH_FP64 if x.dtype == torch.float64 else MAX_WIDTH
+    if not 1 <= width <= largest:
+        raise ValueError(
+            f"{operation}: the last dimension may have 1 to {largest} elements in {x.dtype}, and "
+            f'the shape is {tuple(x.shape)}; use ops="native" for others'
+        )
+    for name, vector in {"weight": weight, "bias": bias}.items():
+        if vector is not None and vector.shape != (width,):
+            raise ValueError(
+                f"{operation}: {name} must be ({width},), as the rows are, not "
+                f"{tuple(vector.shape)}"
+            )
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which `x` is computed with."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
