@@ -1,0 +1,304 @@
+"""The loss of the tied head, and its gradients, without ever holding all the logits.
+
+The twin of `fastgpt.ops.reference.linear_cross_entropy`. The logits of a chunk of rows are computed
+by cuBLAS into a buffer that all chunks share; one kernel reads them, writes the loss of each row
+and puts the gradient of the logits in their place; two more products turn that into gradients.
+Wijmans et al. 2024 (Cut Cross-Entropy, arXiv:2411.09009) never store a logit and pay with a second
+product; here the chunks are large, because a product of few rows leaves most of a GPU idle.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels.common import (
+    DTYPES,
+    Variant,
+    check_devices,
+    check_tensors,
+    on_device,
+    widen,
+)
+
+MAX_BYTES = 1_700_000_000  # of logits at once: 16,896 rows of GPT-2's vocabulary in 16 bits
+PADDING = 128  # columns: each row of logits then begins on a cache line, as cuBLAS likes it too
+LONG_ROW = 16_384  # columns from which a row is worth 32 warps
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LOG_2 = tl.constexpr(math.log(2.0))
+
+
+@torch.no_grad()
+def linear_cross_entropy_forward(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    need_x: bool = True,
+    need_weight: bool = True,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return (loss, n_counted, grad_x, grad_weight) of the logits ``x @ weight.T``.
+
+    x: `[N, C]`, fp32, fp16, bf16 or fp64; weight: `[V, C]`, used in the dtype of `x`; targets:
+    int64 `[N]`; chunk: rows at once (None: as many as `MAX_BYTES` of logits allow).
+
+    loss: the mean over the targets that are not `ignore_index`, a scalar in fp32 (fp64 for fp64);
+    NaN if there are none, or if one is outside [0, V). n_counted: how many there are, int64, on the
+    device as well: nothing waits for it here. The gradients are those of the *sum* of the losses,
+    and in the dtype of the loss: so none underflows, the sum over thousands of rows does not
+    overflow, and the caller, who knows the gradient of the loss, rounds once. Times
+    ``grad_loss / n_counted.clamp(min=1)`` they are what PyTorch's `cross_entropy` gives, zeros
+    included where nothing counts. None where not needed.
+    """
+    _check(x, weight, targets, chunk)
+    n_rows, n_vocab = x.size(0), weight.size(0)
+    n_padded = triton.cdiv(n_vocab, PADDING) * PADDING
+    rows = _rows(n_rows, n_padded * x.element_size()) if chunk is None else min(chunk, n_rows)
+    weight = _padded(weight, n_padded, x.dtype)
+    targets = targets.contiguous()  # a few bytes a row
+
+    wide = torch.promote_types(x.dtype, torch.float32)
+    losses = x.new_empty(n_rows, dtype=wide)
+    logits = x.new_empty(rows, n_padded)
+    grad_x = x.new_empty(x.shape, dtype=wide) if need_x else None
+    new = weight.new_empty if n_rows else weight.new_zeros  # the first chunk does not add
+    grad_weight = new(weight.shape, dtype=wide) if need_weight else None
+    for start in range(0, n_rows, max(rows, 1)):
+        here = slice(start, start + rows)
+        chunk_logits = logits[: min(rows, n_rows - start)]
+        torch.mm(x[here], weight.T, out=chunk_logits)
+        per_row = targets[here], losses[here]
+        _launch(chunk_logits, *per_row, n_vocab, ignore_index, gradient=need_x or need_weight)
+        if grad_x is not None:
+            _multiply(grad_x[here], chunk_logits, weight)
+        if grad_weight is not None:
+            _multiply(grad_weight, chunk_logits.T, x[here], add=start > 0)
+    n_counted = (targets != ignore_index).sum()
+    if grad_weight is not None:
+        grad_weight = grad_weight[:n_vocab]
+    return losses.sum() / n_counted, n_counted, grad_x, grad_weight
+
+
+def variants(capability: int) -> Iterator[Variant]:
+    """Yield all that the launcher can launch on a GPU of a compute capability."""
+    for dtype, name in DTYPES.items():
+        wide = DTYPES[torch.promote_types(dtype, torch.float32)]
+        signature = {
+            "logits_ptr": f"*{name}",
+            "targets_ptr": "*i64",
+            "losses_ptr": f"*{wide}",
+            "n_vocab": "i32",
+            "n_padded": "i32",
+            "ignore_index": "i32",
+        }
+        for n_padded in (PADDING, LONG_ROW):
+            for gradient in (True, False):
+                constants, options = _configuration(dtype, n_padded, gradient)
+                yield Variant(
+                    "_cross_entropy",
+                    signature,
+                    constants,
+                    options,
+                    unaligned=("n_vocab", "ignore_index"),
+                )
+
+
+# The two integers that are whatever they are: 1 and multiples of 16 need no kernel of their own.
+@triton.jit(do_not_specialize=("n_vocab", "ignore_index"))
+def _cross_entropy(
+    logits_ptr,  # [rows, n_padded]
+    targets_ptr,  # [rows]
+    losses_ptr,  # [rows]
+    n_vocab,
+    n_padded,
+    ignore_index,
+    GRADIENT: tl.constexpr,  # whether the logits are to become their gradient
+    SCALE: tl.constexpr,  # of that gradient
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,  # columns that a lane reads at once: 128 bits
+):
+    row = tl.program_id(0).to(tl.int64)  # int64: rows × n_padded exceeds 2^31
+    target = tl.load(targets_ptr + row)
+    logits_ptr += row * n_padded
+    # [LANES, WIDTH]: each lane looks at WIDTH columns that lie side by side
+    columns = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    if target == ignore_index:
+        tl.store(losses_ptr + row, 0.0)
+        if GRADIENT:
+            zeros = tl.zeros([LANES, WIDTH], logits_ptr.dtype.element_ty)
+            for start in range(0, n_padded, LANES * WIDTH):
+                tl.store(logits_ptr + start + columns, zeros, mask=start + columns < n_padded)
+    else:
+        exists = (target >= 0) & (target < n_vocab)
+        # Read before the reductions, thus before any warp of the program overwrites it.
+        chosen = widen(tl.load(logits_ptr + target, mask=exists, other=0.0))
+        largest, total = _largest_and_total(logits_ptr, columns, n_vocab, n_padded, LANES, WIDTH)
+        total = tl.where(exists, total, float("nan"))  # and so are the loss and the gradient
+        log2_total = tl.log2(total)
+        tl.store(losses_ptr + row, (largest - chosen) + log2_total * LOG_2)
+        if GRADIENT:
+            _store_gradient(
+                logits_ptr,
+                columns,
+                n_vocab,
+                n_padded,
+                target,
+                largest,
+                log2_total,
+                SCALE,
+                LANES * WIDTH,
+            )
+
+
+@triton.jit
+def _largest_and_total(
+    logits_ptr, columns, n_vocab, n_padded, LANES: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Return the largest logit of a row and the sum of exp(logit - largest).
+
+    Milakov & Gimelshein 2018 (arXiv:1805.02867), each lane for its own columns: nothing crosses
+    lanes before the end, and a lane rescales its sum once in WIDTH columns.
+    """
+    dtype: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
+    # Finite, so that a lane with padding only has no inf - inf. No logit is as small as this.
+    largest = tl.full([LANES], -1e38, dtype)
+    total = tl.zeros([LANES], dtype)
+    for start in range(0, n_padded, LANES * WIDTH):
+        x = _load(logits_ptr, start + columns, n_vocab, n_padded)
+        larger = tl.maximum(largest, tl.max(x, axis=1))
+        # Subtracted before the factor: the product of a large logit and log2(e) is a rounded one.
+        total *= tl.exp2((largest - larger) * LOG2_E)
+        total += tl.sum(tl.exp2((x - larger[:, None]) * LOG2_E), axis=1)
+        largest = larger
+    overall = tl.max(largest)
+    return overall, tl.sum(total * tl.exp2((largest - overall) * LOG2_E))
+
+
+@triton.jit
+def _store_gradient(
+    logits_ptr,
+    columns,
+    n_vocab,
+    n_padded,
+    target,
+    largest,
+    log2_total,
+    SCALE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Put SCALE × (softmax - onehot) in the place of a row of logits: 0 where it is padding.
+
+    The row is read a second time, soon after the first: from a cache.
+    """
+    for start in range(0, n_padded, STEP):
+        x = _load(logits_ptr, start + columns, n_vocab, n_padded)
+        p = tl.exp2((x - largest) * LOG2_E - log2_total)
+        gradient = p * SCALE - tl.where(start + columns == target, SCALE, 0.0)
+        tl.store(
+            logits_ptr + start + columns,
+            gradient.to(logits_ptr.dtype.element_ty),
+            mask=start + columns < n_padded,
+            cache_modifier=".cs",
+        )
+
+
+@triton.jit
+def _load(logits_ptr, columns, n_vocab, n_padded):
+    # n_padded is a multiple of 16 and so of what a lane reads: its mask leaves 128-bit loads whole,
+    # which that of n_vocab would not.
+    x = widen(tl.load(logits_ptr + columns, mask=columns < n_padded, other=0.0))
+    return tl.where(columns < n_vocab, x, float("-inf"))
+
+
+def _launch(
+    logits: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    n_vocab: int,
+    ignore_index: int,
+    gradient: bool,
+) -> None:
+    """Write the loss of each row and, if asked, the gradient of the logits in their place."""
+    n_rows, n_padded = logits.shape
+    constants, options = _configuration(logits.dtype, n_padded, gradient)
+    with on_device(logits):
+        _cross_entropy[(n_rows,)](
+            logits, targets, losses, n_vocab, n_padded, ignore_index, **constants, **options
+        )
+
+
+def _configuration(
+    dtype: torch.dtype, n_padded: int, gradient: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the compile-time arguments and the launch options for rows of `n_padded` columns."""
+    warps = 32 if n_padded >= LONG_ROW else 4
+    constants = {
+        "GRADIENT": gradient,
+        "SCALE": _scale(dtype),
+        "LANES": 32 * warps,
+        "WIDTH": 16 // dtype.itemsize,
+    }
+    return constants, {"num_warps": warps, "enable_fp_fusion": True}
+
+
+def _scale(dtype: torch.dtype) -> float:
+    """Return what the gradient of the logits is multiplied by while it is stored in a dtype.
+
+    It lies in [-1, 1], and most of it is a probability of about 1/V or far less: fp16 loses all
+    below 6e-8, and bits of all below 6e-5. Times 2^15 that is 2e-12 and 2e-9, and the largest still
+    fits. The products of what is scaled go to fp32, where they are scaled back, exactly.
+    """
+    return 2.0**15 if dtype == torch.float16 else 1.0
+
+
+def _multiply(out: Tensor, scaled: Tensor, b: Tensor, add: bool = False) -> None:
+    """Compute ``out = scaled @ b / scale`` in fp32 or fp64, or add that to `out`."""
+    factors = {"beta": float(add), "alpha": 1.0 / _scale(scaled.dtype)}  # beta 0: out is not read
+    if out.dtype == scaled.dtype:
+        torch.addmm(out, scaled, b, **factors, out=out)
+    elif out.device.type == "cpu":  # which multiplies into no other dtype
+        torch.addmm(out, scaled.to(out.dtype), b.to(out.dtype), **factors, out=out)
+    else:
+        torch.addmm(out, scaled, b, out_dtype=out.dtype, **factors, out=out)
+
+
+def _padded(weight: Tensor, n_padded: int, dtype: torch.dtype) -> Tensor:
+    """Return `weight` in `dtype` with rows of zeros up to `n_padded`: itself where it is so."""
+    if weight.size(0) == n_padded:
+        return weight.to(dtype)
+    padded = weight.new_empty(n_padded, weight.size(1), dtype=dtype)
+    padded[: weight.size(0)].copy_(weight)
+    padded[weight.size(0) :].zero_()
+    return padded
+
+
+def _rows(n_rows: int, row_bytes: int) -> int:
+    """Return how many rows of logits to compute at once: chunks of one size, none of them tiny."""
+    at_most = max(1, MAX_BYTES // row_bytes)
+    return triton.cdiv(n_rows, max(1, triton.cdiv(n_rows, at_most)))
+
+
+def _check(x: Tensor, weight: Tensor, targets: Tensor, chunk: int | None) -> None:
+    name = "linear_cross_entropy"
+    check_tensors(name, x=x, weight=weight)
+    check_devices(name, x=x, weight=weight, targets=targets)
+    if targets.dtype != torch.int64:
+        raise ValueError(f"{name}: targets must be torch.int64, not {targets.dtype}")
+    if x.dim() != 2 or weight.dim() != 2 or x.size(1) != weight.size(1) or not weight.numel():
+        raise ValueError(
+            f"{name}: x must be [N, C] and weight [V, C], with the same C and neither V nor C 0, "
+            f"not {list(x.shape)} and {list(weight.shape)}"
+        )
+    if targets.shape != x.shape[:1]:
+        raise ValueError(
+            f"{name}: there must be one target for each row of x, so {list(x.shape[:1])} for x of "
+            f"{list(x.shape)}, not {list(targets.shape)}"
+        )
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"{name}: chunk must be at least 1 row, not {chunk}")
