@@ -18,7 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.column_sum import add_up
-from fastgpt.kernels.common import DTYPES, Variant, check_tensors, n_processors, on_device, widen
+from fastgpt.kernels.common import (
+    DTYPES,
+    Variant,
+    capability,
+    check_tensors,
+    n_processors,
+    on_device,
+    widen,
+)
 
 # Rows are held in registers whole; wider ones would spill.
 MAX_WIDTH = 8192
@@ -98,7 +106,8 @@ def layer_norm_backward(
     grad_x = None if x_dtype in (None, total.dtype) else torch.empty_like(total, dtype=x_dtype)
 
     n_rows, width = mean.numel(), weight.numel()
-    shape = backward_shape(width, _widest(grad_y, grad_total, total))
+    n_bytes = _widest(grad_y, grad_total, total)
+    shape = backward_shape(width, n_bytes, capability(total.device))
     resident = n_processors(total.device) * shape.programs
     n_programs = min(triton.cdiv(n_rows, shape.rows), resident)
     partials = torch.empty(1 + has_bias, n_programs, width, dtype=mean.dtype, device=total.device)
@@ -148,7 +157,7 @@ def forward_shape(width: int) -> Shape:
     return Shape(max(1, min(4, 8192 // block)), block, _n_warps(block))
 
 
-def backward_shape(width: int, n_bytes: int) -> Shape:
+def backward_shape(width: int, n_bytes: int, capability: int) -> Shape:
     """Return how the backward is launched for rows of `width`.
 
     n_bytes: of a number, in the widest of the tensors that it reads. All programs of a
@@ -161,7 +170,9 @@ def backward_shape(width: int, n_bytes: int) -> Shape:
         return Shape(1, block, warps, programs=1)
     if warps > 8:
         return Shape(8192 // block, block, warps, programs=1)
-    resident, registers = (24, 80) if n_bytes == 2 else (16, 128)
+    resident, registers = (16, 128) if n_bytes == 4 else (20, 96)
+    if n_bytes == 2 and capability == 90:  # elsewhere 80 registers spill
+        resident, registers = 24, 80
     return Shape(2, block, warps, min(16, resident // warps), registers)
 
 
@@ -189,12 +200,12 @@ def variants(capability: int) -> Iterator[Variant]:
     for mix in MIXES:
         for width in WIDTHS + OTHER_WIDTHS * (mix in (("fp32",) * 4, ("bf16", "fp32") * 2)):
             yield _forward_variant(mix, width)
-            yield _backward_variant(mix, width)
+            yield _backward_variant(mix, width, capability)
         yield _forward_variant(mix, WIDTHS[0], alone=True)
-        yield _backward_variant(mix, WIDTHS[0], alone=True)
-    for make in (_forward_variant, _backward_variant):
-        odd = make(("bf16", "fp32", "fp32", "bf16"), 1023)
-        yield replace(odd, unaligned=("n_rows", "width"))
+        yield _backward_variant(mix, WIDTHS[0], capability, alone=True)
+    odd = ("bf16", "fp32") * 2, 1023
+    for variant in (_forward_variant(*odd), _backward_variant(*odd, capability)):
+        yield replace(variant, unaligned=("n_rows", "width"))
 
 
 def _forward_variant(mix: tuple[str, ...], width: int, alone: bool = False) -> Variant:
@@ -212,7 +223,9 @@ def _forward_variant(mix: tuple[str, ...], width: int, alone: bool = False) -> V
     return _variant(_layer_norm_forward, pointers, {"eps": "fp32"}, forward_shape(width))
 
 
-def _backward_variant(mix: tuple[str, ...], width: int, alone: bool = False) -> Variant:
+def _backward_variant(
+    mix: tuple[str, ...], width: int, capability: int, alone: bool = False
+) -> Variant:
     x, residual, weight, y = mix
     pointers = {
         "grad_y_ptr": y,
@@ -225,7 +238,7 @@ def _backward_variant(mix: tuple[str, ...], width: int, alone: bool = False) -> 
         "grad_x_ptr": None if alone or x == residual else x,
         "partials_ptr": _wide(residual),
     }
-    shape = backward_shape(width, int(residual.lstrip("bfp")) // 8)
+    shape = backward_shape(width, int(residual.lstrip("bfp")) // 8, capability)
     return _variant(_layer_norm_backward, pointers, {}, shape, HAS_BIAS=True)
 
 
