@@ -2,6 +2,10 @@
 
 ``0.5 x (1 + tanh(u))`` is ``x * sigmoid(2u)``: one exponential, no cancellation for negative x, and
 Triton has no tanh. The backward recomputes the sigmoid from x, so that only x is kept.
+
+The bias of the linear layer before it can be added on the way: then the layer is a bare matrix
+product, what is kept is its result, and the gradient of the bias, a sum over all rows, comes out of
+the backward's pass (`fastgpt.kernels.column_sum` finishes it).
 """
 
 import math
@@ -12,34 +16,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.common import DTYPES, Variant, check_tensors, on_device, widen
+from fastgpt.kernels.column_sum import add_up
+from fastgpt.kernels.common import DTYPES, Variant, check_tensors, n_processors, on_device, widen
 
 BLOCK = 1024  # 8 elements a thread: one 128-bit load of 16-bit numbers, two of 32-bit ones
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+# With a bias, programs walk down the rows of a block of columns. 256 columns: a warp reads 512
+# bytes of a row of 16-bit numbers. All programs of a multiprocessor are to run at once, so that
+# none waits for another's end: with up to 80 registers a thread 6 do, with 48 KB on their way.
+FORWARD_TILE = {"ROWS": 16, "COLUMNS": 256}
+BACKWARD_TILE = {"ROWS": 8, "COLUMNS": 256}
+PROGRAMS = 6
 
 # 2u = x (LINEAR + CUBIC x²)
 LINEAR = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi))
 CUBIC = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi) * 0.044715)
 
 
-def gelu_forward(x: Tensor) -> Tensor:
-    """Return gelu(x), contiguous, in the shape and dtype of `x`.
+def gelu_forward(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return gelu(x), or gelu(x + bias), contiguous, in the shape and dtype of `x`.
 
-    x: any shape and strides; fp32, fp16 or bf16, computed in fp32, or fp64. ValueError if not.
+    x: any shape and strides; fp32, fp16 or bf16, computed in fp32, or fp64. bias: `[C]`, for x of
+    `[..., C]`, of any of these dtypes; the sum is not rounded to that of x. ValueError if not.
     """
-    check_tensors("gelu", x=x)
+    check_tensors("gelu", x=x, bias=bias)
     x = x.contiguous()
     y = torch.empty_like(x)
-    _launch(_gelu_forward, x, y)
+    if bias is None:
+        _launch(_gelu_forward, x, y)
+        return y
+    _check_bias(x, bias)
+    _launch_by_columns(_bias_gelu_forward, FORWARD_TILE, x, bias.contiguous(), y)
     return y
 
 
-def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient of `x`, contiguous, given `grad`, that of gelu(x).
+def gelu_backward(
+    grad: Tensor, x: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of `x`, contiguous, and of `bias`, given `grad`, that of the result.
 
-    grad: shape and dtype of `x`, any strides (autograd's expanded ones too); ValueError if not.
+    grad: shape and dtype of `x`, any strides (autograd's expanded ones too); ValueError if not. The
+    gradient of the bias has its dtype and is None without one.
     """
-    check_tensors("gelu", grad=grad, x=x)
+    check_tensors("gelu", grad=grad, x=x, bias=bias)
     if grad.shape != x.shape or grad.dtype != x.dtype:
         raise ValueError(
             f"gelu: grad must have the shape and dtype of x, {tuple(x.shape)} {x.dtype}, "
@@ -49,8 +69,16 @@ def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
     # a sum has stride 0) is worth a copy, which keeps the kernels to one flat, vectorised index.
     grad, x = grad.contiguous(), x.contiguous()
     grad_x = torch.empty_like(x)
-    _launch(_gelu_backward, grad, x, grad_x)
-    return grad_x
+    if bias is None:
+        _launch(_gelu_backward, grad, x, grad_x)
+        return grad_x, None
+    _check_bias(x, bias)
+    wide = torch.float64 if torch.float64 in (x.dtype, bias.dtype) else torch.float32
+    n_programs = _n_programs(x, BACKWARD_TILE)
+    partials = torch.empty(1, n_programs, bias.numel(), dtype=wide, device=x.device)
+    tensors = (x, grad, bias.contiguous(), grad_x, partials)
+    _launch_by_columns(_bias_gelu_backward, BACKWARD_TILE, *tensors)
+    return grad_x, add_up(partials, bias.dtype)[0]
 
 
 def variants(capability: int) -> Iterator[Variant]:
@@ -62,15 +90,31 @@ def variants(capability: int) -> Iterator[Variant]:
         ):
             signature = dict.fromkeys(pointers, f"*{dtype}") | {"n_elements": "i64"}
             yield Variant(kernel.__name__, signature, {"BLOCK": BLOCK}, OPTIONS)
+    yield from _bias_variants()
+
+
+def _bias_variants() -> Iterator[Variant]:
+    sizes = {"n_rows": "i32", "width": "i32"}
+    dtypes = [(dtype, dtype) for dtype in DTYPES.values()]
+    for dtype, bias in [*dtypes, ("fp16", "fp32"), ("bf16", "fp32")]:
+        x, b = f"*{dtype}", f"*{bias}"
+        forward = {"x_ptr": x, "bias_ptr": b, "y_ptr": x} | sizes
+        partials = "*fp64" if dtype == "fp64" else "*fp32"
+        backward = {"x_ptr": x, "grad_ptr": x, "bias_ptr": b, "grad_x_ptr": x}
+        backward |= {"partials_ptr": partials} | sizes
+        for unaligned in ((), ("width",)) if (dtype, bias) == ("bf16", "fp32") else ((),):
+            for kernel, signature, tile in (
+                (_bias_gelu_forward, forward, FORWARD_TILE),
+                (_bias_gelu_backward, backward, BACKWARD_TILE),
+            ):
+                yield Variant(kernel.__name__, signature, tile, OPTIONS, unaligned=unaligned)
 
 
 @triton.jit
 def _gelu_forward(x_ptr, y_ptr, n_elements, BLOCK: tl.constexpr):
     offsets, inside = _block(n_elements, BLOCK)
     x = widen(tl.load(x_ptr + offsets, mask=inside))
-    e, r = _decay(x)
-    y = x * tl.where(x < 0.0, e * r, r)
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + offsets, _gelu(x).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -78,11 +122,62 @@ def _gelu_backward(grad_ptr, x_ptr, grad_x_ptr, n_elements, BLOCK: tl.constexpr)
     offsets, inside = _block(n_elements, BLOCK)
     grad = widen(tl.load(grad_ptr + offsets, mask=inside))
     x = widen(tl.load(x_ptr + offsets, mask=inside))
+    grad_x = grad * _slope(x)
+    tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _bias_gelu_forward(
+    x_ptr, bias_ptr, y_ptr, n_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    bias = widen(tl.load(bias_ptr + columns, mask=columns < width, other=0.0))  # [1, COLUMNS]
+    for tile in range(tl.program_id(1), tl.cdiv(n_rows, ROWS), tl.num_programs(1)):
+        offsets, inside = _tile(tile, columns, n_rows, width, ROWS)
+        x = widen(tl.load(x_ptr + offsets, mask=inside, other=0.0)) + bias  # [ROWS, COLUMNS]
+        tl.store(y_ptr + offsets, _gelu(x).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _bias_gelu_backward(
+    x_ptr,
+    grad_ptr,
+    bias_ptr,
+    grad_x_ptr,
+    partials_ptr,
+    n_rows,
+    width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    bias = widen(tl.load(bias_ptr + columns, mask=columns < width, other=0.0))  # [1, COLUMNS]
+    added = tl.zeros([ROWS, COLUMNS], partials_ptr.dtype.element_ty)
+    for tile in range(tl.program_id(1), tl.cdiv(n_rows, ROWS), tl.num_programs(1)):
+        offsets, inside = _tile(tile, columns, n_rows, width, ROWS)
+        grad = widen(tl.load(grad_ptr + offsets, mask=inside, other=0.0))  # [ROWS, COLUMNS]
+        x = widen(tl.load(x_ptr + offsets, mask=inside, other=0.0)) + bias
+        grad_x = grad * _slope(x)
+        added += grad_x  # 0 outside, as grad is
+        tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+    partials_ptr += tl.program_id(1).to(tl.int64) * width  # [1, n_programs, C]
+    total = tl.sum(added, axis=0, keep_dims=True)
+    tl.store(partials_ptr + columns, total, mask=columns < width)
+
+
+@triton.jit
+def _gelu(x):
+    e, r = _decay(x)
+    return x * tl.where(x < 0.0, e * r, r)
+
+
+@triton.jit
+def _slope(x):
+    """Return the derivative of gelu at x."""
     e, r = _decay(x)
     # d/dx x s(2u) = s + x s (1 - s) (2u)', and s (1 - s) = e r². Where e is 0, (2u)' may overflow.
     slope = tl.where(e == 0.0, 0.0, x * (e * r * r) * (LINEAR + 3.0 * CUBIC * x * x))
-    grad_x = grad * (tl.where(x < 0.0, e * r, r) + slope)
-    tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+    return tl.where(x < 0.0, e * r, r) + slope
 
 
 @triton.jit
@@ -102,6 +197,13 @@ def _block(n_elements, BLOCK: tl.constexpr):
     return offsets, offsets < n_elements
 
 
+@triton.jit
+def _tile(tile, columns, n_rows, width, ROWS: tl.constexpr):
+    """Return the offsets of a tile of rows, [ROWS, COLUMNS], and which of them exist."""
+    rows = tl.full([ROWS, 1], tile, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    return rows * width + columns, (rows < n_rows) & (columns < width)
+
+
 def _launch(kernel: triton.JITFunction, *tensors: Tensor) -> None:
     """Run an elementwise kernel over contiguous tensors of one size."""
     n_elements = tensors[0].numel()
@@ -109,3 +211,35 @@ def _launch(kernel: triton.JITFunction, *tensors: Tensor) -> None:
         return
     with on_device(tensors[0]):
         kernel[(triton.cdiv(n_elements, BLOCK),)](*tensors, n_elements, BLOCK=BLOCK, **OPTIONS)
+
+
+def _launch_by_columns(
+    kernel: triton.JITFunction, tile: dict[str, int], x: Tensor, *tensors: Tensor
+) -> None:
+    """Run a kernel over `x`, contiguous `[..., C]`, and the tensors that go with it.
+
+    Its grid: blocks of columns × the programs that share the rows of each.
+    """
+    if x.numel() == 0:  # CUDA has no empty grid
+        return
+    width = x.size(-1)
+    grid = (triton.cdiv(width, tile["COLUMNS"]), _n_programs(x, tile))
+    with on_device(x):
+        kernel[grid](x, *tensors, x.numel() // width, width, **tile, **OPTIONS)
+
+
+def _n_programs(x: Tensor, tile: dict[str, int]) -> int:
+    """Return how many programs share the rows of a block of columns: 0 if there are none."""
+    if x.numel() == 0:
+        return 0
+    width = x.size(-1)
+    wanted = PROGRAMS * n_processors(x.device) // triton.cdiv(width, tile["COLUMNS"])
+    return min(max(1, wanted), triton.cdiv(x.numel() // width, tile["ROWS"]))
+
+
+def _check_bias(x: Tensor, bias: Tensor) -> None:
+    if x.dim() == 0 or bias.shape != x.shape[-1:]:
+        raise ValueError(
+            f"gelu: bias must be of one dimension, the last of x, {tuple(x.shape)}, "
+            f"not {tuple(bias.shape)}"
+        )

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
+from fastgpt.kernels import gelu, layer_norm
 from fastgpt.kernels.common import DTYPES
 
 ROOT = Path(__file__).parents[2]
@@ -77,8 +78,40 @@ def faults(result: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("compiled", [("gelu", 90)], indirect=True, ids=["gelu"])
 def test_gelu_moves_128_bits_at_a_time_at_full_occupancy(compiled: list[Any]) -> None:
-    assert {result["dtypes"][0] for result in compiled} == set(DTYPES.values())
-    for result in compiled:
+    flat = [result for result in compiled if "BLOCK" in result["constants"]]
+    assert {result["dtypes"][0] for result in flat} == set(DTYPES.values())
+    for result in flat:
         assert {*result["load_bits"], *result["store_bits"]} == {128}
         if result["dtypes"] != ["fp64"]:
             assert result["occupancy"] >= 0.75
+
+
+@pytest.mark.parametrize(
+    "compiled", [("gelu", 90), ("layer_norm", 90)], indirect=True, ids=["gelu", "layer_norm"]
+)
+def test_rows_are_moved_128_bits_at_a_time(compiled: list[Any]) -> None:
+    by_rows = [result for result in compiled if "ROWS" in result["constants"]]
+    odd = [result for result in by_rows if 16 in result["load_bits"]]
+    assert len(odd) == 2  # forward and backward of a width that is no multiple of 16
+    for result in (result for result in by_rows if result not in odd):
+        widths = result["load_bits"] + result["store_bits"]
+        # once for a column, or for each row: the bias, sums of columns; the mean and 1 / std
+        assert sum(bits < 128 for bits in widths) <= 2
+        assert widths.count(128) >= 2
+
+
+@pytest.mark.parametrize("compiled", [("gelu", 90)], indirect=True, ids=["gelu"])
+def test_programs_of_gelu_with_a_bias_run_all_at_once(compiled: list[Any]) -> None:
+    by_rows = [result for result in compiled if "ROWS" in result["constants"]]
+    for result in by_rows:
+        if result["dtypes"] != ["fp64"]:
+            assert result["occupancy"] * 64 // result["warps"] >= gelu.PROGRAMS
+
+
+@pytest.mark.parametrize("compiled", [("layer_norm", 90)], indirect=True, ids=["layer_norm"])
+def test_programs_of_the_layer_norm_backward_run_all_at_once(compiled: list[Any]) -> None:
+    for result in compiled:
+        for n_bytes in (2, 4):
+            shape = layer_norm.backward_shape(result["constants"]["BLOCK"], n_bytes, 90)
+            if result["kernel"] == "_layer_norm_backward" and result["options"] == shape.options:
+                assert result["occupancy"] * 64 // result["warps"] >= shape.programs

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 from fastgpt.kernels import gelu
@@ -11,28 +13,25 @@ from tests.kernels.truth import DTYPES, HAS_GPU, assert_as_good_as_plain
 SIZES = [0, 1, 63, 64, 65, 1000, 4097]
 
 
-def truth(grad, x):
-    """gelu(x) and the gradient of x, by autograd in float64."""
-    x = x.detach().double().requires_grad_()
-    y = reference.gelu(x)
-    y.backward(grad.double())
-    return y.detach(), x.grad
-
-
-def plain(grad, x):
-    """The same in the precision of `x`: what the kernels are allowed twice the error of."""
-    x = x.detach().clone().requires_grad_()
-    y = reference.gelu(x)
+def formula(grad, x, bias=None):
+    """gelu(x + bias) and the gradients of x and bias, by autograd; rounded as the inputs are."""
+    leaves = [t if t is None else t.detach().clone().requires_grad_() for t in (x, bias)]
+    y = reference.gelu(leaves[0] if bias is None else leaves[0] + leaves[1]).to(x.dtype)
     y.backward(grad)
-    return y.detach(), x.grad
+    return [y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
 
 
-def check(grad, x):
-    """Hold both kernels against the truth, by FlashAttention's rule."""
-    actual = gelu.gelu_forward(x), gelu.gelu_backward(grad, x)
-    for ours, twin, true in zip(actual, plain(grad, x), truth(grad, x), strict=True):
-        assert ours.shape == x.shape
-        assert_as_good_as_plain(ours, twin, true)
+def check(grad, x, bias=None):
+    """Hold both kernels against the truth in float64, by FlashAttention's rule."""
+    double = [t if t is None else t.double() for t in (grad, x, bias)]
+    grad_x, grad_bias = gelu.gelu_backward(grad, x, bias)
+    assert (grad_bias is None) == (bias is None)
+    results = [gelu.gelu_forward(x, bias), grad_x, grad_bias][: 2 + (bias is not None)]
+    names = ("y", "grad x", "grad bias")
+    for name, ours, plain, true in zip(
+        names, results, formula(grad, x, bias), formula(*double), strict=bias is not None
+    ):
+        assert_as_good_as_plain(ours, plain, true, name)
 
 
 def normal(*shape, dtype, device):
@@ -78,31 +77,97 @@ def test_the_largest_numbers_stay_finite(dtype, device):
     largest = torch.finfo(dtype).max
     x = torch.tensor([largest, -largest], dtype=dtype, device=device)
     assert gelu.gelu_forward(x).tolist() == [largest, 0.0]
-    assert gelu.gelu_backward(torch.ones_like(x), x).tolist() == [1.0, 0.0]
+    assert gelu.gelu_backward(torch.ones_like(x), x)[0].tolist() == [1.0, 0.0]
 
 
-def test_float64(device):  # for gradcheck, of whatever uses the kernels
-    x = normal(1000, dtype=torch.float64, device=device)
-    y, grad_x = truth(torch.ones_like(x), x)
-    torch.testing.assert_close(gelu.gelu_forward(x), y, rtol=0, atol=1e-13)
-    torch.testing.assert_close(
-        gelu.gelu_backward(torch.ones_like(x), x), grad_x, rtol=0, atol=1e-13
-    )
+@pytest.mark.parametrize("bias", [None, 10])
+def test_float64(bias, device):  # for gradcheck, of whatever uses the kernels
+    x, grad = (normal(100, 10, dtype=torch.float64, device=device) for _ in range(2))
+    bias = bias and normal(bias, dtype=torch.float64, device=device)
+    actual = [gelu.gelu_forward(x, bias), *gelu.gelu_backward(grad, x, bias)]
+    for ours, true in zip(actual, formula(grad, x, bias), strict=bias is not None):
+        torch.testing.assert_close(ours, true, rtol=0, atol=1e-12)
 
 
-def test_gradient_is_that_of_the_forward(device):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 7), (5, 255), (2, 4, 256), (17, 257), (1, 600), (40, 3), (9,)], ids=str
+)
+def test_bias(shape, dtype, device):
+    x, grad = (normal(*shape, dtype=dtype, device=device) for _ in range(2))
+    check(grad, x, normal(shape[-1], dtype=dtype, device=device))
+    check(grad, x, normal(shape[-1], dtype=torch.float32, device=device))
+
+
+# 3 processors of the interpreter × 6 programs on one block of columns, 8 or 16 rows at a time
+@pytest.mark.parametrize("n_rows", [1, 7, 8, 9, 143, 144, 145, 300])
+def test_fewer_and_more_rows_than_the_programs_take_at_once(n_rows, device):
+    x, grad = (normal(n_rows, 20, dtype=torch.float32, device=device) for _ in range(2))
+    check(grad, x, normal(20, dtype=torch.float32, device=device))
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(rows=st.integers(1, 40), width=st.integers(1, 300))
+def test_bias_of_any_size(rows, width):
+    device = "cuda" if HAS_GPU else "cpu"
+    x, grad = (normal(rows, width, dtype=torch.float32, device=device) for _ in range(2))
+    check(grad, x, normal(width, dtype=torch.float32, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias_with_any_strides(dtype, device):
+    x = normal(5, 12, 10, dtype=dtype, device=device)
+    wide = normal(12, 3, dtype=dtype, device=device)
+    for view in (x.mT, x[:, ::3], x[1:, 1:, 1:], x[:, :1].expand(5, 4, 10), x[0, 0]):
+        from_sum = torch.ones((), dtype=dtype, device=device).expand(view.shape)
+        check(from_sum, view, wide[: view.size(-1), 1])
+        check(from_sum, view, wide[0, 0].expand(view.size(-1)))
+
+
+def test_the_sum_with_the_bias_is_not_rounded(device):
+    x = torch.tensor([[2048.0, -2048.0]], dtype=torch.float16, device=device)
+    bias = torch.tensor([-2047.5, 2048.7], device=device)
+    y = gelu.gelu_forward(x, bias)
+    torch.testing.assert_close(y, reference.gelu(x.float() + bias).half(), rtol=2e-3, atol=0)
+    grad_x, grad_bias = gelu.gelu_backward(torch.ones_like(x), x, bias)
+    assert grad_bias.dtype == torch.float32
+    assert torch.equal(grad_bias.half(), grad_x[0])  # one row: the same number, rounded once
+    assert not torch.equal(grad_bias, grad_x[0].float())
+
+
+def test_same_bits_twice(device):
+    x, grad = (normal(300, 30, dtype=torch.float32, device=device) for _ in range(2))
+    bias = normal(30, dtype=torch.float32, device=device)
+    first, second = (gelu.gelu_backward(grad, x, bias) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+def test_no_rows_no_columns(device):
+    for shape in ((0, 5), (3, 0), (3, 0, 5)):
+        x, bias = torch.ones(shape, device=device), torch.ones(shape[-1], device=device)
+        assert gelu.gelu_forward(x, bias).shape == shape
+        grad_x, grad_bias = gelu.gelu_backward(x, x, bias)
+        assert grad_x.shape == shape
+        assert torch.equal(grad_bias, torch.zeros_like(bias))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_gradients_are_those_of_the_forward(with_bias, device):
     class Gelu(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return gelu.gelu_forward(x)
+        def forward(ctx, x, bias):
+            ctx.save_for_backward(x, bias)
+            return gelu.gelu_forward(x, bias)
 
         @staticmethod
         def backward(ctx, grad):
             return gelu.gelu_backward(grad, *ctx.saved_tensors)
 
-    x = normal(3, 5, dtype=torch.float64, device=device).requires_grad_()
-    assert torch.autograd.gradcheck(Gelu.apply, x)
+    x, bias = (
+        normal(*shape, dtype=torch.float64, device=device).requires_grad_()
+        for shape in ((3, 5), (5,))
+    )
+    assert torch.autograd.gradcheck(Gelu.apply, (x, bias if with_bias else None))
 
 
 def test_refuses_what_it_does_not_support(device):
@@ -115,6 +180,13 @@ def test_refuses_what_it_does_not_support(device):
         gelu.gelu_backward(x[:3], x)
     with pytest.raises(ValueError, match=r"not \(4,\) torch\.float16"):
         gelu.gelu_backward(x.half(), x)
+    for bias in (x[:3], x[:1], x[None], x[0]):
+        with pytest.raises(ValueError, match=r"bias must be of one dimension, .* \(2, 4\), not \("):
+            gelu.gelu_forward(x.expand(2, 4), bias)
+        with pytest.raises(ValueError, match=r"bias must be of one dimension, .* \(2, 4\), not \("):
+            gelu.gelu_backward(x.expand(2, 4), x.expand(2, 4), bias)
+    with pytest.raises(ValueError, match=r"bias must be one of .*not torch\.int64"):
+        gelu.gelu_forward(x, x.long())
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs 13 GB of GPU memory")
@@ -124,4 +196,17 @@ def test_more_elements_than_int32_counts():
     y = gelu.gelu_forward(x)
     assert y.count_nonzero() == 5
     del y
-    assert gelu.gelu_backward(x, x).count_nonzero() == 5
+    assert gelu.gelu_backward(x, x)[0].count_nonzero() == 5
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs 18 GB of GPU memory")
+def test_more_elements_than_int32_counts_with_a_bias():
+    x = torch.zeros(2**31 // 1024 + 3, 1024, dtype=torch.float16, device="cuda")
+    x[-3:] = 1.0
+    bias = torch.zeros(1024, device="cuda")
+    y = gelu.gelu_forward(x, bias)
+    assert y.count_nonzero() == 3 * 1024
+    del y
+    grad_x, grad_bias = gelu.gelu_backward(x, x, bias)
+    assert grad_x.count_nonzero() == 3 * 1024
+    torch.testing.assert_close(grad_bias, 3 * grad_x[-1].float(), rtol=2e-3, atol=0)
