@@ -1,0 +1,161 @@
+"""AdamW and gradient clipping in one pass of Triton kernels over all parameters."""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+State = dict[str, Tensor]
+
+
+class FusedAdamW(torch.optim.AdamW):
+    """`clip_grad_norm_` and `torch.optim.AdamW` in one `step`, by `fastgpt.kernels.adamw`.
+
+    params, lr, betas, eps, weight_decay: as for AdamW, groups of parameters too; fp32, all on one
+    device. max_norm: gradients of a larger norm count as if scaled down to it (None: never). After
+    a step `grad_norm` is what the norm was, a scalar on the device. If it is not finite, the step
+    changes nothing, counts included. `.grad` itself is never changed.
+
+    States are exchanged with `torch.optim.AdamW` through `state_dict`, both ways. To record steps
+    into a CUDA graph, make `lr` a tensor on the device, do a step before the capture, and keep the
+    gradients where they are: ``zero_grad(set_to_none=False)``.
+    """
+
+    grad_norm: Tensor | None = None
+    _tensors: Any = None  # kernels.adamw.Tensors of the last step, and what it was made for
+    _made_for: tuple[int, ...] = ()
+    _hyper: Tensor | None = None  # fp64 [n, 5], likewise
+    _hyper_values: tuple[tuple[float, ...], ...] = ()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        max_norm: float | None = None,
+    ) -> None:
+        if max_norm is not None and not max_norm > 0.0:
+            raise ValueError(f"max_norm must be positive, or None, not {max_norm}")
+        self.max_norm = max_norm
+        super().__init__(params, lr, betas, eps, weight_decay, fused=True)
+        self._step_supports_amp_scaling = False  # a GradScaler is to unscale, and to skip, itself
+        self._recorded: list[Any] = []  # what CUDA graphs still read
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with rates of their own; ValueError unless all are fp32."""
+        super().add_param_group(param_group)
+        _check_dtypes(self.param_groups[-1]["params"])
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient; nothing waits for the device."""
+        adamw = import_module("fastgpt.kernels.adamw")  # here, because Triton is optional
+
+        groups = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        params = [p for group in groups for p in group]
+        if not params:
+            return
+        states = [self._state(p) for p in params]
+        grads = [_laid_out_as(p, p.grad) for p in params if p.grad is not None]
+        tensors = self._find(adamw, params, grads, states)
+        hyper = self._rates(adamw, groups, params[0])
+        if _recording(params[0]):
+            self._recorded += [tensors, hyper]
+        max_norm = float("inf") if self.max_norm is None else self.max_norm
+        self.grad_norm = adamw.adamw(tensors, hyper, max_norm)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which torch's own would leave without `max_norm`."""
+        return super().__getstate__() | {"max_norm": self.max_norm, "_recorded": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over loaded state; that of any kind of `torch.optim.AdamW` will do."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._step_supports_amp_scaling = False
+        for group in self.param_groups:
+            for option in ("amsgrad", "maximize", "differentiable"):
+                if group[option]:
+                    raise ValueError(
+                        f"FusedAdamW: a state made with {option}=True is not supported"
+                    )
+            group.update(fused=True, foreach=None, capturable=False)
+
+    def _state(self, param: Tensor) -> State:
+        """Return a parameter's step count and moments, made when first asked for."""
+        state: State = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), device=param.device)
+            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        step = state["step"]
+        if step.device != param.device or step.dtype != torch.float32:  # AdamW may keep it on a CPU
+            state["step"] = step.to(param.device, torch.float32)
+        for name in ("exp_avg", "exp_avg_sq"):  # loading may have changed the strides
+            state[name] = _laid_out_as(param, state[name])
+        return state
+
+    def _find(
+        self, adamw: Any, params: list[Tensor], grads: list[Tensor], states: list[State]
+    ) -> Any:
+        """Return where all tensors are, told to the device again only if one has moved."""
+        moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")]
+        rows = (params, grads, *moments)
+        made_for = tuple(tensor.data_ptr() for row in rows for tensor in row)
+        if self._tensors is None or made_for != self._made_for:
+            _refuse_while_recording(params[0], "a tensor of it has moved since the last step")
+            self._tensors = adamw.tensors_of_a_step(*rows)
+            self._made_for = made_for
+        return self._tensors
+
+    def _rates(self, adamw: Any, groups: list[list[Tensor]], param: Tensor) -> Tensor:
+        """Return each parameter's rates on the device, told to it again only if one has changed.
+
+        A rate that is a tensor is copied there at each step: without a wait, and in a CUDA graph.
+        """
+        values = tuple(_rates_of(group) for group in self.param_groups)
+        values = tuple(v for v, group in zip(values, groups, strict=True) for _ in group)
+        if self._hyper is None or values != self._hyper_values:
+            _refuse_while_recording(param, "a rate that is no tensor has changed")
+            self._hyper = adamw.to_device(torch.tensor(values, dtype=torch.float64), param.device)
+            self._hyper_values = values
+        done = 0
+        for group, params in zip(self.param_groups, groups, strict=True):
+            if isinstance(group["lr"], Tensor):
+                self._hyper[done : done + len(params), 0] = group["lr"]
+            done += len(params)
+        return self._hyper
+
+
+def _rates_of(group: dict[str, Any]) -> tuple[float, ...]:
+    lr = 0.0 if isinstance(group["lr"], Tensor) else float(group["lr"])
+    return (lr, *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"]))
+
+
+def _check_dtypes(params: list[Tensor]) -> None:
+    for param in params:
+        if param.dtype != torch.float32:
+            raise ValueError(f"FusedAdamW: parameters must be torch.float32, not {param.dtype}")
+
+
+def _laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
+    """Return `tensor`, or a copy of it that lies in memory as `param` does."""
+    if tensor.stride() == param.stride():
+        return tensor
+    return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
+
+
+def _recording(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _refuse_while_recording(tensor: Tensor, why: str) -> None:
+    if _recording(tensor):
+        raise RuntimeError(
+            f"FusedAdamW: this step cannot be recorded into a CUDA graph, because {why}: do a step "
+            "before the capture, make lr a tensor on the device, and keep the gradients with "
+            "zero_grad(set_to_none=False)"
+        )
