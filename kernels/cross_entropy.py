@@ -27,7 +27,7 @@ from fastgpt.kernels.common import (
 
 MAX_BYTES = 1_700_000_000  # of logits at once: 16,896 rows of GPT-2's vocabulary in 16 bits
 PADDING = 128  # columns: each row of logits then begins on a cache line, as cuBLAS likes it too
-LONG_ROW = 16_384  # columns from which a row is worth 32 warps
+LONG_ROW = 16_384  # columns from which a row is worth 16 warps, which need no register spilled
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LOG_2 = tl.constexpr(math.log(2.0))
@@ -135,25 +135,27 @@ def _cross_entropy(
             for start in range(0, n_padded, LANES * WIDTH):
                 tl.store(logits_ptr + start + columns, zeros, mask=start + columns < n_padded)
     else:
-        exists = (target >= 0) & (target < n_vocab)
+        column = tl.where((target >= 0) & (target < n_vocab), target, -1).to(tl.int32)
         # Read before the reductions, thus before any warp of the program overwrites it.
-        chosen = widen(tl.load(logits_ptr + target, mask=exists, other=0.0))
+        chosen = widen(tl.load(logits_ptr + column, mask=column >= 0, other=0.0))
         largest, total = _largest_and_total(logits_ptr, columns, n_vocab, n_padded, LANES, WIDTH)
-        total = tl.where(exists, total, float("nan"))  # and so are the loss and the gradient
+        total = tl.where(column >= 0, total, float("nan"))  # and so are the loss and the gradient
         log2_total = tl.log2(total)
         tl.store(losses_ptr + row, (largest - chosen) + log2_total * LOG_2)
         if GRADIENT:
-            _store_gradient(
-                logits_ptr,
-                columns,
-                n_vocab,
-                n_padded,
-                target,
-                largest,
-                log2_total,
-                SCALE,
-                LANES * WIDTH,
-            )
+            at_target = (tl.exp2((chosen - largest) * LOG2_E - log2_total) - 1.0) * SCALE
+            full = n_vocab // (LANES * WIDTH) * (LANES * WIDTH)
+            # Read a second time, from a cache: from the end, because that was read last.
+            x = _load_rest(logits_ptr + full, columns, n_vocab - full, n_padded - full)
+            p = tl.exp2((x - largest) * LOG2_E - log2_total)  # 0 where it is padding
+            gradient = tl.where(columns == column - full, at_target, p * SCALE)
+            _store(logits_ptr + full + columns, gradient, columns < n_padded - full)
+            for done in range(0, full, LANES * WIDTH):
+                start = full - LANES * WIDTH - done
+                x = widen(tl.load(logits_ptr + start + columns))
+                p = tl.exp2((x - largest) * LOG2_E - log2_total)
+                gradient = tl.where(columns == column - start, at_target, p * SCALE)
+                _store(logits_ptr + start + columns, gradient, None)
 
 
 @triton.jit
@@ -169,51 +171,36 @@ def _largest_and_total(
     # Finite, so that a lane with padding only has no inf - inf. No logit is as small as this.
     largest = tl.full([LANES], -1e38, dtype)
     total = tl.zeros([LANES], dtype)
-    for start in range(0, n_padded, LANES * WIDTH):
-        x = _load(logits_ptr, start + columns, n_vocab, n_padded)
-        larger = tl.maximum(largest, tl.max(x, axis=1))
-        # Subtracted before the factor: the product of a large logit and log2(e) is a rounded one.
-        total *= tl.exp2((largest - larger) * LOG2_E)
-        total += tl.sum(tl.exp2((x - larger[:, None]) * LOG2_E), axis=1)
-        largest = larger
+    full = n_vocab // (LANES * WIDTH) * (LANES * WIDTH)  # columns that need no mask
+    for start in range(0, full, LANES * WIDTH):
+        x = widen(tl.load(logits_ptr + start + columns))
+        largest, total = _accumulate(x, largest, total)
+    x = _load_rest(logits_ptr + full, columns, n_vocab - full, n_padded - full)
+    largest, total = _accumulate(x, largest, total)
     overall = tl.max(largest)
     return overall, tl.sum(total * tl.exp2((largest - overall) * LOG2_E))
 
 
 @triton.jit
-def _store_gradient(
-    logits_ptr,
-    columns,
-    n_vocab,
-    n_padded,
-    target,
-    largest,
-    log2_total,
-    SCALE: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """Put SCALE × (softmax - onehot) in the place of a row of logits: 0 where it is padding.
-
-    The row is read a second time, soon after the first: from a cache.
-    """
-    for start in range(0, n_padded, STEP):
-        x = _load(logits_ptr, start + columns, n_vocab, n_padded)
-        p = tl.exp2((x - largest) * LOG2_E - log2_total)
-        gradient = p * SCALE - tl.where(start + columns == target, SCALE, 0.0)
-        tl.store(
-            logits_ptr + start + columns,
-            gradient.to(logits_ptr.dtype.element_ty),
-            mask=start + columns < n_padded,
-            cache_modifier=".cs",
-        )
+def _accumulate(x, largest, total):
+    larger = tl.maximum(largest, tl.max(x, axis=1))
+    # Subtracted before the factor: the product of a large logit and log2(e) is a rounded one.
+    total *= tl.exp2((largest - larger) * LOG2_E)
+    return larger, total + tl.sum(tl.exp2((x - larger[:, None]) * LOG2_E), axis=1)
 
 
 @triton.jit
-def _load(logits_ptr, columns, n_vocab, n_padded):
+def _load_rest(logits_ptr, columns, n_vocab, n_padded):
     # n_padded is a multiple of 16 and so of what a lane reads: its mask leaves 128-bit loads whole,
     # which that of n_vocab would not.
     x = widen(tl.load(logits_ptr + columns, mask=columns < n_padded, other=0.0))
     return tl.where(columns < n_vocab, x, float("-inf"))
+
+
+@triton.jit
+def _store(pointers, gradient, mask):
+    # ".cs": what comes next to read it is a matrix product, long after it has left the cache
+    tl.store(pointers, gradient.to(pointers.dtype.element_ty), mask=mask, cache_modifier=".cs")
 
 
 def _launch(
@@ -237,7 +224,7 @@ def _configuration(
     dtype: torch.dtype, n_padded: int, gradient: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the compile-time arguments and the launch options for rows of `n_padded` columns."""
-    warps = 32 if n_padded >= LONG_ROW else 4
+    warps = 16 if n_padded >= LONG_ROW else 4
     constants = {
         "GRADIENT": gradient,
         "SCALE": _scale(dtype),
