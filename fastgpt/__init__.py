@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fastgpt.model import GPT as GPT
     from fastgpt.model import GPTConfig as GPTConfig
+    from fastgpt.patching import patch as patch
+    from fastgpt.patching import unpatch as unpatch
     from fastgpt.recipes import RECIPES as RECIPES
     from fastgpt.recipes import Recipe as Recipe
     from fastgpt.tokenizer import CharTokenizer as CharTokenizer
@@ -34,6 +36,8 @@ _HOME = {
     "Tokenizer": "tokenizer",
     "Trainer": "trainer",
     "load_tokenizer": "tokenizer",
+    "patch": "patching",
+    "unpatch": "patching",
 }
 
 _MODULES = {

@@ -302,7 +302,7 @@ def _plan(dtype: torch.dtype, n_new: int, head_dim: int) -> _Plan:
 def _plans(dtype: str, block_d: int, tf32: bool) -> list[_Plan]:
     """Return how to attend with more and more queries a row."""
     if dtype == "fp64":  # for checks only: one plan for all
-        return [_tile_plan(16, 16, block_d, "ieee", num_warps=4)]
+        return [_tile_plan(16, 2048 // block_d, block_d, "ieee", num_warps=4)]
     # 16 numbers of keys and 16 of values a thread, loaded 128 bits at a time
     tile = {"BLOCK_M": 1, "BLOCK_N": 2048 // block_d, "BLOCK_D": block_d, "STAGES": 3}
     one = _Plan(_attend_one, tile, {"num_warps": 4, "enable_fp_fusion": True})
