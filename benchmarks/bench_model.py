@@ -19,12 +19,12 @@ from benchmarks import peers
 from benchmarks.common import (
     CHAR_RECIPE,
     DEVICES,
+    backends,
     char_config,
     check_equal,
     compile_or_skip,
     measure,
 )
-from fastgpt import ops
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.optim import make_optimizer
 from fastgpt.recipes import RECIPES, Recipe
@@ -91,7 +91,7 @@ def cases() -> list[Any]:
 def variants(setting: Setting, job: str) -> tuple[str, ...]:
     """Return our backends, the peers, and what is measured compiled."""
     compiled = setting.compiled if job == "training step" else ()
-    return (*ops.BACKENDS, *PEERS, *(name + COMPILED for name in compiled))
+    return (*backends(setting.device), *PEERS, *(name + COMPILED for name in compiled))
 
 
 # --- evaluation and training -------------------------------------------------------------------
@@ -165,8 +165,14 @@ def training_step(
 # --- generation --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", [*ops.BACKENDS, "native without cache", *PEERS])
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+@pytest.mark.parametrize(
+    ("setting", "variant"),
+    [
+        pytest.param(setting, variant, id=f"{setting.name}-{variant}")
+        for setting in SETTINGS
+        for variant in (*backends(setting.device), "native without cache", *PEERS)
+    ],
+)
 def test_generation(benchmark: Any, setting: Setting, variant: str) -> None:
     backend = variant.removesuffix(" without cache")
     model = make_model(setting, backend).to(setting.device).eval()

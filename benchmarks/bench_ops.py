@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.common import (
     CHAR_RECIPE,
     DEVICES,
+    backends,
     char_config,
     check_equal,
     compile_or_skip,
@@ -60,10 +61,11 @@ OPERATIONS = (
     "add_layer_norm",
     "causal_attention",
     "gelu",
+    "linear_gelu",
     "linear_cross_entropy",
     "cached_attention",
 )
-COMPILED = ("add_layer_norm", "causal_attention", "gelu", "linear_cross_entropy")
+COMPILED = ("add_layer_norm", "causal_attention", "linear_gelu", "linear_cross_entropy")
 
 
 def sizes(operation: str, device: str) -> tuple[Size, ...]:
@@ -79,7 +81,7 @@ def cases() -> Iterator[Any]:
         for operation in OPERATIONS:
             for size in sizes(operation, device):
                 for direction in directions(operation):
-                    for variant in variants(operation, size, direction):
+                    for variant in variants(operation, size, direction, device):
                         case = (operation, size, direction, device, variant)
                         names = (part.name if isinstance(part, Size) else part for part in case)
                         yield pytest.param(*case, id="-".join(names))
@@ -91,10 +93,10 @@ def directions(operation: str) -> tuple[str, ...]:
     return both[:1] if operation == "cached_attention" else both
 
 
-def variants(operation: str, size: Size, direction: str) -> tuple[str, ...]:
+def variants(operation: str, size: Size, direction: str, device: str) -> tuple[str, ...]:
     """Compiling takes seconds a case, so only a few that a compiler could fuse are compiled."""
     compiled = operation in COMPILED and size is not CHAR and direction == "forward+backward"
-    return (*ops.BACKENDS, "torch", *(["compiled reference"] if compiled else []))
+    return (*backends(device), "torch", *(["compiled reference"] if compiled else []))
 
 
 @pytest.mark.parametrize(("operation", "size", "direction", "device", "variant"), list(cases()))
@@ -189,6 +191,12 @@ def gelu_inputs(size: Size) -> tuple[Any, ...]:
     return (torch.randn(size.batch, size.time, 4 * size.n_embd),)
 
 
+def linear_gelu_inputs(size: Size) -> tuple[Any, ...]:
+    x = torch.randn(size.batch, size.time, size.n_embd)
+    weight = torch.randn(4 * size.n_embd, size.n_embd) * size.n_embd**-0.5
+    return x, weight, 0.1 * torch.randn(4 * size.n_embd)
+
+
 def linear_cross_entropy_inputs(size: Size) -> tuple[Any, ...]:
     vocab_size = size.vocab_size or char_config().vocab_size
     x = torch.randn(size.batch, size.time, size.n_embd)
@@ -209,6 +217,7 @@ INPUTS: dict[str, Callable[[Size], tuple[Any, ...]]] = {
     "add_layer_norm": add_layer_norm_inputs,
     "causal_attention": causal_attention_inputs,
     "gelu": gelu_inputs,
+    "linear_gelu": linear_gelu_inputs,
     "linear_cross_entropy": linear_cross_entropy_inputs,
     "cached_attention": cached_attention_inputs,
 }
@@ -240,6 +249,10 @@ def stock_gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def stock_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
 def stock_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     logits = F.linear(x, weight).float()  # in bf16, what autocast does before this loss
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -260,6 +273,7 @@ STOCK: dict[str, Callable[..., Any]] = {
     "add_layer_norm": stock_add_layer_norm,
     "causal_attention": stock_causal_attention,
     "gelu": stock_gelu,
+    "linear_gelu": stock_linear_gelu,
     "linear_cross_entropy": stock_linear_cross_entropy,
     "cached_attention": stock_cached_attention,
 }

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgpt import ops
 from fastgpt.data import load_corpus
 from fastgpt.model import GPTConfig
 from fastgpt.recipes import RECIPES, Recipe
@@ -30,6 +31,11 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 20
 
 # Largest error, as a share of the largest value: what rounding explains, and a mistake exceeds.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+def backends(device: str) -> list[str]:
+    """Return the backends worth timing: on a CPU, Triton's kernels run in an interpreter."""
+    return [name for name in ops.BACKENDS if name != "triton" or device == "cuda"]
 
 
 def check_equal(

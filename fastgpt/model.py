@@ -53,8 +53,8 @@ class GPTConfig:
 class GPT(nn.Module):
     """GPT-2: token and position embeddings, `n_layer` pre-norm blocks, a last norm, the head.
 
-    `ops` names the backend (see `fastgpt.ops`): ``"auto"``, ``"native"`` or ``"reference"``.
-    Weights are initialised as GPT-2's were and never depend on the backend.
+    `ops` names the backend (see `fastgpt.ops`): ``"auto"``, ``"triton"``, ``"native"`` or
+    ``"reference"``. Weights are initialised as GPT-2's were and never depend on the backend.
     """
 
     def __init__(self, config: GPTConfig, ops: str = "auto") -> None:
@@ -82,8 +82,9 @@ class GPT(nn.Module):
         hidden = self.hidden(ids)
         if targets is None:
             return self.logits(hidden)
-        ops = backends.get(self.ops)
-        loss: Tensor = ops.linear_cross_entropy(hidden, self.head_weight, targets, ignore_index)
+        loss: Tensor = self._backend.linear_cross_entropy(
+            hidden, self.head_weight, targets, ignore_index
+        )
         return loss
 
     def hidden(self, ids: Tensor, cache: "KVCache | None" = None) -> Tensor:
@@ -91,7 +92,7 @@ class GPT(nn.Module):
 
         With a cache, `ids` continue what it holds, and their keys and values are added to it.
         """
-        ops = backends.get(self.ops)
+        ops = self._backend
         x = F.dropout(
             self.wte(ids) + self.wpe(self._positions(ids, cache)),
             self.config.dropout,
@@ -131,6 +132,10 @@ class GPT(nn.Module):
         """Count the parameters; without `embeddings`, leave out the position table (as nanoGPT)."""
         total = sum(p.numel() for p in self.parameters())
         return total if embeddings else total - self.wpe.weight.numel()
+
+    @property
+    def _backend(self) -> ModuleType:
+        return backends.get(self.ops, self.device, self.config.n_embd // self.config.n_head)
 
     def _positions(self, ids: Tensor, cache: "KVCache | None") -> Tensor:
         """Return the position of each id: `[T]`, or `[B, T]` behind what a cache holds."""
@@ -236,7 +241,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, ops: ModuleType) -> Tensor:
         """Map `x` `[B, T, C]` position by position."""
-        return F.dropout(self.c_proj(ops.gelu(self.c_fc(x))), self.dropout, self.training)
+        y = ops.linear_gelu(x, self.c_fc.weight, self.c_fc.bias)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 def _embedding(n_rows: int, width: int) -> nn.Embedding:

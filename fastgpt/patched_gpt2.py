@@ -8,7 +8,6 @@ operators do not do, the base's `forward` runs.
 
 import inspect
 from functools import wraps
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,19 +26,6 @@ from fastgpt.ops.reference import split_heads
 INERT = {"use_cache", "position_ids", "cache_position", "num_items_in_batch"}
 
 
-_loaded: dict[str, ModuleType] = {}
-
-
-def backend(name: str) -> ModuleType:
-    """Return the backend called `name`.
-
-    Imported once: `patch` asks for it first, so that a compiler that traces a forward finds it.
-    """
-    if name not in _loaded:
-        _loaded[name] = backends.get(name)
-    return _loaded[name]
-
-
 class LayerNorm(nn.LayerNorm):
     """`ops.layer_norm`."""
 
@@ -47,7 +33,9 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm the last dimension of `x` `[B, T, C]`."""
-        normed: Tensor = backend(self.fastgpt_ops).layer_norm(x, self.weight, self.bias, self.eps)
+        normed: Tensor = backends.get(self.fastgpt_ops, x.device).layer_norm(
+            x, self.weight, self.bias, self.eps
+        )
         return normed
 
 
@@ -58,7 +46,7 @@ class NewGELUActivation(activations.NewGELUActivation):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply GELU to `x`, of any shape."""
-        y: Tensor = backend(self.fastgpt_ops).gelu(x)
+        y: Tensor = backends.get(self.fastgpt_ops, x.device).gelu(x)
         return y
 
 
@@ -69,7 +57,7 @@ class GELUTanh(activations.GELUTanh):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply GELU to `x`, of any shape."""
-        y: Tensor = backend(self.fastgpt_ops).gelu(x)
+        y: Tensor = backends.get(self.fastgpt_ops, x.device).gelu(x)
         return y
 
 
@@ -111,7 +99,8 @@ class GPT2Attention(modeling_gpt2.GPT2Attention):
             _, k, v = split_heads(qkv, self.num_heads)
             past_key_values.update(k, v, self.layer_idx)
         dropout_p = self.attn_dropout.p if self.training else 0.0
-        y = backend(self.fastgpt_ops).causal_attention(qkv, self.num_heads, dropout_p)
+        ops = backends.get(self.fastgpt_ops, qkv.device, self.head_dim)
+        y = ops.causal_attention(qkv, self.num_heads, dropout_p)
         return self.resid_dropout(self.c_proj(y)), None
 
     def _is_usual(self) -> bool:
@@ -160,7 +149,7 @@ class GPT2Block(modeling_gpt2.GPT2Block):
             use_cache=use_cache,
             **kwargs,
         )
-        ops = backend(self.fastgpt_ops)
+        ops = backends.get(self.fastgpt_ops, hidden_states.device)
         total, normed = ops.add_layer_norm(
             attended, hidden_states, norm.weight, norm.bias, norm.eps
         )
@@ -231,7 +220,7 @@ class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
         """
         # The last position of a row has no label after it.
         targets = F.pad(labels.to(hidden.device), (0, 1), value=ignore_index)[..., 1:].flatten()
-        entropy = backend(self.fastgpt_ops).linear_cross_entropy
+        entropy = backends.get(self.fastgpt_ops, hidden.device).linear_cross_entropy
         if num_items_in_batch is None:
             mean: Tensor = entropy(hidden, self.lm_head.weight, targets, ignore_index)
             return mean

@@ -53,7 +53,7 @@ def patch(model: Model, ops: str = "auto") -> Model:
         )
     if _patched(model):
         raise ValueError("the model is patched already; to change its ops, unpatch it first")
-    modules.backend(ops)
+    backends.get(ops)  # ImportError, if it cannot be had, is better now than later
     for module in model.modules():
         if fast := modules.FAST.get(type(module)):
             module.__class__ = fast

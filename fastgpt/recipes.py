@@ -71,7 +71,7 @@ class Recipe:
     """Where to train: auto, cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the products: auto is bfloat16 autocast on CUDA, float32 elsewhere."""
-    ops: Literal["auto", "native", "reference"] = "auto"
+    ops: Literal["auto", "triton", "native", "reference"] = "auto"
     """Implementation of the operations (see fastgpt.ops)."""
 
     def __post_init__(self) -> None:

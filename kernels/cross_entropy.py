@@ -246,13 +246,21 @@ def _scale(dtype: torch.dtype) -> float:
 
 def _multiply(out: Tensor, scaled: Tensor, b: Tensor, add: bool = False) -> None:
     """Compute ``out = scaled @ b / scale`` in fp32 or fp64, or add that to `out`."""
-    factors = {"beta": float(add), "alpha": 1.0 / _scale(scaled.dtype)}  # beta 0: out is not read
-    if out.dtype == scaled.dtype:
-        torch.addmm(out, scaled, b, **factors, out=out)
-    elif out.device.type == "cpu":  # which multiplies into no other dtype
-        torch.addmm(out, scaled.to(out.dtype), b.to(out.dtype), **factors, out=out)
+    if out.dtype == scaled.dtype:  # not fp16, so not scaled
+        torch.addmm(out, scaled, b, beta=float(add), out=out)  # beta 0: out is not read
+    elif add:  # in two steps: not every PyTorch has an addmm from 16 bits to fp32
+        out.add_(_product(scaled, b, out.dtype), alpha=1.0 / _scale(scaled.dtype))
     else:
-        torch.addmm(out, scaled, b, out_dtype=out.dtype, **factors, out=out)
+        _product(scaled, b, out.dtype, out)
+        if _scale(scaled.dtype) != 1.0:
+            out.mul_(1.0 / _scale(scaled.dtype))
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Return ``a @ b`` in a wider dtype."""
+    if a.device.type == "cpu":  # which multiplies into no other dtype
+        return torch.mm(a.to(dtype), b.to(dtype), out=out)
+    return torch.mm(a, b, out_dtype=dtype, out=out)
 
 
 def _padded(weight: Tensor, n_padded: int, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt import GPT, GPTConfig, ops
+from fastgpt import GPT, GPTConfig
 from fastgpt.generation import KVCache, Sampler, generate, stream, window_start
 
 
@@ -25,7 +25,7 @@ def prompt(batch: int = 2, time: int = 5) -> torch.Tensor:
     return torch.randint(61, (batch, time), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("backend", ops.BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "native"])  # Triton's interpreter is too slow
 @pytest.mark.parametrize("time", [1, 5, 16, 17, 50])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_cache_changes_nothing(model: GPT, backend: str, time: int, temperature: float) -> None:

@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastgpt import GPT, GPTConfig, ops
 from fastgpt.ops import reference
+from tests.backends import BACKENDS
 
 NANO = Path(__file__).parent / "data" / "gpt-nano-sort"
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -37,7 +38,7 @@ def golden() -> dict[str, Tensor]:
     return {name: torch.from_numpy(value) for name, value in np.load(NANO / "golden.npz").items()}
 
 
-@pytest.mark.parametrize("backend", ops.BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
 def test_every_sub_layer_of_a_trained_model(backend: str, golden: dict[str, Tensor]) -> None:
     model, fast = nano_sort(backend), ops.get(backend)
@@ -69,7 +70,7 @@ def test_every_sub_layer_of_a_trained_model(backend: str, golden: dict[str, Tens
     check("mlpResid", out + residual)
 
 
-@pytest.mark.parametrize("backend", ops.BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
 def test_a_trained_model_whole(backend: str, golden: dict[str, Tensor]) -> None:
     model, fast = nano_sort(backend), ops.get(backend)
@@ -83,7 +84,7 @@ def test_a_trained_model_whole(backend: str, golden: dict[str, Tensor]) -> None:
     torch.testing.assert_close(model(ids).softmax(-1), golden["probs"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ops.BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_trained_model_sorts(backend: str) -> None:
     model = nano_sort(backend)
     unsorted = torch.randint(3, (50, 6))
@@ -116,7 +117,7 @@ def named_weights(model: GPT2LMHeadModel, *, gradients: bool) -> dict[str, Tenso
     return named
 
 
-@pytest.mark.parametrize("backend", ops.BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("time", [1, 17, 32])
 def test_logits_and_gradients_are_hugging_faces(backend: str, time: int) -> None:
     config = GPTConfig(vocab_size=211, block_size=32, n_layer=3, n_head=4, n_embd=64)
@@ -150,7 +151,7 @@ def test_backends_share_weights_and_agree(tie_weights: bool, bias: bool) -> None
     ids, targets = torch.randint(97, (2, 2, 24))
     names = list(model.state_dict())
     results = []
-    for backend in ops.BACKENDS:
+    for backend in BACKENDS:
         model.use_ops(backend).zero_grad()
         loss = model(ids, targets)
         loss.backward()

@@ -3,13 +3,24 @@
 A backend is a module with one function per operation, the same name and signature in each:
 
 - `reference`: the formulas in plain PyTorch, the truth that every other backend is held against;
-- `native`: PyTorch's own fused operators, and C++ where PyTorch is slow on a CPU.
+- `native`: PyTorch's own fused operators, and C++ where PyTorch is slow on a CPU;
+- `triton`: the Triton kernels, for CUDA.
 """
 
+import functools
+import warnings
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
-BACKENDS = ("reference", "native")
+import torch
+
+BACKENDS = ("reference", "native", "triton")
+
+MAX_HEAD_DIM = 128  # of the attention kernels
+MIN_CAPABILITY = (8, 0)  # of the GPUs that the kernels are compiled for and checked on: Ampere
+
+_loaded: dict[str, ModuleType] = {}
 
 
 def check(name: str) -> str:
@@ -20,6 +31,41 @@ def check(name: str) -> str:
     return name
 
 
-def get(name: str) -> ModuleType:
-    """Return the backend called `name`; ``"auto"`` is the fastest one that there is."""
-    return import_module(f"{__name__}.{'native' if check(name) == 'auto' else name}")
+def get(name: str, device: torch.device | None = None, head_dim: int = MAX_HEAD_DIM) -> ModuleType:
+    """Return the backend called `name`.
+
+    ``"auto"`` is `triton` on a CUDA device where Triton is installed and its attention can do heads
+    of `head_dim` numbers, and `native` everywhere else. ImportError if `triton` is asked for by
+    name and is not installed.
+    """
+    return _loaded[_load(name, device, head_dim)]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # of imports
+def _load(name: str, device: torch.device | None, head_dim: int) -> str:
+    """Import the backend that `get` is to return, and return its name."""
+    if check(name) == "auto":
+        kernels = device is not None and head_dim <= MAX_HEAD_DIM and _has_kernels(device)
+        name = "triton" if kernels else "native"
+    if name not in _loaded:
+        if name == "triton" and find_spec("triton") is None:
+            raise ImportError('ops="triton" needs Triton, on Linux: pip install triton')
+        _loaded[name] = import_module(f"{__name__}.{name}")
+    return name
+
+
+@functools.cache
+def _has_kernels(device: torch.device) -> bool:
+    """Whether Triton's kernels are the ones to use on a device."""
+    if device.type != "cuda" or torch.version.hip:  # on AMD's GPUs they were never tried
+        return False
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return False
+    if find_spec("triton") is None:
+        warnings.warn(
+            "Triton is not installed, so PyTorch's own operators run on this GPU; for fastgpt's "
+            "kernels, on Linux: pip install triton",
+            stacklevel=2,
+        )
+        return False
+    return True

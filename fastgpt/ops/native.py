@@ -63,6 +63,11 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`reference.linear_gelu`, the bias added by the matrix product."""
+    return gelu(F.linear(x, weight, bias))
+
+
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100
 ) -> Tensor:

@@ -7,6 +7,7 @@ fp64 stay as they are. Gradients come from autograd.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -64,6 +65,14 @@ def gelu(x: Tensor) -> Tensor:
     wide = _widen(x)
     inner = math.sqrt(2.0 / math.pi) * (wide + 0.044715 * wide**3)
     return (0.5 * wide * (1.0 + torch.tanh(inner))).to(x.dtype)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``gelu(x @ weight.T + bias)``, the first half of GPT-2's MLP.
+
+    x: `[..., C]`, weight: `[F, C]`, bias: `[F]`; returns `[..., F]`.
+    """
+    return gelu(F.linear(x, weight, bias))
 
 
 def linear_cross_entropy(

@@ -14,12 +14,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastgpt import _C, ops
 from fastgpt.ops import native, reference
+from tests.backends import BACKENDS
 
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
-FAST = [name for name in ops.BACKENDS if name != "reference"]
+FAST = [name for name in BACKENDS if name != "reference"]
 
 
-@pytest.fixture(params=ops.BACKENDS)
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> ModuleType:
     return ops.get(request.param)
 
@@ -295,7 +296,7 @@ def test_backends_agree_on_any_shape(batch: int, time: int, n_head: int, size: i
 
 def test_backends_have_the_same_operations() -> None:
     names = {"layer_norm", "add_layer_norm", "causal_attention", "cached_attention", "gelu"}
-    for name in ops.BACKENDS:
+    for name in BACKENDS:
         assert names | {"linear_cross_entropy"} <= set(vars(ops.get(name)))
 
 

@@ -1,0 +1,657 @@
+"""Every check and every timing of the kernels on a GPU, in one go of less than nine minutes.
+
+    python benchmarks/gpu_report.py           # writes benchmarks/results/gpu-NAME.json, and .md
+    python benchmarks/gpu_report.py --tiny    # a rehearsal, on a CPU in Triton's interpreter
+
+First right, then fast: the kernels' tests, each implementation's error against float64, then each
+operation, the optimizer, and the whole training step of GPT-2 124M. The two ceilings, what a copy
+moves and what a large matrix product computes, are measured in the same run; the implementations of
+one thing take turns, and medians are compared. Every result is on disk as soon as it is there, so a
+run that is cut short leaves what it had.
+"""
+
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.bench_ops import INPUTS, STOCK, Size, forward, forward_backward
+from benchmarks.peers import StockGPT, copy_weights, make_optimizer
+from fastgpt import ops
+from fastgpt.model import GPT, GPTConfig
+from fastgpt.ops import native, reference
+
+ROOT = Path(__file__).parents[1]
+NOMINAL_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}  # dense bf16, datasheet
+RESERVED_SECONDS = 200.0  # for the training step, which matters most
+LR, BETAS, WEIGHT_DECAY, CLIP = 6e-4, (0.9, 0.95), 0.1, 1.0
+
+Work = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where to write, and how long to take."""
+
+    out: Path | None = None
+    """The JSON file, and a table of the same name in Markdown beside it."""
+    minutes: float = 8.5
+    """What would begin after this is left out, and the report says so."""
+    tests: bool = True
+    """Run the kernels' tests first."""
+    tiny: bool = False
+    """Small shapes and few rounds: to try this program, not to measure."""
+
+
+def main(options: Options) -> None:
+    cuda = torch.cuda.is_available()
+    if not cuda and not options.tiny:
+        sys.exit("no CUDA device is visible: `--tiny` rehearses the report on a CPU")
+    gpu = torch.cuda.get_device_name().removeprefix("NVIDIA ").replace(" ", "-") if cuda else "none"
+    out = options.out or ROOT / "benchmarks" / "results" / f"gpu-{gpu.lower()}.json"
+    report = Report(out, time.monotonic() + 60 * options.minutes)
+    bench = Bench(torch.device("cuda" if cuda else "cpu"), options.tiny)
+    report.note("environment", environment())
+    report.note("ceilings", ceilings(bench))
+    if options.tests:
+        report.note("tests", run_tests(min(150.0, report.seconds_left / 3)))
+    check_operations(report, bench)
+    time_operations(report, bench)
+    time_optimizers(report, bench)
+    time_training(report, bench)
+    print(report.markdown())
+
+
+class Report:
+    """What has been found so far, on disk after each line of it."""
+
+    def __init__(self, path: Path, deadline: float) -> None:
+        self.path, self.deadline = path, deadline
+        self.content: dict[str, Any] = {}
+
+    @property
+    def seconds_left(self) -> float:
+        """Time until nothing more should begin."""
+        return self.deadline - time.monotonic()
+
+    def note(self, part: str, value: Any) -> None:
+        """Set a part of the report."""
+        self.content[part] = value
+        self.save()
+
+    def row(self, part: str, **row: Any) -> None:
+        """Add a row to a table, and show it."""
+        self.content.setdefault(part, []).append(row)
+        print(part, " ".join(f"{name}={shown(value)}" for name, value in row.items()), flush=True)
+        self.save()
+
+    def save(self) -> None:
+        """Write it all, beside and then renamed: a reader never sees half of it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".tmp")
+        beside.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        beside.replace(self.path)
+        self.path.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
+
+    def markdown(self) -> str:
+        """Return everything as Markdown."""
+        lines = ["# The kernels on a GPU", "", "Made by `python benchmarks/gpu_report.py`.", ""]
+        for part, value in self.content.items():
+            lines += [f"## {part}", ""]
+            if isinstance(value, dict):
+                lines += [f"- {name}: {shown(fact)}" for name, fact in value.items()]
+            else:
+                names = list(dict.fromkeys(name for row in value for name in row))
+                lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+                lines += [
+                    "| " + " | ".join(shown(row.get(name, "")) for name in names) + " |"
+                    for row in value
+                ]
+            lines.append("")
+        return "\n".join(lines)
+
+
+def shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@dataclass
+class Bench:
+    """The device, how long to measure, and the clock."""
+
+    device: torch.device
+    tiny: bool
+
+    def __post_init__(self) -> None:
+        size = 2**10 if self.tiny else 2**29  # ten times the largest cache
+        self.flush = torch.empty(size, dtype=torch.int8, device=self.device)
+
+    def milliseconds(self, works: dict[str, Work], seconds: float = 1.5) -> dict[str, float]:
+        """Return each work's median time, all taking turns for `seconds` in all.
+
+        Before each, the caches are flushed, which also lets the host run ahead of the device: what
+        is measured is the device's time, unless a work needs the host throughout.
+        """
+        for work in works.values():
+            work()
+            work()
+        times: dict[str, list[float]] = {name: [] for name in works}
+        until = time.monotonic() + (0.0 if self.tiny else seconds)
+        while not times[next(iter(works))] or time.monotonic() < until:
+            for name, work in works.items():
+                times[name].append(self.once(work))
+        return {name: statistics.median(values) for name, values in times.items()}
+
+    def once(self, work: Work) -> float:
+        """Return the milliseconds of one call."""
+        self.flush.zero_()
+        if self.device.type == "cpu":
+            began = time.perf_counter()
+            work()
+            return 1e3 * (time.perf_counter() - began)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    def peak_bytes(self, work: Work) -> int:
+        """Return how much more memory is in use at the worst moment of a work than before it."""
+        if self.device.type == "cpu":
+            return 0
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def free(self) -> None:
+        """Give back what nobody holds any more."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def environment() -> dict[str, Any]:
+    """Say what this ran on."""
+    facts: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "cpu cores": os.cpu_count(),
+    }
+    for package in ("torch", "triton", "numpy", "liger-kernel", "fastgpt"):
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts[package] = "not installed"
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {
+            "gpu": properties.name,
+            "compute capability": f"{properties.major}.{properties.minor}",
+            "processors": properties.multi_processor_count,
+            "memory, GB": properties.total_memory / 1e9,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": driver_version(),
+        }
+    return facts
+
+
+def driver_version() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except OSError as error:
+        return str(error)
+    return done.stdout.strip()
+
+
+def ceilings(bench: Bench) -> dict[str, float]:
+    """Measure what a copy moves (read and written) and what a large bf16 product computes."""
+    count, size = (2**12, 64) if bench.tiny else (2**31, 8192)
+    source = torch.empty(count, dtype=torch.int8, device=bench.device).random_()
+    target = torch.empty_like(source)
+    a, b = (
+        torch.randn(size, size, device=bench.device, dtype=torch.bfloat16) for _ in range(2)
+    )  # not zeros, on which a GPU runs faster
+    times = bench.milliseconds({"copy": lambda: target.copy_(source), "product": lambda: a @ b})
+    return {
+        "copy, bytes/s": 2 * count / times["copy"] * 1e3,
+        "bf16 product, FLOP/s": 2 * size**3 / times["product"] * 1e3,
+    }
+
+
+def run_tests(seconds: float) -> dict[str, str]:
+    """Run the kernels' tests, a process for each file, and return each one's last line."""
+    files = [*sorted(ROOT.glob("tests/kernels/test_*.py")), ROOT / "tests/ops/test_ops.py"]
+    files = [file for file in files if file.stem != "test_compiled"]  # that one needs no GPU
+    running = {
+        str(file.relative_to(ROOT)): subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for file in files
+    }
+    until, results = time.monotonic() + seconds, {}
+    for name, process in running.items():
+        try:
+            output, _ = process.communicate(timeout=max(1.0, until - time.monotonic()))
+            results[name] = "\n".join(
+                output.strip().splitlines()[-1 if not process.returncode else -25 :]
+            )
+        except subprocess.TimeoutExpired:
+            process.kill()
+            results[name] = f"not finished after {seconds:.0f} s"
+        print(name, results[name], flush=True)
+    return results
+
+
+# --- the operations ----------------------------------------------------------------------------
+
+
+def sizes(bench: Bench, operation: str) -> list[Size]:
+    """Return GPT-2 124M's shapes at several batch sizes."""
+    if bench.tiny:
+        return [Size("tiny", 1, 16, 1, 16, 50, torch.float32)]
+    batches = {"cached_attention": (1, 8, 64), "linear_cross_entropy": (8, 32)}
+    whole = Size("gpt2", 8, 1024, 12, 768, 50257, torch.bfloat16)
+    return [replace(whole, batch=batch) for batch in batches.get(operation, (8, 32, 64))]
+
+
+def make_inputs(operation: str, size: Size, device: torch.device) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    return tuple(
+        arg.to(device, size.dtype).requires_grad_()
+        if isinstance(arg, Tensor) and arg.is_floating_point()
+        else arg.to(device)
+        if isinstance(arg, Tensor)
+        else arg
+        for arg in INPUTS[operation](size)
+    )
+
+
+def implementations(
+    operation: str, bench: Bench, compiled: bool = True
+) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Yield what computes an operation, ours first; compiling takes seconds for every shape."""
+    for name in ("triton", "native", "reference"):
+        yield f"fastgpt {name}", getattr(ops.get(name), operation)
+    yield "torch", STOCK[operation]
+    if compiled and operation != "cached_attention":
+        torch.compiler.reset()
+        yield "compiled reference", torch.compile(getattr(reference, operation), dynamic=False)
+    if operation == "causal_attention" and bench.device.type == "cuda":
+        yield "SDPA flash", pinned(SDPBackend.FLASH_ATTENTION)
+        yield "SDPA cuDNN", pinned(SDPBackend.CUDNN_ATTENTION)
+    if (liger := liger_functional()) and bench.device.type == "cuda":
+        if operation == "layer_norm":
+            yield "Liger", liger.liger_layer_norm
+        if operation == "linear_cross_entropy":
+            yield (
+                "Liger",
+                lambda x, weight, targets: liger.liger_fused_linear_cross_entropy(
+                    x.flatten(0, -2), weight, targets.flatten()
+                ),
+            )
+
+
+def pinned(backend: SDPBackend) -> Callable[..., Tensor]:
+    def attention(qkv: Tensor, n_head: int) -> Tensor:
+        with sdpa_kernel(backend):
+            return native.causal_attention(qkv, n_head)
+
+    return attention
+
+
+def liger_functional() -> ModuleType | None:
+    try:
+        import liger_kernel.transformers.functional as functional
+    except ImportError:
+        return None
+    return functional
+
+
+def check_operations(report: Report, bench: Bench) -> None:
+    """Note each implementation's error against float64, as a share of the largest value.
+
+    At most twice that of stock PyTorch in the same precision is what the kernels promise.
+    """
+    for operation in INPUTS:
+        size = replace(sizes(bench, operation)[0], batch=1)
+        args = make_inputs(operation, size, bench.device)
+        exact = tuple(
+            arg.detach().double().requires_grad_()
+            if isinstance(arg, Tensor) and arg.is_floating_point()
+            else arg
+            for arg in args
+        )
+        run = forward if operation == "cached_attention" else forward_backward
+        truth = run(getattr(reference, operation), exact)
+        for name, function in implementations(operation, bench):
+            row = {"operation": operation, "implementation": name}
+            try:
+                results = run(function, args)
+            except Exception as error:  # a peer that cannot is a result, and the rest goes on
+                report.row("errors", **row, failed=f"{type(error).__name__}: {error}"[:200])
+                continue
+            errors = [
+                ((ours.double() - true).abs().max() / true.abs().max()).item()
+                for ours, true in zip(results, truth, strict=True)
+            ]
+            report.row(
+                "errors", **row, largest=max(errors), each=[float(f"{e:.1e}") for e in errors]
+            )
+        bench.free()
+
+
+def time_operations(report: Report, bench: Bench) -> None:
+    """Time each operation, forward and with its backward, ours and what one would use instead."""
+    for operation in INPUTS:
+        for size in sizes(bench, operation):
+            args = make_inputs(operation, size, bench.device)
+            for run in (
+                (forward,) if operation == "cached_attention" else (forward, forward_backward)
+            ):
+                if report.seconds_left < RESERVED_SECONDS and not bench.tiny:
+                    report.row("left out", what=f"{operation}, batch {size.batch}, {run.__name__}")
+                    continue
+                time_operation(report, bench, operation, size, run, args)
+            del args
+            bench.free()
+
+
+def time_operation(
+    report: Report,
+    bench: Bench,
+    operation: str,
+    size: Size,
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    works, peaks = {}, {}
+    first = size.batch == sizes(bench, operation)[0].batch
+    for name, function in implementations(operation, bench, first and run is forward_backward):
+        if name == "fastgpt reference" and not first:
+            continue  # gigabytes of scores, and no contest
+        work = lambda function=function: run(function, args)  # noqa: E731
+        try:
+            work()
+            peaks[name] = bench.peak_bytes(work)
+        except Exception as error:
+            report.row(
+                "left out", what=f"{operation}, {name}: {type(error).__name__}: {error}"[:200]
+            )
+            continue
+        works[name] = work
+    times = bench.milliseconds(works)
+    moved, computed = floors(operation, size, run is forward_backward)
+    for name, time_ms in times.items():
+        ceiling = report.content["ceilings"]
+        report.row(
+            "operations",
+            operation=operation,
+            batch=size.batch,
+            direction="forward" if run is forward else "forward+backward",
+            implementation=name,
+            ms=time_ms,
+            **{"ours is faster by": time_ms / times["fastgpt triton"]},
+            **{"share of copy bandwidth": moved / time_ms * 1e3 / ceiling["copy, bytes/s"]},
+            **{"share of matrix peak": computed / time_ms * 1e3 / ceiling["bf16 product, FLOP/s"]},
+            **{"peak MB": peaks[name] / 1e6},
+        )
+
+
+def floors(operation: str, size: Size, backward: bool) -> tuple[float, float]:
+    """Return the bytes that must move and the FLOP that must be computed.
+
+    Each input read once and each result written once; what the backward reads again is counted
+    again. Causal attention needs half of the square of scores, and its backward 2.5 times the
+    forward's products.
+    """
+    rows, width = size.batch * size.time, size.n_embd
+    one = rows * width * size.dtype.itemsize  # [B, T, C]
+    square = 2.0 * rows * size.time * width  # two products of [T, T] by D, half of them masked
+    vocab = size.vocab_size or 0
+    table: dict[str, tuple[float, float, float, float]] = {  # forward, backward: bytes, FLOP
+        "layer_norm": (2 * one, 3 * one, 0, 0),
+        "add_layer_norm": (4 * one, 4 * one, 0, 0),
+        "causal_attention": (4 * one, 8 * one, square, 2.5 * square),
+        "gelu": (8 * one, 12 * one, 0, 0),
+        "linear_gelu": (5 * one, 13 * one, 8 * rows * width**2, 16 * rows * width**2),
+        "linear_cross_entropy": (one, 2 * one, 2 * rows * width * vocab, 4 * rows * width * vocab),
+        "cached_attention": (2 * one * 3 / 4, 0, 0, 0),
+    }
+    forward_bytes, backward_bytes, forward_flop, backward_flop = table[operation]
+    return (
+        forward_bytes + backward * backward_bytes,
+        forward_flop + backward * backward_flop,
+    )
+
+
+# --- the optimizer and the whole step ----------------------------------------------------------
+
+
+def config(bench: Bench) -> GPTConfig:
+    return GPTConfig(50, 16, 1, 1, 16) if bench.tiny else GPTConfig()
+
+
+def time_optimizers(report: Report, bench: Bench) -> None:
+    """Time AdamW with clipping over the parameters of GPT-2 124M."""
+    model = GPT(config(bench)).to(bench.device)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    bytes_moved = 8 * 4 * model.num_params()  # p, g, m, v read; p, m, v written; g for its norm
+    works = {name: make(model)[1] for name, make in OPTIMIZERS.items()}
+    times = bench.milliseconds(works)
+    for name, time_ms in times.items():
+        bandwidth = bytes_moved / time_ms * 1e3 / report.content["ceilings"]["copy, bytes/s"]
+        report.row(
+            "optimizers", optimizer=name, ms=time_ms, **{"share of copy bandwidth": bandwidth}
+        )
+    del model, works
+    bench.free()
+
+
+def torch_adamw(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Work]:
+    """Return PyTorch's fused AdamW, and a work that clips and steps."""
+    cuda = next(model.parameters()).is_cuda
+    optimizer = torch.optim.AdamW(groups(model), lr=LR, betas=BETAS, fused=True, capturable=cuda)
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+
+    return optimizer, step
+
+
+def our_adamw(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Work]:
+    """Return fastgpt's AdamW, which clips as it steps."""
+    from fastgpt.fused_adamw import FusedAdamW
+
+    optimizer = FusedAdamW(groups(model), lr=LR, betas=BETAS, max_norm=CLIP)
+    return optimizer, optimizer.step
+
+
+OPTIMIZERS = {"torch fused + clip": torch_adamw, "fastgpt": our_adamw}
+
+
+def groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def time_training(report: Report, bench: Bench) -> None:
+    """Time the whole step of GPT-2 124M at T = 1024, bf16 autocast, AdamW with clipping."""
+    for batch in (2,) if bench.tiny else (32, 64):
+        works = {}
+        for name, make in STEPS.items():
+            if report.seconds_left < 45 and not bench.tiny:
+                report.row("left out", what=f"training, batch {batch}, {name}")
+                continue
+            try:
+                works[name] = make(bench, batch)
+                works[name]()
+            except Exception as error:
+                works.pop(name, None)
+                report.row(
+                    "left out", what=f"training, {name}: {type(error).__name__}: {error}"[:300]
+                )
+        if not works:
+            continue
+        times = bench.milliseconds(works, seconds=min(20.0, max(4.0, report.seconds_left / 3)))
+        for name, time_ms in times.items():
+            note_step(report, bench, batch, name, time_ms, times)
+        works.clear()
+        bench.free()
+
+
+def note_step(
+    report: Report, bench: Bench, batch: int, name: str, time_ms: float, times: dict[str, float]
+) -> None:
+    shape = config(bench)
+    tokens = batch * shape.block_size
+    with torch.device("meta"):
+        n_params = GPT(shape).num_params()
+    # 6N + 12LCT a token: the products of weights and those of attention, uncut by the mask
+    flop = tokens * (6 * n_params + 12 * shape.n_layer * shape.n_embd * shape.block_size)
+    gpu = report.content["environment"].get("gpu", "")
+    nominal = {"MFU of the datasheet's peak": flop / time_ms * 1e3 / NOMINAL_FLOPS[gpu]}
+    slowest = times.get("nanoGPT's way, SDPA flash", time_ms)
+    report.row(
+        "training step",
+        batch=batch,
+        implementation=name,
+        ms=time_ms,
+        **{"tokens/s": tokens / time_ms * 1e3, "times nanoGPT's way": slowest / time_ms},
+        **{
+            "MFU of the measured peak": flop
+            / time_ms
+            * 1e3
+            / report.content["ceilings"]["bf16 product, FLOP/s"]
+        },
+        **(nominal if gpu in NOMINAL_FLOPS else {}),
+    )
+
+
+def our_step(
+    bench: Bench,
+    batch: int,
+    *,
+    backend: str = "triton",
+    compiled: bool = False,
+    graph: bool = False,
+    optimizer: Callable[..., Any] = torch_adamw,
+) -> Work:
+    """Return a training step of fastgpt's model."""
+    torch.manual_seed(0)
+    model: Any = GPT(config(bench), ops=backend).to(bench.device)
+    network = torch.compile(model) if compiled else model
+    step = training_step(network, *optimizer(model), *batch_of(bench, batch), bench.device)
+    return recorded(step) if graph and bench.device.type == "cuda" else step
+
+
+def nanogpt_step(bench: Bench, batch: int, attention: SDPBackend) -> Work:
+    """Return a training step of nanoGPT's model, compiled, its optimizer fused."""
+    torch.manual_seed(0)
+    gpt = GPT(config(bench))
+    model = StockGPT(gpt.config)
+    copy_weights(gpt, model)
+    model.to(bench.device)
+    optimizer = make_optimizer(model, LR, BETAS, WEIGHT_DECAY)
+    cuda = bench.device.type == "cuda"
+    network = torch.compile(model) if cuda else model
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+
+    context = sdpa_kernel(attention) if cuda else nullcontext()
+    inputs = batch_of(bench, batch)
+    return training_step(network, optimizer, update, *inputs, bench.device, context)
+
+
+def training_step(
+    network: Any,
+    optimizer: torch.optim.Optimizer,
+    update: Work,
+    ids: Tensor,
+    targets: Tensor,
+    device: torch.device,
+    context: AbstractContextManager[Any] | None = None,
+) -> Work:
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with context or nullcontext():
+            # in fp32 on a CPU, where this is a rehearsal: the interpreter cannot compute in bf16
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = network(ids, targets)
+            loss.backward()
+        update()
+
+    return step
+
+
+def batch_of(bench: Bench, batch: int) -> tuple[Tensor, Tensor]:
+    shape = config(bench)
+    ids = torch.randint(shape.vocab_size, (2, batch, shape.block_size), device=bench.device)
+    return ids[0], ids[1]
+
+
+def recorded(step: Work) -> Work:
+    """Record a step into a CUDA graph and return what replays it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+STEPS: dict[str, Callable[[Bench, int], Work]] = {
+    "fastgpt": our_step,
+    "fastgpt, CUDA graph": lambda bench, batch: our_step(bench, batch, graph=True),
+    "fastgpt, its AdamW": lambda bench, batch: our_step(bench, batch, optimizer=our_adamw),
+    "fastgpt, compiled": lambda bench, batch: our_step(bench, batch, compiled=True),
+    "fastgpt native, compiled": lambda bench, batch: our_step(
+        bench, batch, backend="native", compiled=True
+    ),
+    "nanoGPT's way, SDPA flash": lambda bench, batch: nanogpt_step(
+        bench, batch, SDPBackend.FLASH_ATTENTION
+    ),
+    "nanoGPT's way, SDPA cuDNN": lambda bench, batch: nanogpt_step(
+        bench, batch, SDPBackend.CUDNN_ATTENTION
+    ),
+}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,421 @@
+"""The operations on the Triton kernels of `fastgpt.kernels`: for CUDA.
+
+Each is a `torch.library` operator that autograd and `torch.compile` know, without a
+synchronisation of the host, so that a whole training step can be recorded into a CUDA graph. What
+the kernels cannot do raises ValueError; nothing is handed to another backend in silence. Without a
+GPU they run in Triton's interpreter, slowly, where TRITON_INTERPRET=1 was set before Triton's first
+import.
+
+Under autocast results come in its dtype, also those of the norms, which PyTorch's own hands on in
+fp32 for the next matrix product to round.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt.kernels.attention import causal_attention_backward, causal_attention_forward
+from fastgpt.kernels.cached_attention import cached_attention as cached_attention_forward
+from fastgpt.kernels.cross_entropy import linear_cross_entropy_forward
+from fastgpt.kernels.gelu import gelu_backward, gelu_forward
+from fastgpt.kernels.layer_norm import (
+    add_layer_norm_forward,
+    layer_norm_backward,
+    layer_norm_forward,
+)
+
+_LIBRARY = torch.library.Library("fastgpt", "FRAGMENT")  # operators live as long as this does
+_OPERATORS = torch.ops.fastgpt
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """`reference.layer_norm`, reading `x` once."""
+    y: Tensor = _OPERATORS.layer_norm(x, weight, bias, eps, _result_dtype(x))[0]
+    return y
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """`reference.add_layer_norm` in one pass over `x` and `residual`."""
+    dtype = _result_dtype(x, torch.promote_types(x.dtype, residual.dtype))
+    total, y, _, _ = _OPERATORS.add_layer_norm(x, residual, weight, bias, eps, dtype)
+    return total, y
+
+
+def causal_attention(
+    qkv: Tensor, n_head: int, dropout_p: float = 0.0, seed: int | None = None
+) -> Tensor:
+    """`reference.causal_attention` without ever storing a score (Dao 2023, arXiv:2307.08691).
+
+    Heads of up to 128 numbers. With the same `seed` the same probabilities are dropped, though not
+    those that other backends drop. A call without one that is recorded into a CUDA graph drops
+    others at each replay.
+    """
+    drawn = _seed(qkv.device, seed) if dropout_p > 0.0 else None
+    y: Tensor = _OPERATORS.causal_attention(qkv, n_head, dropout_p, drawn)[0]
+    return y
+
+
+def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
+    """`reference.cached_attention`, the keys split over the GPU's processors. No gradients."""
+    y: Tensor = _OPERATORS.cached_attention(q, k_cache, v_cache, lengths)
+    return y
+
+
+def gelu(x: Tensor) -> Tensor:
+    """`reference.gelu`; the backward computes it again, so that nothing but `x` is kept."""
+    y: Tensor = _OPERATORS.gelu(x, None)
+    return y
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`reference.linear_gelu`: the matrix product is cuBLAS's, bias and GELU are one kernel.
+
+    Its backward has the bias's gradient with no pass of its own.
+    """
+    y: Tensor = _OPERATORS.gelu(F.linear(x, weight), bias)
+    return y
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100
+) -> Tensor:
+    """`reference.linear_cross_entropy`, a chunk of the logits at a time.
+
+    The forward has the gradients as soon as it has the logits, up to one factor, with which the
+    backward multiplies them (as in Liger Kernel, arXiv:2410.10989). A target outside `[0, V)` that
+    is not `ignore_index` makes the loss NaN.
+    """
+    wanted = torch.is_grad_enabled()
+    loss: Tensor = _OPERATORS.linear_cross_entropy(
+        x.to(_result_dtype(x)).flatten(0, -2),  # the kernel reads the weight in the dtype of x
+        weight,
+        targets.flatten(),
+        ignore_index,
+        wanted and x.requires_grad,
+        wanted and weight.requires_grad,
+    )[0]
+    return loss
+
+
+def _result_dtype(x: Tensor, unless_autocast: torch.dtype | None = None) -> torch.dtype:
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return unless_autocast or x.dtype
+
+
+def _seed(device: torch.device, seed: int | None) -> Tensor:
+    """Put a seed on the device, a new one of its generator unless given; int64 `[1]`."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), device=device)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+# --- the operators -----------------------------------------------------------------------------
+#
+# Piece by piece: `torch.library.custom_op`, which does it all, adds to the time of every call. An
+# operator returns no input and no None, so what is not needed comes back as an empty tensor.
+
+
+def _define(
+    schema: str,
+    compute: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Make `torch.ops.fastgpt.NAME` of a schema, a function, its shapes and its gradient."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    for key in ("CUDA", "CPU"):  # the launchers say what is missing on a CPU
+        _LIBRARY.impl(name, compute, key)
+    torch.library.register_fake(f"fastgpt::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"fastgpt::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+        )
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if tensor is None else tensor
+
+
+def _statistics(x: Tensor) -> Tensor:
+    """Return an empty tensor for one number a row, in the precision that it is computed in."""
+    return x.new_empty(x.shape[:-1].numel(), dtype=_wide(x.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype or x.dtype)
+
+
+# layer_norm and add_layer_norm
+
+
+def _layer_norm_backward(
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    has_bias: bool,
+    narrow: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = layer_norm_backward(
+        grad_y, grad_total, total, weight, mean, rstd, has_bias, x_dtype=narrow
+    )
+    return grads.total, _or_empty(grads.x, total), grads.weight, _or_empty(grads.bias, weight)
+
+
+def _fake_layer_norm_backward(
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    has_bias: bool,
+    narrow: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    both = narrow not in (None, total.dtype)
+    return (
+        _contiguous_like(total),
+        total.new_empty(total.shape, dtype=narrow) if both else total.new_empty(0),
+        _contiguous_like(weight),
+        _contiguous_like(weight) if has_bias else weight.new_empty(0),
+    )
+
+
+def _fake_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _contiguous_like(x, dtype), _statistics(x), _statistics(x)
+
+
+def _fake_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = _contiguous_like(x, torch.promote_types(x.dtype, residual.dtype))
+    return total, _contiguous_like(x, dtype), _statistics(total), _statistics(total)
+
+
+def _setup_layer_norm(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, bias, _, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, weight, mean, rstd)
+    ctx.has_bias = bias is not None
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _setup_add_layer_norm(ctx: Any, inputs: Any, output: Any) -> None:
+    x, residual, weight, bias, _, _ = inputs
+    total, _, mean, rstd = output
+    ctx.save_for_backward(total, weight, mean, rstd)
+    ctx.has_bias = bias is not None
+    ctx.dtypes = x.dtype, residual.dtype
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _grad_layer_norm(ctx: Any, grad_y: Tensor | None, *unused: None) -> tuple[Any, ...]:
+    if grad_y is None:
+        return None, None, None, None, None
+    x, weight, mean, rstd = ctx.saved_tensors
+    grad_x, _, grad_weight, grad_bias = _OPERATORS.layer_norm_backward(
+        grad_y, None, x, weight, mean, rstd, ctx.has_bias, None
+    )
+    return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None, None
+
+
+def _grad_add_layer_norm(
+    ctx: Any, grad_total: Tensor | None, grad_y: Tensor | None, *unused: None
+) -> tuple[Any, ...]:
+    total, weight, mean, rstd = ctx.saved_tensors
+    x_dtype, residual_dtype = ctx.dtypes
+    if grad_y is None:  # the norm was not used
+        if grad_total is None:
+            return (None,) * 6
+        return grad_total.to(x_dtype), grad_total.to(residual_dtype), None, None, None, None
+    narrow = next((dtype for dtype in ctx.dtypes if dtype != total.dtype), None)
+    wide, narrowed, grad_weight, grad_bias = _OPERATORS.layer_norm_backward(
+        grad_y, grad_total, total, weight, mean, rstd, ctx.has_bias, narrow
+    )
+    grads = (narrowed if dtype == narrow else wide.to(dtype) for dtype in ctx.dtypes)
+    return *grads, grad_weight, grad_bias if ctx.has_bias else None, None, None
+
+
+# causal_attention
+
+
+def _fake_causal_attention(
+    qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    batch, time, width = qkv.shape
+    return (
+        qkv.new_empty(batch, time, width // 3),
+        qkv.new_empty(batch, n_head, time, dtype=_wide(qkv.dtype)),
+    )
+
+
+def _setup_causal_attention(ctx: Any, inputs: Any, output: Any) -> None:
+    qkv, ctx.n_head, ctx.dropout_p, seed = inputs
+    out, lse = output
+    ctx.save_for_backward(qkv, out, lse, seed)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _grad_causal_attention(ctx: Any, grad: Tensor | None, unused: None) -> tuple[Any, ...]:
+    if grad is None:
+        return None, None, None, None
+    qkv, out, lse, seed = ctx.saved_tensors
+    grad_qkv = _OPERATORS.causal_attention_backward(
+        grad, qkv, out, lse, ctx.n_head, ctx.dropout_p, seed
+    )
+    return grad_qkv, None, None, None
+
+
+# gelu
+
+
+def _gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    grad_x, grad_bias = gelu_backward(grad, x, bias)
+    return grad_x, _or_empty(grad_bias, x)
+
+
+def _fake_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _contiguous_like(x), x.new_empty(0) if bias is None else _contiguous_like(bias)
+
+
+def _setup_gelu(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grad_gelu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, bias = ctx.saved_tensors
+    grad_x, grad_bias = _OPERATORS.gelu_backward(grad, x, bias)
+    return grad_x, None if bias is None else grad_bias
+
+
+# linear_cross_entropy
+
+
+def _linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, n_counted, grad_x, grad_weight = linear_cross_entropy_forward(
+        x, weight, targets, ignore_index, need_x, need_weight
+    )
+    return loss, n_counted, _or_empty(grad_x, loss), _or_empty(grad_weight, loss)
+
+
+def _fake_linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = _wide(x.dtype)
+    return (
+        x.new_empty((), dtype=wide),
+        targets.new_empty(()),
+        x.new_empty(x.shape if need_x else 0, dtype=wide),
+        x.new_empty(weight.shape if need_weight else 0, dtype=wide),
+    )
+
+
+def _setup_linear_cross_entropy(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, *_, need_x, need_weight = inputs
+    _, n_counted, grad_x, grad_weight = output
+    ctx.save_for_backward(n_counted, grad_x, grad_weight)
+    ctx.dtypes = x.dtype if need_x else None, weight.dtype if need_weight else None
+    ctx.mark_non_differentiable(n_counted, grad_x, grad_weight)
+    ctx.set_materialize_grads(False)
+
+
+def _grad_linear_cross_entropy(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 6
+    n_counted, *sums = ctx.saved_tensors
+    factor = grad / n_counted.clamp(min=1)  # with nothing to count the gradients are zero
+    grads = (
+        None if dtype is None else torch.mul(total, factor, out=_contiguous_like(total, dtype))
+        for total, dtype in zip(sums, ctx.dtypes, strict=True)
+    )
+    return *grads, None, None, None, None
+
+
+_define(
+    "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType dtype)"
+    " -> (Tensor y, Tensor mean, Tensor rstd)",
+    layer_norm_forward,
+    _fake_layer_norm,
+    _setup_layer_norm,
+    _grad_layer_norm,
+)
+_define(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps,"
+    " ScalarType dtype) -> (Tensor total, Tensor y, Tensor mean, Tensor rstd)",
+    add_layer_norm_forward,
+    _fake_add_layer_norm,
+    _setup_add_layer_norm,
+    _grad_add_layer_norm,
+)
+_define(
+    "layer_norm_backward(Tensor grad_y, Tensor? grad_total, Tensor total, Tensor weight,"
+    " Tensor mean, Tensor rstd, bool has_bias, ScalarType? narrow)"
+    " -> (Tensor grad_total, Tensor narrowed, Tensor grad_weight, Tensor grad_bias)",
+    _layer_norm_backward,
+    _fake_layer_norm_backward,
+)
+_define(
+    "causal_attention(Tensor qkv, int n_head, float dropout_p, Tensor? seed)"
+    " -> (Tensor y, Tensor lse)",
+    causal_attention_forward,
+    _fake_causal_attention,
+    _setup_causal_attention,
+    _grad_causal_attention,
+)
+_define(
+    "causal_attention_backward(Tensor grad, Tensor qkv, Tensor y, Tensor lse, int n_head,"
+    " float dropout_p, Tensor? seed) -> Tensor",
+    causal_attention_backward,
+    lambda grad, qkv, *_: _contiguous_like(qkv),
+)
+_define(
+    "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths) -> Tensor",
+    cached_attention_forward,
+    lambda q, *_: _contiguous_like(q.transpose(1, 2)).transpose(1, 2),
+)
+_define(
+    "gelu(Tensor x, Tensor? bias) -> Tensor",
+    gelu_forward,
+    lambda x, bias: _contiguous_like(x),
+    _setup_gelu,
+    _grad_gelu,
+)
+_define(
+    "gelu_backward(Tensor grad, Tensor x, Tensor? bias) -> (Tensor grad_x, Tensor grad_bias)",
+    _gelu_backward,
+    _fake_gelu_backward,
+)
+_define(
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool need_x,"
+    " bool need_weight) -> (Tensor loss, Tensor n_counted, Tensor grad_x, Tensor grad_weight)",
+    _linear_cross_entropy,
+    _fake_linear_cross_entropy,
+    _setup_linear_cross_entropy,
+    _grad_linear_cross_entropy,
+)
