@@ -114,7 +114,8 @@ def _bias_variants() -> Iterator[Variant]:
 def _gelu_forward(x_ptr, y_ptr, n_elements, BLOCK: tl.constexpr):
     offsets, inside = _block(n_elements, BLOCK)
     x = widen(tl.load(x_ptr + offsets, mask=inside))
-    tl.store(y_ptr + offsets, _gelu(x).to(y_ptr.dtype.element_ty), mask=inside)
+    y = _gelu(x)
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
