@@ -242,7 +242,7 @@ def ceilings(bench: Bench) -> dict[str, float]:
 
 def run_tests(seconds: float) -> dict[str, str]:
     """Run the kernels' tests, a process for each file, and return each one's last line."""
-    files = [*sorted(ROOT.glob("tests/kernels/test_*.py")), ROOT / "tests/ops/test_ops.py"]
+    files = [*sorted(ROOT.glob("tests/kernels/test_*.py")), ROOT / "tests/ops/test_triton.py"]
     files = [file for file in files if file.stem != "test_compiled"]  # that one needs no GPU
     running = {
         str(file.relative_to(ROOT)): subprocess.Popen(

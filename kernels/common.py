@@ -53,6 +53,11 @@ def check_tensors(operation: str, **tensors: Tensor | None) -> None:
         if tensor.dtype not in DTYPES:
             names = ", ".join(str(dtype) for dtype in DTYPES)
             raise ValueError(f"{operation}: {name} must be one of {names}, not {tensor.dtype}")
+        if INTERPRETED and tensor.dtype == torch.bfloat16:
+            raise ValueError(
+                f"{operation}: {name} is torch.bfloat16, with which Triton's interpreter computes "
+                "wrong numbers; take float16 or float32 there, or run on a GPU"
+            )
     check_devices(operation, **given)
 
 

@@ -87,7 +87,7 @@ def test_a_trained_model_whole(backend: str, golden: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_trained_model_sorts(backend: str) -> None:
     model = nano_sort(backend)
-    unsorted = torch.randint(3, (50, 6))
+    unsorted = torch.randint(3, (4 if backend == "triton" else 50, 6))
     written = model.generate(unsorted, 6, temperature=0)[:, 6:]
     assert (written == unsorted.sort(-1).values).all(-1).float().mean() > 0.95
 
@@ -157,8 +157,10 @@ def test_backends_share_weights_and_agree(tie_weights: bool, bias: bool) -> None
         loss.backward()
         results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
     assert list(model.state_dict()) == names
-    for ours, truth in zip(*results, strict=True):
-        torch.testing.assert_close(ours, truth)
+    truth, *others = results
+    for ours in others:
+        for one, true in zip(ours, truth, strict=True):
+            torch.testing.assert_close(one, true)
 
 
 def test_initialisation_is_gpt2s() -> None:

@@ -213,7 +213,7 @@ def test_no_gradient_is_computed_for_nobody() -> None:
 
 
 def test_the_loss_is_fp32_whatever_the_inputs(backend: ModuleType) -> None:
-    x, weight = torch.randn(6, 4).bfloat16(), torch.randn(9, 4).bfloat16()
+    x, weight = torch.randn(6, 4).half(), torch.randn(9, 4).half()
     loss = backend.linear_cross_entropy(x, weight, torch.arange(6))
     assert loss.dtype == torch.float32
 
@@ -222,6 +222,10 @@ def test_the_loss_is_fp32_whatever_the_inputs(backend: ModuleType) -> None:
 def test_half_precision_is_at_most_twice_as_far_as_plain_pytorch(
     backend: ModuleType, dtype: torch.dtype
 ) -> None:
+    if dtype == torch.bfloat16 and backend.__name__.endswith("triton"):
+        with pytest.raises(ValueError, match="interpreter computes wrong numbers"):
+            backend.gelu(torch.ones(1, dtype=dtype))
+        return
     x = torch.randn(8, 256).to(dtype)
     plain = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     truth = reference.gelu(x.double())
@@ -301,5 +305,5 @@ def test_backends_have_the_same_operations() -> None:
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match="auto, reference, native, not 'tritton'"):
+    with pytest.raises(ValueError, match="auto, reference, native, triton, not 'tritton'"):
         ops.get("tritton")
