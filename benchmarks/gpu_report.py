@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,13 +32,22 @@ import tyro
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.bench_ops import INPUTS, STOCK, Size, forward, forward_backward
+from benchmarks.bench_ops import (
+    INPUTS,
+    STOCK,
+    Size,
+    forward,
+    forward_backward,
+    stock_cached_attention,
+    without_empty_part,
+)
 from benchmarks.peers import StockGPT, copy_weights, make_optimizer
 from fastgpt import ops
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.ops import native, reference
 
 ROOT = Path(__file__).parents[1]
+COPY, PRODUCT = "copy, bytes/s", "bf16 product, FLOP/s"  # the two ceilings
 NOMINAL_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}  # dense bf16, datasheet
 RESERVED_SECONDS = 200.0  # for the training step, which matters most
 LR, BETAS, WEIGHT_DECAY, CLIP = 6e-4, (0.9, 0.95), 0.1, 1.0
@@ -235,8 +245,8 @@ def ceilings(bench: Bench) -> dict[str, float]:
     )  # not zeros, on which a GPU runs faster
     times = bench.milliseconds({"copy": lambda: target.copy_(source), "product": lambda: a @ b})
     return {
-        "copy, bytes/s": 2 * count / times["copy"] * 1e3,
-        "bf16 product, FLOP/s": 2 * size**3 / times["product"] * 1e3,
+        COPY: 2 * count / times["copy"] * 1e3,
+        PRODUCT: 2 * size**3 / times["product"] * 1e3,
     }
 
 
@@ -317,6 +327,11 @@ def implementations(
             )
 
 
+def args_for(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return an operation's arguments as an implementation wants them."""
+    return without_empty_part(*args) if function is stock_cached_attention else args
+
+
 def pinned(backend: SDPBackend) -> Callable[..., Tensor]:
     def attention(qkv: Tensor, n_head: int) -> Tensor:
         with sdpa_kernel(backend):
@@ -352,9 +367,9 @@ def check_operations(report: Report, bench: Bench) -> None:
         for name, function in implementations(operation, bench):
             row = {"operation": operation, "implementation": name}
             try:
-                results = run(function, args)
+                results = run(function, args_for(function, args))
             except Exception as error:  # a peer that cannot is a result, and the rest goes on
-                report.row("errors", **row, failed=f"{type(error).__name__}: {error}"[:200])
+                report.row("errors", **row, failed=said(error))
                 continue
             errors = [
                 ((ours.double() - true).abs().max() / true.abs().max()).item()
@@ -395,20 +410,21 @@ def time_operation(
     for name, function in implementations(operation, bench, first and run is forward_backward):
         if name == "fastgpt reference" and not first:
             continue  # gigabytes of scores, and no contest
-        work = lambda function=function: run(function, args)  # noqa: E731
+        work = partial(run, function, args_for(function, args))
         try:
             work()
             peaks[name] = bench.peak_bytes(work)
-        except Exception as error:
-            report.row(
-                "left out", what=f"{operation}, {name}: {type(error).__name__}: {error}"[:200]
-            )
-            continue
-        works[name] = work
-    times = bench.milliseconds(works)
+        except Exception as error:  # a peer that cannot is a result, and the rest goes on
+            report.row("left out", what=f"{operation}, {name}: {said(error)}")
+        else:
+            works[name] = work
     moved, computed = floors(operation, size, run is forward_backward)
+    times = bench.milliseconds(works)
     for name, time_ms in times.items():
-        ceiling = report.content["ceilings"]
+        shares = {
+            "share of copy bandwidth": moved / report.content["ceilings"][COPY],
+            "share of matrix peak": computed / report.content["ceilings"][PRODUCT],
+        }
         report.row(
             "operations",
             operation=operation,
@@ -417,10 +433,14 @@ def time_operation(
             implementation=name,
             ms=time_ms,
             **{"ours is faster by": time_ms / times["fastgpt triton"]},
-            **{"share of copy bandwidth": moved / time_ms * 1e3 / ceiling["copy, bytes/s"]},
-            **{"share of matrix peak": computed / time_ms * 1e3 / ceiling["bf16 product, FLOP/s"]},
+            **{share: floor / time_ms * 1e3 for share, floor in shares.items() if floor},
             **{"peak MB": peaks[name] / 1e6},
         )
+
+
+def said(error: Exception) -> str:
+    """Return an error in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def floors(operation: str, size: Size, backward: bool) -> tuple[float, float]:
@@ -466,7 +486,7 @@ def time_optimizers(report: Report, bench: Bench) -> None:
     works = {name: make(model)[1] for name, make in OPTIMIZERS.items()}
     times = bench.milliseconds(works)
     for name, time_ms in times.items():
-        bandwidth = bytes_moved / time_ms * 1e3 / report.content["ceilings"]["copy, bytes/s"]
+        bandwidth = bytes_moved / time_ms * 1e3 / report.content["ceilings"][COPY]
         report.row(
             "optimizers", optimizer=name, ms=time_ms, **{"share of copy bandwidth": bandwidth}
         )
@@ -518,9 +538,7 @@ def time_training(report: Report, bench: Bench) -> None:
                 works[name]()
             except Exception as error:
                 works.pop(name, None)
-                report.row(
-                    "left out", what=f"training, {name}: {type(error).__name__}: {error}"[:300]
-                )
+                report.row("left out", what=f"training, {name}: {said(error)}")
         if not works:
             continue
         times = bench.milliseconds(works, seconds=min(20.0, max(4.0, report.seconds_left / 3)))
@@ -540,21 +558,19 @@ def note_step(
     # 6N + 12LCT a token: the products of weights and those of attention, uncut by the mask
     flop = tokens * (6 * n_params + 12 * shape.n_layer * shape.n_embd * shape.block_size)
     gpu = report.content["environment"].get("gpu", "")
-    nominal = {"MFU of the datasheet's peak": flop / time_ms * 1e3 / NOMINAL_FLOPS[gpu]}
-    slowest = times.get("nanoGPT's way, SDPA flash", time_ms)
+    nanogpt = times.get("nanoGPT's way, SDPA flash", time_ms)
+    peaks = {"measured": report.content["ceilings"][PRODUCT]}
+    if gpu in NOMINAL_FLOPS:
+        peaks["datasheet's"] = NOMINAL_FLOPS[gpu]
     report.row(
         "training step",
         batch=batch,
         implementation=name,
         ms=time_ms,
-        **{"tokens/s": tokens / time_ms * 1e3, "times nanoGPT's way": slowest / time_ms},
+        **{"tokens/s": tokens / time_ms * 1e3, "times nanoGPT's way": nanogpt / time_ms},
         **{
-            "MFU of the measured peak": flop
-            / time_ms
-            * 1e3
-            / report.content["ceilings"]["bf16 product, FLOP/s"]
+            f"MFU of the {which} peak": flop / time_ms * 1e3 / peak for which, peak in peaks.items()
         },
-        **(nominal if gpu in NOMINAL_FLOPS else {}),
     )
 
 
@@ -590,9 +606,9 @@ def nanogpt_step(bench: Bench, batch: int, attention: SDPBackend) -> Work:
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
 
-    context = sdpa_kernel(attention) if cuda else nullcontext()
     inputs = batch_of(bench, batch)
-    return training_step(network, optimizer, update, *inputs, bench.device, context)
+    pinned_attention = partial(sdpa_kernel, attention) if cuda else nullcontext
+    return training_step(network, optimizer, update, *inputs, bench.device, pinned_attention)
 
 
 def training_step(
@@ -602,11 +618,11 @@ def training_step(
     ids: Tensor,
     targets: Tensor,
     device: torch.device,
-    context: AbstractContextManager[Any] | None = None,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Work:
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with context or nullcontext():
+        with context():
             # in fp32 on a CPU, where this is a rehearsal: the interpreter cannot compute in bf16
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss = network(ids, targets)
