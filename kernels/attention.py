@@ -36,13 +36,66 @@ SMALLEST_HEAD, LARGEST_HEAD = 16, 128
 # Offsets inside a block of at most 128 rows are int32; a row of a wider tensor is copied.
 LARGEST_STRIDE = 2**23
 
+# Triton loads 128 bits at a time where it knows a stride to be a multiple of this.
+ALIGNED = 16
+
 # Programs that run at the same time share keys and values in the L2 cache: half of an H100's.
 SHARED_BYTES = 25 * 10**6
 
-# Numbers that change from call to call: not worth a compilation for each kind of them.
+# Queries and keys in a block, warps, and stages in the pipeline of loads, for each kernel ("sums"
+# is the backward in one pass), by whether the head dim is above 64 and whether there is dropout,
+# whose random numbers take many registers. None of them spills. On sm_90, for 16-bit numbers, two
+# stages are better than three in the kernels whose loops run over keys: with three, Triton leaves a
+# product unfinished from one round to the next, and then ptxas lets no two instructions of a
+# product overlap. Blocks of 64 x 64 at head dim 64 leave room for 16 warps on a multiprocessor, of
+# which some compute exponentials while others multiply.
+Table = dict[tuple[bool, bool], dict[str, tuple[int, int, int, int]]]
+HALVES: Table = {
+    (False, False): {
+        "forward": (64, 64, 4, 2),
+        "q": (64, 64, 4, 2),
+        "kv": (64, 128, 8, 3),
+        "sums": (32, 128, 8, 2),
+    },
+    (False, True): {
+        "forward": (64, 32, 4, 2),
+        "q": (64, 32, 4, 2),
+        "kv": (32, 64, 4, 2),
+        "sums": (32, 64, 4, 2),
+    },
+    (True, False): {
+        "forward": (128, 64, 8, 2),
+        "q": (128, 64, 8, 2),
+        "kv": (32, 128, 8, 2),
+        "sums": (32, 128, 8, 2),
+    },
+    (True, True): {
+        "forward": (128, 32, 8, 2),
+        "q": (128, 32, 8, 2),
+        "kv": (16, 128, 8, 2),
+        "sums": (16, 128, 8, 2),
+    },
+}
+# fp32, multiplied without the matrix units, and (fp64 too) in the interpreter
+IEEE_SMALL = dict.fromkeys(("forward", "kv"), (32, 32, 4, 1)) | {
+    "q": (32, 32, 8, 1),
+    "sums": (16, 16, 4, 1),
+}
+IEEE_LARGE = dict.fromkeys(("forward", "kv", "sums"), (16, 32, 8, 1)) | {"q": (16, 16, 8, 1)}
+IEEE: Table = {
+    (large, dropout): IEEE_LARGE if large else IEEE_SMALL
+    for large in (False, True)
+    for dropout in (False, True)
+}
+TF32: Table = {
+    (large, dropout): dict.fromkeys(("forward", "q", "kv", "sums"), (32, 32, 8 if large else 4, 1))
+    for large in (False, True)
+    for dropout in (False, True)
+}
 DELTA_FORM = {"BLOCK_M": 64, "num_warps": 4, "enable_fp_fusion": True}
 
-CHANGING = ["n_time", "n_head", "n_heads", "group", "threshold"]
+# Numbers that change from call to call: not worth a compilation for each kind of them.
+CHANGING = ["n_time", "n_head", "n_heads", "group", "scale_dim", "threshold"]
 
 
 def causal_attention_forward(
@@ -56,13 +109,14 @@ def causal_attention_forward(
     on the device: it decides which probabilities are dropped, each with probability `dropout_p`.
     ValueError for what is not supported, such as head dims outside 16 to 128.
     """
-    _check(qkv, n_head, dropout_p, seed)
-    qkv = _readable(qkv)
-    n_batch, n_time, width = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-    out = qkv.new_empty(n_batch, n_time, width)
+    head_dim = _check(qkv, n_head, dropout_p, seed)
+    qkv = _readable(qkv, head_dim)
+    n_batch, n_time, width = qkv.shape
+    out = qkv.new_empty(n_batch, n_time, width // 3)
     lse = qkv.new_empty(n_batch, n_head, n_time, dtype=_wide(qkv.dtype))
-    _launch(_attention_forward, qkv, n_head, dropout_p, seed, out_ptr=out, lse_ptr=lse)
-    return out, lse
+    arguments = qkv, n_head, head_dim, dropout_p, seed
+    _launch(_attention_forward, "forward", *arguments, out_ptr=out, lse_ptr=lse)
+    return _unpad(out, head_dim), lse
 
 
 def causal_attention_backward(
@@ -82,9 +136,9 @@ def causal_attention_backward(
     give the same bits; if False, all is done in one pass, which adds up the gradients of the
     queries with atomic additions, in whatever order programs get there. ValueError as the forward.
     """
-    _check(qkv, n_head, dropout_p, seed)
+    head_dim = _check(qkv, n_head, dropout_p, seed)
     _check_saved(grad_out, qkv, out, lse, n_head)
-    qkv, grad_out = _readable(qkv), _readable(grad_out)
+    qkv, grad_out = _readable(qkv, head_dim), _readable(grad_out, head_dim)
     grad_qkv = qkv.new_empty(qkv.shape)
     shared: dict[str, Any] = {
         "grad_out_ptr": grad_out,
@@ -92,49 +146,48 @@ def causal_attention_backward(
         "stride_gb": grad_out.stride(0),
         "stride_gt": grad_out.stride(1),
     }
-    saved = {"out_ptr": out.contiguous()}
+    saved = {"out_ptr": _readable(out, head_dim).contiguous()}
     given = {"lse_ptr": lse.contiguous(), "grad_qkv_ptr": grad_qkv}
-    arguments = qkv, n_head, dropout_p, seed
+    arguments = qkv, n_head, head_dim, dropout_p, seed
     if deterministic:  # the first kernel also leaves delta for the second
-        _launch(_attention_backward_q, *arguments, **shared, **saved, **given)
-        _launch(_attention_backward_kv, *arguments, **shared, **given, grad_q_ptr=None)
-        return grad_qkv
-    sums = qkv.new_zeros(out.shape, dtype=lse.dtype)
-    _run(_attention_delta, qkv, n_head, **shared, **saved, **DELTA_FORM)
-    _launch(_attention_backward_kv, *arguments, **shared, **given, grad_q_ptr=sums)
-    torch.mul(sums, _head_dim(qkv, n_head) ** -0.5, out=grad_qkv[..., : out.size(2)])
-    return grad_qkv
+        _launch(_attention_backward_q, "q", *arguments, **shared, **saved, **given)
+        _launch(_attention_backward_kv, "kv", *arguments, **shared, **given, grad_q_ptr=None)
+    else:
+        sums = qkv.new_zeros(grad_out.shape, dtype=lse.dtype)
+        _run(_attention_delta, qkv, n_head, **shared, **saved, **DELTA_FORM)
+        _launch(_attention_backward_kv, "sums", *arguments, **shared, **given, grad_q_ptr=sums)
+        torch.mul(sums, head_dim**-0.5, out=grad_qkv[..., : sums.size(2)])
+    return _unpad(grad_qkv, head_dim)
 
 
 def variants(capability: int) -> Iterator[Variant]:
-    """Yield what the launchers can launch on a GPU of a compute capability.
+    """Yield what the launchers can launch on a GPU of a compute capability: a choice of it.
 
-    Of each entry of the tables the most demanding forms: with a padded head dim, for instance,
-    dropout is on and addresses are not aligned. fp16, which takes what bf16 takes, is there once.
+    For each entry of the tables the forms that demand most: the largest head dim, between powers of
+    two and with dropout if there may be dropout. fp16, which takes what bf16 takes, is there once.
     """
     for dtype, precision, dim, padded, dropout in _cases():
         types = {"dtype": dtype, "padded": padded, "dropout": dropout}
-        for kernel, sums in (
-            (_attention_forward, False),
-            (_attention_backward_q, False),
-            (_attention_backward_kv, False),
-            (_attention_backward_kv, True),
+        for kind, kernel in (
+            ("forward", _attention_forward),
+            ("q", _attention_backward_q),
+            ("kv", _attention_backward_kv),
+            ("sums", _attention_backward_kv),
         ):
-            form = _form(kernel.__name__, capability, dim, dtype, precision)
-            yield _variant(kernel, form | {"DIM": dim}, **types, sums=sums)
+            form = _form(kind, capability, dim, dtype, precision, dropout)
+            yield _variant(kernel, form | {"DIM": dim}, **types, sums=kind == "sums")
         if not dropout:
             yield _variant(_attention_delta, DELTA_FORM | {"DIM": dim}, **types, sums=False)
 
 
 def _cases() -> Iterator[tuple[str, str, int, bool, bool]]:
     """Yield dtype, precision, padded head dim, whether it is padded, whether there is dropout."""
-    for dim in (16, 32, 64, 128):
-        for dropout in (False, True):
-            yield "bf16", "ieee", dim, False, dropout
-        if dim > SMALLEST_HEAD:
-            yield "bf16", "ieee", dim, True, True
+    for dim in (16, 64, 128):
+        yield "bf16", "ieee", dim, False, False
+    for dim in (64, 128):
+        yield "bf16", "ieee", dim, True, True
         yield "fp32", "ieee", dim, False, True
-        yield "fp32", "tf32", dim, False, True
+    yield "fp32", "tf32", 64, False, True
     yield "fp16", "ieee", 64, False, False
 
 
@@ -162,61 +215,71 @@ def _variant(
         {name: value for name, value in values.items() if name in names},
         {name: form[name] for name in form if name.islower()},
         matrix=kernel is not _attention_delta,
-        unaligned=(*CHANGING, *(["head_dim", "stride_t", "stride_gt"] if padded else [])),
+        unaligned=tuple(name for name in names if name in CHANGING),
     )
 
 
 def _launch(
     kernel: triton.JITFunction,
+    kind: str,
     qkv: Tensor,
     n_head: int,
+    head_dim: int,
     dropout_p: float,
     seed: Tensor | None,
     **arguments: Any,
 ) -> None:
     """Run one of the kernels that compute scores."""
-    dim = triton.next_power_of_2(_head_dim(qkv, n_head))
-    form = _form(kernel.__name__, capability(qkv.device), dim, DTYPES[qkv.dtype], _precision())
-    bytes_a_head = 2 * qkv.size(1) * _head_dim(qkv, n_head) * qkv.element_size()
+    dim = triton.next_power_of_2(head_dim)
+    dropout = dropout_p > 0.0
+    dtype, precision = DTYPES[qkv.dtype], _precision()
+    form = _form(kind, capability(qkv.device), dim, dtype, precision, dropout)
+    bytes_a_head = 2 * qkv.size(1) * head_dim * qkv.element_size()
     arguments |= {
         "qkv_ptr": qkv,
-        "seed_ptr": seed if dropout_p > 0.0 else None,
+        "seed_ptr": seed if dropout else None,
         "stride_b": qkv.stride(0),
         "stride_t": qkv.stride(1),
+        "scale_dim": head_dim,
         "group": max(1, SHARED_BYTES // max(bytes_a_head, 1)),
         "threshold": _threshold(dropout_p),
-        "DROPOUT": dropout_p > 0.0,
+        "DROPOUT": dropout,
     }
     _run(kernel, qkv, n_head, **arguments, **form)
 
 
 def _run(kernel: triton.JITFunction, qkv: Tensor, n_head: int, **arguments: Any) -> None:
     """Run a kernel over all blocks of all heads."""
-    n_heads, n_time, head_dim = qkv.size(0) * n_head, qkv.size(1), _head_dim(qkv, n_head)
-    if n_heads * n_time == 0:  # CUDA has no empty grid
+    n_batch, n_time, width = qkv.shape
+    head_dim = width // 3 // n_head
+    if n_batch * n_time == 0:  # CUDA has no empty grid
         return
     dim = triton.next_power_of_2(head_dim)
     rows = arguments["BLOCK_N" if kernel is _attention_backward_kv else "BLOCK_M"]
     with on_device(qkv):
-        kernel[(n_heads * triton.cdiv(n_time, rows),)](
+        kernel[(n_batch * n_head * triton.cdiv(n_time, rows),)](
             n_time=n_time,
             n_head=n_head,
             head_dim=head_dim,
-            n_heads=n_heads,
+            n_heads=n_batch * n_head,
             DIM=dim,
             PADDED=dim != head_dim,
             **arguments,
         )
 
 
-def _form(name: str, capability: int, dim: int, dtype: str, precision: str) -> dict[str, Any]:
+def _form(
+    kind: str, capability: int, dim: int, dtype: str, precision: str, dropout: bool
+) -> dict[str, Any]:
     """Return the block sizes, the precision and the options to launch a kernel with."""
+    table = HALVES if dtype in ("fp16", "bf16") else (TF32 if precision == "tf32" else IEEE)
+    block_m, block_n, warps, stages = table[dim > 64, dropout][kind]
     return {
-        "BLOCK_M": 64,
-        "BLOCK_N": 64,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
         "PRECISION": precision if dtype == "fp32" else "ieee",
-        "num_warps": 4,
-        "num_stages": 2,
+        "num_warps": warps,
+        "num_stages": stages,
         "enable_fp_fusion": True,
     }
 
@@ -231,24 +294,32 @@ def _threshold(dropout_p: float) -> int:
     return min(round(dropout_p * 2**32), 2**32 - 1) - 2**31
 
 
-def _head_dim(qkv: Tensor, n_head: int) -> int:
-    return qkv.size(2) // 3 // n_head
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _readable(x: Tensor) -> Tensor:
-    """Return [B, T, ...] with its last dimension contiguous: the kernels load rows of it.
+def _readable(x: Tensor, head_dim: int) -> Tensor:
+    """Return [B, T, heads] so that the kernels load rows of a head 128 bits at a time.
 
-    What is not (a transposed tensor, the gradient of a sum) comes up rarely, and is copied.
+    Heads of a dim that is no multiple of 16 are padded with zeros. They and odd layouts (a slice at
+    an odd address, the gradient of a sum) come up rarely, and are copied.
     """
-    return x if x.stride(2) == 1 and x.stride(1) < LARGEST_STRIDE else x.contiguous()
+    if head_dim % ALIGNED:
+        x = torch.nn.functional.pad(x.unflatten(2, (-1, head_dim)), (0, -head_dim % ALIGNED))
+        return x.flatten(2)
+    aligned = all(n % ALIGNED == 0 for n in (x.stride(0), x.stride(1), x.data_ptr()))
+    return x if x.stride(2) == 1 and aligned and x.stride(1) < LARGEST_STRIDE else x.contiguous()
 
 
-def _check(qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None) -> None:
-    """Raise ValueError for what the kernels do not support."""
+def _unpad(x: Tensor, head_dim: int) -> Tensor:
+    """Undo the padding of `_readable`."""
+    if head_dim % ALIGNED == 0:
+        return x
+    return x.unflatten(2, (-1, triton.cdiv(head_dim, ALIGNED) * ALIGNED))[..., :head_dim].flatten(2)
+
+
+def _check(qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None) -> int:
+    """Return the head dim; ValueError for what the kernels do not support."""
     name = "causal_attention"
     check_tensors(name, qkv=qkv)
     if qkv.dtype == torch.float64 and not INTERPRETED:
@@ -277,6 +348,7 @@ def _check(qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None) -> N
                 f"not {seed.numel()} of {seed.dtype}"
             )
         check_devices(name, qkv=qkv, seed=seed)
+    return width // n_head
 
 
 def _check_saved(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int) -> None:
@@ -313,6 +385,7 @@ def _attention_forward(
     head_dim,
     n_heads,
     group,
+    scale_dim,
     threshold,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
@@ -327,7 +400,7 @@ def _attention_forward(
     q_ptr, k_ptr, v_ptr = _inputs(qkv_ptr, stride_b, head, n_head, head_dim, DIM, PADDED)
     q_ptr += first.to(tl.int64) * stride_t
     q = _load(q_ptr, stride_t, n_time - first, head_dim, BLOCK_M, DIM, True, PADDED)
-    scale = LOG2_E * _scale(head_dim, widen(q).dtype, DIM, PADDED)
+    scale = LOG2_E * _scale(scale_dim, widen(q).dtype)
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
     maximum = tl.full([BLOCK_M], float("-inf"), scale.dtype)
@@ -388,6 +461,7 @@ def _attention_backward_q(
     head_dim,
     n_heads,
     group,
+    scale_dim,
     threshold,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
@@ -408,7 +482,7 @@ def _attention_backward_q(
         *(head, first, n_time, n_head, head_dim, BLOCK_M, DIM, PADDED),
     )
     lse = _load_numbers(lse_ptr, head, first, n_time, BLOCK_M, True)
-    scale = _scale(head_dim, delta.dtype, DIM, PADDED)
+    scale = _scale(scale_dim, delta.dtype)
     growth = _growth(threshold, delta.dtype)
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
@@ -480,6 +554,7 @@ def _attention_backward_kv(
     head_dim,
     n_heads,
     group,
+    scale_dim,
     threshold,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
@@ -501,7 +576,7 @@ def _attention_backward_kv(
     v_ptr += first.to(tl.int64) * stride_t
     k = _load(k_ptr, stride_t, n_rows, head_dim, BLOCK_N, DIM, True, PADDED)
     v = _load(v_ptr, stride_t, n_rows, head_dim, BLOCK_N, DIM, True, PADDED)
-    scale = _scale(head_dim, widen(k).dtype, DIM, PADDED)
+    scale = _scale(scale_dim, widen(k).dtype)
     growth = _growth(threshold, scale.dtype)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     q_ptr += first.to(tl.int64) * stride_t
@@ -559,9 +634,9 @@ def _attention_backward_kv(
 
 
 @triton.jit
-def _scale(head_dim, dtype: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr):
+def _scale(scale_dim, dtype: tl.constexpr):
     """1 / sqrt(D)."""
-    return 1.0 / tl.sqrt(head_dim.to(dtype)) if PADDED else tl.full([], DIM**-0.5, dtype)
+    return 1.0 / tl.sqrt(scale_dim.to(dtype))
 
 
 @triton.jit

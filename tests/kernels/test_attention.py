@@ -72,10 +72,10 @@ def test_lengths_around_the_block_size(n_time, dtype, device):
     check(*problem(1, n_time, 1, 16, dtype, device))
 
 
-@pytest.mark.parametrize("n_time", [1, 65, 130])
-def test_one_pass(n_time, device):
-    for dtype in DTYPES:
-        check(*problem(1, n_time, 2, 16, dtype, device), deterministic=False)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_pass(dtype, device):
+    for n_time in (1, 40 if dtype == torch.float32 else 130):  # blocks of 16 and of 32 × 128
+        check(*problem(1, n_time, 1, 16, dtype, device), deterministic=False)
 
 
 @BOTH
@@ -92,8 +92,8 @@ def test_many_heads_of_many_rows(dtype, device):
 
 def test_every_program_of_a_grid_has_a_block_of_its_own(device, monkeypatch):
     # Heads are taken in groups: here of 2, with one left over.
-    monkeypatch.setattr(attention, "SHARED_BYTES", 2 * 2 * 130 * 16 * 4)
-    check(*problem(1, 130, 3, 16, torch.float32, device))
+    monkeypatch.setattr(attention, "SHARED_BYTES", 2 * 2 * 70 * 16 * 2)
+    check(*problem(1, 70, 3, 16, torch.float16, device))
 
 
 @pytest.mark.slow
@@ -193,7 +193,7 @@ def test_gradient_is_that_of_the_forward(dropout_p, deterministic, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_twice(dtype, device):
-    given = *problem(1, 130, 2, 16, dtype, device), 0.2, seed_of(7, device)
+    given = *problem(1, 70, 1, 16, dtype, device), 0.2, seed_of(7, device)
     for once, again in zip(by_kernels(*given), by_kernels(*given), strict=True):
         assert torch.equal(once, again)
 
@@ -263,11 +263,11 @@ def kept_probabilities(n_batch, n_time, n_head, dropout_p, seed, device):
 
 
 @BOTH
-@pytest.mark.parametrize("n_time", [30, 140])
+@pytest.mark.parametrize("n_time", [30, 70])
 def test_dropout_is_plain_attention_with_the_same_mask(n_time, deterministic, device):
     dropout_p, seed = 0.3, seed_of(-12345678901, device)
     kept = kept_probabilities(1, n_time, 2, dropout_p, seed, device)
-    for dtype in DTYPES[:1] if n_time > 128 and not HAS_GPU else DTYPES:
+    for dtype in DTYPES:
         grad_out, qkv, n_head = problem(1, n_time, 2, 16, dtype, device)
         results = by_kernels(grad_out, qkv, n_head, dropout_p, seed, deterministic)
         plain = by_autograd(grad_out, qkv, n_head, kept.to(dtype), dropout_p)
