@@ -308,7 +308,9 @@ def _readable(x: Tensor, head_dim: int) -> Tensor:
         x = torch.nn.functional.pad(x.unflatten(2, (-1, head_dim)), (0, -head_dim % ALIGNED))
         return x.flatten(2)
     aligned = all(n % ALIGNED == 0 for n in (x.stride(0), x.stride(1), x.data_ptr()))
-    return x if x.stride(2) == 1 and aligned and x.stride(1) < LARGEST_STRIDE else x.contiguous()
+    if x.stride(2) == 1 and aligned and x.stride(1) < LARGEST_STRIDE:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _unpad(x: Tensor, head_dim: int) -> Tensor:
@@ -478,8 +480,19 @@ def _attention_backward_q(
     q_ptr += first.to(tl.int64) * stride_t
     q = _load(q_ptr, stride_t, n_rows, head_dim, BLOCK_M, DIM, True, PADDED)
     grad, delta = _gradient(
-        *(grad_out_ptr, out_ptr, delta_ptr, stride_gb, stride_gt),
-        *(head, first, n_time, n_head, head_dim, BLOCK_M, DIM, PADDED),
+        grad_out_ptr,
+        out_ptr,
+        delta_ptr,
+        stride_gb,
+        stride_gt,
+        head,
+        first,
+        n_time,
+        n_head,
+        head_dim,
+        BLOCK_M,
+        DIM,
+        PADDED,
     )
     lse = _load_numbers(lse_ptr, head, first, n_time, BLOCK_M, True)
     scale = _scale(scale_dim, delta.dtype)
@@ -531,8 +544,19 @@ def _attention_delta(
     head, place, _ = _place(n_heads, n_heads, n_time, BLOCK_M)
     first = place * BLOCK_M
     _gradient(
-        *(grad_out_ptr, out_ptr, delta_ptr, stride_gb, stride_gt),
-        *(head, first, n_time, n_head, head_dim, BLOCK_M, DIM, PADDED),
+        grad_out_ptr,
+        out_ptr,
+        delta_ptr,
+        stride_gb,
+        stride_gt,
+        head,
+        first,
+        n_time,
+        n_head,
+        head_dim,
+        BLOCK_M,
+        DIM,
+        PADDED,
     )
 
 
