@@ -76,6 +76,15 @@ HALVES: Table = {
         "sums": (16, 128, 8, 2),
     },
 }
+# Before sm_90 operands take registers too, and sm_100 hands out fewer of them at head dim 128.
+HALVES_80: Table = {
+    (False, False): HALVES[False, False],
+    (False, True): HALVES[False, True] | {"sums": (16, 64, 8, 2)},
+    (True, False): HALVES[True, False]
+    | {"q": (128, 32, 8, 2), "kv": (32, 64, 8, 2), "sums": (32, 64, 8, 2)},
+    (True, True): HALVES[True, True] | {"kv": (16, 64, 8, 2), "sums": (16, 64, 8, 2)},
+}
+HALVES_100: Table = HALVES | {(True, False): HALVES[True, False] | {"q": (128, 32, 8, 2)}}
 # fp32, multiplied without the matrix units, and (fp64 too) in the interpreter
 IEEE_SMALL = dict.fromkeys(("forward", "kv"), (32, 32, 4, 1)) | {
     "q": (32, 32, 8, 1),
@@ -92,7 +101,7 @@ TF32: Table = {
     for large in (False, True)
     for dropout in (False, True)
 }
-DELTA_FORM = {"BLOCK_M": 64, "num_warps": 4, "enable_fp_fusion": True}
+DELTA_FORM = {"BLOCK_M": 32, "num_warps": 4, "enable_fp_fusion": True}
 
 # Numbers that change from call to call: not worth a compilation for each kind of them.
 CHANGING = ["n_time", "n_head", "n_heads", "group", "scale_dim", "threshold"]
@@ -272,7 +281,10 @@ def _form(
     kind: str, capability: int, dim: int, dtype: str, precision: str, dropout: bool
 ) -> dict[str, Any]:
     """Return the block sizes, the precision and the options to launch a kernel with."""
-    table = HALVES if dtype in ("fp16", "bf16") else (TF32 if precision == "tf32" else IEEE)
+    if dtype in ("fp16", "bf16"):
+        table = HALVES if capability // 10 == 9 else (HALVES_80 if capability < 90 else HALVES_100)
+    else:
+        table = TF32 if precision == "tf32" and dtype == "fp32" else IEEE
     block_m, block_n, warps, stages = table[dim > 64, dropout][kind]
     return {
         "BLOCK_M": block_m,
