@@ -31,7 +31,7 @@ from fastgpt.kernels.common import (
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
-SMALLEST_HEAD, LARGEST_HEAD = 16, 128
+LARGEST_HEAD = 128
 
 # Offsets inside a block of at most 128 rows are int32; a row of a wider tensor is copied.
 LARGEST_STRIDE = 2**23
@@ -116,7 +116,7 @@ def causal_attention_forward(
     interpreter only). lse: `[B, H, T]`, for the backward: the base-2 logarithm of the sum of each
     query's exponentials, in fp32 (fp64 for fp64). seed: int64, one element, where qkv is, and read
     on the device: it decides which probabilities are dropped, each with probability `dropout_p`.
-    ValueError for what is not supported, such as head dims outside 16 to 128.
+    ValueError for what is not supported, such as head dims outside 1 to 128.
     """
     head_dim = _check(qkv, n_head, dropout_p, seed)
     qkv = _readable(qkv, head_dim)
@@ -239,7 +239,7 @@ def _launch(
     **arguments: Any,
 ) -> None:
     """Run one of the kernels that compute scores."""
-    dim = triton.next_power_of_2(head_dim)
+    dim = _tile_dim(head_dim)
     dropout = dropout_p > 0.0
     dtype, precision = DTYPES[qkv.dtype], _precision()
     form = _form(kind, capability(qkv.device), dim, dtype, precision, dropout)
@@ -263,7 +263,7 @@ def _run(kernel: triton.JITFunction, qkv: Tensor, n_head: int, **arguments: Any)
     head_dim = width // 3 // n_head
     if n_batch * n_time == 0:  # CUDA has no empty grid
         return
-    dim = triton.next_power_of_2(head_dim)
+    dim = _tile_dim(head_dim)
     rows = arguments["BLOCK_N" if kernel is _attention_backward_kv else "BLOCK_M"]
     with on_device(qkv):
         kernel[(n_batch * n_head * triton.cdiv(n_time, rows),)](
@@ -294,6 +294,14 @@ def _form(
         "num_stages": stages,
         "enable_fp_fusion": True,
     }
+
+
+def _tile_dim(head_dim: int) -> int:
+    """Return the width that a head has in registers: the least that the matrix units take, or more.
+
+    What is added is zero, and is never stored.
+    """
+    return max(16, triton.next_power_of_2(head_dim))
 
 
 def _precision() -> str:
@@ -329,7 +337,8 @@ def _unpad(x: Tensor, head_dim: int) -> Tensor:
     """Undo the padding of `_readable`."""
     if head_dim % ALIGNED == 0:
         return x
-    return x.unflatten(2, (-1, triton.cdiv(head_dim, ALIGNED) * ALIGNED))[..., :head_dim].flatten(2)
+    padded = triton.cdiv(head_dim, ALIGNED) * ALIGNED
+    return x.unflatten(2, (-1, padded))[..., :head_dim].flatten(2).contiguous()
 
 
 def _check(qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None) -> int:
@@ -346,9 +355,9 @@ def _check(qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None) -> i
     width = qkv.size(2) // 3
     if n_head < 1 or width % n_head:
         raise ValueError(f"{name}: n_head must divide the width, {width}; {n_head} does not")
-    if not SMALLEST_HEAD <= width // n_head <= LARGEST_HEAD:
+    if not 1 <= width // n_head <= LARGEST_HEAD:
         raise ValueError(
-            f"{name}: head dims (C / n_head) from {SMALLEST_HEAD} to {LARGEST_HEAD} are supported, "
+            f"{name}: head dims (C / n_head) from 1 to {LARGEST_HEAD} are supported, "
             f'not {width // n_head}; choose another n_head, or use ops="native"'
         )
     if not 0.0 <= dropout_p < 1.0:
