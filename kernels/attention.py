@@ -88,7 +88,7 @@ HALVES_100: Table = HALVES | {(True, False): HALVES[True, False] | {"q": (128, 3
 # fp32, multiplied without the matrix units, and (fp64 too) in the interpreter
 IEEE_SMALL = dict.fromkeys(("forward", "kv"), (32, 32, 4, 1)) | {
     "q": (32, 32, 8, 1),
-    "sums": (16, 16, 4, 1),
+    "sums": (16, 16, 8, 1),
 }
 IEEE_LARGE = dict.fromkeys(("forward", "kv", "sums"), (16, 32, 8, 1)) | {"q": (16, 16, 8, 1)}
 IEEE: Table = {
@@ -96,8 +96,10 @@ IEEE: Table = {
     for large in (False, True)
     for dropout in (False, True)
 }
+TF32_SMALL = dict.fromkeys(("forward", "q", "kv"), (32, 32, 4, 1)) | {"sums": (32, 32, 8, 1)}
+TF32_LARGE = dict.fromkeys(("forward", "q", "kv"), (32, 32, 8, 1)) | {"sums": (16, 32, 8, 1)}
 TF32: Table = {
-    (large, dropout): dict.fromkeys(("forward", "q", "kv", "sums"), (32, 32, 8 if large else 4, 1))
+    (large, dropout): TF32_LARGE if large else TF32_SMALL
     for large in (False, True)
     for dropout in (False, True)
 }
