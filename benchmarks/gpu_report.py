@@ -32,6 +32,7 @@ import tyro
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.bench_ops import (
     INPUTS,
     STOCK,

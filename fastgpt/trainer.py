@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import fastgpt
+from fastgpt import ops
 from fastgpt.checkpoint import (
     CheckpointError,
     find_checkpoint,
@@ -123,6 +124,7 @@ class Trainer:
         self.device = find_device(recipe.device)
         self.corpus = _corpus(recipe, tokenizer, data_sha256)
         config = _model_config(recipe, self.corpus)
+        self.backend = _backend_name(recipe.ops, self.device, config)
         self.batches = Batches(self.corpus.train, recipe.block_size, recipe.batch_size, recipe.seed)
         self.val_starts = _validation_windows(self.corpus, recipe)
         torch.manual_seed(recipe.seed)
@@ -150,11 +152,12 @@ class Trainer:
     def _summary(self) -> str:
         parameters = self.model.num_params() / 1e6
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        kernels = ", Triton kernels" if self.backend == "triton" else ""
         precision = "bfloat16" if self._autocast_dtype() else "float32"
         return (
             f"{parameters:.2f}M parameters, vocabulary of {self.corpus.tokenizer.vocab_size:,}, "
             f"{len(self.corpus.train):,} training and {len(self.corpus.val):,} validation tokens, "
-            f"{self.device.type} ({precision}{threads})\nrun folder: {self.run}"
+            f"{self.device.type} ({precision}{kernels}{threads})\nrun folder: {self.run}"
         )
 
     # --- a step --------------------------------------------------------------------------------
@@ -272,6 +275,14 @@ class Trainer:
         if wanted == "auto":
             wanted = "bfloat16" if self.device.type == "cuda" else "float32"
         return torch.bfloat16 if wanted == "bfloat16" else None
+
+
+def _backend_name(name: str, device: torch.device, config: GPTConfig) -> str:
+    """Return which backend will compute; UsageError if it cannot."""
+    try:
+        return ops.check_device(name, device, config.n_embd // config.n_head)
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from None
 
 
 def read_run(run: Path) -> tuple[str, Recipe]:

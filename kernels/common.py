@@ -67,12 +67,16 @@ def check_devices(operation: str, **tensors: Tensor) -> None:
     if len(set(devices.values())) > 1:
         places = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"{operation}: all tensors must be on one device, not {places}")
-    device = next(iter(devices.values()))
+    check_device(operation, next(iter(devices.values())))
+
+
+def check_device(operation: str, device: torch.device) -> None:
+    """Raise ValueError unless the kernels can run on a device."""
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         raise ValueError(
-            f"{operation}: the Triton kernels run on CUDA, and the tensors are on {device}; move "
-            'them there, use ops="native", or, to try the kernels slowly on a CPU, set '
-            "TRITON_INTERPRET=1 before the first import of triton"
+            f"{operation}: the Triton kernels run on CUDA, not on {device}; move there, use "
+            'PyTorch\'s own operators (ops="native"), or, to try the kernels slowly on a CPU, '
+            "set TRITON_INTERPRET=1 before the first import of triton"
         )
 
 

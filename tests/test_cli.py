@@ -54,6 +54,17 @@ def test_train_then_generate_as_printed(workplace: Path, capfd) -> None:
     assert len(first) == 8
 
 
+def test_kernels_for_a_gpu_are_refused_without_one(workplace: Path, capfd, monkeypatch) -> None:
+    common = pytest.importorskip("fastgpt.kernels.common")
+    monkeypatch.setattr(common, "INTERPRETED", False)
+    assert run(train.main, *SMALL, "--ops", "triton") == 2
+    error = capfd.readouterr().err
+    assert (
+        'run on CUDA, not on cpu; move there, use PyTorch\'s own operators (ops="native")' in error
+    )
+    assert not list(workplace.glob("runs/*"))
+
+
 def test_a_prompt_is_continued(trained: Path, capfd) -> None:
     options = ["--prompt", "ROMEO:", "--max-new-tokens", "10", "--top-k", "5", "--top-p", "0.9"]
     assert run(generate.main, str(trained), *options) == 0

@@ -41,6 +41,17 @@ def get(name: str, device: torch.device | None = None, head_dim: int = MAX_HEAD_
     return _loaded[_load(name, device, head_dim)]
 
 
+def check_device(name: str, device: torch.device, head_dim: int = MAX_HEAD_DIM) -> str:
+    """Return the name of the backend that `get` returns for a device.
+
+    ValueError or ImportError, which say what to do, if it cannot compute there.
+    """
+    name = _load(name, device, head_dim)
+    if name == "triton":
+        import_module("fastgpt.kernels.common").check_device('ops="triton"', device)
+    return name
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # of imports
 def _load(name: str, device: torch.device | None, head_dim: int) -> str:
     """Import the backend that `get` is to return, and return its name."""
