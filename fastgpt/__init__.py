@@ -14,6 +14,7 @@ __path__ = extend_path(__path__, __name__)
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fastgpt.fused_adamw import FusedAdamW as FusedAdamW
     from fastgpt.model import GPT as GPT
     from fastgpt.model import GPTConfig as GPTConfig
     from fastgpt.patching import patch as patch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from fastgpt.trainer import Trainer as Trainer
 
 _HOME = {
+    "FusedAdamW": "fused_adamw",
     "GPT": "model",
     "GPTConfig": "model",
     "RECIPES": "recipes",
