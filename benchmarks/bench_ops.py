@@ -70,9 +70,12 @@ COMPILED = ("add_layer_norm", "causal_attention", "linear_gelu", "linear_cross_e
 
 def sizes(operation: str, device: str) -> tuple[Size, ...]:
     if device == "cuda":
-        return (GPT2_CUDA,)
-    # at 768 wide, one round of the head takes seconds on two cores
-    return (CHAR, GPT2_NARROW if operation == "linear_cross_entropy" else GPT2)
+        found: tuple[Size, ...] = (GPT2_CUDA,)
+    else:  # at 768 wide, one round of the head takes seconds on two cores
+        found = (CHAR, GPT2_NARROW if operation == "linear_cross_entropy" else GPT2)
+    if operation == "cached_attention":  # one prompt at a time, as most write
+        found = tuple(replace(size, batch=1) for size in found)
+    return found
 
 
 def cases() -> Iterator[Any]:
@@ -205,11 +208,11 @@ def linear_cross_entropy_inputs(size: Size) -> tuple[Any, ...]:
 
 
 def cached_attention_inputs(size: Size) -> tuple[Any, ...]:
-    """One new token against a cache that is three quarters full."""
-    heads, head_dim = size.n_head, size.n_embd // size.n_head
-    q = torch.randn(1, heads, 1, head_dim)
-    k, v = torch.randn(2, 1, heads, size.time, head_dim)
-    return q, k, v, torch.tensor([size.time * 3 // 4])
+    """One new token in each row against a cache that is three quarters full."""
+    rows, heads, head_dim = size.batch, size.n_head, size.n_embd // size.n_head
+    q = torch.randn(rows, heads, 1, head_dim)
+    k, v = torch.randn(2, rows, heads, size.time, head_dim)
+    return q, k, v, torch.full((rows,), size.time * 3 // 4)
 
 
 INPUTS: dict[str, Callable[[Size], tuple[Any, ...]]] = {

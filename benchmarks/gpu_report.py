@@ -44,6 +44,7 @@ from benchmarks.bench_ops import (
 )
 from benchmarks.peers import StockGPT, copy_weights, make_optimizer
 from fastgpt import ops
+from fastgpt.kernels.attention import causal_attention_backward, causal_attention_forward
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.ops import native, reference
 
@@ -313,6 +314,8 @@ def implementations(
     if compiled and operation != "cached_attention":
         torch.compiler.reset()
         yield "compiled reference", torch.compile(getattr(reference, operation), dynamic=False)
+    if operation == "causal_attention":
+        yield "fastgpt triton, one pass", OnePassAttention.apply
     if operation == "causal_attention" and bench.device.type == "cuda":
         yield "SDPA flash", pinned(SDPBackend.FLASH_ATTENTION)
         yield "SDPA cuDNN", pinned(SDPBackend.CUDNN_ATTENTION)
@@ -326,6 +329,26 @@ def implementations(
                     x.flatten(0, -2), weight, targets.flatten()
                 ),
             )
+
+
+class OnePassAttention(torch.autograd.Function):
+    """Our attention with the backward that adds up the queries' gradients atomically."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, n_head: int) -> Tensor:
+        """Return the attention `[B, T, C]`."""
+        out, lse = causal_attention_forward(qkv, n_head)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.n_head = n_head
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of qkv."""
+        grad_qkv = causal_attention_backward(
+            grad, *ctx.saved_tensors, ctx.n_head, deterministic=False
+        )
+        return grad_qkv, None
 
 
 def args_for(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
