@@ -155,21 +155,22 @@ def inputs_and_truth(
 ) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
     """Make an operation's arguments, and the float64 reference's outputs and gradients."""
     torch.manual_seed(0)
-    args = tuple(
-        arg.to(device, size.dtype).requires_grad_()
+    args = placed(INPUTS[operation](size), device, size.dtype)
+    return args, forward_backward(
+        getattr(reference, operation), placed(args, device, torch.float64)
+    )
+
+
+def placed(args: tuple[Any, ...], device: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Return arguments on a device, the numbers as leaves in a precision."""
+    return tuple(
+        arg.detach().to(device, dtype).requires_grad_()
         if isinstance(arg, Tensor) and arg.is_floating_point()
         else arg.to(device)
         if isinstance(arg, Tensor)
         else arg
-        for arg in INPUTS[operation](size)
-    )
-    exact = tuple(
-        arg.detach().double().requires_grad_()
-        if isinstance(arg, Tensor) and arg.is_floating_point()
-        else arg
         for arg in args
     )
-    return args, forward_backward(getattr(reference, operation), exact)
 
 
 # --- the arguments of each operation -----------------------------------------------------------

@@ -39,6 +39,7 @@ from benchmarks.bench_ops import (
     Size,
     forward,
     forward_backward,
+    placed,
     stock_cached_attention,
     without_empty_part,
 )
@@ -292,16 +293,9 @@ def sizes(bench: Bench, operation: str) -> list[Size]:
     return [replace(whole, batch=batch) for batch in batches.get(operation, (8, 32, 64))]
 
 
-def make_inputs(operation: str, size: Size, device: torch.device) -> tuple[Any, ...]:
+def make_inputs(operation: str, size: Size, bench: Bench) -> tuple[Any, ...]:
     torch.manual_seed(0)
-    return tuple(
-        arg.to(device, size.dtype).requires_grad_()
-        if isinstance(arg, Tensor) and arg.is_floating_point()
-        else arg.to(device)
-        if isinstance(arg, Tensor)
-        else arg
-        for arg in INPUTS[operation](size)
-    )
+    return placed(INPUTS[operation](size), bench.device.type, size.dtype)
 
 
 def implementations(
@@ -379,13 +373,8 @@ def check_operations(report: Report, bench: Bench) -> None:
     """
     for operation in INPUTS:
         size = replace(sizes(bench, operation)[0], batch=1)
-        args = make_inputs(operation, size, bench.device)
-        exact = tuple(
-            arg.detach().double().requires_grad_()
-            if isinstance(arg, Tensor) and arg.is_floating_point()
-            else arg
-            for arg in args
-        )
+        args = make_inputs(operation, size, bench)
+        exact = placed(args, bench.device.type, torch.float64)
         run = forward if operation == "cached_attention" else forward_backward
         truth = run(getattr(reference, operation), exact)
         for name, function in implementations(operation, bench):
@@ -409,7 +398,7 @@ def time_operations(report: Report, bench: Bench) -> None:
     """Time each operation, forward and with its backward, ours and what one would use instead."""
     for operation in INPUTS:
         for size in sizes(bench, operation):
-            args = make_inputs(operation, size, bench.device)
+            args = make_inputs(operation, size, bench)
             for run in (
                 (forward,) if operation == "cached_attention" else (forward, forward_backward)
             ):
