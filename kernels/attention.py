@@ -11,6 +11,7 @@ its mask anew from (seed, batch and head, query, key) wherever it is needed, wha
 
 import math
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -84,6 +85,9 @@ HALVES_80: Table = {
     | {"q": (128, 32, 8, 2), "kv": (32, 64, 8, 2), "sums": (32, 64, 8, 2)},
     (True, True): HALVES[True, True] | {"kv": (16, 64, 8, 2), "sums": (16, 64, 8, 2)},
 }
+HALVES_80_PADDED: Table = HALVES_80 | {
+    (False, False): HALVES_80[False, False] | {"kv": (32, 128, 8, 3)}
+}
 HALVES_100: Table = HALVES | {(True, False): HALVES[True, False] | {"q": (128, 32, 8, 2)}}
 # fp32, multiplied without the matrix units, and (fp64 too) in the interpreter
 IEEE_SMALL = dict.fromkeys(("forward", "kv"), (32, 32, 4, 1)) | {
@@ -102,6 +106,14 @@ TF32: Table = {
     (large, dropout): TF32_LARGE if large else TF32_SMALL
     for large in (False, True)
     for dropout in (False, True)
+}
+# Of the forms that `variants` lists: dtype, precision, head dim, padded, dropout.
+COMMON = {
+    ("bf16", "ieee", 64, False, False),
+    ("bf16", "ieee", 128, False, False),
+    ("bf16", "ieee", 128, True, True),
+    ("fp16", "ieee", 64, False, False),
+    ("fp32", "ieee", 64, False, False),
 }
 DELTA_FORM = {"BLOCK_M": 32, "num_warps": 4, "enable_fp_fusion": True}
 
@@ -172,34 +184,35 @@ def causal_attention_backward(
 
 
 def variants(capability: int) -> Iterator[Variant]:
-    """Yield what the launchers can launch on a GPU of a compute capability: a choice of it.
+    """Yield what the launchers can launch on a GPU of a compute capability.
 
-    For each entry of the tables the forms that demand most: the largest head dim, between powers of
-    two and with dropout if there may be dropout. fp16, which takes what bf16 takes, is there once.
+    All of bf16. What is left out of fp16, which takes as much as bf16, and of fp32, differs from
+    what is listed in being padded, or in having a dim between two that are listed.
     """
-    for dtype, precision, dim, padded, dropout in _cases():
-        types = {"dtype": dtype, "padded": padded, "dropout": dropout}
+    for case in _cases():
+        dtype, precision, dim, padded, dropout = case
+        types = {"dtype": dtype, "padded": padded, "dropout": dropout, "common": case in COMMON}
         for kind, kernel in (
             ("forward", _attention_forward),
             ("q", _attention_backward_q),
             ("kv", _attention_backward_kv),
             ("sums", _attention_backward_kv),
         ):
-            form = _form(kind, capability, dim, dtype, precision, dropout)
+            form = _form(kind, capability, *case)
             yield _variant(kernel, form | {"DIM": dim}, **types, sums=kind == "sums")
-        if not dropout:
+        if precision == "ieee" and not dropout:  # both are nothing to it
             yield _variant(_attention_delta, DELTA_FORM | {"DIM": dim}, **types, sums=False)
 
 
 def _cases() -> Iterator[tuple[str, str, int, bool, bool]]:
     """Yield dtype, precision, padded head dim, whether it is padded, whether there is dropout."""
-    for dim in (16, 64, 128):
-        yield "bf16", "ieee", dim, False, False
-    for dim in (64, 128):
-        yield "bf16", "ieee", dim, True, True
-        yield "fp32", "ieee", dim, False, True
-    yield "fp32", "tf32", 64, False, True
-    yield "fp16", "ieee", 64, False, False
+    # `_readable` makes head dims multiples of 16: 16 and 32 themselves are never padded further
+    every = [(16, False), (32, False), (64, False), (64, True), (128, False), (128, True)]
+    forms = {"bf16": every, "fp16": every[2::2], "fp32": every[::2]}
+    for dtype, dims in forms.items():
+        for precision in ("ieee", "tf32")[: 1 + (dtype == "fp32")]:
+            for (dim, padded), dropout in product(dims, (False, True)):
+                yield dtype, precision, dim, padded, dropout
 
 
 def _variant(
@@ -208,6 +221,7 @@ def _variant(
     dtype: str,
     padded: bool,
     dropout: bool,
+    common: bool,
     sums: bool,
 ) -> Variant:
     """Describe one way to launch a kernel, as `_run` does it."""
@@ -227,6 +241,7 @@ def _variant(
         {name: form[name] for name in form if name.islower()},
         matrix=kernel is not _attention_delta,
         unaligned=tuple(name for name in names if name in CHANGING),
+        common=common,
     )
 
 
@@ -243,8 +258,8 @@ def _launch(
     """Run one of the kernels that compute scores."""
     dim = _tile_dim(head_dim)
     dropout = dropout_p > 0.0
-    dtype, precision = DTYPES[qkv.dtype], _precision()
-    form = _form(kind, capability(qkv.device), dim, dtype, precision, dropout)
+    case = DTYPES[qkv.dtype], _precision(), dim, dim != qkv.size(2) // 3 // n_head, dropout
+    form = _form(kind, capability(qkv.device), *case)
     bytes_a_head = 2 * qkv.size(1) * head_dim * qkv.element_size()
     arguments |= {
         "qkv_ptr": qkv,
@@ -280,11 +295,12 @@ def _run(kernel: triton.JITFunction, qkv: Tensor, n_head: int, **arguments: Any)
 
 
 def _form(
-    kind: str, capability: int, dim: int, dtype: str, precision: str, dropout: bool
+    kind: str, capability: int, dtype: str, precision: str, dim: int, padded: bool, dropout: bool
 ) -> dict[str, Any]:
     """Return the block sizes, the precision and the options to launch a kernel with."""
     if dtype in ("fp16", "bf16"):
-        table = HALVES if capability // 10 == 9 else (HALVES_80 if capability < 90 else HALVES_100)
+        table = HALVES_80_PADDED if padded else HALVES_80
+        table = {9: HALVES, 10: HALVES_100, 11: HALVES_100}.get(capability // 10, table)
     else:
         table = TF32 if precision == "tf32" and dtype == "fp32" else IEEE
     block_m, block_n, warps, stages = table[dim > 64, dropout][kind]

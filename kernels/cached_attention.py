@@ -32,6 +32,7 @@ from fastgpt.kernels.common import (
 )
 
 HEAD_BLOCKS = (64, 128)  # heads are padded to one of these widths, in registers only
+COMMON = (("bf16", 64), ("bf16", 128), ("fp32", 64))  # of the forms that `variants` lists
 MAX_SPLITS = 64  # what _combine takes in one tile
 
 # Programs wanted for each multiprocessor. Those of _attend_one have 16 to 24 KB of loads under way
@@ -91,6 +92,7 @@ def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
 def variants(capability: int) -> Iterator[Variant]:
     """Yield all that the launcher can launch on a GPU of a compute capability."""
     for dtype, block_d in product(DTYPES.values(), HEAD_BLOCKS):
+        common = (dtype, block_d) in COMMON
         wide = "fp64" if dtype == "fp64" else "fp32"
         plans = _plans(dtype, block_d, tf32=False)
         if dtype == "fp32":
@@ -102,8 +104,9 @@ def variants(capability: int) -> Iterator[Variant]:
             # one of sm_80.
             matrix = plan.tile["BLOCK_M"] > (16 if capability == 90 else 1)
             plan = plan._replace(tile=plan.tile | {"SPLIT": split})
-            yield _variant(plan, pointers, matrix)
-        yield _variant(_combine_plan(block_d), {"partial_ptr": f"*{wide}", "out_ptr": f"*{dtype}"})
+            yield _variant(plan, pointers, common, matrix)
+        pointers = {"partial_ptr": f"*{wide}", "out_ptr": f"*{dtype}"}
+        yield _variant(_combine_plan(block_d), pointers, common)
 
 
 @triton.jit
@@ -326,7 +329,7 @@ def _combine_plan(block_d: int) -> _Plan:
     return _Plan(_combine, tile, {"enable_fp_fusion": True, "num_warps": 4})
 
 
-def _variant(plan: _Plan, pointers: dict[str, str], matrix: bool = False) -> Variant:
+def _variant(plan: _Plan, pointers: dict[str, str], common: bool, matrix: bool = False) -> Variant:
     """Describe a plan for the compiler, given the types of its pointers."""
     given = pointers.keys() | plan.tile.keys()
     integers = [name for name in plan.kernel.arg_names if name not in given]
@@ -337,6 +340,7 @@ def _variant(plan: _Plan, pointers: dict[str, str], matrix: bool = False) -> Var
         plan.options,
         matrix,
         unaligned=("n_head", "n_new", "n_rows", "n_splits"),
+        common=common,
     )
 
 

@@ -35,7 +35,8 @@ class Variant:
     run-time argument, as Triton writes it ("*bf16", "i32", "fp32"). constants: the compile-time
     arguments (None for a pointer that is left out). options: `num_warps`, `num_stages` and so on.
     matrix: whether its products must reach the matrix units. unaligned: the run-time integers that
-    are not multiples of 16 in ordinary use.
+    are not multiples of 16 in ordinary use. common: whether training or writing with GPT-2 meets
+    it, or it stands for its kind in a check that has no time for all.
     """
 
     kernel: str
@@ -44,6 +45,7 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)
     matrix: bool = False
     unaligned: tuple[str, ...] = ()
+    common: bool = True
 
 
 def check_tensors(operation: str, **tensors: Tensor | None) -> None:

@@ -184,6 +184,7 @@ def _n_warps(block: int) -> int:
 # precision throughout; under autocast; under autocast with the residual stream in 16 bits.
 AUTOCAST = ("bf16", "fp32", "fp32", "bf16")
 MIXES = [*((dtype,) * 4 for dtype in DTYPES.values()), AUTOCAST, ("bf16", "bf16", "fp32", "bf16")]
+COMMON = (AUTOCAST, MIXES[-1])
 WIDTHS = (768, 1600)
 OTHER_WIDTHS = (MIN_BLOCK, 256, 512, 4096, MAX_WIDTH)
 
@@ -197,10 +198,13 @@ def variants(capability: int) -> Iterator[Variant]:
     """
     for mix in MIXES:
         for width in WIDTHS + OTHER_WIDTHS * (mix == AUTOCAST):
-            yield _forward_variant(mix, width)
-            yield _backward_variant(mix, width, capability)
-        yield _forward_variant(mix, WIDTHS[0], alone=True)
-        yield _backward_variant(mix, WIDTHS[0], capability, alone=True)
+            common = mix in COMMON and width in (*WIDTHS, MAX_WIDTH)
+            yield replace(_forward_variant(mix, width), common=common)
+            yield replace(_backward_variant(mix, width, capability), common=common)
+        common = mix == AUTOCAST
+        yield replace(_forward_variant(mix, WIDTHS[0], alone=True), common=common)
+        backward = _backward_variant(mix, WIDTHS[0], capability, alone=True)
+        yield replace(backward, common=common)
     for variant in (
         _forward_variant(AUTOCAST, 1023),
         _backward_variant(AUTOCAST, 1023, capability),
