@@ -1,12 +1,15 @@
-"""Compile every kernel in every form that can be launched, for GPUs that need not be there.
+r"""Compile every kernel in every form that can be launched, for GPUs that need not be there.
 
-    python benchmarks/compile_kernels.py                                  # all of it, as a table
+    python benchmarks/compile_kernels.py                        # the common forms, as a table
     python benchmarks/compile_kernels.py --modules gelu --capabilities 90
-    python benchmarks/compile_kernels.py --out benchmarks/results/kernels-compiled.json
+    python benchmarks/compile_kernels.py --all \
+        --out benchmarks/results/kernels-compiled.json \
+        --markdown benchmarks/results/kernels-compiled.md       # all there are: half an hour
 
 What comes out says much about speed: registers and shared memory bound how many blocks a
 multiprocessor holds at once (the occupancy), a spill costs memory traffic in the innermost loop,
-and a product without matrix instructions is an order of magnitude slow.
+a product without matrix instructions is an order of magnitude slow, and matrix instructions of
+sm_90 that each wait for their own end leave the matrix units idle in between.
 """
 
 import importlib
@@ -41,10 +44,17 @@ MODULES = (
 )
 CAPABILITIES = (80, 90, 100)
 
-# What a multiprocessor has: 32-bit registers, bytes of shared memory, threads, blocks
+# What a multiprocessor has: threads, blocks, bytes of shared memory, and 32-bit registers
 # (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
-REGISTERS, THREADS, BLOCKS = 65_536, 2048, 32
-SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+LIMITS = {
+    80: (2048, 32, 164 * 1024),
+    86: (1536, 16, 100 * 1024),
+    89: (1536, 24, 100 * 1024),
+    90: (2048, 32, 228 * 1024),
+    100: (2048, 32, 228 * 1024),
+    120: (1536, 24, 100 * 1024),
+}
+REGISTERS = 65_536
 RESERVED_SHARED = 1024  # by the system, for each block
 
 
@@ -55,11 +65,16 @@ class Options:
     modules: tuple[str, ...] = MODULES
     """Files of kernels/."""
     capabilities: tuple[int, ...] = CAPABILITIES
-    """Compute capabilities: 80 is an A100, 90 an H100 or H200, 100 a B200."""
+    """Compute capabilities: 80 is an A100, 86 and 89 GeForce 30 and 40, 90 an H100 or H200, 100 a
+    B200, 120 GeForce 50."""
     dtypes: tuple[str, ...] = ()
     """Only variants with a tensor of one of these (fp32, fp16, bf16, fp64); all unless given."""
+    all: bool = False
+    """Every variant, not only the common ones."""
     out: Path | None = None
-    """Write JSON here ("-": to standard output, and no table)."""
+    """Write JSON here, a row for a variant ("-": all details to standard output, and no table)."""
+    markdown: Path | None = None
+    """Write a table of the common variants here."""
     workers: int = os.cpu_count() or 1
     """Processes that compile."""
 
@@ -68,13 +83,14 @@ def main(options: Options) -> None:
     # a fresh interpreter each: Triton may not be forked while it compiles
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         results = list(pool.map(compile_case, cases(options), chunksize=4))
-    text = json.dumps({"triton": triton.__version__, "kernels": results}, indent=1)
     if options.out == Path("-"):
-        print(text)
+        print(json.dumps({"triton": triton.__version__, "kernels": results}))
         return
     if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    Console(width=160).print(table(results))
+        options.out.write_text(rows_of_json(results), encoding="utf-8")
+    if options.markdown:
+        options.markdown.write_text(markdown(results), encoding="utf-8")
+    Console(width=170).print(table(results))
 
 
 def cases(options: Options) -> Iterator[dict[str, Any]]:
@@ -84,6 +100,8 @@ def cases(options: Options) -> Iterator[dict[str, Any]]:
         for capability in options.capabilities:
             for variant in variants(capability):
                 types = {kind.removeprefix("*") for kind in variant.signature.values()}
+                if not (variant.common or options.all):
+                    continue
                 if not options.dtypes or types & set(options.dtypes):
                     yield {"module": module, "capability": capability} | asdict(variant)
 
@@ -124,6 +142,7 @@ def describe(case: dict[str, Any]) -> dict[str, Any]:
         "constants": case["constants"],
         "options": case["options"],
         "matrix": case["matrix"],
+        "common": case["common"],
     }
 
 
@@ -145,6 +164,8 @@ def measure(compiled: Any, capability: int) -> dict[str, Any]:
         "occupancy": occupancy(counts["REG"], shared, warps, capability),
         "instructions": len(instructions),
         "matrix_instructions": {name: instructions.count(name) for name in matrix},
+        # only one that the code waits for signals its end (gsb0): the last of a product, at best
+        "waiting_matrix_instructions": len(re.findall(r"\bHGMMA\b.*\bgsb0\b", sass)),
         "load_bits": access_bits("ld", compiled.asm["ptx"]),
         "store_bits": access_bits("st", compiled.asm["ptx"]),
     }
@@ -153,13 +174,14 @@ def measure(compiled: Any, capability: int) -> dict[str, Any]:
 def occupancy(registers: int, shared: int, warps: int, capability: int) -> float:
     """Return the share of a multiprocessor's threads that can be resident: 0 if none fits."""
     a_warp = -(-registers * 32 // 256) * 256  # registers are handed out 256 at a time to a warp
+    threads, blocks, shared_bytes = LIMITS[capability]
     fitting = min(
-        BLOCKS,
-        THREADS // (32 * warps),
+        blocks,
+        threads // (32 * warps),
         REGISTERS // max(a_warp, 1) // warps,
-        SHARED[capability] // (shared + RESERVED_SHARED),
+        shared_bytes // (shared + RESERVED_SHARED),
     )
-    return fitting * warps * 32 / THREADS
+    return fitting * warps * 32 / threads
 
 
 def disassemble(cubin: bytes, what: str) -> str:
@@ -171,29 +193,94 @@ def disassemble(cubin: bytes, what: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def access_bits(direction: str, ptx: str) -> list[int]:
-    """Return how wide each access to global memory is: ``ld.global.v4.b32`` counts 128."""
+def access_bits(direction: str, ptx: str) -> dict[str, int]:
+    """Count accesses to global memory by how wide they are: ``ld.global.v4.b32`` is one of 128."""
     accesses = re.findall(rf"\b{direction}\.global[.\w:]*?(?:\.v(\d))?\.[a-z](\d+)\s", ptx)
-    return [int(vector or 1) * int(bits) for vector, bits in accesses]
+    widths = [int(vector or 1) * int(bits) for vector, bits in accesses]
+    return {str(width): widths.count(width) for width in sorted(set(widths))}
+
+
+def rows_of_json(results: list[dict[str, Any]]) -> str:
+    """Return the results as JSON: the names of the columns once, and a line for each variant."""
+    rows = [summary(result) for result in results]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [json.dumps([row.get(name) for name in columns]) for row in rows]
+    head = f'{{"triton": "{triton.__version__}",\n"columns": {json.dumps(columns)},\n"rows": [\n'
+    return head + ",\n".join(lines) + "\n]}\n"
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a result in short: what is not a number as one word, and of widths the extremes."""
+    options = {k: v for k, v in result["options"].items() if k != "enable_fp_fusion"}
+    constants = (result["constants"] | options).items()
+    short = {
+        "module": result["module"],
+        "kernel": result["kernel"],
+        "sm": result["capability"],
+        "types": "/".join(result["dtypes"]),
+        "constants": ", ".join(f"{name}={value}" for name, value in constants),
+        "common": result["common"],
+    }
+    if "error" in result:
+        return short | {"error": result["error"]}
+    matrix = result["matrix_instructions"].items()
+    for name in ("registers", "spilled_bytes", "local_accesses", "shared_bytes"):
+        short[name] = result[name]
+    short["occupancy"] = round(result["occupancy"], 4)
+    short["matrix"] = ", ".join(f"{n} {name}" for name, n in matrix)
+    short["waiting"] = result["waiting_matrix_instructions"]
+    for name in ("load_bits", "store_bits"):
+        widths = [int(width) for width in result[name]]
+        short[name] = [min(widths, default=0), max(widths, default=0)]
+    return short
+
+
+SHOWN = {
+    "kernel": "kernel",
+    "sm": "sm",
+    "types": "types",
+    "constants": "constants",
+    "registers": "registers",
+    "spilled_bytes": "spilled",
+    "shared_bytes": "shared",
+    "occupancy": "occupancy",
+    "matrix": "matrix instructions",
+    "waiting": "waiting",
+}
+
+
+def cells(result: dict[str, Any]) -> list[str]:
+    """Return what tables show of a result, in the order of SHOWN."""
+    short = summary(result)
+    if "error" in short:
+        return [*(str(short[name]) for name in list(SHOWN)[:4]), short["error"][:60]]
+    return [str(short[n]) if n != "occupancy" else f"{short[n]:.0%}" for n in SHOWN]
 
 
 def table(results: list[dict[str, Any]]) -> Table:
-    shown = Table(
-        "kernel", "sm", "types", "constants", "registers", "spilled", "shared", "occupancy"
-    )
-    shown.add_column("matrix instructions")
+    shown = Table(*SHOWN.values())
     for result in results:
-        constants = ", ".join(
-            f"{k}={v}" for k, v in (result["constants"] | result["options"]).items()
-        )
-        row = [result["kernel"], str(result["capability"]), "/".join(result["dtypes"]), constants]
-        if "error" in result:
-            shown.add_row(*row, "[red]" + result["error"][:60])
-            continue
-        numbers = (result[name] for name in ("registers", "spilled_bytes", "shared_bytes"))
-        matrix = ", ".join(f"{n} {name}" for name, n in result["matrix_instructions"].items())
-        shown.add_row(*row, *map(str, numbers), f"{result['occupancy']:.0%}", matrix)
+        shown.add_row(*cells(result), style="red" if "error" in result else None)
     return shown
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """Return the common variants as Markdown, a table for each module."""
+    lines = [
+        "# What the kernels compile to",
+        "",
+        f"The common forms, by Triton {triton.__version__}, as `benchmarks/compile_kernels.py`",
+        "finds them; all forms are in the JSON beside this file. Registers are a thread's, shared",
+        "memory is a block's, in bytes; the occupancy is the share of a multiprocessor's threads",
+        "that can be resident; of the matrix instructions some wait for their own end.",
+    ]
+    for module in dict.fromkeys(result["module"] for result in results):
+        lines += ["", f"## {module}", "", "| " + " | ".join(SHOWN.values()) + " |"]
+        lines += ["|" + " --- |" * len(SHOWN)]
+        for result in results:
+            if result["module"] == module and result["common"]:
+                lines.append("| " + " | ".join(cells(result)) + " |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

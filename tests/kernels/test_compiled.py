@@ -1,13 +1,15 @@
-"""Every kernel, in every form that can be launched, compiles for the GPUs that matter.
+"""Every kernel compiles for the GPUs that matter: in its common forms, and all if slow tests run.
 
 Triton's interpreter accepts what a GPU refuses; this part needs no GPU to find that out. No
 form may spill registers, and a matrix product must be one in the machine code too.
 """
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +21,26 @@ from fastgpt.kernels.common import DTYPES
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem != "common")
+# What a block may have on sm_86, sm_89 and sm_120, which run what sm_80 runs.
+SHARED_BYTES = 101_376
 MATRIX_INSTRUCTIONS = {80: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA", "HMMA"}}
 HALVES = ("fp16", "bf16")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return compile_kernels(*request.param)
+
+
+@functools.cache
+def compile_kernels(module: str, capability: int, *options: str) -> list[dict[str, Any]]:
     """What `benchmarks/compile_kernels.py` finds: in a process of its own, because the interpreter,
     once switched on, leaves no real `@triton.jit` function in a process."""
-    module, capability = request.param
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = [str(ROOT), *filter(None, [environ.get("PYTHONPATH")])]  # this checkout's kernels
     command = [sys.executable, ROOT / "benchmarks" / "compile_kernels.py", "--out", "-"]
     done = subprocess.run(
-        [*command, "--modules", module, "--capabilities", str(capability)],
+        [*command, "--modules", module, "--capabilities", str(capability), *options],
         env=environ | {"PYTHONPATH": os.pathsep.join(path)},
         stdout=subprocess.PIPE,
         text=True,
@@ -41,15 +49,17 @@ def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return json.loads(done.stdout)["kernels"]
 
 
+# By default the common forms for one GPU; the others take minutes.
+CASES = [(module, 90) for module in MODULES]
+SLOW_CASES = [(module, 90, "--all") for module in MODULES]
+SLOW_CASES += [(module, capability) for module in MODULES for capability in (80, 100)]
+
+
 @pytest.mark.parametrize(
     "compiled",
-    [
-        pytest.param((module, capability), marks=[pytest.mark.slow] * (capability != 90))
-        for module in MODULES
-        for capability in MATRIX_INSTRUCTIONS
-    ],
+    CASES + [pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES],
     indirect=True,
-    ids=lambda case: "{}-sm_{}".format(*case),
+    ids=lambda case: "-".join(map(str, case)),
 )
 def test_compiles_without_spills_to_the_expected_instructions(compiled: list[Any]) -> None:
     assert compiled
@@ -67,6 +77,8 @@ def faults(result: dict[str, Any]) -> list[str]:
         found.append(f"{name}: spills {result['spilled_bytes']} bytes")
     if not result["occupancy"]:
         found.append(f"{name}: no block fits a multiprocessor")
+    if result["capability"] == 80 and result["shared_bytes"] > SHARED_BYTES:
+        found.append(f"{name}: {result['shared_bytes']} bytes of shared memory")
     expected = MATRIX_INSTRUCTIONS[result["capability"]]
     halves = set(result["dtypes"]) & set(HALVES)
     if result["matrix"] and halves and not expected & set(result["matrix_instructions"]):
@@ -81,7 +93,7 @@ def test_gelu_moves_128_bits_at_a_time_at_full_occupancy(compiled: list[Any]) ->
     flat = [result for result in compiled if "BLOCK" in result["constants"]]
     assert {result["dtypes"][0] for result in flat} == set(DTYPES.values())
     for result in flat:
-        assert {*result["load_bits"], *result["store_bits"]} == {128}
+        assert {*result["load_bits"], *result["store_bits"]} == {"128"}
         if result["dtypes"] != ["fp64"]:
             assert result["occupancy"] >= 0.75
 
@@ -91,13 +103,13 @@ def test_gelu_moves_128_bits_at_a_time_at_full_occupancy(compiled: list[Any]) ->
 )
 def test_rows_are_moved_128_bits_at_a_time(compiled: list[Any]) -> None:
     by_rows = [result for result in compiled if "ROWS" in result["constants"]]
-    odd = [result for result in by_rows if 16 in result["load_bits"]]
+    odd = [result for result in by_rows if "16" in result["load_bits"]]
     assert len(odd) == 2  # forward and backward of a width that is no multiple of 16
     for result in (result for result in by_rows if result not in odd):
-        widths = result["load_bits"] + result["store_bits"]
+        widths = Counter(result["load_bits"]) + Counter(result["store_bits"])
         # once for a column, or for each row: the bias, sums of columns; the mean and 1 / std
-        assert sum(bits < 128 for bits in widths) <= 2
-        assert widths.count(128) >= 2
+        assert widths.total() - widths["128"] <= 2
+        assert widths["128"] >= 2
 
 
 @pytest.mark.parametrize("compiled", [("gelu", 90)], indirect=True, ids=["gelu"])
@@ -115,3 +127,24 @@ def test_programs_of_the_layer_norm_backward_run_all_at_once(compiled: list[Any]
             shape = layer_norm.backward_shape(result["constants"]["BLOCK"], n_bytes, 90)
             if result["kernel"] == "_layer_norm_backward" and result["options"] == shape.options:
                 assert result["occupancy"] * 64 // result["warps"] >= shape.programs
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [("attention", 90), pytest.param(("attention", 90, "--all"), marks=pytest.mark.slow)],
+    indirect=True,
+    ids=["common", "all"],
+)
+def test_matrix_instructions_of_attention_overlap(compiled: list[Any]) -> None:
+    """Where a product is left unfinished from one round of a loop to the next, as with three
+    stages, ptxas lets each instruction of all products wait for the last."""
+    looked_at = 0
+    for result in compiled:
+        constants = result["constants"]
+        if result["kernel"] in ("_attention_forward", "_attention_backward_q"):
+            plain = not constants["PADDED"] and not constants["DROPOUT"]
+            if plain and set(result["dtypes"]) & set(HALVES):
+                waiting = result["waiting_matrix_instructions"]
+                assert 2 * waiting < result["matrix_instructions"]["HGMMA"], constants
+                looked_at += 1
+    assert looked_at >= 6
