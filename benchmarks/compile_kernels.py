@@ -82,7 +82,7 @@ class Options:
 def main(options: Options) -> None:
     # a fresh interpreter each: Triton may not be forked while it compiles
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(compile_case, cases(options), chunksize=4))
+        results = list(pool.map(compile_case, cases(options)))
     if options.out == Path("-"):
         print(json.dumps({"triton": triton.__version__, "kernels": results}))
         return

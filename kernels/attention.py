@@ -90,8 +90,8 @@ HALVES_80_PADDED: Table = HALVES_80 | {
 }
 HALVES_100: Table = HALVES | {(True, False): HALVES[True, False] | {"q": (128, 32, 8, 2)}}
 # fp32, multiplied without the matrix units, and (fp64 too) in the interpreter
-IEEE_SMALL = dict.fromkeys(("forward", "kv"), (32, 32, 4, 1)) | {
-    "q": (32, 32, 8, 1),
+IEEE_SMALL = dict.fromkeys(("q", "kv"), (32, 32, 8, 1)) | {
+    "forward": (32, 32, 4, 1),
     "sums": (16, 16, 8, 1),
 }
 IEEE_LARGE = dict.fromkeys(("forward", "kv", "sums"), (16, 32, 8, 1)) | {"q": (16, 16, 8, 1)}
