@@ -100,7 +100,8 @@ IEEE: Table = {
     for large in (False, True)
     for dropout in (False, True)
 }
-TF32_SMALL = dict.fromkeys(("forward", "q", "kv"), (32, 32, 4, 1)) | {"sums": (32, 32, 8, 1)}
+TF32_SMALL = dict.fromkeys(("forward", "kv"), (32, 32, 4, 1))
+TF32_SMALL |= dict.fromkeys(("q", "sums"), (32, 32, 8, 1))
 TF32_LARGE = dict.fromkeys(("forward", "q", "kv"), (32, 32, 8, 1)) | {"sums": (16, 32, 8, 1)}
 TF32: Table = {
     (large, dropout): TF32_LARGE if large else TF32_SMALL
