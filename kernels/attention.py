@@ -85,15 +85,14 @@ HALVES_80: Table = {
     | {"q": (128, 32, 8, 2), "kv": (32, 64, 8, 2), "sums": (32, 64, 8, 2)},
     (True, True): HALVES[True, True] | {"kv": (16, 64, 8, 2), "sums": (16, 64, 8, 2)},
 }
+# the masks of padded heads take some too
 HALVES_80_PADDED: Table = HALVES_80 | {
     (False, False): HALVES_80[False, False] | {"kv": (32, 128, 8, 3)}
 }
 HALVES_100: Table = HALVES | {(True, False): HALVES[True, False] | {"q": (128, 32, 8, 2)}}
 # fp32, multiplied without the matrix units, and (fp64 too) in the interpreter
-IEEE_SMALL = dict.fromkeys(("q", "kv"), (32, 32, 8, 1)) | {
-    "forward": (32, 32, 4, 1),
-    "sums": (16, 16, 8, 1),
-}
+IEEE_SMALL = dict.fromkeys(("q", "kv"), (32, 32, 8, 1))
+IEEE_SMALL |= {"forward": (32, 32, 4, 1), "sums": (16, 16, 8, 1)}
 IEEE_LARGE = dict.fromkeys(("forward", "kv", "sums"), (16, 32, 8, 1)) | {"q": (16, 16, 8, 1)}
 IEEE: Table = {
     (large, dropout): IEEE_LARGE if large else IEEE_SMALL
