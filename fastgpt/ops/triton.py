@@ -62,8 +62,10 @@ def causal_attention(
 
 def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
     """`reference.cached_attention`, the keys split over the GPU's processors. No gradients."""
+    if torch.is_autocast_enabled(q.device.type):  # the cache has the dtype of the weights
+        q = q.to(k_cache.dtype)
     y: Tensor = _OPERATORS.cached_attention(q, k_cache, v_cache, lengths)
-    return y
+    return y.to(_result_dtype(y))
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -103,9 +105,11 @@ def linear_cross_entropy(
 
 
 def _result_dtype(x: Tensor, unless_autocast: torch.dtype | None = None) -> torch.dtype:
-    if torch.is_autocast_enabled(x.device.type):
+    dtype = unless_autocast or x.dtype
+    # autocast leaves fp64 alone, in PyTorch's own operators too
+    if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
-    return unless_autocast or x.dtype
+    return dtype
 
 
 def _seed(device: torch.device, seed: int | None) -> Tensor:
@@ -136,8 +140,22 @@ def _define(
     torch.library.register_fake(f"fastgpt::{name}", fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(
-            f"fastgpt::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+            f"fastgpt::{name}", _once(name, backward), setup_context=setup_context, lib=_LIBRARY
         )
+
+
+def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse second derivatives, of which what the kernels compute would have none in silence."""
+
+    def checked(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # in a backward it is so with create_graph=True alone
+            raise ValueError(
+                f"{name}: the kernels' gradients have no gradients of their own (create_graph=True "
+                'asks for them); use ops="reference" for those'
+            )
+        return backward(ctx, *grads)
+
+    return checked
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

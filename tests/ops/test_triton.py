@@ -122,6 +122,36 @@ def test_under_autocast_results_are_of_its_dtype() -> None:
     assert weight.grad.dtype == head.grad.dtype == torch.float32
 
 
+def test_generates_under_autocast() -> None:
+    """The cache holds fp32, as the weights do, and queries come in autocast's dtype."""
+    model = GPT(CONFIG, ops="triton").to(DEVICE).eval()
+    ids = torch.arange(6, device=DEVICE).view(2, 3)
+    with torch.autocast(DEVICE.type, torch.float16):
+        q = randn(2, 2, 1, 16, dtype=torch.float16, grad=False)
+        cache = randn(2, 2, 5, 16, grad=False)
+        y = triton.cached_attention(q, cache, cache, torch.tensor([5, 2], device=DEVICE))
+        assert y.dtype == torch.float16
+        assert model.generate(ids, 3, temperature=0.0).shape == (2, 6)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    x, weight = randn(3, 24, dtype=torch.float64), randn(24, dtype=torch.float64)
+    with torch.autocast(DEVICE.type, torch.float16):
+        assert triton.layer_norm(x, weight, None).dtype == torch.float64
+        assert triton.add_layer_norm(x, x, weight, None)[1].dtype == torch.float64
+        assert triton.linear_cross_entropy(x, x, targets(3, 3)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if "cached" not in call])
+def test_refuses_second_derivatives(call: str) -> None:
+    """They would come out as zeros, or without a part, and nothing would say so."""
+    args = CALLS[call]()
+    result = getattr(OPERATORS, call.split(" ")[0].split(",")[0])(*args)
+    first = result if isinstance(result, Tensor) else result[0]
+    with pytest.raises(ValueError, match='no gradients of their own.*ops="reference"'):
+        torch.autograd.grad(first.sum(), args[0], create_graph=True)
+
+
 def test_a_seed_fixes_what_is_dropped() -> None:
     qkv = randn(1, 8, 96)
     first, same, other = (triton.causal_attention(qkv, 2, 0.5, seed) for seed in (3, 3, 4))
