@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from fastgpt.kernels import cached_attention as kernels
 from fastgpt.kernels.cached_attention import cached_attention
 from fastgpt.ops import reference
-from tests.kernels.truth import DTYPES, HAS_GPU, assert_as_good_as_plain
+from tests.kernels.truth import DTYPES, HAS_GPU, assert_as_good_as_plain, need_gpu_memory
 
 
 def plain(q, k, v, lengths):
@@ -217,8 +217,8 @@ def test_refuses_what_it_does_not_support(device):
         cached_attention(*wide, torch.tensor([5], device=device))
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="needs 17 GB of GPU memory")
 def test_more_elements_than_int32_counts():
+    need_gpu_memory(17)
     k = torch.zeros(3, 12, 2**20, 64, dtype=torch.bfloat16, device="cuda")
     k[2, 11, -1] = 1.0
     q = torch.full((3, 12, 1, 64), 100.0, dtype=torch.bfloat16, device="cuda")

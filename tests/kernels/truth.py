@@ -4,6 +4,7 @@ A result may be at most twice as far from the truth, computed in float64, as pla
 precision of the inputs. bf16 runs on a GPU only: Triton's interpreter gets it silently wrong.
 """
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -30,3 +31,13 @@ def assert_as_good_as_plain(ours: Tensor, plain: Tensor, true: Tensor, what: str
 def error(actual: Tensor, true: Tensor) -> float:
     """Return the largest absolute difference, in float64."""
     return (actual.double() - true.double()).abs().max().item()
+
+
+def need_gpu_memory(gigabytes: float) -> None:
+    """Skip the test unless a GPU has so much memory free."""
+    if not HAS_GPU:
+        pytest.skip("needs a GPU")
+    torch.cuda.empty_cache()  # what earlier tests left there
+    free = torch.cuda.mem_get_info()[0] / 1e9
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes} GB of GPU memory, and {free:.1f} are free")
