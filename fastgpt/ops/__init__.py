@@ -34,8 +34,8 @@ def check(name: str) -> str:
 def get(name: str, device: torch.device | None = None, head_dim: int = MAX_HEAD_DIM) -> ModuleType:
     """Return the backend called `name`.
 
-    ``"auto"`` is `triton` on a CUDA device where Triton is installed and its attention can do heads
-    of `head_dim` numbers, and `native` everywhere else. ImportError if `triton` is asked for by
+    ``"auto"`` is `triton` on a CUDA device where Triton works and its attention can do heads of
+    `head_dim` numbers, and `native` everywhere else. ImportError if `triton` is asked for by
     name and is not installed.
     """
     return _loaded[_load(name, device, head_dim)]
@@ -72,11 +72,25 @@ def _has_kernels(device: torch.device) -> bool:
         return False
     if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return False
-    if find_spec("triton") is None:
+    if fault := _fault_of_triton():
         warnings.warn(
-            "Triton is not installed, so PyTorch's own operators run on this GPU; for fastgpt's "
-            "kernels, on Linux: pip install triton",
+            f"PyTorch's own operators run on this GPU, not fastgpt's kernels, because {fault}",
             stacklevel=2,
         )
         return False
     return True
+
+
+def _fault_of_triton() -> str | None:
+    """Say why Triton can launch nothing on this machine's GPU; None if it can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed; on Linux: pip install triton"
+    try:  # its first use builds a small library
+        import_module("triton.runtime").driver.active.get_current_target()
+    except Exception as error:  # whatever a C compiler or a loader may say
+        reason = " ".join(str(error).split())[:300]
+        return (
+            f"Triton cannot be used here ({type(error).__name__}: {reason}); it needs a C "
+            "compiler and Python's headers, on Debian: apt install gcc python3-dev"
+        )
+    return None

@@ -317,3 +317,30 @@ def test_every_backend_has_each_operation(backend: ModuleType) -> None:
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="auto, reference, native, triton, not 'tritton'"):
         ops.get("tritton")
+
+
+def test_auto_takes_the_kernels_where_they_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that is new enough, with a Triton that works; else a warning says why not."""
+    has_kernels, gpu = ops._has_kernels.__wrapped__, torch.device("cuda", 1)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(ops, "_fault_of_triton", lambda: None)
+    assert has_kernels(gpu)
+    assert not has_kernels(torch.device("cpu"))
+    monkeypatch.setattr(ops, "_fault_of_triton", lambda: "there is a fault")
+    with pytest.warns(UserWarning, match="not fastgpt's kernels, because there is a fault"):
+        assert not has_kernels(gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not has_kernels(gpu)
+
+
+def test_faults_of_triton_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "find_spec", lambda name: None)
+    assert "pip install triton" in str(ops._fault_of_triton())
+    monkeypatch.setattr(ops, "find_spec", lambda name: name)
+
+    def fail(name: str) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(ops, "import_module", fail)
+    assert "RuntimeError: Failed to find C compiler" in str(ops._fault_of_triton())
