@@ -32,7 +32,7 @@ from fastgpt.kernels.common import (
 )
 
 HEAD_BLOCKS = (64, 128)  # heads are padded to one of these widths, in registers only
-COMMON = (("bf16", 64), ("bf16", 128), ("fp32", 64))  # of the forms that `variants` lists
+COMMON = (("bf16", 64), ("fp32", 64))  # of the forms that `variants` lists
 MAX_SPLITS = 64  # what _combine takes in one tile
 
 # Programs wanted for each multiprocessor. Those of _attend_one have 16 to 24 KB of loads under way
