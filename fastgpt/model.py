@@ -135,7 +135,9 @@ class GPT(nn.Module):
 
     @property
     def _backend(self) -> ModuleType:
-        return backends.get(self.ops, self.device, self.config.n_embd // self.config.n_head)
+        width, n_head = self.config.n_embd, self.config.n_head
+        fit = backends.kernels_fit(width, n_head, self.wte.weight.dtype)
+        return backends.get(self.ops, self.device, fit)
 
     def _positions(self, ids: Tensor, cache: "KVCache | None") -> Tensor:
         """Return the position of each id: `[T]`, or `[B, T]` behind what a cache holds."""

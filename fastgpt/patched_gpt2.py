@@ -8,6 +8,7 @@ operators do not do, the base's `forward` runs.
 
 import inspect
 from functools import wraps
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ from fastgpt.ops.reference import split_heads
 INERT = {"use_cache", "position_ids", "cache_position", "num_items_in_batch"}
 
 
+def backend(name: str, x: Tensor, width: int = 1, n_head: int | None = None) -> ModuleType:
+    """Return the backend called `name` for `x`; width and n_head: as far as they matter."""
+    return backends.get(name, x.device, backends.kernels_fit(width, n_head or width, x.dtype))
+
+
 class LayerNorm(nn.LayerNorm):
     """`ops.layer_norm`."""
 
@@ -33,9 +39,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm the last dimension of `x` `[B, T, C]`."""
-        normed: Tensor = backends.get(self.fastgpt_ops, x.device).layer_norm(
-            x, self.weight, self.bias, self.eps
-        )
+        ops = backend(self.fastgpt_ops, x, x.size(-1))
+        normed: Tensor = ops.layer_norm(x, self.weight, self.bias, self.eps)
         return normed
 
 
@@ -46,7 +51,7 @@ class NewGELUActivation(activations.NewGELUActivation):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply GELU to `x`, of any shape."""
-        y: Tensor = backends.get(self.fastgpt_ops, x.device).gelu(x)
+        y: Tensor = backend(self.fastgpt_ops, x).gelu(x)
         return y
 
 
@@ -57,7 +62,7 @@ class GELUTanh(activations.GELUTanh):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply GELU to `x`, of any shape."""
-        y: Tensor = backends.get(self.fastgpt_ops, x.device).gelu(x)
+        y: Tensor = backend(self.fastgpt_ops, x).gelu(x)
         return y
 
 
@@ -99,7 +104,7 @@ class GPT2Attention(modeling_gpt2.GPT2Attention):
             _, k, v = split_heads(qkv, self.num_heads)
             past_key_values.update(k, v, self.layer_idx)
         dropout_p = self.attn_dropout.p if self.training else 0.0
-        ops = backends.get(self.fastgpt_ops, qkv.device, self.head_dim)
+        ops = backend(self.fastgpt_ops, qkv, self.embed_dim, self.num_heads)
         y = ops.causal_attention(qkv, self.num_heads, dropout_p)
         return self.resid_dropout(self.c_proj(y)), None
 
@@ -149,7 +154,7 @@ class GPT2Block(modeling_gpt2.GPT2Block):
             use_cache=use_cache,
             **kwargs,
         )
-        ops = backends.get(self.fastgpt_ops, hidden_states.device)
+        ops = backend(self.fastgpt_ops, hidden_states, hidden_states.size(-1))
         total, normed = ops.add_layer_norm(
             attended, hidden_states, norm.weight, norm.bias, norm.eps
         )
@@ -220,7 +225,7 @@ class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
         """
         # The last position of a row has no label after it.
         targets = F.pad(labels.to(hidden.device), (0, 1), value=ignore_index)[..., 1:].flatten()
-        entropy = backends.get(self.fastgpt_ops, hidden.device).linear_cross_entropy
+        entropy = backend(self.fastgpt_ops, hidden).linear_cross_entropy
         if num_items_in_batch is None:
             mean: Tensor = entropy(hidden, self.lm_head.weight, targets, ignore_index)
             return mean

@@ -280,7 +280,8 @@ class Trainer:
 def _backend_name(name: str, device: torch.device, config: GPTConfig) -> str:
     """Return which backend will compute; UsageError if it cannot."""
     try:
-        return ops.check_device(name, device, config.n_embd // config.n_head)
+        fit = ops.kernels_fit(config.n_embd, config.n_head, torch.float32)
+        return ops.check_device(name, device, fit)
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from None
 

@@ -17,7 +17,7 @@ import torch
 
 BACKENDS = ("reference", "native", "triton")
 
-MAX_HEAD_DIM = 128  # of the attention kernels
+MAX_HEAD_DIM, MAX_WIDTH = 128, 8192  # of the kernels for attention and for the norms
 MIN_CAPABILITY = (8, 0)  # of the GPUs that the kernels are compiled for and checked on: Ampere
 
 _loaded: dict[str, ModuleType] = {}
@@ -31,33 +31,38 @@ def check(name: str) -> str:
     return name
 
 
-def get(name: str, device: torch.device | None = None, head_dim: int = MAX_HEAD_DIM) -> ModuleType:
+def get(name: str, device: torch.device | None = None, kernels_fit: bool = True) -> ModuleType:
     """Return the backend called `name`.
 
-    ``"auto"`` is `triton` on a CUDA device where Triton works and its attention can do heads of
-    `head_dim` numbers, and `native` everywhere else. ImportError if `triton` is asked for by
-    name and is not installed.
+    ``"auto"`` is `triton` on a CUDA device where Triton works, if the kernels fit the model (see
+    `kernels_fit`), and `native` everywhere else. ImportError if `triton` is asked for by name and
+    is not installed.
     """
-    return _loaded[_load(name, device, head_dim)]
+    return _loaded[_load(name, device, kernels_fit)]
 
 
-def check_device(name: str, device: torch.device, head_dim: int = MAX_HEAD_DIM) -> str:
+def kernels_fit(width: int, n_head: int, dtype: torch.dtype) -> bool:
+    """Whether Triton's kernels can do a model of a width and a number of heads, in a precision."""
+    narrow = width <= MAX_WIDTH and width // n_head <= MAX_HEAD_DIM
+    return narrow and dtype != torch.float64
+
+
+def check_device(name: str, device: torch.device, kernels_fit: bool = True) -> str:
     """Return the name of the backend that `get` returns for a device.
 
     ValueError or ImportError, which say what to do, if it cannot compute there.
     """
-    name = _load(name, device, head_dim)
+    name = _load(name, device, kernels_fit)
     if name == "triton":
         import_module("fastgpt.kernels.common").check_device('ops="triton"', device)
     return name
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # of imports
-def _load(name: str, device: torch.device | None, head_dim: int) -> str:
+def _load(name: str, device: torch.device | None, kernels_fit: bool) -> str:
     """Import the backend that `get` is to return, and return its name."""
     if check(name) == "auto":
-        kernels = device is not None and head_dim <= MAX_HEAD_DIM and _has_kernels(device)
-        name = "triton" if kernels else "native"
+        name = "triton" if device and kernels_fit and _has_kernels(device) else "native"
     if name not in _loaded:
         if name == "triton" and find_spec("triton") is None:
             raise ImportError('ops="triton" needs Triton, on Linux: pip install triton')

@@ -334,6 +334,27 @@ def test_auto_takes_the_kernels_where_they_can_run(monkeypatch: pytest.MonkeyPat
     assert not has_kernels(gpu)
 
 
+@pytest.mark.parametrize(
+    ("width", "n_head", "dtype", "fits"),
+    [
+        (768, 12, torch.float32, True),
+        (8192, 64, torch.bfloat16, True),
+        (258, 2, torch.float32, False),
+        (8256, 129, torch.float32, False),
+        (768, 12, torch.float64, False),
+    ],
+)
+def test_auto_takes_the_kernels_for_models_that_they_can_do(
+    monkeypatch: pytest.MonkeyPatch, width: int, n_head: int, dtype: torch.dtype, fits: bool
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(ops, "_has_kernels", lambda device: True)
+    fit = ops.kernels_fit(width, n_head, dtype)
+    chosen = ops.get("auto", torch.device("cuda", 0), fit)
+    assert chosen is ops.get("triton" if fits else "native")
+    assert ops.get("auto", None, fit) is native
+
+
 def test_faults_of_triton_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "find_spec", lambda name: None)
     assert "pip install triton" in str(ops._fault_of_triton())

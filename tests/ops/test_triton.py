@@ -14,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from fastgpt import GPT, GPTConfig, ops
+from fastgpt.kernels import attention, layer_norm
 from fastgpt.ops import reference
 
 triton = ops.get("triton")
@@ -186,6 +187,11 @@ def test_the_losss_gradient_is_scaled_by_what_comes_after() -> None:
     ]
     for ours, truth in zip(*grads, strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-6)
+
+
+def test_the_limits_are_those_of_the_kernels() -> None:
+    assert ops.MAX_HEAD_DIM == attention.LARGEST_HEAD
+    assert ops.MAX_WIDTH == layer_norm.MAX_WIDTH
 
 
 def test_refuses_what_the_kernels_cannot_do() -> None:
