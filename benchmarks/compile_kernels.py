@@ -270,7 +270,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
         "# What the kernels compile to",
         "",
         f"The common forms, by Triton {triton.__version__}, as `benchmarks/compile_kernels.py`",
-        "finds them; all forms are in the JSON beside this file. Registers are a thread's, shared",
+        "finds them; the JSON beside this file has more. Registers are a thread's, shared",
         "memory is a block's, in bytes; the occupancy is the share of a multiprocessor's threads",
         "that can be resident; of the matrix instructions some wait for their own end.",
     ]

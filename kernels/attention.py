@@ -77,7 +77,8 @@ HALVES: Table = {
         "sums": (16, 128, 8, 2),
     },
 }
-# Before sm_90 operands take registers too, and sm_100 hands out fewer of them at head dim 128.
+# Before sm_90, and on sm_120, operands take registers too, as do the masks of padded heads, and a
+# block may have but 99 KB of shared memory. sm_100 hands out fewer registers at head dim 128.
 HALVES_80: Table = {
     (False, False): HALVES[False, False],
     (False, True): HALVES[False, True] | {"sums": (16, 64, 8, 2)},
@@ -85,7 +86,6 @@ HALVES_80: Table = {
     | {"q": (128, 32, 8, 2), "kv": (32, 64, 8, 2), "sums": (32, 64, 8, 2)},
     (True, True): HALVES[True, True] | {"kv": (16, 64, 8, 2), "sums": (16, 64, 8, 2)},
 }
-# the masks of padded heads take some too
 HALVES_80_PADDED: Table = HALVES_80 | {
     (False, False): HALVES_80[False, False] | {"kv": (32, 128, 8, 3)}
 }
