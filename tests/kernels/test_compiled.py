@@ -60,11 +60,10 @@ def compile_kernels(
     return json.loads(done.stdout)["kernels"]
 
 
-# By default the common forms for one GPU; the others take many minutes. All for sm_80 too, as GPUs
-# with less shared memory run them.
+# By default the common forms for one GPU; the others take minutes.
 CASES = [(module, 90) for module in MODULES]
-SLOW_CASES = [(module, capability, "--all") for module in MODULES for capability in (80, 90)]
-SLOW_CASES += [(module, 100) for module in MODULES]
+SLOW_CASES = [(module, 90, "--all") for module in MODULES]
+SLOW_CASES += [(module, capability) for module in MODULES for capability in (80, 100)]
 
 
 @pytest.mark.parametrize(
