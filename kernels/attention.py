@@ -89,7 +89,10 @@ HALVES_80: Table = {
 HALVES_80_PADDED: Table = HALVES_80 | {
     (False, False): HALVES_80[False, False] | {"kv": (32, 128, 8, 3)}
 }
-HALVES_100: Table = HALVES | {(True, False): HALVES[True, False] | {"q": (128, 32, 8, 2)}}
+HALVES_100: Table = HALVES | {
+    (True, False): HALVES[True, False] | {"q": (128, 32, 8, 2)},
+    (True, True): HALVES[True, True] | {"q": (64, 32, 8, 2), "kv": (16, 64, 8, 2)},
+}
 # fp32, multiplied without the matrix units, and (fp64 too) in the interpreter
 IEEE_SMALL = dict.fromkeys(("q", "kv"), (32, 32, 8, 1))
 IEEE_SMALL |= {"forward": (32, 32, 4, 1), "sums": (16, 16, 8, 1)}
@@ -103,9 +106,10 @@ TF32_SMALL = dict.fromkeys(("forward", "kv"), (32, 32, 4, 1))
 TF32_SMALL |= dict.fromkeys(("q", "sums"), (32, 32, 8, 1))
 TF32_LARGE = dict.fromkeys(("forward", "q", "kv"), (32, 32, 8, 1)) | {"sums": (16, 32, 8, 1)}
 TF32: Table = {
-    (large, dropout): TF32_LARGE if large else TF32_SMALL
-    for large in (False, True)
-    for dropout in (False, True)
+    (False, False): TF32_SMALL,
+    (False, True): TF32_SMALL | {"forward": (32, 32, 8, 1)},
+    (True, False): TF32_LARGE,
+    (True, True): TF32_LARGE,
 }
 # Of the forms that `variants` lists: dtype, precision, head dim, padded, dropout.
 COMMON = {
