@@ -48,6 +48,7 @@ from fastgpt import ops
 from fastgpt.kernels.attention import causal_attention_backward, causal_attention_forward
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.ops import native, reference
+from fastgpt.optim import parameter_groups
 
 ROOT = Path(__file__).parents[1]
 COPY, PRODUCT = "copy, bytes/s", "bf16 product, FLOP/s"  # the two ceilings
@@ -524,7 +525,9 @@ def time_optimizers(report: Report, bench: Bench) -> None:
 def torch_adamw(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Work]:
     """Return PyTorch's fused AdamW, and a work that clips and steps."""
     cuda = next(model.parameters()).is_cuda
-    optimizer = torch.optim.AdamW(groups(model), lr=LR, betas=BETAS, fused=True, capturable=cuda)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, WEIGHT_DECAY), lr=LR, betas=BETAS, fused=True, capturable=cuda
+    )
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -537,19 +540,11 @@ def our_adamw(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Work]:
     """Return fastgpt's AdamW, which clips as it steps."""
     from fastgpt.fused_adamw import FusedAdamW
 
-    optimizer = FusedAdamW(groups(model), lr=LR, betas=BETAS, max_norm=CLIP)
+    optimizer = FusedAdamW(parameter_groups(model, WEIGHT_DECAY), lr=LR, betas=BETAS, max_norm=CLIP)
     return optimizer, optimizer.step
 
 
 OPTIMIZERS = {"torch fused + clip": torch_adamw, "fastgpt": our_adamw}
-
-
-def groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
 
 
 def time_training(report: Report, bench: Bench) -> None:

@@ -1,6 +1,7 @@
 """AdamW with decay on matrices only, and the learning-rate schedule."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -9,18 +10,20 @@ from fastgpt.recipes import Recipe
 
 
 def make_optimizer(model: GPT, recipe: Recipe) -> torch.optim.AdamW:
-    """Return AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused, for `model`.
-
-    Weight decay pulls on matrices and embeddings, not on biases and norms.
-    """
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    """Return AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused, for `model`."""
+    groups = parameter_groups(model, recipe.weight_decay)
     betas = (recipe.beta1, recipe.beta2)
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=betas, fused=True)
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split parameters for AdamW: decay pulls on matrices and embeddings, not biases and norms."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:

@@ -9,7 +9,6 @@ Exponentials are powers of two, with log2(e) as a part of the scale of the score
 its mask anew from (seed, batch and head, query, key) wherever it is needed, whatever the blocks.
 """
 
-import math
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -22,15 +21,16 @@ from torch import Tensor
 from fastgpt.kernels.common import (
     DTYPES,
     INTERPRETED,
+    LOG2_E,
     Variant,
     capability,
     check_devices,
     check_tensors,
+    multiplies_in_tf32,
     on_device,
+    wide_dtype,
     widen,
 )
-
-LOG2_E = tl.constexpr(math.log2(math.e))
 
 LARGEST_HEAD = 128
 
@@ -140,7 +140,7 @@ def causal_attention_forward(
     qkv = _readable(qkv, head_dim)
     n_batch, n_time, width = qkv.shape
     out = qkv.new_empty(n_batch, n_time, width // 3)
-    lse = qkv.new_empty(n_batch, n_head, n_time, dtype=_wide(qkv.dtype))
+    lse = qkv.new_empty(n_batch, n_head, n_time, dtype=wide_dtype(qkv.dtype))
     arguments = qkv, n_head, head_dim, dropout_p, seed
     _launch(_attention_forward, "forward", *arguments, out_ptr=out, lse_ptr=lse)
     return _unpad(out, head_dim), lse
@@ -262,7 +262,8 @@ def _launch(
     """Run one of the kernels that compute scores."""
     dim = _tile_dim(head_dim)
     dropout = dropout_p > 0.0
-    case = DTYPES[qkv.dtype], _precision(), dim, dim != qkv.size(2) // 3 // n_head, dropout
+    precision = "tf32" if multiplies_in_tf32() else "ieee"
+    case = DTYPES[qkv.dtype], precision, dim, dim != qkv.size(2) // 3 // n_head, dropout
     form = _form(kind, capability(qkv.device), *case)
     bytes_a_head = 2 * qkv.size(1) * head_dim * qkv.element_size()
     arguments |= {
@@ -326,18 +327,9 @@ def _tile_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def _precision() -> str:
-    """Return how fp32 matrices are to be multiplied: as the user told PyTorch."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
 def _threshold(dropout_p: float) -> int:
     """Return the smallest int32 that is kept, if each is as likely as another."""
     return min(round(dropout_p * 2**32), 2**32 - 1) - 2**31
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _readable(x: Tensor, head_dim: int) -> Tensor:
@@ -404,7 +396,7 @@ def _check_saved(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head
     expected = {
         "grad_out": (grad_out, (n_batch, n_time, width), qkv.dtype),
         "out": (out, (n_batch, n_time, width), qkv.dtype),
-        "lse": (lse, (n_batch, n_head, n_time), _wide(qkv.dtype)),
+        "lse": (lse, (n_batch, n_head, n_time), wide_dtype(qkv.dtype)),
     }
     for what, (tensor, shape, dtype) in expected.items():
         if tensor.shape != shape or tensor.dtype != dtype:

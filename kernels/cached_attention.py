@@ -23,11 +23,14 @@ from torch import Tensor
 
 from fastgpt.kernels.common import (
     DTYPES,
+    LOG2_E,
     Variant,
     check_devices,
     check_tensors,
+    multiplies_in_tf32,
     n_processors,
     on_device,
+    wide_dtype,
     widen,
 )
 
@@ -40,8 +43,6 @@ MAX_SPLITS = 64  # what _combine takes in one tile
 # also give its arithmetic enough warps.
 ONE_PER_PROCESSOR = 4
 TILES_PER_PROCESSOR = 2
-
-LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are powers of two on a GPU
 
 
 def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
@@ -71,8 +72,8 @@ def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
     n_splits = _n_splits(q.device, n_new, n_blocks, n_tiles)
     partial = out
     if n_splits > 1:  # every part's result, and behind all of them the logarithms of their sums
-        wide = torch.promote_types(q.dtype, torch.float32)
-        partial = q.new_empty(n_rows * n_splits * (head_dim + 1), dtype=wide)
+        size = n_rows * n_splits * (head_dim + 1)
+        partial = q.new_empty(size, dtype=wide_dtype(q.dtype))
     with on_device(q):
         plan.kernel[(n_blocks * n_splits,)](
             *(q, k_cache, v_cache, lengths, partial),
@@ -296,9 +297,7 @@ class _Plan(NamedTuple):
 
 def _plan(dtype: torch.dtype, n_new: int, head_dim: int) -> _Plan:
     """Return how `n_new` queries a row attend: with the smallest tile that takes them all."""
-    # not `allow_tf32`, which raises where a program has set the newer name
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    plans = _plans(DTYPES[dtype], _head_block(head_dim), tf32)
+    plans = _plans(DTYPES[dtype], _head_block(head_dim), multiplies_in_tf32())
     return next((plan for plan in plans if n_new <= plan.tile["BLOCK_M"]), plans[-1])
 
 

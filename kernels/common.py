@@ -6,6 +6,7 @@ tables, so that each can be compiled ahead of time without a GPU.
 """
 
 import functools
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,10 @@ DTYPES = {
     torch.bfloat16: "bf16",
     torch.float64: "fp64",
 }
+
+
+# A GPU's exponentials are powers of two.
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,17 @@ def capability(device: torch.device) -> int:
 def n_processors(device: torch.device) -> int:
     """Return how many multiprocessors a GPU has; a few in the interpreter, so that grids loop."""
     return 3 if device.type == "cpu" else _n_processors(device)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that numbers are computed in: fp32, or fp64 for fp64 (`widen` casts)."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def multiplies_in_tf32() -> bool:
+    """Whether the user has told PyTorch to multiply fp32 matrices in TF32."""
+    # not `allow_tf32`, which raises where a program has set the newer name
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @functools.cache

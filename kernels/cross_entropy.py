@@ -18,10 +18,12 @@ from torch import Tensor
 
 from fastgpt.kernels.common import (
     DTYPES,
+    LOG2_E,
     Variant,
     check_devices,
     check_tensors,
     on_device,
+    wide_dtype,
     widen,
 )
 
@@ -29,7 +31,6 @@ MAX_BYTES = 1_700_000_000  # of logits at once: 16,896 rows of GPT-2's vocabular
 PADDING = 128  # columns: each row of logits then begins on a cache line, as cuBLAS likes it too
 LONG_ROW = 16_384  # columns from which a row is worth 16 warps, which need no register spilled
 
-LOG2_E = tl.constexpr(math.log2(math.e))
 LOG_2 = tl.constexpr(math.log(2.0))
 
 
@@ -63,7 +64,7 @@ def linear_cross_entropy_forward(
     weight = _padded(weight, n_padded, x.dtype)
     targets = targets.contiguous()  # a few bytes a row
 
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x.dtype)
     losses = x.new_empty(n_rows, dtype=wide)
     logits = x.new_empty(rows, n_padded)
     grad_x = x.new_empty(x.shape, dtype=wide) if need_x else None
@@ -88,7 +89,7 @@ def linear_cross_entropy_forward(
 def variants(capability: int) -> Iterator[Variant]:
     """Yield all that the launcher can launch on a GPU of a compute capability."""
     for dtype, name in DTYPES.items():
-        wide = DTYPES[torch.promote_types(dtype, torch.float32)]
+        wide = DTYPES[wide_dtype(dtype)]
         signature = {
             "logits_ptr": f"*{name}",
             "targets_ptr": "*i64",

@@ -17,7 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.column_sum import add_up
-from fastgpt.kernels.common import DTYPES, Variant, check_tensors, n_processors, on_device, widen
+from fastgpt.kernels.common import (
+    DTYPES,
+    LOG2_E,
+    Variant,
+    check_tensors,
+    n_processors,
+    on_device,
+    widen,
+)
 
 BLOCK = 1024  # 8 elements a thread: one 128-bit load of 16-bit numbers, two of 32-bit ones
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -32,7 +40,6 @@ PROGRAMS = 5
 # 2u = x (LINEAR + CUBIC x²)
 LINEAR = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi))
 CUBIC = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi) * 0.044715)
-LOG2_E = tl.constexpr(math.log2(math.e))  # a GPU's exponentials are powers of two
 
 
 def gelu_forward(x: Tensor, bias: Tensor | None = None) -> Tensor:

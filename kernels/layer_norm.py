@@ -25,6 +25,7 @@ from fastgpt.kernels.common import (
     check_tensors,
     n_processors,
     on_device,
+    wide_dtype,
     widen,
 )
 
@@ -396,7 +397,7 @@ def _forward(
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     width = weight.numel()
     n_rows = x.shape[:-1].numel()
-    mean, rstd = (torch.empty(n_rows, dtype=_wide_dtype(x), device=x.device) for _ in range(2))
+    mean, rstd = (torch.empty(n_rows, dtype=wide_dtype(x.dtype), device=x.device) for _ in range(2))
     if n_rows:  # CUDA has no empty grid
         shape = forward_shape(width)
         tensors = (x, residual, weight, bias, total, y, mean, rstd)
@@ -451,7 +452,7 @@ def _check_gradients(
     dtypes = {tensor.dtype for tensor in (*given, total, weight, mean, rstd)}
     _check_dtypes(operation, {*dtypes, x_dtype} - {None})
     _check_width(operation, total, weight, None)
-    kept, n_rows = _wide_dtype(total), total.shape[:-1].numel()
+    kept, n_rows = wide_dtype(total.dtype), total.shape[:-1].numel()
     for name, tensor in {"mean": mean, "rstd": rstd}.items():
         if tensor.shape != (n_rows,) or tensor.dtype != kept or not tensor.is_contiguous():
             raise ValueError(
@@ -486,8 +487,3 @@ def _check_width(operation: str, x: Tensor, weight: Tensor, bias: Tensor | None)
                 f"{operation}: {name} must be ({width},), as the rows are, not "
                 f"{tuple(vector.shape)}"
             )
-
-
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which `x` is computed with."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
