@@ -1,6 +1,6 @@
 """Text to tokens to batches.
 
-The order of the training windows is a function of (seed, step) alone: each epoch cuts the tokens
+The order of the training windows is a function of (seed, sample) alone: each epoch cuts the tokens
 into windows from a fresh offset and visits them in a pseudo-random permutation, every window
 exactly once. Nothing has to be stored to continue anywhere.
 """
@@ -8,33 +8,46 @@ exactly once. Nothing has to be stored to continue anywhere.
 import codecs
 import hashlib
 import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastgpt.documents import not_utf8
+from fastgpt.documents import map_in_order, not_utf8
 from fastgpt.errors import UsageError
+from fastgpt.foreign_tokens import is_foreign, read_foreign
 from fastgpt.hashing import mix as mix
 from fastgpt.preparation import META
 from fastgpt.preparation import prepare as prepare
-from fastgpt.shards import ShardedIds, joined, read_shards, verify_shard
+from fastgpt.progress import FileProgress
+from fastgpt.shards import Shard, read_shards, verify_shard
+from fastgpt.token_ids import (
+    LONG,
+    IdFile,
+    Ids,
+    ShardedIds,
+    check_and_hash,
+    check_ids,
+    cut_windows,
+    joined,
+)
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
 PACKAGED = {"shakespeare": Path(__file__).parent / "assets" / "tinyshakespeare.txt"}
 
-Tokens = npt.NDArray[np.unsignedinteger[Any]] | ShardedIds
+Tokens = Ids | ShardedIds
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A text as tokens: `train` and `val` (uint16 or uint32), and what made them.
 
-    The tokens of a prepared folder stay on disk and are read where they are indexed.
+    Tokens that are in files already stay on disk and are read where they are indexed. `sha256`
+    tells whether a text is the same one later on.
     """
 
     train: Tokens
@@ -48,6 +61,7 @@ def load_corpus(
     tokenizer: str | BaseTokenizer = "char",
     val_fraction: float = 0.1,
     sha256: str | None = None,
+    check: bool = True,
 ) -> Corpus:
     """Read a text (a path, or the name of a packaged one) and tokenize its two parts.
 
@@ -55,15 +69,44 @@ def load_corpus(
     is given. The last `val_fraction` of the characters is for validation. sha256: the text's, if it
     must be a certain one.
 
-    A folder that :func:`prepare` made is tokenized and split already: `val_fraction` says nothing
-    of it, and `tokenizer` only if one is given, which must be the folder's own.
+    A folder that :func:`prepare` made, or one of nanoGPT's or llm.c's token files
+    (:mod:`fastgpt.foreign_tokens`), is tokenized and split already: `val_fraction` says nothing of
+    it, and `tokenizer` only if one is given, which must be the folder's own. All ids in it are
+    checked. To hash them takes ten times as long, so a prepared folder, which holds its own
+    hashes, is hashed only if `sha256` is given; other files are always.
+
+    check: False if another process has done so just now, and `sha256` is what it found; then only
+    sizes and headers are looked at.
     """
-    if data not in PACKAGED and Path(data).is_dir():
-        return _load_prepared(Path(data), tokenizer, sha256)
-    text = read_text(PACKAGED.get(data, Path(data)))
+    if data not in PACKAGED and Path(data).suffix == ".bin" and Path(data).is_file():
+        raise UsageError(
+            f"{data} is a file of token ids: give the folder that it is in (--data "
+            f"{shlex.quote(str(Path(data).parent))}), which holds the validation part, too"
+        )
+    if data in PACKAGED or not Path(data).is_dir():
+        return _load_text(PACKAGED.get(data, Path(data)), tokenizer, val_fraction, sha256)
+    folder = Path(data)
+    if not (folder / META).is_file() and is_foreign(folder):
+        corpus = _load_foreign(folder, sha256, check)
+    else:
+        corpus = _load_prepared(folder, sha256, check)
+    if sha256 not in (None, corpus.sha256):
+        raise UsageError(f"{folder} is not what the run was trained on: its SHA-256 differs")
+    if isinstance(tokenizer, BaseTokenizer) and tokenizer != corpus.tokenizer:
+        raise UsageError(
+            f"{folder} was prepared with another tokenizer: its fingerprint is "
+            f"{corpus.tokenizer.fingerprint[:16]}, not {tokenizer.fingerprint[:16]}"
+        )
+    return corpus
+
+
+def _load_text(
+    path: Path, tokenizer: str | BaseTokenizer, val_fraction: float, sha256: str | None
+) -> Corpus:
+    text = read_text(path)
     digest = hashlib.sha256(text.encode()).hexdigest()
     if sha256 not in (None, digest):
-        raise UsageError(f"{data} is not the text that the run was trained on: its SHA-256 differs")
+        raise UsageError(f"{path} is not the text that the run was trained on: its SHA-256 differs")
     if tokenizer == "char":
         tokenizer = CharTokenizer.from_text(text)
     elif tokenizer == "gpt2":
@@ -74,35 +117,52 @@ def load_corpus(
     try:
         train, val = (tokenizer.encode_to_numpy(part) for part in (text[:cut], text[cut:]))
     except ValueError as error:
-        raise UsageError(f"{data}: {error}") from None
+        raise UsageError(f"{path}: {error}") from None
     return Corpus(train, val, tokenizer, digest)
 
 
-def _load_prepared(folder: Path, tokenizer: str | BaseTokenizer, sha256: str | None) -> Corpus:
-    """Open the shards of a prepared folder, and check every id of them."""
+def _load_prepared(folder: Path, sha256: str | None, check: bool) -> Corpus:
+    """Open the shards of a prepared folder."""
     if not (folder / META).is_file():
         raise UsageError(
             f"{folder} is a folder, but no prepared one (it has no {META}); make one of the texts "
             f"in it: python -m fastgpt.prepare {shlex.quote(str(folder))} --out data/my"
         )
     try:
-        own = load_tokenizer(folder / "tokenizer.json")
+        tokenizer = load_tokenizer(folder / "tokenizer.json")
     except (OSError, ValueError) as error:
         raise UsageError(f"the tokenizer of {folder} cannot be read: {error}") from None
-    if isinstance(tokenizer, BaseTokenizer) and tokenizer != own:
-        raise UsageError(
-            f"{folder} was prepared with another tokenizer: its fingerprint is "
-            f"{own.fingerprint[:16]}, not {tokenizer.fingerprint[:16]}"
-        )
-    train, val = (read_shards(folder / name, own, check=True) for name in ("train", "val"))
-    headers = b"".join(shard.header.pack() for shard in [*train, *val])
-    digest = hashlib.sha256(headers).hexdigest()
-    if sha256 is not None:
-        if sha256 != digest:
-            raise UsageError(f"{folder} is not what the run was trained on: its SHA-256 differs")
-        for shard in [*train, *val]:
-            verify_shard(shard)
-    return Corpus(joined(train), joined(val), own, digest)
+    train, val = (read_shards(folder / name, tokenizer) for name in ("train", "val"))
+    digest = hashlib.sha256(b"".join(shard.header.pack() for shard in [*train, *val])).hexdigest()
+    if check and sha256 in (None, digest):
+        _look_through([*train, *val], hashed=sha256 is not None)
+    ids = [joined([shard.ids for shard in part]) for part in (train, val)]
+    return Corpus(ids[0], ids[1], tokenizer, digest)
+
+
+def _look_through(shards: Sequence[Shard], hashed: bool) -> None:
+    """Check all ids, and that the files still are what was written, one file in each thread."""
+    look: Callable[[Shard], None] = verify_shard if hashed else lambda s: check_ids(s.id_file)
+    with _progress([shard.id_file for shard in shards]) as bar:
+        for shard, _ in zip(shards, map_in_order(look, shards, None), strict=True):
+            bar.advance(shard.id_file.n_bytes)
+
+
+def _load_foreign(folder: Path, sha256: str | None, check: bool) -> Corpus:
+    """Open the token files of another project."""
+    found = read_foreign(folder)
+    files = [*found.train, *found.val]
+    digest = sha256 or ""
+    if check:
+        with _progress(files) as bar:
+            digest = check_and_hash(files, bar.advance)
+    ids = [joined([file.ids() for file in part]) for part in (found.train, found.val)]
+    return Corpus(ids[0], ids[1], found.tokenizer, digest)
+
+
+def _progress(files: Sequence[IdFile]) -> FileProgress:
+    total = sum(file.n_bytes for file in files)
+    return FileProgress("checking the data", total, shown=total >= LONG)
 
 
 def read_text(path: Path) -> str:
@@ -127,12 +187,13 @@ def read_text(path: Path) -> str:
 
 
 class Batches:
-    """Training batches of `tokens`, addressed by step: `batches[i]` is always the same.
+    """The training samples of a run, numbered from 0: `tokens` cut into windows, shuffled.
 
-    Each is a pair `(inputs, targets)` of int64 `[batch_size, block_size]`, targets one token on.
+    Sample i is the same whoever asks for it and whatever was asked for before, so that processes
+    share a run by sharing its numbers, and to continue anywhere takes no time.
     """
 
-    def __init__(self, tokens: Tokens, block_size: int, batch_size: int, seed: int) -> None:
+    def __init__(self, tokens: Tokens, block_size: int, seed: int) -> None:
         self.n_windows = (len(tokens) - block_size) // block_size
         if self.n_windows < 1:
             raise UsageError(
@@ -140,50 +201,106 @@ class Batches:
                 f"at least {2 * block_size:,}; bring more text or lower --block-size to at most "
                 f"{len(tokens) // 2}"
             )
-        self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
-        self.seed = seed
+        self.tokens, self.block_size, self.seed = tokens, block_size, seed
+        self._kept = -1, np.zeros(0, np.int64)
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        first = step * self.batch_size
-        sample = np.arange(first, first + self.batch_size, dtype=np.uint64)
+    def samples(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return samples `first` to `first + count - 1`: inputs, and targets one token on.
+
+        Both are int64 `[count, block_size]`, contiguous, on the CPU.
+        """
+        inputs, targets = self.pair(first, count).unbind()
+        return inputs, targets
+
+    def pair(self, first: int, count: int) -> Tensor:
+        """Return inputs and targets as one int64 tensor `[2, count, block_size]`."""
+        return gather_pair(self.tokens, self.starts(first, count), self.block_size)
+
+    def starts(self, first: int, count: int) -> npt.NDArray[np.int64]:
+        """Return where in the tokens these samples start: `[count]`."""
+        if first < 0 or count < 1:
+            raise ValueError(f"samples are numbered from 0: not {count} from {first} on")
+        numbers = range(first // _CHUNK, (first + count - 1) // _CHUNK + 1)
+        chunks = [self._chunk(number) for number in numbers]
+        starts = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+        at = first - numbers[0] * _CHUNK
+        return starts[at : at + count]
+
+    def _chunk(self, number: int) -> npt.NDArray[np.int64]:
+        """Return the starts of a chunk of samples; the last one is kept, for the next are in it."""
+        kept = self._kept  # taken once, as several threads may ask
+        if kept[0] != number:
+            first = number * _CHUNK
+            sample = np.arange(first, first + _CHUNK, dtype=np.uint64)
+            kept = self._kept = number, self._starts_of(sample)
+        return kept[1]
+
+    def _starts_of(self, sample: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
         epoch, index = np.divmod(sample, np.uint64(self.n_windows))
-        return gather(self.tokens, self._starts(epoch, index), self.block_size)
+        key = mix(self.seed, epoch)
+        offset = mix(key, 0) % np.uint64(self.block_size)
+        window = permute(index, self.n_windows, key)
+        return (offset + window * np.uint64(self.block_size)).astype(np.int64)
 
-    def _starts(
-        self, epochs: npt.NDArray[np.uint64], indices: npt.NDArray[np.uint64]
-    ) -> npt.NDArray[np.int64]:
-        starts = np.empty(len(epochs), dtype=np.int64)
-        for epoch in np.unique(epochs):  # one, or two at an epoch's end
-            key = mix(self.seed, epoch)
-            offset = int(mix(key, 0)) % self.block_size
-            here = epochs == epoch
-            window = permute(indices[here], self.n_windows, key).astype(np.int64)
-            starts[here] = offset + window * self.block_size
-        return starts
+
+# Starts are computed so many at a time: for one micro-batch alone, NumPy's calls would cost as
+# much as for a thousand samples.
+_CHUNK = 4096
 
 
 def gather(tokens: Tokens, starts: npt.NDArray[np.int64], block_size: int) -> tuple[Tensor, Tensor]:
     """Cut the windows at `starts`: inputs and targets, int64 `[len(starts), block_size]`."""
-    windows = torch.from_numpy(tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
-    return windows[:, :-1], windows[:, 1:]
+    inputs, targets = gather_pair(tokens, starts, block_size).unbind()
+    return inputs, targets
+
+
+def gather_pair(tokens: Tokens, starts: npt.NDArray[np.int64], block_size: int) -> Tensor:
+    """Cut as :func:`gather` does, into one int64 tensor `[2, len(starts), block_size]`."""
+    windows = cut_windows(tokens, starts, block_size + 1)
+    pair = np.empty((2, len(starts), block_size), np.int64)
+    pair[0], pair[1] = windows[:, :-1], windows[:, 1:]
+    return torch.from_numpy(pair)
+
+
+def validation_windows(
+    tokens: Tokens, block_size: int, most_tokens: int, rank: int = 0, n_ranks: int = 1
+) -> npt.NDArray[np.int64]:
+    """Return where the windows start that process `rank` of `n_ranks` evaluates.
+
+    All processes together have every window of the text exactly once, or, if these are more than
+    `most_tokens` tokens, as many as fit in, evenly spread, and the same at each evaluation. Their
+    shares differ by one window at most, and are empty where windows are fewer than processes.
+    """
+    starts = np.arange(0, len(tokens) - block_size, block_size, dtype=np.int64)
+    if len(starts) == 0:
+        raise UsageError(
+            f"the validation part has {len(tokens):,} tokens, not more than "
+            f"block_size={block_size}; bring more text, lower --block-size or raise --val-fraction"
+        )
+    most = max(1, most_tokens // block_size)
+    if len(starts) > most:
+        starts = starts[np.linspace(0, len(starts) - 1, most).astype(np.int64)]
+    return np.array_split(starts, n_ranks)[rank]
 
 
 def permute(
     index: npt.NDArray[np.uint64], size: int, key: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.uint64]:
-    """Map each index below `size` to another, one to one, by a Feistel network.
+    """Map each index below `size` to another, one to one under each key, by a Feistel network.
 
-    Four rounds on the smallest even number of bits that holds `size`; what falls outside goes
-    through again until it falls inside (cycle walking, Black & Rogaway 2002).
+    key: one for all, or one for each index. Four rounds on the smallest even number of bits that
+    holds `size`; what falls outside goes through again until it falls inside (cycle walking, Black
+    & Rogaway 2002).
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     result = index.astype(np.uint64)
+    keys = np.broadcast_to(key, result.shape)
     outside = np.ones(len(result), dtype=bool)
     while outside.any():
-        left, right = result[outside] >> half, result[outside] & mask
+        left, right, here = result[outside] >> half, result[outside] & mask, keys[outside]
         for turn in range(1, 5):
-            left, right = right, left ^ (mix(key + np.uint64(turn), right) & mask)
+            left, right = right, left ^ (mix(here + np.uint64(turn), right) & mask)
         result[outside] = (left << half) | right
         outside = result >= size
     return result

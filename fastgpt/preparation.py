@@ -31,7 +31,8 @@ from fastgpt.documents import Advance, Piece, find_sources, map_in_order, read_d
 from fastgpt.errors import UsageError
 from fastgpt.hashing import mix
 from fastgpt.progress import FileProgress
-from fastgpt.shards import TOKENS_PER_SHARD, Ids, ShardWriter
+from fastgpt.shards import TOKENS_PER_SHARD, ShardWriter
+from fastgpt.token_ids import Ids
 from fastgpt.tokenizer import BaseTokenizer, Tokenizer, load_tokenizer
 from fastgpt.vocabulary import END_OF_TEXT
 

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt.errors import UsageError
+from fastgpt.token_ids import IdFile, Ids, check_ids
 
 if TYPE_CHECKING:
     from fastgpt.tokenizer import BaseTokenizer
@@ -38,9 +39,6 @@ TOKENS_PER_SHARD = 100_000_000
 # Magic, version, bytes per id; vocab_size, n_tokens, n_documents; index, count; two hashes.
 _FIELDS = struct.Struct("<8sII QQQ II 32s32s")
 _CHECKSUM = struct.Struct("<I")  # CRC-32 of all before it, at the header's end
-_CHUNK = 1 << 22  # ids looked at at once
-
-Ids = NDArray[np.unsignedinteger[Any]]
 
 
 class ShardError(UsageError):
@@ -75,6 +73,7 @@ class Shard:
 
     path: Path
     header: Header
+    id_file: IdFile
     ids: Ids
     document_starts: NDArray[np.uint64]
 
@@ -83,7 +82,8 @@ def read_shard(path: Path, tokenizer: BaseTokenizer | None = None, check: bool =
     """Open a shard; its ids are read from disk when they are looked at.
 
     tokenizer: what the ids must have been made with. check: read everything once, to be sure that
-    every id is of the vocabulary. Raises: ShardError that names the file, what is wrong, and where.
+    every id is of the vocabulary. Raises: ShardError (UsageError for an id) that names the file,
+    what is wrong, and where.
     """
     path = Path(path)
     try:
@@ -104,11 +104,11 @@ def read_shard(path: Path, tokenizer: BaseTokenizer | None = None, check: bool =
             f"{path} was made with another tokenizer: its fingerprint is "
             f"{header.fingerprint[:16]}, not {tokenizer.fingerprint[:16]}"
         )
-    ids = _map(path, f"<u{header.id_bytes}", HEADER_BYTES, header.n_tokens)
-    shard = Shard(path, header, ids, _map(path, "<u8", starts_at, header.n_documents))
+    id_file = IdFile(path, HEADER_BYTES, header.n_tokens, header.id_bytes, header.vocab_size)
+    starts = IdFile(path, starts_at, header.n_documents, 8, header.n_tokens)
     if check:
-        _check_ids(shard)
-    return shard
+        check_ids(id_file)
+    return Shard(path, header, id_file, id_file.ids(), starts.ids())
 
 
 def read_shards(
@@ -133,13 +133,17 @@ def read_shards(
 
 
 def verify_shard(shard: Shard) -> None:
-    """Read a shard whole; ShardError if it is not what was written, by its SHA-256."""
+    """Read a shard whole, and check its ids; ShardError if its SHA-256 is not the header's."""
+    sha256 = hashlib.sha256()
+    check_ids(shard.id_file, sha256=sha256)
     with shard.path.open("rb") as file:
-        file.seek(HEADER_BYTES)
-        if hashlib.file_digest(file, "sha256").hexdigest() != shard.header.sha256:
-            raise ShardError(
-                f"{shard.path} was changed since it was written: its SHA-256 is not the header's"
-            )
+        file.seek(HEADER_BYTES + shard.id_file.n_bytes)
+        while rest := file.read(1 << 20):
+            sha256.update(rest)
+    if sha256.hexdigest() != shard.header.sha256:
+        raise ShardError(
+            f"{shard.path} was changed since it was written: its SHA-256 is not the header's"
+        )
 
 
 class ShardWriter:
@@ -261,38 +265,6 @@ class ShardWriter:
         self._sha256.update(data)
 
 
-class ShardedIds:
-    """The ids of several shards as one row ``[n]``, read from disk where it is indexed."""
-
-    def __init__(self, parts: Sequence[Ids]) -> None:
-        self._parts = parts
-        self._ends = np.cumsum([len(part) for part in parts])
-        self.dtype = parts[0].dtype
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, where: slice | NDArray[np.integer[Any]]) -> Ids:
-        """Return the ids of a slice, or those at the positions of an array of any shape."""
-        if isinstance(where, slice):
-            where = np.arange(*where.indices(len(self)))
-        if where.size and not 0 <= where.min() <= where.max() < len(self):
-            raise IndexError(f"positions must be from 0 to {len(self) - 1}")
-        owner = np.searchsorted(self._ends, where, side="right")
-        result: Ids = np.empty(where.shape, self.dtype)
-        for i in np.unique(owner):
-            here = owner == i
-            first = self._ends[i] - len(self._parts[i])
-            result[here] = self._parts[i][where[here] - first]
-        return result
-
-
-def joined(shards: Sequence[Shard]) -> Ids | ShardedIds:
-    """Return the ids of all the shards as one row."""
-    parts = [np.asarray(shard.ids) for shard in shards]
-    return parts[0] if len(parts) == 1 else ShardedIds(parts)
-
-
 def _unpack(path: Path, data: bytes) -> Header:
     if not data.startswith(MAGIC):
         raise ShardError(f"{path} is not a token shard: it does not begin with {MAGIC.decode()}")
@@ -310,26 +282,6 @@ def _unpack(path: Path, data: bytes) -> Header:
     if zlib.crc32(data[:at]) != _CHECKSUM.unpack_from(data, at)[0] or header.id_bytes not in (2, 4):
         raise ShardError(f"{path} is damaged: its header (bytes 0 to {at}) fails its checksum")
     return header
-
-
-def _check_ids(shard: Shard) -> None:
-    """Refuse an id that the vocabulary does not have."""
-    size, n_bytes = shard.header.vocab_size, shard.header.id_bytes
-    if size >= 1 << 8 * n_bytes:
-        return
-    for first in range(0, len(shard.ids), _CHUNK):
-        ids = shard.ids[first : first + _CHUNK]
-        if int(ids.max()) >= size:
-            at = first + int((ids >= size).argmax())
-            raise ShardError(
-                f"{shard.path}: id {shard.ids[at]} at offset {HEADER_BYTES + at * n_bytes:,} is "
-                f"not of its vocabulary of {size:,}: the file was changed"
-            )
-
-
-def _map(path: Path, dtype: str, offset: int, size: int) -> Any:
-    # A file of no ids cannot be mapped.
-    return np.memmap(path, dtype, "r", offset, (size,)) if size else np.zeros(0, dtype)
 
 
 def _padded(size: int) -> int:

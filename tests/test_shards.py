@@ -11,16 +11,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fastgpt.errors import UsageError
 from fastgpt.shards import (
     HEADER_BYTES,
-    ShardedIds,
     ShardError,
     ShardWriter,
-    joined,
     read_shard,
     read_shards,
     verify_shard,
 )
+from fastgpt.token_ids import ShardedIds, joined
 from fastgpt.tokenizer import CharTokenizer
 
 LETTERS = CharTokenizer("abcdefghij")
@@ -74,7 +74,7 @@ def test_shards_are_one_row(documents, limit, cuts, data) -> None:
                 inside = starts[(starts >= first) & (starts < last)]
                 writer.append(ids[first:last], inside - first)
         shards = read_shards(prefix, LETTERS, check=True)
-        row = joined(shards)
+        row = joined([shard.ids for shard in shards])
         assert (
             (writer.n_tokens, writer.n_documents) == (len(row), len(documents)) == (n, len(starts))
         )
@@ -147,7 +147,7 @@ def change(at: int, new: bytes):
 def test_faults_30_and_32_damaged(shard: Path, damage, message: str) -> None:
     shard.write_bytes(damage(shard.read_bytes()))
     for read in (read_shard, lambda path, *args, **kw: read_shards(path.parent / "x", *args, **kw)):
-        with pytest.raises(ShardError, match=message) as error:
+        with pytest.raises(UsageError, match=message) as error:
             read(shard, LETTERS, check=True)
         assert str(error.value).startswith(str(shard))
 
