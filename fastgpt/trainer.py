@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +30,7 @@ from fastgpt.checkpoint import (
     sweep,
     write_json,
 )
-from fastgpt.data import Batches, Corpus, gather, load_corpus, mix
+from fastgpt.data import Batches, Corpus, gather, load_corpus, mix, validation_windows
 from fastgpt.device import find_device
 from fastgpt.errors import UsageError
 from fastgpt.generation import generate
@@ -125,8 +124,8 @@ class Trainer:
         self.corpus = _corpus(recipe, tokenizer, data_sha256)
         config = _model_config(recipe, self.corpus)
         self.backend = _backend_name(recipe.ops, self.device, config)
-        self.batches = Batches(self.corpus.train, recipe.block_size, recipe.batch_size, recipe.seed)
-        self.val_starts = _validation_windows(self.corpus, recipe)
+        self.batches = Batches(self.corpus.train, recipe.block_size, recipe.seed)
+        self.val_starts = validation_windows(self.corpus.val, recipe.block_size, recipe.eval_tokens)
         torch.manual_seed(recipe.seed)
         self.model = GPT(config, recipe.ops).to(self.device)
         self.optimizer = make_optimizer(self.model, recipe)
@@ -169,9 +168,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(int(mix(recipe.seed, self.step)) >> 1)  # dropout's
+        first = self.step * recipe.grad_accum
         losses = [
-            self._backward(*self.batches[self.step * recipe.grad_accum + micro])
-            for micro in range(recipe.grad_accum)
+            self._backward(*self.batches.samples(micro * recipe.batch_size, recipe.batch_size))
+            for micro in range(first, first + recipe.grad_accum)
         ]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip or math.inf)
         self.optimizer.step()
@@ -327,21 +327,6 @@ def _model_config(recipe: Recipe, corpus: Corpus) -> GPTConfig:
         )
     except ValueError as error:
         raise UsageError(str(error)) from None
-
-
-def _validation_windows(corpus: Corpus, recipe: Recipe) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    """Return where the validation windows start: all of them, or evenly spread ones."""
-    size = recipe.block_size
-    starts = np.arange(0, len(corpus.val) - size, size, dtype=np.int64)
-    if len(starts) == 0:
-        raise UsageError(
-            f"the validation part has {len(corpus.val):,} tokens, not more than "
-            f"block_size={size}; bring more text, lower --block-size or raise --val-fraction"
-        )
-    most = max(1, recipe.eval_tokens // size)
-    if len(starts) > most:
-        starts = starts[np.linspace(0, len(starts) - 1, most).astype(np.int64)]
-    return starts
 
 
 def _new_run_folder(recipe: Recipe, name: str) -> Path:
