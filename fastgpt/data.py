@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastgpt.documents import map_in_order, not_utf8
+from fastgpt.documents import map_in_order, not_utf8, split_documents
 from fastgpt.errors import UsageError
 from fastgpt.foreign_tokens import is_foreign, read_foreign
 from fastgpt.hashing import mix as mix
@@ -36,6 +36,7 @@ from fastgpt.token_ids import (
     joined,
 )
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from fastgpt.vocabulary import END_OF_TEXT
 
 PACKAGED = {"shakespeare": Path(__file__).parent / "assets" / "tinyshakespeare.txt"}
 
@@ -67,7 +68,8 @@ def load_corpus(
 
     tokenizer: ``"char"`` (one token per different character of the text), ``"gpt2"``, or one that
     is given. The last `val_fraction` of the characters is for validation. sha256: the text's, if it
-    must be a certain one.
+    must be a certain one. Lines of ``<|endoftext|>`` part the text into documents, if the tokenizer
+    has a token for that.
 
     A folder that :func:`prepare` made, or one of nanoGPT's or llm.c's token files
     (:mod:`fastgpt.foreign_tokens`), is tokenized and split already: `val_fraction` says nothing of
@@ -115,10 +117,19 @@ def _load_text(
         raise UsageError(f"tokenizer must be char, gpt2 or a tokenizer, not {tokenizer!r}")
     cut = len(text) - int(len(text) * val_fraction)
     try:
-        train, val = (tokenizer.encode_to_numpy(part) for part in (text[:cut], text[cut:]))
+        train, val = (_encode(tokenizer, part) for part in (text[:cut], text[cut:]))
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from None
     return Corpus(train, val, tokenizer, digest)
+
+
+def _encode(tokenizer: BaseTokenizer, text: str) -> Ids:
+    """Encode a text; where lines of <|endoftext|> end a document, its id stands in their place."""
+    if tokenizer.eot_token is None or END_OF_TEXT not in text:
+        return tokenizer.encode_to_numpy(text)
+    documents = [tokenizer.encode_to_numpy(document) for document in split_documents(text)]
+    end = np.array([tokenizer.eot_token], documents[0].dtype)
+    return np.concatenate([ids for document in documents for ids in (document, end)][:-1])
 
 
 def _load_prepared(folder: Path, sha256: str | None, check: bool) -> Corpus:

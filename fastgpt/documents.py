@@ -37,7 +37,9 @@ IN_FOLDERS = (".txt", ".jsonl", ".parquet")  # .json, too, is often something el
 # something else always starts a piece of its own, and what stands before it cannot see past it.
 # (Not after ">", so that a line of <|endoftext|> stays in one block with its line ends.)
 _LAST_CUT = re.compile(rb".*[!-=?-~](?=[\t-\r ])", re.DOTALL)
-_MARKER = re.compile(rf"(?<![^\n]){re.escape(END_OF_TEXT)}(?![^\n])")
+# A line of <|endoftext|>. What stands before it is looked at last: a pattern that begins with plain
+# characters is found several times faster.
+_MARKER = re.compile(rf"{re.escape(END_OF_TEXT)}(?<![^\n].{{{len(END_OF_TEXT)}}})(?![^\n])")
 
 
 def find_sources(inputs: Iterable[str | Path]) -> list[Path]:
@@ -73,6 +75,18 @@ def read_documents(path: Path, field: str, advance: Advance = lambda n: None) ->
     if _kind(path) == ".json":
         return _json_list(path, field, advance)
     return _text(path, advance)
+
+
+def split_documents(text: str) -> list[str]:
+    """Return the documents of a text, as :func:`read_documents` parts it.
+
+    The last one is what follows the last separator, and empty if nothing does.
+    """
+    *ended, last = _MARKER.split(text)
+    if not ended:
+        return [text]
+    documents = [ended[0].rstrip("\n"), *(document.strip("\n") for document in ended[1:])]
+    return [*filter(None, documents), last.lstrip("\n")]
 
 
 def read_blocks(

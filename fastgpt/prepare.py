@@ -56,10 +56,10 @@ def main(args: Sequence[str]) -> None:
     for name, part in (("training", prepared.train), ("validation", prepared.val)):
         documents = f"{part.documents:,} document{'s' if part.documents != 1 else ''}"
         print(f"{name + ':':<12}{part.tokens:>16,} tokens, {documents}")
-    print(
-        f"{prepared.bytes_per_token:.2f} bytes of text per token, "
-        f"vocabulary of {prepared.tokenizer.vocab_size:,}"
-    )
+    vocab_size, asked = prepared.tokenizer.vocab_size, options.train_vocab
+    print(f"{prepared.bytes_per_token:.2f} bytes of text per token, vocabulary of {vocab_size:,}")
+    if asked is not None and vocab_size < asked:
+        print(f"(not {asked:,}, as asked for: the texts hold no more pairs to merge)")
     print(f"train on it:  python -m fastgpt.train --data {shlex.quote(str(prepared.folder))}")
 
 
