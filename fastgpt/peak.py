@@ -1,0 +1,147 @@
+"""How fast a device could be, and how much a token costs: together, the MFU.
+
+The model FLOPs utilisation (Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, appendix B) is the
+arithmetic that the model needs per second, whatever a program does on top, over what the device's
+matrix units could do.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from fastgpt.model import GPTConfig
+
+TRIAL_SECONDS = 0.25  # of matrix products, where no data sheet says
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most floating-point operations per second of one device, and who says so."""
+
+    flops: float
+    measured: bool
+
+    def __str__(self) -> str:
+        source = "measured" if self.measured else "data-sheet"
+        return f"{source} peak of {_tera(self.flops)} TFLOP/s"
+
+
+def flops_per_token(config: GPTConfig, n_params: int) -> int:
+    """Return the operations that training on one token needs: 6·N + 12·L·C·T.
+
+    n_params: all parameters but the position table, as `GPT.num_params(embeddings=False)` counts.
+    The forward multiplies and adds once with each weight of a matrix, the backward twice that: 6·N.
+    Attention's two products of C numbers by T positions a layer are 4·C·T, three times with the
+    backward: 12·L·C·T; that half of the scores are masked is not counted off, as in PaLM and
+    nanoGPT, so that figures can be compared. The token table counts as the head, which multiplies
+    with it; a head of its own (`tie_weights=False`) counts instead, for a lookup costs nothing.
+    """
+    if not config.tie_weights:
+        n_params -= config.vocab_size * config.n_embd
+    return 6 * n_params + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+def device_peak(device: torch.device, dtype: torch.dtype) -> Peak | None:
+    """Return the peak of a device for matrix products in a dtype.
+
+    From its data sheet where it is listed here, else measured on the spot in under half a second.
+    fp32 on a GPU that is allowed TF32 (`torch.set_float32_matmul_precision`) has TF32's peak. None
+    where the dtype cannot be multiplied at all.
+    """
+    if device.type == "cuda":
+        column = _column(dtype)
+        listed = _data_sheet(torch.cuda.get_device_name(device))
+        if listed and column and listed[column]:
+            return Peak(listed[column] * 1e12, measured=False)
+    try:
+        return Peak(_measure(device, dtype), measured=True)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None
+
+
+def _column(dtype: torch.dtype) -> str | None:
+    if dtype == torch.float32:
+        return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+
+
+def _data_sheet(name: str) -> dict[str, float] | None:
+    """Return the row of a GPU; `name` as CUDA has it, say "NVIDIA A100-SXM4-80GB"."""
+    words = name.replace("-", " ").upper().split()
+    for key, row in _TFLOPS.items():
+        if set(key.split()) <= set(words) and not set(words) & _OTHER_MODELS - set(key.split()):
+            return dict(zip(("fp32", "tf32", "bf16", "fp16"), row, strict=True))
+    return None
+
+
+# Dense TFLOP/s (half of what is printed "with sparsity") as (fp32, TF32, bf16, fp16), products of
+# 16 bits summed in fp32; 0 where there is none. From NVIDIA's data sheets of each product; for
+# GeForce and RTX from appendix A of the architectures' whitepapers (GA102, Ada, Blackwell). A row
+# stands for a name with all of its words, the first that fits; so those of more words come first.
+_TFLOPS: dict[str, tuple[float, float, float, float]] = {
+    "GB200": (80, 1250, 2500, 2500),
+    "B200": (75, 1125, 2250, 2250),
+    "H200 NVL": (60, 417.5, 835.5, 835.5),
+    "H200": (67, 494.5, 989.5, 989.5),
+    "GH200": (67, 494.5, 989.5, 989.5),
+    "H100 NVL": (60, 417.5, 835.5, 835.5),
+    "H100 PCIE": (51, 378, 756.5, 756.5),
+    "H100": (67, 494.5, 989.5, 989.5),  # "NVIDIA H100 80GB HBM3" is the SXM form
+    "H800 PCIE": (51, 378, 756.5, 756.5),
+    "H800": (67, 494.5, 989.5, 989.5),
+    "A100": (19.5, 156, 312, 312),
+    "A800": (19.5, 156, 312, 312),
+    "A30": (10.3, 82, 165, 165),
+    "A40": (37.4, 74.8, 149.7, 149.7),
+    "A10": (31.2, 62.5, 125, 125),
+    "L40S": (91.6, 183, 362, 362),
+    "L40": (90.5, 90.5, 181, 181),
+    "L4": (30.3, 60, 121, 121),
+    "T4": (8.1, 0, 0, 65),
+    "V100 PCIE": (14, 0, 0, 112),
+    "V100S PCIE": (16.4, 0, 0, 130),
+    "V100": (15.7, 0, 0, 125),
+    "RTX 6000 ADA": (91.1, 182.1, 364.2, 364.2),
+    "RTX A6000": (38.7, 77.4, 154.8, 154.8),
+    "RTX 5090": (104.8, 104.8, 209.5, 209.5),
+    "RTX 4090": (82.6, 82.6, 165.2, 165.2),
+    "RTX 4080": (48.7, 48.7, 97.5, 97.5),
+    "RTX 3090": (35.6, 35.6, 71, 71),
+}
+# Words that make of a listed name another product, which is measured instead.
+_OTHER_MODELS = {"TI", "SUPER", "LAPTOP", "MAX", "Q", "D", "MOBILE", "NVL", "MIG"}
+
+
+@torch.no_grad()
+def _measure(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the best rate of square matrix products of growing size within `TRIAL_SECONDS`."""
+    size, best = 256, 0.0
+    _product_seconds(size, device, dtype)  # libraries are loaded, threads are started
+    began = time.perf_counter()
+    while not best or time.perf_counter() - began < TRIAL_SECONDS:
+        seconds = _product_seconds(size, device, dtype)
+        best = max(best, 2.0 * size**3 / seconds)
+        if seconds < TRIAL_SECONDS / 10:  # the next, of eight times the work, is still quick
+            size = min(2 * size, 8192)
+    return best
+
+
+def _product_seconds(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    _wait(device)
+    began = time.perf_counter()
+    torch.mm(a, a)
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _tera(flops: float) -> str:
+    return f"{flops / 1e12:,.3g}" if flops < 1e15 else f"{flops / 1e12:,.0f}"
