@@ -127,9 +127,13 @@ def _encode(tokenizer: BaseTokenizer, text: str) -> Ids:
     """Encode a text; where lines of <|endoftext|> end a document, its id stands in their place."""
     if tokenizer.eot_token is None or END_OF_TEXT not in text:
         return tokenizer.encode_to_numpy(text)
-    documents = [tokenizer.encode_to_numpy(document) for document in split_documents(text)]
-    end = np.array([tokenizer.eot_token], documents[0].dtype)
-    return np.concatenate([ids for document in documents for ids in (document, end)][:-1])
+    documents = split_documents(text)
+    marked = END_OF_TEXT.join(documents)
+    if marked.count(END_OF_TEXT) < len(documents):  # none within a document, where it is text
+        return tokenizer.encode_to_numpy(marked, allowed_special={END_OF_TEXT})
+    rows = [tokenizer.encode_to_numpy(document) for document in documents]
+    end = np.array([tokenizer.eot_token], rows[0].dtype)
+    return np.concatenate([ids for row in rows for ids in (row, end)][:-1])
 
 
 def _load_prepared(folder: Path, sha256: str | None, check: bool) -> Corpus:

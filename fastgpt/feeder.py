@@ -52,13 +52,14 @@ class Feeder:
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         pair = next(self._pairs)  # [2, count, block_size]
-        if self._device.type == "cuda":
+        on_cuda = self._device.type == "cuda"
+        if on_cuda:
             # Pinned memory is copied without waiting for it. PyTorch keeps track of when the copy
             # is done, and uses the memory again. Here and not in the thread, so that the copy is
             # in the order of the caller's stream, and no other thread speaks to CUDA while the
             # caller records a graph.
             pair = pair.pin_memory()
-        inputs, targets = pair.to(self._device, non_blocking=True).unbind()
+        inputs, targets = pair.to(self._device, non_blocking=on_cuda).unbind()
         return inputs, targets
 
     def __enter__(self) -> Self:

@@ -62,6 +62,12 @@ def read_foreign(folder: Path) -> ForeignTokens:
         meta = folder / "meta.pkl"
         tokenizer = read_meta(meta) if meta.exists() else Tokenizer.gpt2()
         size = tokenizer.vocab_size
+        if size > 1 << 16:
+            raise UsageError(
+                f"{meta} has {size:,} characters, but the ids beside it take two bytes, which hold "
+                f"{1 << 16:,}: they are of other characters than they seem; tokenize with GPT-2's "
+                "instead: python -m fastgpt.prepare"
+            )
         parts = {part: [_open_plain(path, size) for path in paths] for part, paths in files.items()}
     return ForeignTokens(parts["train"], parts["val"], tokenizer)
 

@@ -21,7 +21,7 @@ Advance = Callable[[int], None]  # is told how many more bytes were looked throu
 
 LONG = 1 << 30  # bytes that take seconds: worth a progress bar
 _PIECE = 1 << 21  # ids looked at at once: they stay in the processor's cache for the hash
-_BLOCK = 1 << 23  # ids hashed on their own, in whatever thread is free
+_BLOCK = 1 << 23  # ids hashed on their own; another number would make all hashes other ones
 
 
 @dataclass(frozen=True)

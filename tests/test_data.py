@@ -251,6 +251,10 @@ def test_lines_that_end_documents_are_no_text(tmp_path: Path) -> None:
     assert ids[-1] == 50256
     first = ids[: ids.index(50256)]
     assert corpus.tokenizer.decode(first) == stories[0]
+    path.write_text("".join(f"{i}\n{eot}\n" for i in range(10)), "utf-8")
+    assert load_corpus(str(path), "gpt2", 0.01).train.tolist() == [
+        token_id for i in range(10) for token_id in (*corpus.tokenizer.encode(str(i)), 50256)
+    ]
     path.write_text(f"{eot}\none\n{eot}\n{eot}\ntwo{eot}\n", "utf-8")
     assert load_corpus(str(path), "gpt2", 0.01).train.tolist() == [
         *corpus.tokenizer.encode("one"),

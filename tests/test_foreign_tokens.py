@@ -1,6 +1,7 @@
 """Token files of nanoGPT and llm.c: read as they are, refused when something is wrong."""
 
 import collections
+import hashlib
 import os
 import pickle
 import re
@@ -120,6 +121,20 @@ def test_fault_33_every_change_is_another_hash(tmp_path: Path) -> None:
     assert load_corpus(str(folder)).sha256 != digest
 
 
+def test_the_hash_is_that_of_sizes_and_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastgpt.token_ids._BLOCK", 1000)
+    monkeypatch.setattr("fastgpt.token_ids._PIECE", 300)
+    nanogpt(tmp_path)
+    expected = hashlib.sha256(b"[(3000, 2), (300, 2)]")
+    for name in ("train.bin", "val.bin"):
+        content = (tmp_path / name).read_bytes()
+        for first in range(0, len(content), 2000):
+            expected.update(hashlib.sha256(content[first : first + 2000]).digest())
+    assert load_corpus(str(tmp_path)).sha256 == expected.hexdigest()
+
+
 def test_another_process_has_checked(tmp_path: Path) -> None:
     folder = nanogpt(tmp_path / "d")
     digest = load_corpus(str(folder)).sha256
@@ -207,6 +222,13 @@ def test_fault_31_less_than_a_context(tmp_path: Path) -> None:
         llmc(tmp_path / f"x_{part}.bin", range(20))
     with pytest.raises(UsageError, match="has 20 tokens, but block_size=16 needs at least 32"):
         Batches(load_corpus(str(tmp_path)).train, 16, seed=0)
+
+
+def test_fault_34_more_characters_than_two_bytes_hold(tmp_path: Path) -> None:
+    characters = map(chr, range(0x10000, 0x20001))
+    nanogpt(tmp_path, 100, {"itos": dict(enumerate(characters))})
+    with pytest.raises(UsageError, match=r"meta\.pkl has 65,537 characters, but the ids beside"):
+        load_corpus(str(tmp_path))
 
 
 def test_fault_14_another_tokenizer(tmp_path: Path) -> None:

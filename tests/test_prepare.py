@@ -187,7 +187,13 @@ def test_train_vocab(stories, workplace, monkeypatch, small_tokenizer, capfd) ->
 @pytest.mark.skipif(not hasattr(Tokenizer, "train"), reason="this version trains no tokenizers")
 def test_train_vocab_for_real(stories, workplace, capfd) -> None:
     assert run(prepare.main, "stories.jsonl", "--train-vocab", "300", "--out", "d") == 0
-    assert "vocabulary of 300" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "vocabulary of 300" in out
+    assert "asked for" not in out
+    assert run(prepare.main, "stories.jsonl", "--train-vocab", "9000", "--out", "more") == 0
+    out = capfd.readouterr().out
+    assert "(not 9,000, as asked for: the texts hold no more pairs to merge)" in out
+    assert f"vocabulary of {Tokenizer.load('more').vocab_size:,}\n" in out
     tokenizer = Tokenizer.load("d")
     assert tokenizer.eot_token is not None
     found = [*documents(Path("d"), "train", tokenizer), *documents(Path("d"), "val", tokenizer)]
