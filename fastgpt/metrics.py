@@ -1,31 +1,45 @@
 """`metrics.jsonl`: one JSON object a line, each with its step."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-
-def append_metrics(path: Path, record: dict[str, Any]) -> None:
-    """Add a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+from fastgpt.errors import UsageError
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records, without what is no record (a line torn by a crash)."""
+    """Return the records, without what is no record (a line torn by a crash).
+
+    UsageError if the file is missing or cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"{path}: {reason}; a run that logged nothing has none") from None
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in text.splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
     return records
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop the records behind `step`: they are about to be written again."""
+def cut_metrics(path: Path, step: int) -> dict[str, Any]:
+    """Drop the records behind `step`, which are about to be written again; return the last kept.
+
+    The file is replaced in one go, so that a crash in between loses nothing. What comes back is
+    empty without a record.
+    """
+    kept = (
+        [record for record in read_metrics(path) if record["step"] <= step] if path.exists() else []
+    )
     if path.exists():
-        kept = [record for record in read_metrics(path) if record["step"] <= step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        beside = path.with_name(f".{path.name}.new")
+        beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(beside, path)
+    return kept[-1] if kept else {}
