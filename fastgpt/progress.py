@@ -134,7 +134,7 @@ class Progress:
         self.say(
             f"step {self.step:>6,}/{self.max_steps:,}  train loss {self.loss:.4f}  "
             f"validation loss {val_loss:.4f}  {self.tokens_per_s:>7,.0f} tokens/s{mfu}  "
-            f"{_duration(time.perf_counter() - self._began)}"
+            f"{duration(time.perf_counter() - self._began)}"
         )
 
     def _count(self, now: float) -> None:
@@ -163,7 +163,7 @@ class Progress:
             f"{self.tokens_per_s:,.0f} tokens/s",
             None if self.mfu is None else f"MFU {self.mfu:.1%}",
             None if self.memory is None else f"{self.memory / 1e9:.1f} GB",
-            f"{_duration(self.seconds_left())} left",
+            f"{duration(self.seconds_left())} left",
         ]
         return "  ".join(part for part in parts if part)
 
@@ -178,7 +178,7 @@ class Progress:
         self._line = line
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Write a time as 0:07, 12:34, 5:01:23 or 3 d 04:05."""
     if not math.isfinite(seconds):
         return "?"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastgpt.progress import Progress, _duration
+from fastgpt.progress import Progress, duration
 
 
 class Terminal(io.StringIO):
@@ -124,7 +124,7 @@ def test_the_time_left_counts_evaluations_too(clock: list[float]) -> None:
     [(7.9, "0:07"), (754, "12:34"), (18083, "5:01:23"), (273900, "3 d 04:05"), (math.nan, "?")],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert _duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_it_costs_next_to_nothing(terminal: Terminal) -> None:

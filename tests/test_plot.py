@@ -1,0 +1,148 @@
+"""Comparing runs: the picture, the table, and curves in characters."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastgpt import __main__ as fastgpt_main
+from fastgpt import cli, plot
+from fastgpt.plot import differing, loss_in_text, read_runs, text_curve
+
+
+def make_run(folder: Path, steps: int = 30, tokens: bool = True, **recipe: Any) -> Path:
+    """Write a run's folder whose validation loss falls to 2 at its last step but ten."""
+    folder.mkdir(parents=True)
+    settings = {"lr": 0.1, "n_layer": 2, "out": str(folder)} | recipe
+    (folder / "config.json").write_text(json.dumps({"recipe": settings}))
+    records: list[dict[str, Any]] = []
+    for step in range(1, steps + 1):
+        more = {"tokens": step * 100, "seconds": step / 10} if tokens else {}
+        records.append({"step": step, "loss": 4 - step / 20, "tokens_per_s": 990.0 + step, **more})
+        if step % 10 == 0:
+            records.append({"step": step, "val_loss": 2 + abs(steps - 10 - step) / 10, **more})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def run(*args: object) -> int:
+    with pytest.raises(SystemExit) as info:
+        cli.run(plot.main, [str(arg) for arg in args])
+    return int(info.value.code or 0)
+
+
+def test_two_runs_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    make_run(tmp_path / "a"), make_run(tmp_path / "b", steps=40, lr=0.2)
+    assert run("a", "b") == 0
+    out = capsys.readouterr().out
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert out.endswith("picture: compare.png\n")
+    rows = {
+        line.split("│")[1].strip(): line.split("│")[2:4] for line in out.splitlines() if "│" in line
+    }
+    assert [cell.strip() for cell in rows["best validation loss"]] == [
+        "2.0000 at step 20",
+        "2.0000 at step 30",
+    ]
+    assert [cell.strip() for cell in rows["tokens"]] == ["3,000", "4,000"]
+    assert [cell.strip() for cell in rows["training time"]] == ["0:03", "0:04"]
+    assert [cell.strip() for cell in rows["lr"]] == ["0.1", "0.2"]
+    assert "n_layer" not in rows
+    assert "out" not in rows
+    assert "a a  b b" in out
+
+
+@pytest.mark.parametrize("x", ["step", "tokens", "time"])
+def test_one_run_over_each_axis(x: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "run")
+    assert run(folder, "--x", x, "--out", tmp_path / "p.svg") == 0
+    assert "<svg" in (tmp_path / "p.svg").read_text()
+    assert {"step": "over steps", "tokens": "over tokens", "time": "over seconds"}[x] in (
+        capsys.readouterr().out
+    )
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "1" / "run"), make_run(tmp_path / "2" / "run")
+    assert [r.name for r in read_runs([one, two, one])] == [str(one), str(two)]
+    assert differing(read_runs([one, two])) == []
+
+
+def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, empty = make_run(tmp_path / "good"), make_run(tmp_path / "empty", steps=0)
+    old = make_run(tmp_path / "old", tokens=False)
+    unlogged = make_run(tmp_path / "unlogged")
+    (unlogged / "metrics.jsonl").unlink()
+    for args, message in (
+        ((tmp_path / "none",), "none does not exist"),
+        ((tmp_path,), "is not a run folder"),
+        ((good, empty), "metrics.jsonl has no records: nothing was trained yet"),
+        ((unlogged,), "metrics.jsonl: No such file or directory; a run that logged nothing"),
+        ((good, old, "--x", "tokens"), "has no losses with their tokens"),
+        ((good, "--out", tmp_path / "no" / "p.png"), "p.png cannot be drawn: "),
+        ((good, "--out", tmp_path / "p.txt"), "p.txt cannot be drawn: "),
+        ((), "name the runs to compare"),
+    ):
+        assert run(*args) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
+
+
+def test_a_line_falls_from_the_top_left_to_the_bottom_right() -> None:
+    points = [(0.0, 3.0), (10.0, 1.0)]
+    text = text_curve({"loss": points}, width=6, height=3, label="x", ascii_only=True)
+    assert text.splitlines() == [
+        "    3.000 |**",
+        "          |  **",
+        "    1.000 |    **",
+        "          +------",
+        "           0 x 10",
+    ]
+    braille = text_curve({"loss": points}, width=4, height=2, ascii_only=False)
+    assert braille.splitlines()[0] == "    3.000 |⠑⢄"
+    assert braille.splitlines()[1] == "    1.000 |  ⠑⢄"
+
+
+@pytest.mark.parametrize("points", [[], [(1.0, 2.0)], [(1.0, 2.0), (2.0, 2.0)]])
+def test_few_points_are_no_fault(points: list[tuple[float, float]]) -> None:
+    assert text_curve({"a": points}, ascii_only=True)
+
+
+def test_a_loss_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 31, "loss": NaN}\n{"step": 32, "loss": Infinity}\n')
+    assert read_runs([folder])[0].curve("loss")[-1] == (30.0, 2.5)
+    assert "a training  b validation" in loss_in_text(folder)
+
+
+def test_a_terminal_without_unicode_gets_plain_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(tmp_path / "run")
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    plot.main([str(folder)])
+    sys.stdout.flush()
+    assert b"*" in raw.getvalue()
+
+
+def test_help_loads_nothing_heavy(checkout: Path) -> None:
+    code = (
+        "import sys, fastgpt.plot, fastgpt.metrics\n"
+        "assert not {'torch', 'matplotlib'} & set(sys.modules), 'heavy'"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=checkout, check=True)
+
+
+def test_it_is_listed() -> None:
+    assert "plot" in fastgpt_main.COMMANDS
