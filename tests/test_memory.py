@@ -1,5 +1,8 @@
 """The memory estimate, held against the tensors of real training steps."""
 
+import os
+import subprocess
+import sys
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
@@ -353,3 +356,25 @@ def test_this_machine_answers() -> None:
     free, taken = available(CPU), used(CPU)
     assert free is None or 10**6 < free < 10**14
     assert taken is None or 10**7 < taken < 10**13
+
+
+@pytest.mark.slow
+def test_fault_25_a_run_without_memory_ends_with_one_line(tmp_path: Path, checkout: Path) -> None:
+    """The process may have 3 GB of addresses, and a step needs more."""
+    command = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 * 10**9, 3 * 10**9))\n"
+        "from fastgpt import cli, train; cli.run(train.main)"
+    )
+    options = ["--batch-size", "2000", "--device", "cpu", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", command, *options],
+        cwd=checkout,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: out of memory: a step with batch 2000 needs about 3.")
+    assert "--batch-size 1000 --grad-accum 2" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
