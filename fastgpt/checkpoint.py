@@ -1,4 +1,4 @@
-"""Run folders and checkpoints.
+"""Run folders and checkpoints: finding, checking and loading them.
 
 A run folder explains itself:
 
@@ -7,34 +7,35 @@ A run folder explains itself:
     metrics.jsonl     a line per logged step and per evaluation
     checkpoints/step-00000250/
         model.safetensors  optimizer.safetensors  manifest.json
+        ema.safetensors    the averaged weights, if the run keeps them
 
-A checkpoint is written beside its place, synced to disk and renamed into it, with the size and
-SHA-256 of each file in its manifest: one that is there is whole, and damage is noticed. Nothing is
-pickled.
+A checkpoint has the size and SHA-256 of each of its files in its manifest, so damage is noticed.
+Nothing is pickled. `fastgpt.checkpointer` writes them.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import shutil
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fastgpt.errors import UsageError
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer, load_tokenizer
 
-FORMAT = 1
-FILES = ("model.safetensors", "optimizer.safetensors")
+FORMAT = 2  # 1 had no `extra` and no ema.safetensors; it is still read
+MODEL, OPTIMIZER, EMA = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
+MANIFEST = "manifest.json"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each parameter
 
 
 class CheckpointError(UsageError):
@@ -43,7 +44,7 @@ class CheckpointError(UsageError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint on disk."""
+    """A checkpoint on disk, its manifest read. `extra` is what the run noted besides."""
 
     path: Path
     step: int
@@ -51,103 +52,108 @@ class Checkpoint:
     config: GPTConfig
     tokenizer_hash: str
     data_sha256: str
+    files: dict[str, dict[str, Any]]  # the size and SHA-256 of each
+    extra: dict[str, Any] = field(default_factory=dict)
 
-    def load_model(self, device: torch.device | str = "cpu", ops: str = "auto") -> GPT:
-        """Return the model with these weights, on `device`."""
+    @property
+    def has_ema(self) -> bool:
+        """Whether averaged weights were saved too."""
+        return EMA in self.files
+
+    def load_model(
+        self, device: torch.device | str = "cpu", ops: str = "auto", *, ema: bool = False
+    ) -> GPT:
+        """Return the model with these weights, or with their average (`ema`), on `device`."""
         with torch.device("meta"):
             model = GPT(self.config, ops)
-        model.load_state_dict(self._tensors("model.safetensors", device), assign=True)
+        tensors = self.model_tensors(ema=ema)
+        _refuse_differences(self.path / (EMA if ema else MODEL), tensors, model.state_dict())
+        on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+        model.load_state_dict(on_device, assign=True)
         return model.requires_grad_(True)
 
     def restore(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-        """Put weights and optimizer state back, in place."""
-        model.load_state_dict(self._tensors("model.safetensors", model.device))
-        state = self._tensors("optimizer.safetensors", "cpu")
-        for name, parameter in model.named_parameters():
-            moments = ("step", "exp_avg", "exp_avg_sq")
-            if missing := [m for m in moments if f"{name}.{m}" not in state]:
-                raise CheckpointError(f"{self.path}: no {missing[0]} of {name} for the optimizer")
-            saved = {m: state[f"{name}.{m}"] for m in moments}
-            optimizer.state[parameter] = {
-                m: t if m == "step" and not parameter.is_cuda else t.to(parameter.device)
-                for m, t in saved.items()
-            }
+        """Put weights and optimizer state back, in place; learning rates stay as they are.
 
-    def _tensors(self, name: str, device: torch.device | str) -> dict[str, Tensor]:
-        return load_file(self.path / name, device=str(device))
+        Raises CheckpointError, listing every difference, if either is of another shape.
+        """
+        weights, state = self.model_tensors(), self.optimizer_tensors()
+        _refuse_differences(self.path / MODEL, weights, model.state_dict())
+        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        _refuse_differences(self.path / OPTIMIZER, state, _expected_state(names, optimizer))
+        model.load_state_dict(weights)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                optimizer.state[p] = {m: _beside(p, m, state[f"{names[p]}.{m}"]) for m in MOMENTS}
+
+    def model_tensors(self, *, ema: bool = False) -> dict[str, Tensor]:
+        """Return the weights by name, or their average, mapped from the file: read when used."""
+        if ema and not self.has_ema:
+            raise CheckpointError(f"{self.path} has no averaged weights: the run kept none")
+        return _load(self.path / (EMA if ema else MODEL))
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """Return the optimizer's state, mapped from the file: `wte.weight.exp_avg`, and so on."""
+        return _load(self.path / OPTIMIZER)
 
 
-def save_checkpoint(
+def find_checkpoint(
     run: Path,
-    step: int,
-    model: GPT,
-    optimizer: torch.optim.Optimizer,
+    which: str = "newest",
     *,
-    val_loss: float | None,
-    tokenizer_hash: str,
-    data_sha256: str,
-) -> Path:
-    """Write a checkpoint of `step` into `run`; keep it, the one before it, and the best."""
-    facts = {
-        "step": step,
-        "val_loss": val_loss,
-        "config": asdict(model.config),
-        "tokenizer_hash": tokenizer_hash,
-        "data_sha256": data_sha256,
-    }
-    target = _folder(run) / f"step-{step:08d}"
-    with _written_beside(target) as folder:
-        save_file(_contiguous(model.state_dict()), folder / "model.safetensors")
-        save_file(_contiguous(_optimizer_state(model, optimizer)), folder / "optimizer.safetensors")
-        listed = {name: _describe(folder / name) for name in FILES}
-        write_json(folder / "manifest.json", {"format": FORMAT, **facts, "files": listed})
-        for file in folder.iterdir():
-            _sync(file)
-    _prune(target)
-    return target
+    weights_only: bool = False,
+    report: Callable[[str], None] | None = None,
+) -> Checkpoint:
+    """Return the newest, or the ``"best"``, good checkpoint of a run.
 
-
-def find_checkpoint(run: Path, which: str = "newest") -> Checkpoint:
-    """Return the newest, or the ``"best"``, good checkpoint of a run, warning of damaged ones.
-
-    Raises CheckpointError if there is none: a damaged run never starts afresh in silence.
+    Candidates are checked in order until one is whole. With `weights_only` the optimizer's state,
+    two thirds of the bytes, is not checked and must not be used. `report` is called with a line for
+    each damaged checkpoint that was passed over; without it they are warnings. Raises
+    CheckpointError if none is good: a damaged run never starts afresh in silence.
     """
-    good, problems = [], []
-    for path in sorted(_folder(run).glob("step-*"), reverse=True):
-        try:
-            good.append(verify(path))
-        except CheckpointError as error:
-            problems.append(str(error))
-        if good and which == "newest":
-            break
-    if not good:
-        found = "; ".join(problems) or "it has none yet"
-        raise CheckpointError(f"{run}: no usable checkpoint: {found}")
+    problems: list[str] = []
+    found = _first_good(run, which, weights_only, problems)
+    if found is None:
+        what = "; ".join(problems) or "it has none yet"
+        raise CheckpointError(f"{run}: no usable checkpoint: {what}")
     for problem in problems:
-        warnings.warn(f"skipped a damaged checkpoint: {problem}", stacklevel=2)
-    return good[0] if which == "newest" else min(good, key=lambda c: _rank(c.val_loss))
+        line = f"skipped a damaged checkpoint: {problem}"
+        if report is not None:
+            report(line)
+        else:
+            warnings.warn(line, stacklevel=2)
+    return found
 
 
-def verify(path: Path) -> Checkpoint:
-    """Check every file of a checkpoint against its manifest; CheckpointError says what is wrong."""
-    manifest = _read_manifest(path / "manifest.json")
-    for name, expected in manifest["files"].items():
-        _verify_file(path, name, expected)
-    if missing := set(FILES) - set(manifest["files"]):
-        raise CheckpointError(f"{path / 'manifest.json'}: does not list {', '.join(missing)}")
+def verify(path: Path, *, weights_only: bool = False) -> Checkpoint:
+    """Check each file of a checkpoint against its manifest; CheckpointError says what is wrong."""
+    checkpoint = open_checkpoint(path)
+    for name, expected in checkpoint.files.items():
+        if not (weights_only and name == OPTIMIZER):
+            _verify_file(path / name, expected)
+    return checkpoint
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint's manifest, and nothing else of it.
+
+    For a process that another one has told which checkpoint is good.
+    """
+    manifest = _read_manifest(path / MANIFEST)
     try:
         known = {field.name for field in fields(GPTConfig)}
-        config = GPTConfig(**{k: v for k, v in manifest["config"].items() if k in known})
         return Checkpoint(
             path,
             int(manifest["step"]),
             None if manifest["val_loss"] is None else float(manifest["val_loss"]),
-            config,
+            GPTConfig(**{k: v for k, v in manifest["config"].items() if k in known}),
             str(manifest["tokenizer_hash"]),
             str(manifest["data_sha256"]),
+            manifest["files"],
+            dict(manifest.get("extra", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path / 'manifest.json'}: not a manifest: {error!r}") from None
+        raise CheckpointError(f"{path / MANIFEST}: not a manifest: {error!r}") from None
 
 
 def resolve_run(run: Path) -> Path:
@@ -179,21 +185,11 @@ def load_run_tokenizer(run: Path, checkpoint: Checkpoint) -> BaseTokenizer:
     return tokenizer
 
 
-def sweep(run: Path) -> None:
-    """Delete what an interrupted save left behind; put back what it had moved aside."""
-    for leftover in _folder(run).glob(".*"):
-        replaced = leftover.with_name(leftover.name.removeprefix(".old-"))
-        if leftover.name.startswith(".old-") and not replaced.exists():
-            leftover.rename(replaced)
-        else:
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON: the whole file or, on failure, nothing of it."""
     beside = path.with_name(f".{path.name}.new")
     beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _sync(beside)
+    sync(beside)
     beside.replace(path)
 
 
@@ -208,34 +204,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _folder(run: Path) -> Path:
+def checkpoints_of(run: Path) -> Path:
+    """Return the folder of a run's checkpoints, made or not."""
     return run / "checkpoints"
 
 
-@contextlib.contextmanager
-def _written_beside(target: Path) -> Iterator[Path]:
-    """Give a folder to write into, which takes the place of `target` at the end, or vanishes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder, old = (target.with_name(f".{word}-{target.name}") for word in ("saving", "old"))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        _sync(folder)
-        if target.exists():  # the same step, trained again after a resume from an older one
-            target.rename(old)
-            folder.rename(target)
-            shutil.rmtree(old)
-        else:
-            folder.rename(target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if old.exists() and not target.exists():
-            old.rename(target)
+def rank(val_loss: Any) -> float:
+    """Order by loss: what was never evaluated, or not to a number, comes last."""
+    number = isinstance(val_loss, int | float) and not math.isnan(val_loss)
+    return float(val_loss) if number else math.inf
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the system write a file, or a folder's entries, to the disk now."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
         return
@@ -246,69 +226,104 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _prune(newest: Path) -> None:
-    """Keep the checkpoint just written, the one before it, and the one of the lowest loss.
-
-    What is numbered higher was damaged, or this run would have continued from there.
-    """
-    ranks = {}
-    for path in newest.parent.glob("step-*"):
-        if path > newest:
-            shutil.rmtree(path, ignore_errors=True)
-            continue
-        with contextlib.suppress(CheckpointError):  # a damaged one is left for a person to see
-            ranks[path] = _rank(read_json(path / "manifest.json").get("val_loss"))
-    kept = {*sorted(ranks)[-2:], min(ranks, key=ranks.__getitem__)}
-    for path in ranks.keys() - kept:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _rank(val_loss: float | None) -> float:
-    """Order by loss, what was never evaluated last."""
-    return math.inf if val_loss is None else val_loss
+def _first_good(
+    run: Path, which: str, weights_only: bool, problems: list[str]
+) -> Checkpoint | None:
+    """Return the first whole checkpoint, newest or best first; note what is wrong with others."""
+    candidates = sorted(checkpoints_of(run).glob("step-*"), reverse=True)
+    if which == "best":
+        candidates.sort(key=_rank_on_disk)  # of equal ones the newest stays first
+    for path in candidates:
+        try:
+            return verify(path, weights_only=weights_only)
+        except CheckpointError as error:
+            if path.exists():  # else a run that is still going has deleted it
+                problems.append(str(error))
+    return None
 
 
-def _optimizer_state(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
+def _rank_on_disk(path: Path) -> float:
+    try:
+        return rank(read_json(path / MANIFEST).get("val_loss"))
+    except CheckpointError:
+        return -math.inf  # unreadable: tried first, and so reported
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = read_json(path)
-    if manifest.get("format") != FORMAT:
-        if isinstance(manifest.get("format"), int) and manifest["format"] > FORMAT:
-            raise CheckpointError(
-                f"{path}: written by a newer fastgpt (format {manifest['format']})"
-            )
-        raise CheckpointError(f"{path}: not a manifest of format {FORMAT}")
-    if not isinstance(manifest.get("files"), dict):
+    written = manifest.get("format")
+    if not isinstance(written, int) or not 1 <= written <= FORMAT:
+        if isinstance(written, int) and written > FORMAT:
+            raise CheckpointError(f"{path}: written by a newer fastgpt (format {written})")
+        raise CheckpointError(f"{path}: not a manifest of format 1 to {FORMAT}")
+    files = manifest.get("files")
+    if not isinstance(files, dict):
         raise CheckpointError(f"{path}: lists no files")
+    for name, expected in files.items():
+        if name not in (MODEL, OPTIMIZER, EMA):  # also anything that points out of the folder
+            raise CheckpointError(f"{path}: lists {name!r}, which is not ours")
+        if not isinstance(expected, dict):
+            raise CheckpointError(f"{path}: says nothing about {name}")
+    if missing := {MODEL, OPTIMIZER} - set(files):
+        raise CheckpointError(f"{path}: does not list {', '.join(sorted(missing))}")
     return manifest
 
 
-def _verify_file(folder: Path, name: str, expected: Any) -> None:
-    if name not in FILES:  # also anything that points out of the folder
-        raise CheckpointError(f"{folder / 'manifest.json'}: lists {name!r}, which is not ours")
-    path = folder / name
+def _verify_file(path: Path, expected: dict[str, Any]) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
-    if not isinstance(expected, dict):
-        raise CheckpointError(f"{folder / 'manifest.json'}: says nothing about {name}")
     size = path.stat().st_size
     if size != expected.get("size"):
         raise CheckpointError(f"{path} has {size:,} bytes instead of {expected.get('size')}")
-    if _describe(path)["sha256"] != expected.get("sha256"):
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:  # a bad sector, say
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    if digest != expected.get("sha256"):
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's")
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def _expected_state(
+    names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Return what AdamW's state must look like: a count and two moments of each parameter."""
+    count = torch.zeros(())
+    return {
+        f"{names[p]}.{moment}": count if moment == "step" else p
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for moment in MOMENTS
+    }
+
+
+def _refuse_differences(
+    path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
+    """Raise CheckpointError, listing every tensor that is missing, too many or of another shape."""
+    differences = [f"{name} is missing" for name in expected if name not in found]
+    differences += [f"{name} is not the model's" for name in found if name not in expected]
+    differences += [
+        f"{name} is {list(found[name].shape)} instead of {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if differences:
+        raise CheckpointError(f"{path} does not fit the model: {'; '.join(differences)}")
+
+
+def _beside(parameter: Tensor, moment: str, saved: Tensor) -> Tensor:
+    """Copy a saved tensor to where AdamW wants it: beside its parameter, laid out like it.
+
+    A copy also where nothing moves: what is mapped from a file keeps the deleted file's space.
+    """
+    if moment == "step":
+        return saved.to(parameter.device, copy=True)
+    return torch.empty_like(parameter, dtype=saved.dtype, requires_grad=False).copy_(saved)

@@ -56,7 +56,7 @@ def continue_text(options: Options) -> Iterator[str]:
     from fastgpt.generation import stream
 
     run, device = resolve_run(options.run), find_device(options.device)
-    checkpoint = find_checkpoint(run, options.checkpoint)
+    checkpoint = find_checkpoint(run, options.checkpoint, weights_only=True)
     tokenizer = load_run_tokenizer(run, checkpoint)
     unknown: Literal["ignore", "strict"] = "ignore" if options.skip_unknown else "strict"
     try:

@@ -1,13 +1,18 @@
 """Checkpoints: what is saved comes back, and damage is noticed (faults by their number)."""
 
+import hashlib
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastgpt import GPT, CharTokenizer, GPTConfig, Recipe
 from fastgpt.checkpoint import (
@@ -15,11 +20,11 @@ from fastgpt.checkpoint import (
     CheckpointError,
     find_checkpoint,
     load_run_tokenizer,
+    open_checkpoint,
     resolve_run,
-    save_checkpoint,
-    sweep,
     verify,
 )
+from fastgpt.checkpointer import Checkpointer, state_of
 from fastgpt.errors import UsageError
 from fastgpt.optim import make_optimizer
 
@@ -37,20 +42,27 @@ def trained(seed: int = 0) -> tuple[GPT, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def save(run: Path, step: int, val_loss: float | None, seed: int = 0) -> Path:
+def save(run: Path, step: int, val_loss: float | None, seed: int = 0, **more: Any) -> Path:
     facts = {"tokenizer_hash": TOKENIZER.fingerprint, "data_sha256": "d"}
-    return save_checkpoint(run, step, *trained(seed), val_loss=val_loss, **facts)
+    with Checkpointer(run) as checkpointer:
+        checkpointer.save(state_of(*trained(seed), step, val_loss=val_loss, **facts, **more))
+    return run / "checkpoints" / f"step-{step:08d}"
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run that was best at its first checkpoint and has gone on."""
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("saved") / "run"
     save(run, 1, 2.0)
     save(run, 2, 2.5, seed=1)
     save(run, 3, 2.4, seed=2)
     save(run, 4, 2.3, seed=2)
     return run
+
+
+@pytest.fixture
+def run(saved_once: Path, tmp_path: Path) -> Path:
+    """A run that was best at its first checkpoint and has gone on."""
+    return shutil.copytree(saved_once, tmp_path / "run")
 
 
 def steps(run: Path) -> list[int]:
@@ -74,6 +86,50 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path: Path) -> None:
         for key, value in state.items():
             assert torch.equal(other_optimizer.state[theirs][key], value)
     assert all(p.requires_grad for p in fresh.parameters())
+    before = {name: value.clone() for name, value in checkpoint.model_tensors().items()}
+    torch.nn.utils.vector_to_parameters(torch.ones(10_000), other.parameters())
+    assert all(torch.equal(t, before[n]) for n, t in checkpoint.model_tensors().items())
+
+
+def test_averaged_weights_and_notes_come_back(tmp_path: Path) -> None:
+    model, _ = trained(seed=1)
+    notes = {"best": 1.5, "scaler": {"scale": 65536.0}, "tokens": 2**40}
+    save(tmp_path, 1, 1.5, seed=2, ema=model.state_dict(), extra=notes)
+    checkpoint = find_checkpoint(tmp_path)
+    assert checkpoint.has_ema
+    assert checkpoint.extra == notes
+    for name, value in checkpoint.load_model(ema=True).state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    weights = trained(seed=2)[0].state_dict()
+    assert torch.equal(checkpoint.model_tensors()["wte.weight"], weights["wte.weight"])
+    save(tmp_path, 2, 1.4)
+    with pytest.raises(CheckpointError, match="step-00000002 has no averaged weights"):
+        find_checkpoint(tmp_path).load_model(ema=True)
+
+
+def test_a_checkpoint_of_format_1_is_read(tmp_path: Path) -> None:
+    """As the first release wrote them: no `extra`, the library's own safetensors files."""
+    model, optimizer = trained(seed=6)
+    folder = tmp_path / "checkpoints" / "step-00000007"
+    folder.mkdir(parents=True)
+    state = state_of(model, optimizer, 7, val_loss=2.5, tokenizer_hash="t", data_sha256="d")
+    files = {}
+    for name, tensors in (("model", state.model), ("optimizer", state.optimizer)):
+        path = folder / f"{name}.safetensors"
+        save_file(dict(tensors), path)
+        raw = path.read_bytes()
+        files[path.name] = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    facts = {"step": 7, "val_loss": 2.5, "tokenizer_hash": "t", "data_sha256": "d"}
+    manifest = {"format": 1, **facts, "config": asdict(model.config), "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    checkpoint = find_checkpoint(tmp_path)
+    assert (checkpoint.step, checkpoint.extra, checkpoint.has_ema) == (7, {}, False)
+    other, other_optimizer = trained(seed=8)
+    checkpoint.restore(other, other_optimizer)
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        for key, value in optimizer.state[mine].items():
+            assert torch.equal(other_optimizer.state[theirs][key], value)
 
 
 def test_fault_13_the_newest_two_and_the_best_are_kept(run: Path) -> None:
@@ -93,7 +149,7 @@ def test_what_was_just_saved_is_kept_though_damaged_steps_are_numbered_higher(ru
 def test_what_a_crash_moved_aside_is_put_back(run: Path) -> None:
     folder = run / "checkpoints"
     (folder / "step-00000004").rename(folder / ".old-step-00000004")
-    sweep(run)
+    Checkpointer(run)
     assert find_checkpoint(run).step == 4
 
 
@@ -169,7 +225,7 @@ DAMAGES = {
         edit(lambda m: m["files"].update({"/etc/passwd": m["files"][WEIGHTS]})),
         "lists '/etc/passwd', which is not ours",
     ),
-    "7 a newer format": (edit(lambda m: m.update(format=2)), "written by a newer fastgpt"),
+    "7 a newer format": (edit(lambda m: m.update(format=3)), "written by a newer fastgpt"),
 }
 
 
@@ -193,29 +249,111 @@ def test_fault_8_every_step_damaged(run: Path) -> None:
         find_checkpoint(run.parent / "other")
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, MemoryError])
-def test_faults_10_and_11_a_save_that_fails_leaves_no_trace(
-    run: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+def test_who_asks_is_told_of_damaged_checkpoints_and_nobody_is_warned(run: Path) -> None:
+    (run / "checkpoints" / "step-00000004" / WEIGHTS).write_bytes(b"")
+    told: list[str] = []
+    assert find_checkpoint(run, report=told.append).step == 3
+    assert len(told) == 1
+    assert "step-00000004/model.safetensors has 0 bytes" in told[0]
+
+
+def test_only_what_is_needed_is_checked(run: Path) -> None:
+    """The best: not those that are worse. The weights: not the optimizer's state."""
+    for step in (3, 4):
+        (run / "checkpoints" / f"step-{step:08d}" / WEIGHTS).write_bytes(b"")
+    (run / "checkpoints" / "step-00000001" / "optimizer.safetensors").write_bytes(b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_checkpoint(run, "best", weights_only=True).step == 1
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        find_checkpoint(run, "best")
+
+
+def test_a_damaged_best_is_reported_and_the_next_best_found(run: Path) -> None:
+    (run / "checkpoints" / "step-00000001" / WEIGHTS).write_bytes(b"")
+    with pytest.warns(UserWarning, match="skipped a damaged checkpoint: .*step-00000001"):
+        assert find_checkpoint(run, "best").step == 4
+    (run / "checkpoints" / "step-00000004" / MANIFEST).write_bytes(b"")
+    with pytest.warns(UserWarning, match="skipped") as warned:
+        assert find_checkpoint(run, "best").step == 3
+    assert len(warned) == 2  # what cannot be read may have been the best
+
+
+def test_what_is_deleted_while_it_is_looked_at_is_no_damage(
+    run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = steps(run)
+    """Writing text with a run that is still training."""
 
-    def fail(*_: object) -> None:
-        raise error("No space left on device")
+    def delete_and_verify(path: Path, **_: Any) -> Checkpoint:
+        if path.name.endswith("4"):
+            path.rename(path.with_name(".deleting"))
+        return verify(path)
 
-    monkeypatch.setattr("fastgpt.checkpoint._describe", fail)
-    with pytest.raises(error, match="No space left"):
-        save(run, 9, 0.1)
-    monkeypatch.undo()
-    assert steps(run) == before
-    assert find_checkpoint(run).step == 4
+    monkeypatch.setattr("fastgpt.checkpoint.verify", delete_and_verify)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_checkpoint(run).step == 3
 
 
-def test_fault_9_leftovers_are_swept(run: Path) -> None:
-    (run / "checkpoints" / ".saving-step-00000005").mkdir()
-    (run / "checkpoints" / ".saving-step-00000005" / WEIGHTS).write_bytes(b"half")
-    assert find_checkpoint(run).step == 4
-    sweep(run)
-    assert steps(run) == [1, 3, 4]
+def change_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Checkpoint:
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path)
+    return open_checkpoint(path.parent)
+
+
+def test_fault_16_every_difference_is_listed(run: Path) -> None:
+    folder = run / "checkpoints" / "step-00000004"
+
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["ln_f.weight"]
+        tensors["wpe.weight"] = torch.zeros(4, 8)
+        tensors["lm_head.weight"] = torch.zeros(7, 8)
+
+    checkpoint = change_weights(folder / WEIGHTS, damage)
+    message = (
+        r"model\.safetensors does not fit the model: ln_f\.weight is missing; "
+        r"lm_head\.weight is not the model's; wpe\.weight is \[4, 8\] instead of \[8, 8\]$"
+    )
+    model, optimizer = trained(seed=5)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load_model()
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.restore(model, optimizer)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_fault_16_differences_of_the_optimizer_are_listed_before_anything_changes(
+    run: Path,
+) -> None:
+    folder = run / "checkpoints" / "step-00000004"
+
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["ln_f.weight.step"], tensors["wte.weight.exp_avg_sq"]
+        tensors["wpe.weight.exp_avg"] = torch.zeros(8)
+        tensors["wpe.weight.max_exp_avg_sq"] = torch.zeros(8)
+
+    checkpoint = change_weights(folder / "optimizer.safetensors", damage)
+    model, optimizer = trained(seed=5)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(CheckpointError) as info:
+        checkpoint.restore(model, optimizer)
+    for part in ("ln_f.weight.step is missing", "wte.weight.exp_avg_sq is missing"):
+        assert part in str(info.value)
+    assert "wpe.weight.max_exp_avg_sq is not the model's" in str(info.value)
+    assert "wpe.weight.exp_avg is [8] instead of [8, 8]" in str(info.value)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_what_is_restored_does_not_lean_on_the_file(run: Path) -> None:
+    """Else the space of a deleted checkpoint would be taken for as long as training goes on."""
+    model, optimizer = trained(seed=5)
+    find_checkpoint(run).restore(model, optimizer)
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc")
+    assert str(run) not in maps.read_text()
 
 
 def test_fault_14_another_tokenizer(run: Path) -> None:
