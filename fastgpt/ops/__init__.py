@@ -58,7 +58,6 @@ def check_device(name: str, device: torch.device, kernels_fit: bool = True) -> s
     return name
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # of imports
 def _load(name: str, device: torch.device | None, kernels_fit: bool) -> str:
     """Import the backend that `get` is to return, and return its name."""
     if check(name) == "auto":
@@ -68,6 +67,11 @@ def _load(name: str, device: torch.device | None, kernels_fit: bool) -> str:
             raise ImportError('ops="triton" needs Triton, on Linux: pip install triton')
         _loaded[name] = import_module(f"{__name__}.{name}")
     return name
+
+
+# What `torch.compiler.assume_constant_result` does, for the compiler cannot follow imports; calling
+# it would load the compiler, two seconds for everybody.
+_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
