@@ -72,19 +72,27 @@ class Checkpoint:
         model.load_state_dict(on_device, assign=True)
         return model.requires_grad_(True)
 
-    def restore(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+    @torch.no_grad()
+    def restore(
+        self,
+        model: GPT,
+        optimizer: torch.optim.Optimizer,
+        part: Callable[[Tensor, Tensor], Tensor] = lambda saved, like: saved,
+    ) -> None:
         """Put weights and optimizer state back, in place; learning rates stay as they are.
 
-        Raises CheckpointError, listing every difference, if either is of another shape.
+        part: of a saved tensor, what this process holds where its like is spread over several
+        (see `fastgpt.distributed`). Raises CheckpointError, listing every difference, if weights
+        or state are of another shape.
         """
         weights, state = self.model_tensors(), self.optimizer_tensors()
         _refuse_differences(self.path / MODEL, weights, model.state_dict())
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         _refuse_differences(self.path / OPTIMIZER, state, _expected_state(names, optimizer))
-        model.load_state_dict(weights)
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                optimizer.state[p] = {m: _beside(p, m, state[f"{names[p]}.{m}"]) for m in MOMENTS}
+        for p, name in names.items():
+            p.copy_(part(weights[name], p))
+            saved = {moment: part(state[f"{name}.{moment}"], p) for moment in MOMENTS}
+            optimizer.state[p] = {moment: _beside(p, moment, t) for moment, t in saved.items()}
 
     def model_tensors(self, *, ema: bool = False) -> dict[str, Tensor]:
         """Return the weights by name, or their average, mapped from the file: read when used."""

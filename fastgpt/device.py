@@ -5,11 +5,18 @@ import torch
 from fastgpt.errors import UsageError
 
 
-def find_device(name: str) -> torch.device:
-    """Return the device called `name`; ``"auto"`` is a GPU if there is one. UsageError if none."""
+def find_device(name: str, local_rank: int = 0) -> torch.device:
+    """Return the device called `name`; ``"auto"`` is a GPU if there is one. UsageError if none.
+
+    local_rank: which of a machine's processes asks; ``"auto"`` and ``"cuda"`` are a GPU for each.
+    """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        n_gpus = torch.cuda.device_count()
+        if local_rank >= n_gpus:
+            raise UsageError(f"{local_rank + 1} processes, but only {n_gpus} GPUs on this machine")
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)

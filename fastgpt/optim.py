@@ -1,15 +1,16 @@
-"""AdamW with decay on matrices only, and the learning-rate schedule."""
+"""What happens to the weights after a backward: the schedule, AdamW, loss scaling, averaging."""
 
 import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastgpt.model import GPT
 from fastgpt.recipes import Recipe
 
 
-def make_optimizer(model: GPT, recipe: Recipe) -> torch.optim.AdamW:
+def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """Return AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused, for `model`."""
     groups = parameter_groups(model, recipe.weight_decay)
     betas = (recipe.beta1, recipe.beta2)
@@ -27,10 +28,135 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Return the rate of step `step` (from 0): a linear warm-up, then half a cosine to `min_lr`."""
-    lowest = recipe.lr / 10 if recipe.min_lr is None else recipe.min_lr
+    """Return the rate of step `step` (from 0): a linear warm-up, then the recipe's schedule."""
     if step < recipe.warmup_steps:
         return recipe.lr * (step + 1) / (recipe.warmup_steps + 1)
+    lowest = recipe.lr / 10 if recipe.min_lr is None else recipe.min_lr
     span = max(1, recipe.max_steps - recipe.warmup_steps)
     progress = min(1.0, (step - recipe.warmup_steps) / span)
-    return lowest + (recipe.lr - lowest) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return lowest + (recipe.lr - lowest) * _height(progress, span, recipe)
+
+
+def _height(progress: float, span: int, recipe: Recipe) -> float:
+    """Return where between its end (0) and its peak (1) the rate is; `progress`: since warm-up."""
+    if recipe.schedule == "constant":
+        return 1.0
+    if recipe.schedule == "linear":
+        return 1.0 - progress
+    if recipe.schedule == "wsd":  # Hu et al. 2024, arXiv:2404.06395; the decay a line, as in
+        decay = min(1.0, recipe.decay_fraction * recipe.max_steps / span)  # arXiv:2405.18392
+        return min(1.0, (1.0 - progress) / decay)
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class Updater:
+    """Applies a step's gradients: unscaled, checked, clipped, then AdamW and the average.
+
+    Nothing waits for the device: an update whose gradient norm is not finite is left out on the
+    device itself, and `skipped` counts, there too, how many were left out in a row. With
+    `recipe.ema` the averaged weights are in `average`, by parameter name.
+    """
+
+    def __init__(self, model: GPT, recipe: Recipe, dtype: torch.dtype) -> None:
+        self.model, self.recipe = model, recipe
+        self.optimizer = make_optimizer(model, recipe)
+        self.scale = LossScale(model.device) if dtype == torch.float16 else None
+        self.skipped = torch.zeros((), device=model.device)
+        self.average: dict[str, Tensor] = {}
+        if recipe.ema:
+            self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """Return the loss to take the gradient of."""
+        return loss if self.scale is None else loss * self.scale.factor
+
+    @torch.no_grad()
+    def step(self, lr: float) -> Tensor:
+        """Update the weights at a rate, and drop the gradients; return their norm (a scalar)."""
+        parameters = list(self.model.parameters())
+        norm = self._clip([p.grad for p in parameters if p.grad is not None])
+        unusable = (~norm.isfinite()).float()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.found_inf = unusable  # type: ignore[attr-defined]  # fused AdamW looks at it
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.skipped = (self.skipped + 1) * unusable
+        if self.scale is not None:
+            self.scale.update(unusable)
+        if self.average:
+            averages = list(self.average.values())
+            weights = [p.detach() for p in parameters]
+            torch._foreach_lerp_(averages, weights, 1.0 - self.recipe.ema)
+        return norm
+
+    @torch.no_grad()
+    def swap_average(self) -> None:
+        """Exchange the weights and their average; nothing happens without one."""
+        for name, average in self.average.items():
+            parameter = self.model.get_parameter(name)
+            kept = parameter.clone()  # one at a time: there may be no room for all
+            parameter.copy_(average)
+            average.copy_(kept)
+
+    @property
+    def patience(self) -> int:
+        """How many updates in a row may be left out; float16 starts with a scale that overflows."""
+        return self.recipe.max_skipped + (LossScale.HALVINGS if self.scale else 0)
+
+    def extra_state(self) -> dict[str, float]:
+        """Return what a checkpoint must hold besides tensors."""
+        state = {"skipped": self.skipped.item()}
+        return state if self.scale is None else state | self.scale.state()
+
+    def restore_extra(self, state: dict[str, Any]) -> None:
+        """Take back what `extra_state` gave."""
+        self.skipped.fill_(float(state.get("skipped", 0.0)))
+        if self.scale is not None and "loss_scale" in state:
+            self.scale.restore(state)
+
+    def _clip(self, grads: list[Tensor]) -> Tensor:
+        """Unscale and clip gradients in one pass; return their norm before clipping."""
+        norm = torch.nn.utils.get_total_norm(grads)
+        if hasattr(norm, "full_tensor"):  # of gradients that are spread over processes
+            norm = norm.full_tensor()
+        factor = torch.ones_like(norm)
+        if self.scale is not None:
+            factor = factor / self.scale.factor
+            norm = norm * factor
+        if self.recipe.grad_clip:
+            factor = factor * (self.recipe.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+        if self.recipe.grad_clip or self.scale is not None:
+            torch._foreach_mul_(grads, factor)
+        return norm
+
+
+class LossScale:
+    """The factor that keeps float16's gradients from vanishing (Micikevicius et al. 2018).
+
+    Halved after an overflow, doubled after 2,000 steps without one (arXiv:1710.03740, section 3.2).
+    PyTorch's GradScaler does the same, but waits for the device when gradients are also clipped.
+    """
+
+    GROWTH_INTERVAL = 2000
+    HALVINGS = 16  # from the first scale to 1
+
+    def __init__(self, device: torch.device) -> None:
+        self.factor = torch.tensor(2.0**self.HALVINGS, device=device)
+        self.good_steps = torch.zeros((), device=device)
+
+    def update(self, overflowed: Tensor) -> None:
+        """Learn from a step; `overflowed` is 1 or 0."""
+        self.good_steps = (self.good_steps + 1) * (1 - overflowed)
+        grown = self.good_steps >= self.GROWTH_INTERVAL
+        self.factor = self.factor * torch.where(grown, 2.0, 1.0) * (1.0 - 0.5 * overflowed)
+        self.good_steps = self.good_steps * ~grown
+
+    def state(self) -> dict[str, float]:
+        """Return what a checkpoint must hold."""
+        return {"loss_scale": self.factor.item(), "good_steps": self.good_steps.item()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self.factor.fill_(float(state["loss_scale"]))
+        self.good_steps.fill_(float(state["good_steps"]))

@@ -16,8 +16,9 @@ class Recipe:
     """A training run. The defaults are those of `shakespeare-char`."""
 
     data: str = "shakespeare"
-    """Text to train on: the path of a UTF-8 text file, a folder that fastgpt.prepare made (which
-    brings its own tokenizer and validation part), or "shakespeare", the packaged text."""
+    """Text to train on: the path of a UTF-8 text file, a folder that fastgpt.prepare made or one of
+    nanoGPT's or llm.c's token files (these bring their own tokenizer and validation part), or
+    "shakespeare", the packaged text."""
     tokenizer: Literal["char", "gpt2"] = "char"
     """One token per character of the text ("char"), or GPT-2's byte-pair encoding ("gpt2")."""
     val_fraction: float = 0.1
@@ -39,17 +40,25 @@ class Recipe:
     """Biases in the linear layers and norms (GPT-2 has them)."""
 
     batch_size: int = 12
-    """Sequences per micro-batch."""
+    """Sequences per micro-batch: what a process holds in memory at once."""
     grad_accum: int = 1
-    """Micro-batches per step."""
+    """Micro-batches per step. A step is batch_size * grad_accum sequences, which several processes
+    share out among themselves: the run is the same on any number of them."""
+    find_batch: bool = False
+    """Take the largest micro-batch that fits the memory; a step's sequences stay the same."""
     max_steps: int = 4500
     """Optimizer steps."""
     lr: float = 6e-3
     """Peak learning rate."""
     min_lr: float | None = None
-    """Learning rate at the end of the cosine; by default a tenth of lr."""
+    """Learning rate at the end of the schedule; by default a tenth of lr."""
     warmup_steps: int = 180
     """Steps of linear warm-up."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """How the learning rate falls to min_lr after the warm-up: half a cosine, a line, or not until
+    the last part of the run (warm-up, stable, decay)."""
+    decay_fraction: float = 0.2
+    """The last part of the steps, in which "wsd" lowers the learning rate."""
     weight_decay: float = 0.1
     """Decoupled decay, on matrices and embeddings only."""
     beta1: float = 0.9
@@ -58,21 +67,44 @@ class Recipe:
     """AdamW's decay of the squared gradient's mean."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 for no clipping."""
+    max_skipped: int = 5
+    """Updates in a row that may be left out because their gradient is not finite; then it ends."""
+    ema: float = 0.0
+    """Keep a moving average of the weights that decays so much a step (say 0.999), and evaluate,
+    sample and offer that one; 0 for none."""
 
     eval_interval: int = 500
     """Steps between evaluations; each saves a checkpoint (the best and the newest are kept)."""
     eval_tokens: int = 1_000_000
     """Validation tokens per evaluation at most, the same ones each time."""
+    patience: int = 0
+    """Evaluations without a better loss after which training stops early; 0 for never."""
+    keep: int = 2
+    """Newest checkpoints to keep; the best is kept besides."""
     sample_tokens: int = 500
     """Length of the text sample at the end."""
+    sample_interval: int = 0
+    """Steps between text samples while training; 0 for none before the end."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where to log besides metrics.jsonl: tensorboard, wandb."""
     seed: int = 1337
     """Fixes weights, data order and dropout."""
     device: str = "auto"
     """Where to train: auto, cpu, cuda, cuda:1, mps."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the products: auto is bfloat16 autocast on CUDA, float32 elsewhere."""
+    dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
+    """Precision of the products: auto is bfloat16 where the processor has units for it (float16 on
+    older GPUs), else float32. Weights are float32 always."""
     ops: Literal["auto", "triton", "native", "reference"] = "auto"
     """Implementation of the operations (see fastgpt.ops)."""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """Use torch.compile; auto: on CUDA. Where it fails, a warning says why, and training goes on
+    without it."""
+    recompute: bool = False
+    """Compute each block's activations twice instead of keeping them: less memory, a third more
+    work."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes (torchrun): each holds the whole model (ddp), or a part of it and of
+    the optimizer's state (fsdp)."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -84,10 +116,10 @@ class Recipe:
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "grad_clip", "warmup_steps", "sample_tokens"):
+        for name in _AT_LEAST_ZERO:
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UsageError(f"{name} must be in [0, 1), not {getattr(self, name)}")
         if self.min_lr is not None and not 0.0 <= self.min_lr <= self.lr:
@@ -96,11 +128,20 @@ class Recipe:
             raise UsageError(f"seed must be from 0 to 2^63 - 1, not {self.seed}")
         if not 0.0 < self.val_fraction < 1.0:
             raise UsageError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
+        if not 0.0 < self.decay_fraction <= 1.0:
+            raise UsageError(f"decay_fraction must be in (0, 1], not {self.decay_fraction}")
+        if unknown := set(self.log) - {"tensorboard", "wandb"}:
+            raise UsageError(f"log must be of tensorboard and wandb, not {', '.join(unknown)}")
 
 
 _AT_LEAST_ONE = (
     *("n_layer", "n_head", "n_embd", "block_size"),
-    *("batch_size", "grad_accum", "max_steps", "eval_interval", "eval_tokens"),
+    *("batch_size", "grad_accum", "max_steps", "max_skipped", "eval_interval", "eval_tokens"),
+    "keep",
+)
+_AT_LEAST_ZERO = (
+    *("lr", "weight_decay", "grad_clip", "warmup_steps", "patience"),
+    *("sample_tokens", "sample_interval"),
 )
 
 
@@ -159,6 +200,6 @@ def recipe_from_dict(values: dict[str, Any], source: str) -> Recipe:
             f"{source}: unknown settings {', '.join(unknown)}; made by a newer fastgpt?"
         )
     try:
-        return Recipe(**values)
+        return Recipe(**{**values, "log": tuple(values.get("log", ()))})  # JSON has lists only
     except TypeError as error:
         raise UsageError(f"{source}: a setting has a value of the wrong kind: {error}") from None

@@ -31,6 +31,7 @@ def _fit(
     *, recipe: Recipe | None = None, name: str = "", run: Path | None = None, changes: Any = None
 ) -> None:
     """Do the work; torch is imported here, after every mistake in the arguments was answered."""
+    from fastgpt.plot import loss_in_text
     from fastgpt.signals import Stopped
     from fastgpt.trainer import Trainer
 
@@ -38,9 +39,12 @@ def _fit(
     try:
         result = trainer.fit()
     except Stopped as stopped:
-        print(stopped)
+        if trainer.world.is_main:
+            print(stopped)
         sys.exit(stopped.exit_code)
-    print(f"\n{result.sample}\n")
+    if not trainer.world.is_main:
+        return
+    print(f"\n{loss_in_text(result.run)}\n\n{result.sample}\n")
     print(
         f"best validation loss {result.best_val_loss:.4f} at step {result.best_step:,}, "
         f"after {result.seconds / 60:.1f} minutes; loss curve: {result.run / 'loss.png'}"
@@ -83,7 +87,7 @@ def _take_resume(args: list[str]) -> Path | None:
 def _changes(args: Sequence[str], run: Path) -> dict[str, Any]:
     """Return what `args` changes of the settings that the run was started with."""
     from fastgpt.checkpoint import resolve_run
-    from fastgpt.trainer import read_run
+    from fastgpt.run_folder import read_run
 
     _, before = read_run(resolve_run(run))
     after = dataclasses.asdict(_parse(before, args))

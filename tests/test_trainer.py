@@ -15,7 +15,7 @@ from fastgpt.checkpoint import CheckpointError, find_checkpoint
 from fastgpt.errors import UsageError
 from fastgpt.optim import learning_rate, make_optimizer
 from fastgpt.progress import Progress
-from fastgpt.signals import Stopped, StopSignal
+from fastgpt.signals import Stopped
 
 
 @pytest.fixture
@@ -79,8 +79,8 @@ def test_fault_21_stopped_and_resumed_is_never_stopped(
     trainer = Trainer(replace(tiny, out=str(stopped)))
     step = Trainer._step
 
-    def step_and_interrupt(self: Trainer, progress: Any) -> None:
-        step(self, progress)
+    def step_and_interrupt(self: Trainer) -> None:
+        step(self)
         if self.step == 6:  # between two evaluations
             signal.raise_signal(signal.SIGINT)
 
@@ -177,8 +177,8 @@ def test_a_run_stopped_before_its_first_evaluation_ends_with_one(
     trainer = Trainer(replace(tiny, eval_interval=100))
     step = Trainer._step
 
-    def step_and_interrupt(self: Trainer, progress: Any) -> None:
-        step(self, progress)
+    def step_and_interrupt(self: Trainer) -> None:
+        step(self)
         if self.step == 3:
             signal.raise_signal(signal.SIGINT)
 
@@ -201,26 +201,169 @@ def test_fault_23_a_loss_that_is_not_finite_stops_the_run(
     assert find_checkpoint(trainer.run).step == 2
 
 
-def test_fault_23_weights_that_are_not_finite_are_not_saved(tiny: Recipe) -> None:
+def poison(trainer: Trainer, steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the loss be NaN at some steps."""
+    backward = Trainer._backward
+
+    def spoilt(self: Trainer, inputs: Any, targets: Any, weight: float) -> torch.Tensor:
+        return backward(self, inputs, targets, math.nan if self.step in steps else weight)
+
+    monkeypatch.setattr(Trainer, "_backward", spoilt)
+
+
+def test_fault_23_an_update_that_is_not_finite_is_left_out(
+    tiny: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(replace(tiny, max_steps=3, max_skipped=2))
+    poison(trainer, {0, 2}, monkeypatch)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    seen = []
+    step = Trainer._step
+
+    def watch(self: Trainer) -> None:
+        step(self)
+        same = [torch.equal(p, before[name]) for name, p in self.model.named_parameters()]
+        counts = {int(s["step"]) for s in self.updater.optimizer.state.values()}
+        seen.append((all(same), counts))
+
+    monkeypatch.setattr(Trainer, "_step", watch)
+    trainer.fit()
+    assert seen == [(True, {0}), (False, {1}), (False, {1})]
+    assert "step 1: gradient norm nan; this update is left out" in capsys.readouterr().out
+
+
+def test_fault_23_too_many_in_a_row_end_the_run(
+    tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(replace(tiny, max_skipped=3))
+    poison(trainer, {1, 2, 5, 6, 7, 8}, monkeypatch)
+    with pytest.raises(
+        UsageError, match=r"3 updates in a row left out, .* at step 8: .* lower --lr"
+    ):
+        trainer.fit()
+    checkpoint = find_checkpoint(trainer.run)
+    assert checkpoint.step == 4
+    assert all(t.isfinite().all() for t in checkpoint.model_tensors().values())
+
+
+def test_fault_24_weights_that_are_not_finite_are_not_saved(tiny: Recipe) -> None:
     trainer = Trainer(tiny)
     with torch.no_grad():
         trainer.model.ln_f.weight.fill_(math.nan)
-    with pytest.raises(UsageError, match=r"loss nan, gradient norm nan at step 1: .* diverged"):
-        trainer.fit()
-    with pytest.raises(UsageError, match="weights that are not finite at step 1"):
+    with pytest.raises(UsageError, match=r"weights that are not finite at step 0 .* lower --lr"):
         trainer._save(None)
+    trainer.close()
     assert not list(trainer.run.glob("checkpoints/*"))
 
 
-def test_a_second_signal_insists() -> None:
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with StopSignal() as stop:
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.requested == signal.SIGTERM
-        with pytest.raises(SystemExit) as info:
-            signal.raise_signal(signal.SIGTERM)
-    assert info.value.code == 143
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+def test_fault_12_two_trainers_of_one_folder(tiny: Recipe) -> None:
+    trainer = Trainer(replace(tiny, max_steps=4))
+    trainer.fit()
+    resumed = Trainer.resume(trainer.run, max_steps=8)
+    with pytest.raises(UsageError, match="run is being written by process"):
+        Trainer.resume(trainer.run, max_steps=8)
+    assert resumed.fit().step == 8
+
+
+def test_float16_scales_its_loss(tiny: Recipe) -> None:
+    """A scale that is far too high loses a few updates, and then finds itself."""
+    trainer = Trainer(replace(tiny, dtype="float16", max_steps=30))
+    scale = trainer.updater.scale
+    assert scale is not None
+    scale.factor.fill_(2.0**30)
+    trainer.fit()
+    state = trainer.updater.extra_state()
+    assert 1.0 <= state["loss_scale"] < 2.0**30
+    done = {int(s["step"]) for s in trainer.updater.optimizer.state.values()}
+    assert done == {30 - int(30 - math.log2(state["loss_scale"]))}
+    assert find_checkpoint(trainer.run).extra["loss_scale"] == state["loss_scale"]
+    assert Trainer.resume(trainer.run).updater.extra_state() == state
+
+
+def test_gradients_of_float16_are_those_of_float32(tiny: Recipe) -> None:
+    norms = {}
+    for dtype in ("float32", "float16"):
+        trainer = Trainer(replace(tiny, dtype=dtype, out=f"{tiny.out}-{dtype}", dropout=0.0))
+        with trainer._feeder() as trainer._feed:
+            trainer._step()
+        norms[dtype] = trainer.norm.item()
+        trainer.close()
+    assert norms["float16"] == pytest.approx(norms["float32"], rel=1e-2)
+
+
+def test_the_average_is_what_is_evaluated_and_offered(tiny: Recipe) -> None:
+    trainer = Trainer(replace(tiny, ema=0.5, max_steps=3, eval_interval=3))
+    seen = [{name: p.detach().clone() for name, p in trainer.model.named_parameters()}]
+    update = trainer.updater.step
+
+    def watch(lr: float) -> torch.Tensor:
+        norm = update(lr)
+        seen.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
+        return norm
+
+    trainer.updater.step = watch  # type: ignore[method-assign]
+    result = trainer.fit()
+    checkpoint = find_checkpoint(result.run)
+    for name, average in checkpoint.model_tensors(ema=True).items():
+        zero, one, two, three = (weights_then[name] for weights_then in seen)
+        truth = 0.125 * zero + 0.125 * one + 0.25 * two + 0.5 * three
+        torch.testing.assert_close(average, truth, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(checkpoint.model_tensors()[name], three, rtol=0.0, atol=0.0)
+    offered = checkpoint.load_model(ema=True)
+    trainer.model.load_state_dict(offered.state_dict())
+    trainer.updater.average = {}
+    assert trainer.validation_loss() == pytest.approx(result.best_val_loss, rel=1e-6)
+
+
+def test_early_stopping_keeps_the_best(
+    tiny: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = {1: 3.0, 2: 2.0, 3: 2.5, 4: 2.4, 5: 1.0}
+    monkeypatch.setattr(Trainer, "validation_loss", lambda self: losses[self.step])
+    result = Trainer(replace(tiny, eval_interval=1, patience=2)).fit()
+    assert (result.step, result.best_step, result.best_val_loss) == (4, 2, 2.0)
+    assert "no better loss for 2 evaluations: stopped early" in capsys.readouterr().out
+    more = Trainer.resume(result.run, patience=0, max_steps=5).fit()
+    assert (more.step, more.best_step) == (5, 5)
+
+
+def test_recomputing_changes_memory_alone(tiny: Recipe, tmp_path: Path) -> None:
+    plain = Trainer(tiny).fit()
+    again = Trainer(replace(tiny, recompute=True, out=str(tmp_path / "again"))).fit()
+    assert_same(weights(plain.run), weights(again.run))
+
+
+def test_samples_while_training_change_nothing(
+    tiny: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    silent = Trainer(tiny).fit()
+    capsys.readouterr()
+    telling = Trainer(replace(tiny, sample_interval=5, out=str(tmp_path / "telling"))).fit()
+    assert capsys.readouterr().out.count("--- a sample at step") == 2
+    assert_same(weights(silent.run), weights(telling.run))
+
+
+def test_a_compiler_that_fails_is_a_warning(
+    tiny: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no compiler\nfound here")
+
+    monkeypatch.setattr(torch, "compile", lambda module, **_: refuse)
+    eager = Trainer(replace(tiny, out=f"{tiny.out}-eager")).fit()
+    fallen_back = Trainer(replace(tiny, compile="yes")).fit()
+    said = capsys.readouterr().out
+    assert "warning: torch.compile failed, training goes on without it: no compiler found" in said
+    assert_same(weights(eager.run), weights(fallen_back.run))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_eager_one_but_for_rounding(tiny: Recipe) -> None:
+    settings = {"dropout": 0.0, "max_steps": 4}
+    eager = Trainer(replace(tiny, out=f"{tiny.out}-eager", **settings)).fit()
+    compiled = Trainer(replace(tiny, compile="yes", **settings))
+    assert any("compiled by torch.compile" in note for note in compiled._notes)
+    assert compiled.fit().best_val_loss == pytest.approx(eager.best_val_loss, rel=1e-4)
 
 
 def test_a_folder_with_something_in_it_is_refused(tiny: Recipe) -> None:
@@ -260,7 +403,9 @@ def test_wrong_settings_are_refused_before_a_folder_is_made(
     [
         *({"batch_size": 0}, {"block_size": 0}, {"lr": -1.0}, {"lr": math.nan}, {"beta2": 1.0}),
         *({"val_fraction": 1}, {"min_lr": 1.0}, {"seed": -1}, {"seed": 2**63}),
-        *({"dtype": "float16"}, {"tokenizer": "chars"}, {"ops": "triton2"}),
+        *({"dtype": "float64"}, {"tokenizer": "chars"}, {"ops": "triton2"}, {"log": ("csv",)}),
+        *({"ema": 1.0}, {"patience": -1}, {"schedule": "cos"}, {"decay_fraction": 0.0}),
+        *({"keep": 0}, {"parallel": "ddp2"}, {"compile": "maybe"}, {"max_skipped": 0}),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused(change: dict[str, Any]) -> None:
@@ -301,6 +446,22 @@ def test_the_schedule() -> None:
     assert rates[59] == pytest.approx(0.55)
     assert rates[109:] == [pytest.approx(0.1)] * 11
     assert sorted(rates[9:], reverse=True) == rates[9:]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "late"),
+    [("linear", 0.55, 0.19), ("wsd", 1.0, 0.55), ("constant", 1.0, 1.0)],
+)
+def test_other_schedules(schedule: Any, middle: float, late: float) -> None:
+    """After 10 steps of warm-up 100 follow; "wsd" falls in the last 20 of the 110."""
+    recipe = Recipe(
+        lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110, schedule=schedule, decay_fraction=2 / 11
+    )
+    assert learning_rate(9, recipe) == pytest.approx(10 / 11)
+    assert learning_rate(10, recipe) == 1.0
+    assert learning_rate(60, recipe) == pytest.approx(middle)
+    assert learning_rate(100, recipe) == pytest.approx(late)
+    assert learning_rate(110, recipe) == pytest.approx(1.0 if schedule == "constant" else 0.1)
 
 
 def test_the_speed_leaves_out_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:

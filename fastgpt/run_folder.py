@@ -1,0 +1,91 @@
+"""A run's folder: made, found again, and what it says of the run."""
+
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from fastgpt.checkpoint import CheckpointError, read_json, write_json
+from fastgpt.distributed import launcher
+from fastgpt.environment import command_line, describe_environment
+from fastgpt.errors import UsageError
+from fastgpt.model import GPTConfig
+from fastgpt.recipes import Recipe, recipe_from_dict
+
+# What a run is: changed at a resume, it would be another run.
+FIXED_SETTINGS = (
+    *("n_layer", "n_head", "n_embd", "block_size", "bias", "tokenizer", "val_fraction"),
+    *("seed", "out", "ema"),
+)
+
+
+def new_run_folder(recipe: Recipe, name: str) -> Path:
+    """Make the folder of a new run; UsageError if there is something in it, or it cannot be."""
+    run = Path(recipe.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise UsageError(
+            f"{run} is not empty; continue it with --resume {run}, or choose another --out"
+        )
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"run folder {run} cannot be created: {error.strerror}") from None
+    return run
+
+
+def describe_run(run: Path, name: str, recipe: Recipe, config: GPTConfig) -> None:
+    """Write `config.json`: the settings, the command, and what it ran with."""
+    write_json(
+        run / "config.json",
+        {
+            "name": name,
+            "recipe": asdict(recipe),
+            "model": asdict(config),
+            "command": command_line(),
+            "launcher": launcher(),
+            **describe_environment(),
+        },
+    )
+
+
+def read_run(run: Path) -> tuple[str, Recipe]:
+    """Return the name and the recipe that a run folder was made with."""
+    path = run / "config.json"
+    config = read_json(path)
+    if not isinstance(config.get("recipe"), dict):
+        raise CheckpointError(f"{path} holds no recipe")
+    return str(config.get("name", "run")), recipe_from_dict(config["recipe"], str(path))
+
+
+def refuse_changes(before: Recipe, after: Recipe, step: int) -> None:
+    """Refuse to continue a run at `step` as another run: another model, data split or order."""
+    names = list(FIXED_SETTINGS)
+    if before.batch_size * before.grad_accum != after.batch_size * after.grad_accum:
+        names += ["batch_size", "grad_accum"]  # other sequences a step: data would come twice
+    changed = [
+        f"{name} {getattr(before, name)} → {getattr(after, name)}"
+        for name in names
+        if getattr(before, name) != getattr(after, name)
+    ]
+    if changed:
+        raise CheckpointError(f"cannot resume with changes: {', '.join(changed)}")
+    if after.max_steps < step:
+        raise CheckpointError(f"the run is at step {step:,} already: raise --max-steps above it")
+
+
+def interrupted_run(restarted_by: str, recipe: Recipe) -> Path | None:
+    """Return the folder of the run that a launcher's processes were at when one of them failed.
+
+    None if they had not saved anything yet: what is there of it is then deleted.
+    """
+    candidates = [Path(recipe.out)] if recipe.out else sorted(Path("runs").glob("*"))
+    for run in reversed(candidates):
+        try:
+            if read_json(run / "config.json").get("launcher") != restarted_by:
+                continue
+        except CheckpointError:
+            continue
+        if any(run.glob("checkpoints/step-*")):
+            return run
+        shutil.rmtree(run)
+    return None
