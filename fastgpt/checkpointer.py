@@ -3,6 +3,9 @@
 `save` copies the tensors to host memory and returns; a thread hashes the copy, writes it beside its
 place, syncs it to disk and renames it into place. So a checkpoint that is there is whole, whenever
 the process ends. `fastgpt.checkpoint` finds and loads them.
+
+A large model on a CPU is written while training waits: a copy would take as much memory again, and
+the thread would work on the cores that train.
 """
 
 import contextlib
@@ -35,7 +38,9 @@ from fastgpt.checkpoint import (
     write_json,
 )
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.tensor_file import TensorFile
+from fastgpt.tensor_file import HostCopy, write_tensors
+
+LARGE = 256_000_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ class Checkpointer:
 
     def __init__(self, run: Path, keep: int = 2) -> None:
         self._folder, self._keep = checkpoints_of(run), keep
-        self._files: dict[str, TensorFile] = {}
+        self._copies: dict[str, HostCopy] = {}
         self._thread: threading.Thread | None = None
         self._failure: tuple[Path, BaseException] | None = None
         self._given_up = threading.Event()
@@ -121,10 +126,14 @@ class Checkpointer:
         self.wait()
         self._given_up.clear()
         _refuse_not_finite(state)
-        copied = self._copy(state)
         target = self._folder / f"step-{state.step:08d}"
+        if _is_large_on_a_cpu(state):
+            self._write(target, _manifest(state), state.files)
+            self.wait()
+            return
+        copied = self._copy(state)
         work = (target, _manifest(state), copied)
-        self._thread = threading.Thread(target=self._write, args=work, daemon=True)
+        self._thread = threading.Thread(target=self._write_copies, args=work, daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -141,7 +150,7 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._files.clear()
+            self._copies.clear()
 
     def give_up(self) -> None:
         """Stop a save in flight as soon as it can be: nothing of it will be visible."""
@@ -161,19 +170,19 @@ class Checkpointer:
             self.give_up()
 
     def _copy(self, state: TrainingState) -> "torch.cuda.Event | None":
-        """Fill the files' memory; return what to wait for before it is complete."""
-        for name in self._files.keys() - state.files.keys():
-            del self._files[name]
+        """Fill the copies' memory; return what to wait for before it is complete."""
+        for name in self._copies.keys() - state.files.keys():
+            del self._copies[name]
         on_cuda: torch.device | None = None
         for name, tensors in state.files.items():
-            if name not in self._files or not self._files[name].fits(tensors):
-                self._files.pop(name, None)  # freed before the next is made
-                self._files[name] = TensorFile(tensors)
-            self._files[name].copy(tensors)
+            if name not in self._copies or not self._copies[name].fits(tensors):
+                self._copies.pop(name, None)  # freed before the next is made
+                self._copies[name] = HostCopy(tensors)
+            self._copies[name].copy(tensors)
             on_cuda = next((t.device for t in tensors.values() if t.is_cuda), on_cuda)
         return torch.cuda.current_stream(on_cuda).record_event() if on_cuda else None
 
-    def _write(
+    def _write_copies(
         self, target: Path, manifest: dict[str, Any], copied: "torch.cuda.Event | None"
     ) -> None:
         """Write one checkpoint, in a thread of its own."""
@@ -181,15 +190,25 @@ class Checkpointer:
             _step_back()
             if copied is not None:
                 copied.synchronize()
+            files = {name: copy.tensors for name, copy in self._copies.items()}
+            self._write(target, manifest, files)
+        except BaseException as error:
+            self._failure = (target, error)
+
+    def _write(
+        self, target: Path, manifest: dict[str, Any], files: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
+        """Write one checkpoint; what goes wrong is for `wait` to tell."""
+        try:
             with _written_beside(target) as folder:
-                for name, file in self._files.items():
-                    manifest["files"][name] = file.write(folder / name, self._go_on)
+                for name, tensors in files.items():
+                    manifest["files"][name] = write_tensors(folder / name, tensors, self._go_on)
                 write_json(folder / MANIFEST, manifest)
                 self._go_on()
             _prune(target, self._keep)
         except _GivenUp:
             pass
-        except BaseException as error:
+        except Exception as error:
             self._failure = (target, error)
 
     def _go_on(self) -> None:
@@ -199,6 +218,12 @@ class Checkpointer:
 
 class _GivenUp(Exception):  # noqa: N818 (not an error: what the person asked for)
     """The save in flight is not wanted any more."""
+
+
+def _is_large_on_a_cpu(state: TrainingState) -> bool:
+    tensors = [tensor for file in state.files.values() for tensor in file.values()]
+    on_host = all(tensor.device.type == "cpu" for tensor in tensors)
+    return on_host and sum(tensor.nbytes for tensor in tensors) > LARGE
 
 
 def _manifest(state: TrainingState) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from fastgpt.environment import command_line, describe_environment
 from fastgpt.errors import UsageError
 from fastgpt.model import GPTConfig
 from fastgpt.recipes import Recipe, recipe_from_dict
+from fastgpt.run_lock import NAME as LOCK
 
 # What a run is: changed at a resume, it would be another run.
 FIXED_SETTINGS = (
@@ -22,7 +23,7 @@ FIXED_SETTINGS = (
 def new_run_folder(recipe: Recipe, name: str) -> Path:
     """Make the folder of a new run; UsageError if there is something in it, or it cannot be."""
     run = Path(recipe.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    if run.exists() and (not run.is_dir() or any(f.name != LOCK for f in run.iterdir())):
         raise UsageError(
             f"{run} is not empty; continue it with --resume {run}, or choose another --out"
         )

@@ -1,8 +1,7 @@
-"""A safetensors file as it will be on disk, in host memory that is kept and filled again.
+"""Writing safetensors files, hashed on the way, and copies of tensors to write them from.
 
-The library's own `save_file` writes what it is given then and there. A save that goes on while
-training does needs a copy first; laid out as the file, that copy is hashed and written in one pass.
-The format: https://huggingface.co/docs/safetensors, "Format".
+The library's own `save_file` would need a second pass over the data for the hash. The format:
+https://huggingface.co/docs/safetensors, "Format".
 """
 
 import contextlib
@@ -28,8 +27,33 @@ _DTYPES = {
 }
 
 
-class TensorFile:
-    """The bytes of a safetensors file with the names, dtypes and shapes of `tensors`.
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], on_piece: Callable[[], None]
+) -> dict[str, Any]:
+    """Write tensors in host memory as the new file `path`, to the disk; return size and SHA-256.
+
+    The hash is of the memory, not of what is read back: that would come out of the same memory,
+    the system's cache, and pass whatever went wrong on the way there. Hashing and writing leave
+    Python's lock to others. `on_piece` is called now and then, and may raise.
+    """
+    layout = _layout(tensors)
+    digest = hashlib.sha256()
+    with path.open("xb") as file:
+        parts = (memoryview(_header(layout)), *(_bytes_of(tensors[n]) for n, _, _ in layout))
+        for part in parts:
+            for begin in range(0, len(part), PIECE):
+                on_piece()
+                piece = part[begin : begin + PIECE]
+                digest.update(piece)
+                file.write(piece)
+        size = file.tell()
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+class HostCopy:
+    """A copy, in host memory that is kept and filled again, of tensors like the ones given.
 
     The first `copy` is slow, as the system hands out the memory page by page; later ones run at the
     speed of memory. On CUDA the memory is pinned.
@@ -37,15 +61,12 @@ class TensorFile:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._layout = _layout(tensors)
-        header, ends = _header(self._layout)
         pinned = any(tensor.is_cuda for tensor in tensors.values())
-        memory = _host_memory(len(header) + max(ends, default=0), pinned)
-        self._bytes = memory.numpy().data
-        self._bytes[: len(header)] = header
-        self._tensors = {
-            name: memory[len(header) + end - size : len(header) + end].view(dtype).view(shape)
-            for (name, dtype, shape), end in zip(self._layout, ends, strict=True)
-            for size in [_size(dtype, shape)]
+        sizes = [_size(dtype, shape) for _, dtype, shape in self._layout]
+        pieces = _host_memory(max(1, sum(sizes)), pinned)[: sum(sizes)].split(sizes)
+        self.tensors = {
+            name: piece.view(dtype).view(shape)
+            for piece, (name, dtype, shape) in zip(pieces, self._layout, strict=True)
         }
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
@@ -55,26 +76,8 @@ class TensorFile:
     @torch.no_grad()
     def copy(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the values of `tensors`; from CUDA they come in the order of the current stream."""
-        for name, here in self._tensors.items():
+        for name, here in self.tensors.items():
             here.copy_(tensors[name], non_blocking=tensors[name].is_cuda)
-
-    def write(self, path: Path, on_piece: Callable[[], None]) -> dict[str, Any]:
-        """Write the new file `path` and have it on the disk; return its size and SHA-256.
-
-        The hash is of the memory, not of what is read back: that would come out of the same memory,
-        the system's cache, and pass whatever went wrong on the way there. Hashing and writing leave
-        Python's lock to others. `on_piece` is called now and then, and may raise.
-        """
-        digest = hashlib.sha256()
-        with path.open("xb") as file:
-            for begin in range(0, len(self._bytes), PIECE):
-                on_piece()
-                piece = self._bytes[begin : begin + PIECE]
-                digest.update(piece)
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        return {"size": len(self._bytes), "sha256": digest.hexdigest()}
 
 
 _Layout = list[tuple[str, torch.dtype, torch.Size]]
@@ -86,13 +89,12 @@ def _layout(tensors: Mapping[str, Tensor]) -> _Layout:
     return [(name, tensors[name].dtype, tensors[name].shape) for name in order]
 
 
-def _header(layout: _Layout) -> tuple[bytes, list[int]]:
-    """Return the file's beginning, and where each tensor ends, counted from there."""
+def _header(layout: _Layout) -> bytes:
+    """Return the file's beginning: where each tensor is, counted from there."""
     entries: dict[str, Any] = {}
-    ends, end = [], 0
+    end = 0
     for name, dtype, shape in layout:
         begin, end = end, end + _size(dtype, shape)
-        ends.append(end)
         entries[name] = {
             "dtype": _DTYPES[dtype],
             "shape": list(shape),
@@ -100,7 +102,13 @@ def _header(layout: _Layout) -> tuple[bytes, list[int]]:
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text, ends
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a tensor on the host, in the order of its elements."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def _size(dtype: torch.dtype, shape: torch.Size) -> int:

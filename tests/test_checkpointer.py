@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from fastgpt import GPT, GPTConfig, Recipe
 from fastgpt.checkpoint import CheckpointError, find_checkpoint, verify
 from fastgpt.checkpointer import Checkpointer, TrainingState, state_of
 from fastgpt.optim import make_optimizer
-from fastgpt.tensor_file import TensorFile
+from fastgpt.tensor_file import HostCopy, write_tensors
 
 MODEL = GPT(GPTConfig(7, 8, 1, 2, 8))
 
@@ -51,13 +52,12 @@ def save_all(run: Path, *states: TrainingState, keep: int = 2) -> None:
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """A disk that writes nothing before the event is set."""
     go = threading.Event()
-    write = TensorFile.write
 
-    def write_later(self: TensorFile, *args: Any) -> dict[str, Any]:
+    def write_later(*args: Any) -> dict[str, Any]:
         go.wait(timeout=60)
-        return write(self, *args)
+        return write_tensors(*args)
 
-    monkeypatch.setattr(TensorFile, "write", write_later)
+    monkeypatch.setattr("fastgpt.checkpointer.write_tensors", write_later)
     yield go
     go.set()
 
@@ -249,7 +249,7 @@ def test_fault_11_interrupted_while_copying(
 
     checkpointer = Checkpointer(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(TensorFile, "copy", fail)
+        patch.setattr(HostCopy, "copy", fail)
         with pytest.raises(error):
             checkpointer.save(state(2))
     assert steps(tmp_path) == [1]
@@ -264,7 +264,7 @@ def test_fault_11_no_memory_while_writing(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(TensorFile, "write", fail)
+    monkeypatch.setattr("fastgpt.checkpointer.write_tensors", fail)
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(state(2))
     with pytest.raises(CheckpointError, match=r"was not saved: MemoryError\(\); the checkpoints"):
@@ -414,9 +414,13 @@ def test_the_library_reads_what_is_written(layout: dict[str, Any]) -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
-        file = TensorFile(tensors)
-        file.copy(tensors)
-        assert file.write(path, lambda: None)["size"] == path.stat().st_size
+        copy = HostCopy(tensors)
+        copy.copy(tensors)
+        facts = write_tensors(path, copy.tensors, lambda: None)
+        assert facts["size"] == path.stat().st_size
+        path.unlink()
+        assert write_tensors(path, tensors, lambda: None) == facts  # without a copy
+        assert facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         read = load_file(path)
         assert read.keys() == tensors.keys()
         for name, tensor in tensors.items():
@@ -426,16 +430,40 @@ def test_the_library_reads_what_is_written(layout: dict[str, Any]) -> None:
 
 
 def test_the_first_tensor_begins_on_a_cache_line(tmp_path: Path) -> None:
-    file = TensorFile({"abc": torch.ones(3)})
-    file.write(tmp_path / "x", lambda: None)
+    write_tensors(tmp_path / "x", {"abc": torch.ones(3)}, lambda: None)
     raw = (tmp_path / "x").read_bytes()
     size = int.from_bytes(raw[:8], "little")
     assert (8 + size) % 64 == 0
     assert json.loads(raw[8 : 8 + size])["abc"]["data_offsets"] == [0, 12]
 
 
-def test_a_file_fits_the_same_names_dtypes_and_shapes_only() -> None:
-    file = TensorFile({"a": torch.ones(2, 3), "b": torch.ones(())})
+def test_a_large_model_on_a_cpu_is_written_at_once_and_never_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastgpt.checkpointer.LARGE", 100)
+    monkeypatch.setattr(HostCopy, "copy", None)
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(state(1))
+    assert steps(tmp_path) == [1]  # without a wait
+
+    def fail(error: BaseException) -> None:
+        def write(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr("fastgpt.checkpointer.write_tensors", write)
+
+    fail(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(CheckpointError, match="step-00000002 was not saved: No space left"):
+        checkpointer.save(state(2))
+    fail(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        checkpointer.save(state(3))
+    checkpointer.close()
+    assert steps(tmp_path) == [1]
+
+
+def test_a_copy_fits_the_same_names_dtypes_and_shapes_only() -> None:
+    file = HostCopy({"a": torch.ones(2, 3), "b": torch.ones(())})
     assert file.fits({"b": torch.zeros(()), "a": torch.zeros(2, 3)})
     assert not file.fits({"a": torch.ones(2, 3)})
     assert not file.fits({"a": torch.ones(3, 2), "b": torch.ones(())})

@@ -25,11 +25,11 @@ from fastgpt.errors import UsageError
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
 SECONDS = 240  # more than the slowest machine needs: what takes longer hangs
 
-# Trains in float64 with a recipe, and has each process save what an update is made of.
+# Trains recipes in float64, one after the other, and has each process save what updates it makes.
 GRADIENTS = """
 import os, sys, torch
 from fastgpt import Recipe, Trainer
-from fastgpt.distributed import whole
+from fastgpt.distributed import World, whole
 from fastgpt.optim import Updater
 
 def step(self, lr):
@@ -40,9 +40,10 @@ def step(self, lr):
 folder = f"{sys.argv[1]}/rank{os.environ.get('RANK', 0)}"
 os.makedirs(folder)
 update, Updater.step = Updater.step, step
-torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
-Trainer(eval(sys.argv[2])).fit()
+World().start(torch.device("cpu"))  # for all of the trainers
+for recipe in sys.argv[2:]:
+    Trainer(eval(recipe)).fit()
 """
 
 # The command itself, in which one process of two gets a signal at its sixth step, the first time.
@@ -134,23 +135,24 @@ def assert_close(one: Path, two: Path) -> None:
 def test_two_processes_have_the_gradients_of_one(tiny: Recipe, tmp_path: Path) -> None:
     """Within 1e-12 in float64, with DDP and FSDP, whole micro-batches and cut ones."""
     code = script(tmp_path, GRADIENTS)
-    settings: list[tuple[str, dict[str, Any]]] = [
-        ("ddp", {"batch_size": 2, "grad_accum": 6}),  # three micro-batches each
-        ("fsdp", {"batch_size": 5, "grad_accum": 2}),
-        ("ddp", {"batch_size": 10, "grad_accum": 1}),  # cut in two
+    settings: list[dict[str, Any]] = [
+        {"parallel": "ddp", "batch_size": 2, "grad_accum": 6},  # three micro-batches each
+        {"parallel": "fsdp", "batch_size": 5, "grad_accum": 2},
+        {"parallel": "ddp", "batch_size": 10, "grad_accum": 1},  # cut in two
     ]
-    for number, (parallel, batches) in enumerate(settings):
-        recipe = replace(tiny, parallel=parallel, max_steps=3, **batches)
-        alone, together = (tmp_path / f"{number}{who}" for who in ("alone", "together"))
-        for command, out in (([sys.executable], alone), (TORCHRUN, together)):
-            run(*command, code, str(out), repr(replace(recipe, out=f"{out}-run")))
-        for step in ("000", "001", "002"):
-            truth = torch.load(alone / "rank0" / step)
-            for rank in ("rank0", "rank1"):
-                found = torch.load(together / rank / step)
-                for name, grad in truth.items():
-                    scale = grad.abs().max()
-                    assert (found[name] - grad).abs().max() <= 1e-12 * scale, (rank, step, name)
+    for who, command in (("alone", [sys.executable]), ("together", TORCHRUN)):
+        recipes = [
+            replace(tiny, max_steps=2, out=f"{tmp_path}/{who}{number}", **changes)
+            for number, changes in enumerate(settings)
+        ]
+        run(*command, code, str(tmp_path / who), *map(repr, recipes))
+    for step in range(2 * len(settings)):
+        truth = torch.load(tmp_path / "alone" / "rank0" / f"{step:03d}")
+        for rank in ("rank0", "rank1"):
+            found = torch.load(tmp_path / "together" / rank / f"{step:03d}")
+            for name, grad in truth.items():
+                error = (found[name] - grad).abs().max() / grad.abs().max()
+                assert error <= 1e-12, (rank, step, name)
 
 
 def test_fault_21_stopped_and_resumed_is_never_stopped(tiny: Recipe, tmp_path: Path) -> None:
@@ -163,6 +165,7 @@ def test_fault_21_stopped_and_resumed_is_never_stopped(tiny: Recipe, tmp_path: P
     assert_same(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_any_number_of_processes(tiny: Recipe, tmp_path: Path) -> None:
     """Two with FSDP and an average, then one; against one all the way."""
     recipe = replace(tiny, parallel="fsdp", ema=0.9, patience=10)
@@ -184,6 +187,7 @@ def test_fault_26_a_killed_process_and_a_restart_change_nothing(
     assert_same(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_fault_26_without_restarts_the_other_process_ends(tiny: Recipe, tmp_path: Path) -> None:
     code = script(tmp_path, DYING)
     done = run(*TORCHRUN, "--monitor-interval=0.1", code, *options(tiny), check=False)
@@ -191,6 +195,7 @@ def test_fault_26_without_restarts_the_other_process_ends(tiny: Recipe, tmp_path
     assert find_checkpoint(tmp_path / "run").step == 4
 
 
+@pytest.mark.slow
 def test_fault_19_sigterm_ends_all_processes_at_one_step(tiny: Recipe, tmp_path: Path) -> None:
     recipe = replace(tiny, max_steps=1_000_000, eval_interval=1_000_000)
     command = [*TORCHRUN, "-m", "fastgpt.train", *options(recipe)]
@@ -210,13 +215,14 @@ def test_fault_19_sigterm_ends_all_processes_at_one_step(tiny: Recipe, tmp_path:
     assert f"stopped at step {step:,}" in out
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_by_every_process(tiny: Recipe, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").touch()
     done = run(*TORCHRUN, "-m", "fastgpt.train", *options(tiny), check=False)
     assert done.returncode != 0
     assert "run is not empty; continue it with --resume" in done.stderr
-    assert "Traceback" not in done.stderr.split("torch/distributed/run.py")[0]
+    assert "UsageError" not in done.stderr  # no traceback of ours
 
 
 @given(
