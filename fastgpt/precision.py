@@ -1,7 +1,10 @@
 """In which precision a device multiplies, and why."""
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,11 @@ class Precision:
     tf32: bool = False
     reason: str = ""
 
+    @property
+    def name(self) -> str:
+        """As a recipe's `dtype` has it."""
+        return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context to run the model in."""
         if self.dtype == torch.float32:
@@ -25,25 +33,66 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype)
 
     def __str__(self) -> str:
-        name = "TF32" if self.tf32 else str(self.dtype).removeprefix("torch.")
-        return f"{name}: {self.reason}" if self.reason else name
+        return f"{self.name} ({self.reason})" if self.reason else self.name
 
 
-def choose_precision(name: str, device: torch.device) -> Precision:
-    """Return the precision that a recipe's `dtype` means on a device; UsageError if it has none."""
+def choose_precision(name: str, device: torch.device) -> list[Precision]:
+    """Return the precisions that a recipe's `dtype` can mean on a device; UsageError if none.
+
+    More than one where only a trial can tell which is the faster: see `fastest`.
+    """
     if name == "auto":
         return _best(device)
     if name == "tf32":
         if device.type != "cuda":
             raise UsageError(f"dtype tf32 is for NVIDIA GPUs, not for {device.type}: use float32")
         torch.set_float32_matmul_precision("high")
-        return Precision(device, torch.float32, tf32=True)
-    return Precision(device, getattr(torch, name))
+        return [Precision(device, torch.float32, tf32=True)]
+    return [Precision(device, getattr(torch, name))]
 
 
-def _best(device: torch.device) -> Precision:
+def fastest(precisions: Sequence[Precision], trial: Callable[[Precision], object]) -> Precision:
+    """Return the precision in which `trial` takes the least time; each is tried twice.
+
+    A processor with bfloat16 units multiplies large matrices twice as fast in it. The conversions
+    cost something too, and in a small model more than is gained.
+    """
+    if len(precisions) == 1:
+        return precisions[0]
+    seconds = {precision: _second_time(trial, precision) for precision in precisions}
+    best, next_best = sorted(precisions, key=seconds.__getitem__)[:2]
+    reason = (
+        f"a trial took {1e3 * seconds[best]:,.0f} ms, {1e3 * seconds[next_best]:,.0f} in "
+        f"{next_best.name}"
+    )
+    return replace(best, reason=reason)
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this machine's processor multiplies bfloat16 by instructions of its own."""
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return True
+    with suppress(OSError):  # Linux alone has it; on ARM the word is among the "Features"
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("Features"):
+                return "bf16" in line.split()
+    return False
+
+
+def _best(device: torch.device) -> list[Precision]:
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
-            return Precision(device, torch.bfloat16)
-        return Precision(device, torch.float16, reason="this GPU has no bfloat16 units")
-    return Precision(device, torch.float32)
+            return [Precision(device, torch.bfloat16)]
+        return [Precision(device, torch.float16, reason="this GPU has no bfloat16 units")]
+    if device.type == "cpu":
+        if has_bfloat16_units():
+            return [Precision(device, torch.float32), Precision(device, torch.bfloat16)]
+        return [Precision(device, torch.float32, reason="this processor has no bfloat16 units")]
+    return [Precision(device, torch.float32)]
+
+
+def _second_time(trial: Callable[[Precision], object], precision: Precision) -> float:
+    trial(precision)  # memory is taken, weights are packed
+    began = time.perf_counter()
+    trial(precision)
+    return time.perf_counter() - began

@@ -58,7 +58,7 @@ from fastgpt.metrics import cut_metrics
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.optim import Updater, learning_rate
 from fastgpt.peak import device_peak, flops_per_token
-from fastgpt.precision import choose_precision
+from fastgpt.precision import Precision, choose_precision, fastest
 from fastgpt.progress import Progress
 from fastgpt.recipes import Recipe
 from fastgpt.run_folder import (
@@ -73,6 +73,7 @@ from fastgpt.signals import Stopped, StopSignal
 from fastgpt.tokenizer import BaseTokenizer
 
 VALIDATION_TOKENS = 8192  # evaluated at once, on each process
+TRIAL_TOKENS = 1024  # to see which precision is the fastest
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,8 @@ class Trainer:
         """Make what does not touch the disk: data, model, this process's share of a step."""
         check_loggers(recipe.log)
         self.recipe, self.standing, self._evaluated = recipe, Standing(), False
-        self.precision = choose_precision(recipe.dtype, self.device)
+        self._precisions = choose_precision(recipe.dtype, self.device)
+        self.precision = self._precisions[0]
         self.corpus = self._load(tokenizer, data_sha256)
         config = _model_config(recipe, self.corpus)
         self.backend = _backend_name(recipe.ops, self.device, config)
@@ -240,6 +242,7 @@ class Trainer:
     def _spread(self) -> None:
         """Make what trains the model: spread over the processes, with an optimizer, compiled."""
         self.module = wrap(self.model, self.world, self.recipe.parallel)
+        self._choose_precision()
         self.updater = Updater(self.model, self.recipe, self.precision.dtype)
         if _wants_compile(self.recipe.compile, self.device):
             self.module, note = compiled_or_not(self.module, self._trial, self.world)
@@ -249,6 +252,16 @@ class Trainer:
         self.share = share_out(self._sequences, self.recipe.batch_size, self.world)
         if warning := check_fits(self._memory(), self.free):
             self._notes.append(f"warning: {warning}")
+
+    def _choose_precision(self) -> None:
+        """Take the fastest precision, and stay with it: a resume must not find another."""
+        if len(self._precisions) == 1:
+            return
+        batch = min(self.recipe.batch_size, max(1, TRIAL_TOKENS // self.recipe.block_size))
+        found = fastest(self._precisions, lambda tried: self._trial(self.module, batch, tried))
+        self.precision = self.world.tell(found)
+        changes: dict[str, Any] = {"dtype": self.precision.name}
+        self.recipe = replace(self.recipe, **changes)
 
     def _find_batch(self) -> None:
         """Take the largest micro-batch that fits by the estimate, and on CUDA when it is tried."""
@@ -357,13 +370,13 @@ class Trainer:
         self.updater.scaled(loss).backward()
         return loss.detach()
 
-    def _trial(self, module: nn.Module, batch: int = 0) -> None:
+    def _trial(self, module: nn.Module, batch: int = 0, precision: Precision | None = None) -> None:
         """Do a micro-batch without consequences, to see whether it works."""
         inputs, targets = self.batches.samples(0, batch or self.recipe.batch_size)
-        with self.precision.autocast():
+        with (precision or self.precision).autocast():
             loss = module(inputs.to(self.device), targets.to(self.device))
         loss.backward()
-        self.updater.optimizer.zero_grad()
+        self.model.zero_grad()
 
     def _check_skipped(self) -> None:
         """End the run after too many updates in a row that had to be left out."""
