@@ -339,6 +339,7 @@ class Trainer:
             if due:
                 self._log(progress)
             if requested and not self._last_step():
+                self.standing.seconds = progress.seconds()
                 self._save(None)
                 raise Stopped(requested, self.run, self.step)
             if self._evaluation_due():

@@ -185,6 +185,8 @@ def test_a_run_stopped_before_its_first_evaluation_ends_with_one(
     monkeypatch.setattr(Trainer, "_step", step_and_interrupt)
     with pytest.raises(Stopped):
         trainer.fit()
+    trained = records(trainer.run, "seconds")[-1][1]  # as the last line has it
+    assert 0.0 < trained == find_checkpoint(trainer.run).extra["seconds"]
     result = Trainer.resume(trainer.run, max_steps=3).fit()
     assert [step for step, _ in records(trainer.run, "val_loss")] == [3]
     assert math.isfinite(result.best_val_loss)
