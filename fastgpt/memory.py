@@ -181,7 +181,7 @@ def advice(needed: MemoryEstimate, free: int | None) -> str:
 
 def check_fits(needed: MemoryEstimate, free: int | None) -> str | None:
     """Return a line that warns of a batch too large for `free` bytes; None if it fits."""
-    if free is None or needed.total <= free:
+    if free is None or needed.total <= int(free * (1 - HEADROOM)):
         return None
     return (
         f"batch {needed.setup.micro_batch} needs about {gigabytes(needed.total)}; there are "

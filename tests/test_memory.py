@@ -205,6 +205,8 @@ def test_the_advice_fits_and_keeps_a_steps_sequences() -> None:
     assert "--recompute" in line
     assert check_fits(needed, 100 * GB) is None
     assert check_fits(needed, None) is None
+    # What no estimate sees needs room as well: so much and no more may end in a kill.
+    assert check_fits(needed, needed.total + 1) is not None
 
 
 def test_the_largest_batch_divides_the_step_and_fits() -> None:
