@@ -143,7 +143,7 @@ class Trainer:
                 progress = stack.enter_context(self._progress())
                 self._feed = stack.enter_context(self._feeder())
                 self._open_loggers()
-                stack.enter_context(explain_out_of_memory(self._memory(), self.free))
+                stack.enter_context(self._enough_memory())
                 progress.say(self._summary())
                 self._train(progress, stop)
                 self.standing.seconds = progress.seconds()
@@ -191,7 +191,7 @@ class Trainer:
             if main:
                 self._own(run, recipe.keep)
                 self.corpus.tokenizer.save(run / "tokenizer.json")
-                describe_run(run, name, self.recipe, self.model.config)
+                describe_run(run, name, self.recipe, self.config)
         self.run = self.world.tell(run)
 
     def _continue(self, run: Path, changes: dict[str, Any]) -> None:
@@ -202,10 +202,11 @@ class Trainer:
         refuse_changes(before, recipe, checkpoint.step)
         self._build(recipe, load_run_tokenizer(run, checkpoint), checkpoint.data_sha256)
         self._spread()
-        self._restore(checkpoint)
+        with self._enough_memory():
+            self._restore(checkpoint)
         with self.world.only_main() as main:
             if main:
-                describe_run(run, name, self.recipe, self.model.config)
+                describe_run(run, name, self.recipe, self.config)
                 cut_metrics(run / "metrics.jsonl", checkpoint.step)
 
     def _build(
@@ -217,13 +218,14 @@ class Trainer:
         self._precisions = choose_precision(recipe.dtype, self.device)
         self.precision = self._precisions[0]
         self.corpus = self._load(tokenizer, data_sha256)
-        config = _model_config(recipe, self.corpus)
-        self.backend = _backend_name(recipe.ops, self.device, config)
+        self.config = _model_config(recipe, self.corpus)
+        self.backend = _backend_name(recipe.ops, self.device, self.config)
         self.batches = Batches(self.corpus.train, recipe.block_size, recipe.seed)
         self.val_starts = validation_windows(self.corpus.val, recipe.block_size, recipe.eval_tokens)
         torch.manual_seed(recipe.seed)
         self.free = available(self.device)
-        self.model = GPT(config, recipe.ops).to(self.device)
+        with self._enough_memory():
+            self.model = GPT(self.config, recipe.ops).to(self.device)
         self.model.recompute = recipe.recompute
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -241,14 +243,15 @@ class Trainer:
 
     def _spread(self) -> None:
         """Make what trains the model: spread over the processes, with an optimizer, compiled."""
-        self.module = wrap(self.model, self.world, self.recipe.parallel)
-        self._choose_precision()
-        self.updater = Updater(self.model, self.recipe, self.precision.dtype)
-        if _wants_compile(self.recipe.compile, self.device):
-            self.module, note = compiled_or_not(self.module, self._trial, self.world)
-            self._notes.append(note)
-        if self.recipe.find_batch:
-            self._find_batch()
+        with self._enough_memory():
+            self.module = wrap(self.model, self.world, self.recipe.parallel)
+            self._choose_precision()
+            self.updater = Updater(self.model, self.recipe, self.precision.dtype)
+            if self.recipe.find_batch:  # before a batch that may not fit is tried in compiling
+                self._find_batch()
+            if _wants_compile(self.recipe.compile, self.device):
+                self.module, note = compiled_or_not(self.module, self._trial, self.world)
+                self._notes.append(note)
         self.share = share_out(self._sequences, self.recipe.batch_size, self.world)
         if warning := check_fits(self._memory(), self.free):
             self._notes.append(f"warning: {warning}")
@@ -561,11 +564,15 @@ class Trainer:
             shown=self.world.is_main,
         )
 
+    def _enough_memory(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which a want of memory is told with what to change."""
+        return explain_out_of_memory(self._memory(), self.free)
+
     def _memory(self) -> MemoryEstimate:
         """Return what a step is expected to need on this device."""
         recipe = self.recipe
         return estimate(
-            self.model.config,
+            self.config,
             recipe.batch_size,
             grad_accum=recipe.grad_accum,
             dtype=self.precision.dtype,

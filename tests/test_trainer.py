@@ -359,6 +359,34 @@ def test_a_compiler_that_fails_is_a_warning(
     assert_same(weights(eager.run), weights(fallen_back.run))
 
 
+@pytest.mark.parametrize("where", ["GPT", "Updater", "compiled_or_not"])
+def test_fault_25_no_memory_while_a_run_is_made(
+    tiny: Recipe, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(f"fastgpt.trainer.{where}", refuse)
+    with pytest.raises(UsageError, match=r"out of memory: a step with batch 4 needs about .* try"):
+        Trainer(replace(tiny, compile="yes"))
+    assert not Path(tiny.out or "").exists()
+
+
+def test_the_batch_is_found_before_it_is_compiled(
+    tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def compiled(module: Any, trial: Any, _world: Any) -> tuple[Any, str]:
+        sizes.append(trial.__self__.recipe.batch_size)
+        return module, "compiled"
+
+    monkeypatch.setattr("fastgpt.trainer.largest_batch", lambda *_: 2)
+    monkeypatch.setattr("fastgpt.trainer.compiled_or_not", compiled)
+    Trainer(replace(tiny, compile="yes", find_batch=True)).close()
+    assert sizes == [2]
+
+
 @pytest.mark.slow
 def test_a_compiled_run_is_the_eager_one_but_for_rounding(tiny: Recipe) -> None:
     settings = {"dropout": 0.0, "max_steps": 4}
