@@ -136,6 +136,8 @@ class Trainer:
 
         Ctrl-C or SIGTERM finishes the step, saves, and raises `Stopped`.
         """
+        if self.world.is_main and self.lock is None:  # a fit before this one has ended
+            self.lock = RunLock(self.run)
         try:
             with contextlib.ExitStack() as stack:
                 stop = stack.enter_context(StopSignal())
@@ -157,6 +159,7 @@ class Trainer:
             self.loggers.close()
         if self.lock is not None:
             self.lock.release()
+            self.lock = None
         self.world.close()
 
     @property

@@ -267,6 +267,16 @@ def test_fault_12_two_trainers_of_one_folder(tiny: Recipe) -> None:
     assert resumed.fit().step == 8
 
 
+def test_fault_12_a_second_fit_takes_the_folder_again(tiny: Recipe) -> None:
+    trainer = Trainer(replace(tiny, max_steps=4))
+    trainer.fit()
+    other = Trainer.resume(trainer.run)
+    with pytest.raises(UsageError, match="run is being written by process"):
+        trainer.fit()
+    other.close()
+    assert trainer.fit().step == 4
+
+
 def test_float16_scales_its_loss(tiny: Recipe) -> None:
     """A scale that is far too high loses a few updates, and then finds itself."""
     trainer = Trainer(replace(tiny, dtype="float16", max_steps=30))
