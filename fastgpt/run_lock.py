@@ -63,6 +63,11 @@ class RunLock:
         self._close = weakref.finalize(self, os.close, self._file)
         _held.add(self)
 
+    @property
+    def held(self) -> bool:
+        """Whether the folder is still this process's."""
+        return self._close.alive
+
     def release(self) -> None:
         """Let others have the folder; nothing happens the second time."""
         if self._close.alive:
