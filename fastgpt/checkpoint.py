@@ -36,6 +36,7 @@ FORMAT = 2  # 1 had no `extra` and no ema.safetensors; it is still read
 MODEL, OPTIMIZER, EMA = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 MANIFEST = "manifest.json"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each parameter
+_NONE_YET = "it has none yet (if it is not training now: delete the folder, and train again)"
 
 
 class CheckpointError(UsageError):
@@ -122,7 +123,7 @@ def find_checkpoint(
     problems: list[str] = []
     found = _first_good(run, which, weights_only, problems)
     if found is None:
-        what = "; ".join(problems) or "it has none yet"
+        what = "; ".join(problems) or _NONE_YET
         raise CheckpointError(f"{run}: no usable checkpoint: {what}")
     for problem in problems:
         line = f"skipped a damaged checkpoint: {problem}"

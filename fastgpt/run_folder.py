@@ -2,6 +2,8 @@
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,6 +34,18 @@ def new_run_folder(recipe: Recipe, name: str) -> Path:
     except OSError as error:
         raise UsageError(f"run folder {run} cannot be created: {error.strerror}") from None
     return run
+
+
+@contextmanager
+def writing(run: Path) -> Iterator[None]:
+    """Within the block, tell an error of the disk as a UsageError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"run folder {run} cannot be written: {error.strerror or error}; mend that, then "
+            f"continue with --resume or, if nothing was saved yet, delete it and start anew"
+        ) from None
 
 
 def describe_run(run: Path, name: str, recipe: Recipe, config: GPTConfig) -> None:

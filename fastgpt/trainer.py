@@ -67,6 +67,7 @@ from fastgpt.run_folder import (
     new_run_folder,
     read_run,
     refuse_changes,
+    writing,
 )
 from fastgpt.run_lock import RunLock
 from fastgpt.signals import Stopped, StopSignal
@@ -136,8 +137,7 @@ class Trainer:
 
         Ctrl-C or SIGTERM finishes the step, saves, and raises `Stopped`.
         """
-        if self.world.is_main and self.lock is None:  # a fit before this one has ended
-            self.lock = RunLock(self.run)
+        self._own_again()
         try:
             with contextlib.ExitStack() as stack:
                 stop = stack.enter_context(StopSignal())
@@ -159,7 +159,6 @@ class Trainer:
             self.loggers.close()
         if self.lock is not None:
             self.lock.release()
-            self.lock = None
         self.world.close()
 
     @property
@@ -193,8 +192,9 @@ class Trainer:
             run = new_run_folder(recipe, name) if main else Path()
             if main:
                 self._own(run, recipe.keep)
-                self.corpus.tokenizer.save(run / "tokenizer.json")
-                describe_run(run, name, self.recipe, self.config)
+                with writing(run):
+                    self.corpus.tokenizer.save(run / "tokenizer.json")
+                    describe_run(run, name, self.recipe, self.config)
         self.run = self.world.tell(run)
 
     def _continue(self, run: Path, changes: dict[str, Any]) -> None:
@@ -209,8 +209,9 @@ class Trainer:
             self._restore(checkpoint)
         with self.world.only_main() as main:
             if main:
-                describe_run(run, name, self.recipe, self.config)
-                cut_metrics(run / "metrics.jsonl", checkpoint.step)
+                with writing(run):
+                    describe_run(run, name, self.recipe, self.config)
+                    cut_metrics(run / "metrics.jsonl", checkpoint.step)
 
     def _build(
         self, recipe: Recipe, tokenizer: BaseTokenizer | None = None, data_sha256: str | None = None
@@ -284,6 +285,11 @@ class Trainer:
         """Make the run folder this process's alone, before anything in it is read or changed."""
         self.lock = RunLock(run)
         self.checkpointer = Checkpointer(run, keep)
+
+    def _own_again(self) -> None:
+        """Take the run folder's lock, if a fit before this one has let go of it."""
+        if self.lock is not None and not self.lock.held:
+            self.lock = RunLock(self.run)
 
     def _newest(self, run: Path, keep: int) -> Checkpoint:
         """Take the run folder; return its newest good checkpoint, as the main process found it."""
@@ -546,7 +552,8 @@ class Trainer:
         assert best.val_loss is not None  # the last step was evaluated
         model = best.load_model(self.device, self.recipe.ops, ema=best.has_ema)
         sample = self._sample(model)
-        (self.run / "sample.txt").write_text(sample + "\n", encoding="utf-8")
+        with writing(self.run):
+            (self.run / "sample.txt").write_text(sample + "\n", encoding="utf-8")
         seconds = self.standing.seconds
         return Result(self.run, self.step, best.step, best.val_loss, sample, seconds)
 

@@ -1,5 +1,6 @@
 """The training loop: that it learns, and that it can be stopped, resumed and trusted."""
 
+import errno
 import json
 import math
 import signal
@@ -411,6 +412,29 @@ def test_a_folder_with_something_in_it_is_refused(tiny: Recipe) -> None:
     (Path(tiny.out or "") / "mine.txt").write_text("keep me")
     with pytest.raises(UsageError, match="run is not empty; continue it with --resume"):
         Trainer(tiny)
+
+
+def test_fault_10_a_disk_that_is_full_before_and_after_the_checkpoints(
+    tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    said = r"run cannot be written: No space left on device; mend that, then continue with --resume"
+    monkeypatch.setattr("fastgpt.trainer.describe_run", full)
+    with pytest.raises(UsageError, match=said):
+        Trainer(replace(tiny, out=f"{tiny.out}-begun/run"))
+    monkeypatch.undo()
+    trainer = Trainer(replace(tiny, max_steps=4))
+    (trainer.run / "sample.txt").symlink_to("/dev/full")
+    with pytest.raises(UsageError, match=said):
+        trainer.fit()
+    monkeypatch.setattr("fastgpt.trainer.cut_metrics", full)
+    with pytest.raises(UsageError, match=said):
+        Trainer.resume(trainer.run)
+    monkeypatch.undo()
+    (trainer.run / "sample.txt").unlink()
+    assert Trainer.resume(trainer.run).fit().step == 4
 
 
 def test_fault_15_a_folder_that_cannot_be_made(tiny: Recipe, tmp_path: Path) -> None:
