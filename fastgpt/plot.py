@@ -5,6 +5,7 @@ Also the loss curve that every run ends with.
 
 import itertools
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from fastgpt.metrics import read_metrics
 
 Points = list[tuple[float, float]]
 NOTHING = "-"
+FRAME = 11  # characters to the left of a curve in text
 AXES = {"step": "step", "tokens": "tokens", "time": "seconds"}  # and the key in a record
 
 
@@ -98,7 +100,7 @@ def plot_losses(run: Path) -> Path:
     return draw([Run(run.name, run, read_metrics(run / "metrics.jsonl"))], run / "loss.png")
 
 
-def loss_in_text(run: Path, width: int = 72, height: int = 12) -> str:
+def loss_in_text(run: Path, width: int | None = None, height: int = 12) -> str:
     """Return the training and validation losses of a run folder as lines of text."""
     one = Run(run.name, run, read_metrics(run / "metrics.jsonl"))
     curves = {label: one.curve(key) for key, label in _LABELS.items() if one.curve(key)}
@@ -157,12 +159,14 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 def text_curve(
     curves: dict[str, Points],
-    width: int = 72,
+    width: int | None = None,
     height: int = 12,
     label: str = "",
     ascii_only: bool | None = None,
 ) -> str:
     """Draw curves in characters: `width` by `height` of them, and a frame with the range.
+
+    width: 72 by default, or less where the terminal is narrower than that and the frame.
 
     One curve is dots of Braille, eight to a character; several have a letter each, as in a terminal
     that cannot show Braille (`ascii_only`, by default found out from the standard output).
@@ -170,6 +174,8 @@ def text_curve(
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return "(no points)"
+    if width is None:
+        width = max(20, min(72, shutil.get_terminal_size().columns - FRAME - 1))
     if ascii_only is None:
         ascii_only = not _can_print("⣿")
     dots = not ascii_only and len(curves) == 1

@@ -125,6 +125,15 @@ def test_a_loss_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
     assert "a training  b validation" in loss_in_text(folder)
 
 
+@pytest.mark.parametrize(("columns", "longest"), [(200, 83), (80, 79), (40, 39)])
+def test_the_curve_fits_the_terminal(
+    columns: int, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = text_curve({"loss": [(0.0, 2.0), (9.0, 1.0)]}, label="loss", ascii_only=True)
+    assert max(map(len, text.splitlines())) == longest
+
+
 def test_a_terminal_without_unicode_gets_plain_characters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
