@@ -1,5 +1,6 @@
 """A run's folder: made, found again, and what it says of the run."""
 
+import itertools
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ FIXED_SETTINGS = (
 
 def new_run_folder(recipe: Recipe, name: str) -> Path:
     """Make the folder of a new run; UsageError if there is something in it, or it cannot be."""
-    run = Path(recipe.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    run = Path(recipe.out) if recipe.out else _unused(f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if run.exists() and (not run.is_dir() or any(f.name != LOCK for f in run.iterdir())):
         raise UsageError(
             f"{run} is not empty; continue it with --resume {run}, or choose another --out"
@@ -104,3 +105,9 @@ def interrupted_run(restarted_by: str, recipe: Recipe) -> Path | None:
             return run
         shutil.rmtree(run)
     return None
+
+
+def _unused(name: str) -> Path:
+    """Return a folder in `runs` that is not there yet: runs may start within one second."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(run for run in map(Path("runs").joinpath, names) if not run.exists())

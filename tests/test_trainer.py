@@ -437,6 +437,18 @@ def test_fault_10_a_disk_that_is_full_before_and_after_the_checkpoints(
     assert Trainer.resume(trainer.run).fit().step == 4
 
 
+def test_runs_that_start_within_a_second_have_folders_of_their_own(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastgpt.run_folder.time.strftime", lambda _: "20260101-000000")
+    trainers = [Trainer(replace(tiny, out=None), "verse") for _ in range(3)]
+    stem = "runs/verse-20260101-000000"
+    assert [str(trainer.run) for trainer in trainers] == [stem, f"{stem}-2", f"{stem}-3"]
+    for trainer in trainers:
+        trainer.close()
+
+
 def test_fault_15_a_folder_that_cannot_be_made(tiny: Recipe, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot be created: Not a directory"):
