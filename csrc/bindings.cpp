@@ -297,7 +297,7 @@ IdArray to_rows(const std::vector<Merge>& merges) {
 
 PYBIND11_MODULE(_C, m) {
   using fastgpt::Encoder;
-  m.doc() = "The compiled part of fastgpt: the tokenizer's core, and GELU for CPUs";
+  m.doc() = "The compiled part of fastgpt: the tokenizer's core, GELU and matrix products for CPUs";
   m.attr("source_hash") = FASTGPT_SOURCE_HASH;
 
   py::class_<Encoder>(m, "BytePairEncoder", "Byte-pair encoding over an immutable vocabulary")
@@ -318,6 +318,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("unix_newlines", &fastgpt::unix_newlines_of, py::arg("text"));
   m.def("piece_ends", &fastgpt::piece_ends, py::arg("text"), py::arg("vectorized") = true);
   fastgpt::bind_bpe_trainer(m);
+  fastgpt::bind_gemm(m);
 
   // Arrays are taken as they are or not at all: a silent copy would leave the output unwritten.
   m.def("gelu_forward", &fastgpt::gelu, py::arg("x").noconvert(), py::arg("y").noconvert(),

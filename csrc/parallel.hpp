@@ -29,6 +29,27 @@ struct OpenMp {
   bool complete() const { return run != nullptr && rank != nullptr && size != nullptr; }
 };
 
+// Calls body(rank) on up to `threads` threads at once, this one among them; where no OpenMP was
+// found, on this one alone. The body must work for any number of calls.
+template <typename Body>
+void run_team(unsigned threads, const Body& body) {
+  thread_local OpenMp omp;  // looked up until it is found: PyTorch may be loaded later
+  if (threads > 1 && !omp.complete()) omp = OpenMp::find();
+  if (threads < 2 || !omp.complete()) {
+    body(std::size_t{0});
+    return;
+  }
+  struct Team {
+    int (*rank)();
+    const Body& body;
+  } team{omp.rank, body};
+  const auto member = [](void* data) {
+    const Team& t = *static_cast<const Team*>(data);
+    t.body(static_cast<std::size_t>(t.rank()));
+  };
+  omp.run(member, &team, threads, 0);
+}
+
 // Calls body(begin, end) for parts that make up [0, n): one part a thread where OpenMP was found
 // and n is worth it, else all in one.
 template <typename Body>

@@ -1,0 +1,75 @@
+// The formula of GPT-2's GELU (the tanh form) for one number, in operations that a compiler turns
+// into vector instructions. Internal linkage, because the files that include this are compiled for
+// different instruction sets, and a linker would keep one copy for all;
+// for the same reason they call nothing of the standard library but memcpy, which is no call.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace fastgpt {
+namespace {
+
+// gelu(x) = x · sigmoid(z) with z = 2u = x (kLinear + kCubic x²), u the argument of the tanh.
+constexpr float kLinear = 1.5957691216057308F;  // 2 √(2/π)
+constexpr float kCubic = 0.071354816272279F;    // 0.044715 times that
+
+inline std::int32_t bits_of(float x) {
+  std::int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float float_of(std::int32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// exp(-x) for x ≥ 0, to about an ulp: 2ⁿ times a polynomial on |r| ≤ ln(2)/2, as in Cephes' expf.
+// Floats without a sign order as their bits do, and comparing whole numbers lets NaN through.
+inline float exp_minus(float x) {
+  constexpr float kRound = 12582912.0F;          // 1.5 · 2²³: adding it rounds to a whole number
+  constexpr std::int32_t kLargest = 0x42AE0000;  // 87: past it 2ⁿ would be no normal number
+  const std::int32_t bits = bits_of(x);
+  const float y = -float_of(bits < kLargest ? bits : kLargest);
+  const float rounded = y * 1.44269504F + kRound;
+  const float n = rounded - kRound;
+  const float r = (y - n * 0.693359375F) + n * 2.12194440e-4F;  // ln(2) in two parts
+  float p = 1.9875691500e-4F;
+  p = p * r + 1.3981999507e-3F;
+  p = p * r + 8.3334519073e-3F;
+  p = p * r + 4.1665795894e-2F;
+  p = p * r + 1.6666665459e-1F;
+  p = p * r + 5.0000001201e-1F;
+  p = p * (r * r) + r + 1.0F;
+  const float power = float_of((bits_of(rounded) - bits_of(kRound) + 127) << 23);
+  return float_of(bits < kLargest ? bits_of(p * power) : 0);
+}
+
+constexpr std::int32_t kSign = INT32_MIN;
+
+inline float absolute(float x) { return float_of(bits_of(x) & ~kSign); }
+
+// 1 for x ≥ 0, else `negative`.
+inline float one_or(float negative, float x) {
+  return float_of(bits_of(x) < 0 ? bits_of(negative) : bits_of(1.0F));
+}
+
+// With e = exp(-|z|) and q = 1 / (1 + e), sigmoid(z) is q or, for negative z, e q, and
+// sigmoid · (1 - sigmoid) is e q²: nothing overflows and nothing cancels.
+inline float gelu_of(float x) {
+  const float e = exp_minus(absolute(x * (kLinear + kCubic * x * x)));
+  return x * one_or(e, x) / (1.0F + e);
+}
+
+// The derivative of gelu at x, times grad.
+inline float gelu_gradient_of(float grad, float x) {
+  const float e = exp_minus(absolute(x * (kLinear + kCubic * x * x)));
+  const float q = 1.0F / (1.0F + e);
+  const float bend = e * q * absolute(x) * (kLinear + 3.0F * kCubic * x * x);
+  return grad * q * (one_or(e, x) + float_of(bits_of(bend) | (bits_of(x) & kSign)));
+}
+
+}  // namespace
+}  // namespace fastgpt

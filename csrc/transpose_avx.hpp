@@ -1,0 +1,27 @@
+// For files that are compiled for AVX or more.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+
+namespace fastgpt {
+namespace {
+
+// to[j * stride + i] = rows[i][j] for i < 8, j < 4.
+inline void transpose_8x4_avx(const float* const* rows, float* to, std::size_t stride) {
+  const auto two = [rows](int i) {
+    const __m256 low = _mm256_castps128_ps256(_mm_loadu_ps(rows[i]));
+    return _mm256_insertf128_ps(low, _mm_loadu_ps(rows[i + 4]), 1);
+  };
+  const __m256 r0 = two(0), r1 = two(1), r2 = two(2), r3 = two(3);
+  const __m256 low01 = _mm256_unpacklo_ps(r0, r1), high01 = _mm256_unpackhi_ps(r0, r1);
+  const __m256 low23 = _mm256_unpacklo_ps(r2, r3), high23 = _mm256_unpackhi_ps(r2, r3);
+  _mm256_storeu_ps(to, _mm256_shuffle_ps(low01, low23, _MM_SHUFFLE(1, 0, 1, 0)));
+  _mm256_storeu_ps(to + stride, _mm256_shuffle_ps(low01, low23, _MM_SHUFFLE(3, 2, 3, 2)));
+  _mm256_storeu_ps(to + 2 * stride, _mm256_shuffle_ps(high01, high23, _MM_SHUFFLE(1, 0, 1, 0)));
+  _mm256_storeu_ps(to + 3 * stride, _mm256_shuffle_ps(high01, high23, _MM_SHUFFLE(3, 2, 3, 2)));
+}
+
+}  // namespace
+}  // namespace fastgpt
