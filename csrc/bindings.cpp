@@ -319,6 +319,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("piece_ends", &fastgpt::piece_ends, py::arg("text"), py::arg("vectorized") = true);
   fastgpt::bind_bpe_trainer(m);
   fastgpt::bind_gemm(m);
+  fastgpt::bind_training(m);
 
   // Arrays are taken as they are or not at all: a silent copy would leave the output unwritten.
   m.def("gelu_forward", &fastgpt::gelu, py::arg("x").noconvert(), py::arg("y").noconvert(),

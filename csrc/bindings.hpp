@@ -21,4 +21,7 @@ void bind_bpe_trainer(pybind11::module_& m);
 // Adds what gemm.hpp offers to the module.
 void bind_gemm(pybind11::module_& m);
 
+// Adds what norm.hpp, cross_entropy.hpp and adamw.hpp offer to the module.
+void bind_training(pybind11::module_& m);
+
 }  // namespace fastgpt

@@ -3,6 +3,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 source_hash: str
 """SHA-256 over csrc/, as CMakeLists.txt computes it."""
@@ -88,3 +89,72 @@ def gelu_backward(
     grad: NDArray[np.float32], x: NDArray[np.float32], grad_x: NDArray[np.float32], threads: int
 ) -> None:
     """Write the gradient of `x` into `grad_x`, given that of gelu(x); all as in gelu_forward."""
+
+def norm_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    total: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    threads: int,
+) -> None:
+    """Write ``x + residual`` into `total`, its LayerNorm into `y`, and each row's mean and 1/σ.
+
+    Tensors, here and below: fp32, contiguous, on the CPU; ValueError if not.
+    """
+
+def norm_apply(
+    total: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    y: Tensor,
+    threads: int,
+) -> None:
+    """Write the LayerNorm of `total` into `y` again."""
+
+def norm_backward(
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_x: Tensor,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    threads: int,
+) -> None:
+    """Write the gradients, given those of the LayerNorm and of `total` itself."""
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    ignored: int,
+    gradient: bool,
+    scale: float,
+    losses: Tensor,
+    threads: int,
+) -> None:
+    """Write the losses of logits [rows, classes] against int64 targets; 0 for ignored ones.
+
+    gradient: the logits become that of the losses' sum, times `scale`. Raises IndexError for a
+    target that is no class.
+    """
+
+def adamw(
+    rows: Sequence[tuple[int, ...]],
+    rates: Sequence[tuple[float, ...]],
+    max_norm: float,
+    threads: int,
+) -> float:
+    """Clip, do a step of AdamW, and return the gradients' norm; if not finite, change nothing.
+
+    rows: of each parameter its size, then the addresses of itself, gradient, exp_avg, exp_avg_sq
+    and step, all contiguous fp32 and not checked. rates: lr, beta1, beta2, eps, weight decay.
+    """

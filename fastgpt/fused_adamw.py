@@ -1,4 +1,4 @@
-"""AdamW and gradient clipping in one pass of Triton kernels over all parameters."""
+"""AdamW and gradient clipping in one pass over all parameters: Triton kernels, or C++ on a CPU."""
 
 from importlib import import_module
 from typing import Any
@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from fastgpt.compiled import _C
+
 State = dict[str, Tensor]
 
 
 class FusedAdamW(torch.optim.AdamW):
-    """`clip_grad_norm_` and `torch.optim.AdamW` in one `step`, by `fastgpt.kernels.adamw`.
+    """`clip_grad_norm_` and `torch.optim.AdamW` in one `step`.
+
+    On CUDA that is `fastgpt.kernels.adamw`, on a CPU csrc/adamw.cpp.
 
     params, lr, betas, eps, weight_decay: as for AdamW, groups of parameters too; fp32, all on one
     device. max_norm: gradients of a larger norm count as if scaled down to it (None: never). After
@@ -53,20 +57,15 @@ class FusedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient; nothing waits for the device."""
-        adamw = import_module("fastgpt.kernels.adamw")  # here, because Triton is optional
-
         groups = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         params = [p for group in groups for p in group]
         if not params:
             return
         states = [self._state(p) for p in params]
         grads = [_laid_out_as(p, p.grad) for p in params if p.grad is not None]
-        tensors = self._find(adamw, params, grads, states)
-        hyper = self._rates(adamw, groups, params[0])
-        if _recording(params[0]):
-            self._recorded += [tensors, hyper]
         max_norm = float("inf") if self.max_norm is None else self.max_norm
-        self.grad_norm = adamw.adamw(tensors, hyper, max_norm)
+        step = self._step_on_cpu if _uses_loops(params[0]) else self._step_of_kernels
+        self.grad_norm = step(groups, params, grads, states, max_norm)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which torch's own would leave without `max_norm`."""
@@ -83,6 +82,42 @@ class FusedAdamW(torch.optim.AdamW):
                         f"FusedAdamW: a state made with {option}=True is not supported"
                     )
             group.update(fused=True, foreach=None, capturable=False)
+
+    def _step_on_cpu(
+        self,
+        groups: list[list[Tensor]],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        max_norm: float,
+    ) -> Tensor:
+        rates = [
+            (float(group["lr"]), *_rates_of(group)[1:])
+            for group, some in zip(self.param_groups, groups, strict=True)
+            for _ in some
+        ]
+        moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")]
+        rows = [
+            (tensors[0].numel(), *(tensor.data_ptr() for tensor in tensors))
+            for tensors in zip(params, grads, *moments, strict=True)
+        ]
+        return torch.tensor(_C.adamw(rows, rates, max_norm, torch.get_num_threads()))
+
+    def _step_of_kernels(
+        self,
+        groups: list[list[Tensor]],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        max_norm: float,
+    ) -> Tensor:
+        adamw = import_module("fastgpt.kernels.adamw")  # here, because Triton is optional
+        tensors = self._find(adamw, params, grads, states)
+        hyper = self._rates(adamw, groups, params[0])
+        if _recording(params[0]):
+            self._recorded += [tensors, hyper]
+        norm: Tensor = adamw.adamw(tensors, hyper, max_norm)
+        return norm
 
     def _state(self, param: Tensor) -> State:
         """Return a parameter's step count and moments, made when first asked for."""
@@ -142,10 +177,24 @@ def _check_dtypes(params: list[Tensor]) -> None:
 
 
 def _laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
-    """Return `tensor`, or a copy of it that lies in memory as `param` does."""
-    if tensor.stride() == param.stride():
+    """Return `tensor`, or a copy of it that lies in memory as `param` does.
+
+    ValueError if the parameter has gaps or overlaps.
+    """
+    if tensor.stride() == param.stride() and tensor.dtype == param.dtype:
         return tensor
-    return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
+    copy = torch.empty_like(param)
+    if copy.stride() != param.stride():
+        raise ValueError(
+            "FusedAdamW: a parameter must fill its memory without gaps or overlaps, not "
+            f"{list(param.shape)} strided {list(param.stride())}"
+        )
+    return copy.copy_(tensor)
+
+
+def _uses_loops(param: Tensor) -> bool:
+    """Whether a step is done in C++ (the kernels' tests say no: Triton's interpreter does it)."""
+    return param.is_cpu
 
 
 def _recording(tensor: Tensor) -> bool:

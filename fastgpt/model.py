@@ -196,14 +196,15 @@ class Block(nn.Module):
         self, x: Tensor, residual: Tensor | None, ops: ModuleType, cache: Any = None
     ) -> tuple[Tensor, Tensor]:
         """Take and return `(x, residual)`, both `[B, T, C]`."""
-        normed, residual = self.ln_1(x, residual, ops)
-        x = self.attn(normed, ops, cache)
-        normed, residual = self.ln_2(x, residual, ops)
-        return self.mlp(normed, ops), residual
+        x, residual = self.attn(x, residual, self.ln_1, ops, cache)
+        return self.mlp(x, residual, self.ln_2, ops)  # type: ignore[no-any-return]
 
 
 class Norm(nn.Module):
-    """LayerNorm, with the residual's addition before it."""
+    """LayerNorm, with the residual's addition before it.
+
+    In a block its weights go to the operation that computes the norm and what follows it at once.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -229,14 +230,23 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, ops: ModuleType, cache: Any = None) -> Tensor:
-        """Attend over `x` `[B, T, C]`, and over what `cache` holds before it."""
-        qkv = self.c_attn(x)  # [B, T, 3C]
+    def forward(
+        self, x: Tensor, residual: Tensor | None, norm: Norm, ops: ModuleType, cache: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend over the norm of the stream, and over what `cache` holds before it.
+
+        Returns attention's output and the sum of `x` and `residual`, both `[B, T, C]`.
+        """
+        total, qkv = ops.norm_linear(
+            *(x, residual, norm.weight, norm.bias),
+            *(self.c_attn.weight, self.c_attn.bias, norm.eps),
+        )  # [B, T, C], [B, T, 3C]
         if cache is None:
             y = ops.causal_attention(qkv, self.n_head, self.dropout if self.training else 0.0)
         else:
             y = cache.attend(qkv, self.n_head, ops)
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        y = ops.linear(y, self.c_proj.weight, self.c_proj.bias)
+        return F.dropout(y, self.dropout, self.training), total
 
 
 class MLP(nn.Module):
@@ -248,10 +258,18 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, ops: ModuleType) -> Tensor:
-        """Map `x` `[B, T, C]` position by position."""
-        y = ops.linear_gelu(x, self.c_fc.weight, self.c_fc.bias)
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+    def forward(
+        self, x: Tensor, residual: Tensor | None, norm: Norm, ops: ModuleType
+    ) -> tuple[Tensor, Tensor]:
+        """Map the norm of the stream position by position.
+
+        Returns the MLP's output and the sum of `x` and `residual`, both `[B, T, C]`.
+        """
+        total, y = ops.norm_mlp(
+            *(x, residual, norm.weight, norm.bias),
+            *(self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias, norm.eps),
+        )
+        return F.dropout(y, self.dropout, self.training), total
 
 
 def _embedding(n_rows: int, width: int) -> nn.Embedding:

@@ -61,12 +61,15 @@ def test_every_sub_layer_of_a_trained_model(backend: str, golden: dict[str, Tens
     check("attSm", reference.attention_weights(q, k))
     y = check("y", fast.causal_attention(qkv, 3))
     projected = check("yProj", block.attn.c_proj(y))
-    torch.testing.assert_close(block.attn(normed, fast), projected)
+    attended, stream = block.attn(x, None, block.ln_1, fast)
+    torch.testing.assert_close(attended, projected)
+    assert torch.equal(stream, x)
     normed, residual = block.ln_2(projected, x, fast)
     check("attnResid", residual), check("ln2", normed)
     out = check("fc", block.mlp.c_fc(normed))
     check("gelu", fast.gelu(out))
-    out = check("mlp", block.mlp(normed, fast))
+    out, stream = block.mlp(projected, x, block.ln_2, fast)
+    check("mlp", out), check("attnResid", stream)
     check("mlpResid", out + residual)
 
 

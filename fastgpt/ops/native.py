@@ -1,4 +1,4 @@
-"""The operations on PyTorch's own fused operators, and on a C++ loop where it has no fast one."""
+"""The operations on PyTorch's own fused operators, and on C++ loops for fp32 on a CPU."""
 
 from typing import Any
 
@@ -8,18 +8,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgpt.compiled import _C
+from fastgpt.ops import cpu
 from fastgpt.ops.reference import cache_mask, merge_heads, split_heads
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
-    """`reference.layer_norm` as one `torch.nn.functional.layer_norm`."""
+    """`reference.layer_norm` as one loop, or one `torch.nn.functional.layer_norm`."""
+    if cpu.fits(x, weight, bias):
+        return cpu.add_layer_norm(x, None, weight, bias, eps)[1]
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """`reference.add_layer_norm`; PyTorch has no fused form of it."""
+    """`reference.add_layer_norm` as one loop; PyTorch has no fused form of it."""
+    if cpu.fits(x, residual, weight, bias) and x.shape == residual.shape:
+        return cpu.add_layer_norm(x, residual, weight, bias, eps)
     total = x + residual
     return total, layer_norm(total, weight, bias, eps)
 
@@ -63,9 +68,51 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`reference.linear`, by the fastest product that there is."""
+    if cpu.fits(x, weight, bias):
+        return cpu.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`reference.linear_gelu`, the bias added by the matrix product."""
-    return gelu(F.linear(x, weight, bias))
+    return gelu(linear(x, weight, bias))
+
+
+def norm_linear(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """`reference.norm_linear`; on a CPU the backward computes the norm again."""
+    if cpu.fits(x, residual, norm_weight, norm_bias, weight, bias):
+        return cpu.norm_linear(x, residual, norm_weight, norm_bias, weight, bias, eps)
+    total, normed = _maybe_add_layer_norm(x, residual, norm_weight, norm_bias, eps)
+    return total, F.linear(normed, weight, bias)
+
+
+def norm_mlp(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """`reference.norm_mlp`; on a CPU the backward computes norm and GELU again."""
+    mlp = (weight_in, bias_in, weight_out, bias_out)
+    if cpu.fits(x, residual, norm_weight, norm_bias, *mlp):
+        return cpu.norm_mlp(x, residual, norm_weight, norm_bias, *mlp, eps)
+    total, normed = _maybe_add_layer_norm(x, residual, norm_weight, norm_bias, eps)
+    return total, F.linear(linear_gelu(normed, weight_in, bias_in), weight_out, bias_out)
 
 
 def linear_cross_entropy(
@@ -73,6 +120,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """`reference.linear_cross_entropy`, never holding more than `MAX_LOGITS` logits at once."""
     x, targets = x.flatten(0, -2), targets.flatten()
+    if cpu.fits(x, weight):
+        return cpu.linear_cross_entropy(x, weight, targets, ignore_index)
     if targets.numel() * weight.size(0) <= MAX_LOGITS:
         logits = F.linear(x, weight)
         wide = torch.promote_types(logits.dtype, torch.float32)
@@ -85,6 +134,14 @@ def linear_cross_entropy(
         x, weight, targets, ignore_index, wanted
     )
     return loss
+
+
+def _maybe_add_layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    if residual is None:
+        return x, layer_norm(x, weight, bias, eps)
+    return add_layer_norm(x, residual, weight, bias, eps)
 
 
 def _cpu_gelu(x: Tensor) -> Tensor:

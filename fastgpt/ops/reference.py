@@ -67,12 +67,55 @@ def gelu(x: Tensor) -> Tensor:
     return (0.5 * wide * (1.0 + torch.tanh(inner))).to(x.dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x @ weight.T + bias``; x: `[..., K]`, weight: `[M, K]`, bias: `[M]`."""
+    return F.linear(x, weight, bias)
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``gelu(x @ weight.T + bias)``, the first half of GPT-2's MLP.
 
     x: `[..., C]`, weight: `[F, C]`, bias: `[F]`; returns `[..., F]`.
     """
     return gelu(F.linear(x, weight, bias))
+
+
+def norm_linear(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Return ``s = x + residual`` and ``linear(layer_norm(s))``: what goes into attention.
+
+    x, residual: `[..., C]`; without a residual s is x. weight: `[M, C]`; returns `[..., C]` and
+    `[..., M]`.
+    """
+    total = x if residual is None else x + residual
+    return total, linear(layer_norm(total, norm_weight, norm_bias, eps), weight, bias)
+
+
+def norm_mlp(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Return ``s = x + residual`` and what GPT-2's MLP makes of its norm, both `[..., C]`.
+
+    weight_in: `[F, C]`, weight_out: `[C, F]`; without a residual s is x.
+    """
+    total = x if residual is None else x + residual
+    normed = layer_norm(total, norm_weight, norm_bias, eps)
+    return total, linear(linear_gelu(normed, weight_in, bias_in), weight_out, bias_out)
 
 
 def linear_cross_entropy(

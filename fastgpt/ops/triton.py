@@ -75,6 +75,11 @@ def gelu(x: Tensor) -> Tensor:
     return y
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`reference.linear`: cuBLAS's."""
+    return F.linear(x, weight, bias)
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`reference.linear_gelu`: the matrix product is cuBLAS's, bias and GELU are one kernel.
 
@@ -82,6 +87,36 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     y: Tensor = _OPERATORS.gelu(F.linear(x, weight), bias)
     return y
+
+
+def norm_linear(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """`reference.norm_linear`: the norm's kernel, then cuBLAS."""
+    total, normed = _norm(x, residual, norm_weight, norm_bias, eps)
+    return total, F.linear(normed, weight, bias)
+
+
+def norm_mlp(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """`reference.norm_mlp`: the norm's and GELU's kernels between cuBLAS's products."""
+    total, normed = _norm(x, residual, norm_weight, norm_bias, eps)
+    return total, F.linear(linear_gelu(normed, weight_in, bias_in), weight_out, bias_out)
 
 
 def linear_cross_entropy(
@@ -103,6 +138,14 @@ def linear_cross_entropy(
         wanted and weight.requires_grad,
     )[0]
     return loss
+
+
+def _norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    if residual is None:
+        return x, layer_norm(x, weight, bias, eps)
+    return add_layer_norm(x, residual, weight, bias, eps)
 
 
 def _result_dtype(x: Tensor, unless_autocast: torch.dtype | None = None) -> torch.dtype:

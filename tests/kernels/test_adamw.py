@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("triton")
+from fastgpt import fused_adamw
 from fastgpt.fused_adamw import FusedAdamW
 from fastgpt.kernels import adamw
 from tests.kernels.truth import HAS_GPU, assert_as_good_as_plain
@@ -16,6 +17,20 @@ from tests.kernels.truth import HAS_GPU, assert_as_good_as_plain
 SHAPES = [(), (1,), (3, 5), (16,), (2048,), (64, 64), (2049,), (4099,)]
 ALIGNED = [(16,), (2048,), (64, 80)]
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
+
+
+@pytest.fixture(autouse=True, params=["kernels"] if HAS_GPU else ["kernels", "loops"])
+def implementation(request, monkeypatch):
+    """Without a GPU, both what runs on one, in Triton's interpreter, and what runs on a CPU."""
+    loops = request.param == "loops"
+    monkeypatch.setattr(fused_adamw, "_uses_loops", lambda param: loops)
+    return request.param
+
+
+@pytest.fixture
+def _kernels_alone(implementation):
+    if implementation != "kernels":
+        pytest.skip("a test of the kernels")
 
 
 def make_params(shapes=SHAPES, device="cpu"):
@@ -262,6 +277,7 @@ def test_rate_as_a_tensor(device):
     torch.testing.assert_close(params, plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("_kernels_alone")
 def test_addresses_are_told_again_only_when_one_has_changed(device, monkeypatch):
     told = []
     real = adamw.tensors_of_a_step
@@ -294,6 +310,7 @@ def test_same_steps_give_the_same_bits(device):
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.usefixtures("_kernels_alone")
 def test_more_blocks_and_tensors_than_one_round_of_the_preparing_program(device, monkeypatch):
     monkeypatch.setattr(adamw, "PREPARE_BLOCK", 4)
     params = make_params([(3,)] * 9 + [(10_000,)], device)
@@ -318,6 +335,7 @@ def test_optimizer_refuses_what_it_does_not_support(device):
         FusedAdamW(params, lr=-1.0)
 
 
+@pytest.mark.usefixtures("_kernels_alone")
 def test_launcher_refuses_what_it_does_not_support(device):
     param = torch.zeros(3, 4, device=device)
     step = torch.zeros((), device=device)
@@ -369,3 +387,32 @@ def test_records_into_a_cuda_graph():
                 optimizer.step()
         graph.replay()
     torch.testing.assert_close(params, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_on_a_cpu_the_threads_change_no_bit():
+    if HAS_GPU:
+        pytest.skip("a test of the CPU's loops")
+    results = []
+    for threads in (1, 2, 3):
+        torch.manual_seed(0)
+        params = make_params([(300, 700), (7,), (50_001,)])
+        optimizer = FusedAdamW(groups_of(params), **OPTIONS, max_norm=1.0)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            for step in range(2):
+                set_gradients(step, params)
+                optimizer.step()
+        finally:
+            torch.set_num_threads(before)
+        results.append([*params, optimizer.grad_norm])
+    assert all(map(torch.equal, results[0], results[1]))
+    assert all(map(torch.equal, results[0], results[2]))
+
+
+def test_a_parameter_with_gaps_is_refused(device):
+    storage = torch.zeros(3, 4, device=device)
+    param = storage[:, ::2].requires_grad_()
+    param.grad = torch.ones(3, 2, device=device)
+    with pytest.raises(ValueError, match=r"gaps or overlaps, not \[3, 2\] strided \[4, 2\]"):
+        FusedAdamW([param]).step()

@@ -1,8 +1,10 @@
 """Each backend against the reference in float64, results and gradients."""
 
 import math
+from collections.abc import Callable
 from inspect import signature
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastgpt import _C, ops
-from fastgpt.ops import native, reference
+from fastgpt.ops import cpu, native, reference
 from tests.backends import BACKENDS
 
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
@@ -38,7 +40,13 @@ def assert_like_float64(name: str, backend: ModuleType, *args: object) -> None:
     sum((b * w).sum() for b, w in zip(truth, weights, strict=True)).backward()
     for a, b in zip(narrow, wide, strict=True):
         if isinstance(a, Tensor) and a.requires_grad:
-            torch.testing.assert_close(a.grad.double(), b.grad, **TOLERANCE)
+            assert_close_of_size(a.grad.double(), b.grad)
+
+
+def assert_close_of_size(ours: Tensor, truth: Tensor) -> None:
+    """As close as the tensor's largest numbers allow: a sum over many rows may nearly cancel."""
+    size = max(1.0, float(truth.abs().max())) if truth.numel() else 1.0
+    torch.testing.assert_close(ours, truth, rtol=TOLERANCE["rtol"], atol=TOLERANCE["atol"] * size)
 
 
 def _leaf(value: object, dtype: torch.dtype) -> object:
@@ -153,6 +161,151 @@ def test_linear_gelu(backend: ModuleType, bias: bool) -> None:
     assert_like_float64("linear_gelu", backend, x, weight, torch.randn(40) if bias else None)
 
 
+def mlp_arguments(shape: tuple[int, ...], bias: bool, residual: bool) -> list[Tensor | None]:
+    """What `norm_mlp` takes but for eps: an MLP from C to 3C + 1 and back."""
+    width = shape[-1]
+    hidden = 3 * width + 1
+    biases = (torch.randn(width), torch.randn(hidden), torch.randn(width)) if bias else (None,) * 3
+    return [
+        torch.randn(shape),
+        torch.randn(shape) if residual else None,
+        *(torch.randn(width), biases[0]),
+        *(torch.randn(hidden, width) / width, biases[1]),
+        *(torch.randn(width, hidden) / hidden, biases[2]),
+    ]
+
+
+SHAPES_OF_ROWS = [(1, 8), (2, 5, 24), (3, 40, 33), (300, 65)]  # products have a path for few rows
+
+
+@pytest.mark.parametrize("shape", SHAPES_OF_ROWS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(backend: ModuleType, shape: tuple[int, ...], bias: bool) -> None:
+    weight = torch.randn(19, shape[-1]) / shape[-1]
+    bias_or_none = torch.randn(19) if bias else None
+    assert_like_float64("linear", backend, torch.randn(shape), weight, bias_or_none)
+
+
+@pytest.mark.parametrize("shape", SHAPES_OF_ROWS)
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_norm_linear(
+    backend: ModuleType, shape: tuple[int, ...], bias: bool, residual: bool
+) -> None:
+    assert_like_float64("norm_linear", backend, *mlp_arguments(shape, bias, residual)[:6])
+
+
+@pytest.mark.parametrize("shape", SHAPES_OF_ROWS)
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_norm_mlp(backend: ModuleType, shape: tuple[int, ...], bias: bool, residual: bool) -> None:
+    assert_like_float64("norm_mlp", backend, *mlp_arguments(shape, bias, residual))
+
+
+@pytest.mark.parametrize("name", ["norm_linear", "norm_mlp", "add_layer_norm"])
+def test_only_what_is_used_has_a_gradient(backend: ModuleType, name: str) -> None:
+    """The sum without the rest, the rest without the sum, and weights that are frozen."""
+    n_arguments = {"norm_linear": 6, "norm_mlp": 8, "add_layer_norm": 4}[name]
+    arguments = mlp_arguments((4, 5, 24), True, True)[:n_arguments]
+    for used in (0, 1):
+        for frozen in range(2, n_arguments):
+            narrow = [_leaf(a, torch.float32) for a in arguments]
+            wide = [_leaf(a, torch.float64) for a in arguments]
+            for leaves, module in ((narrow, backend), (wide, reference)):
+                leaves[frozen].requires_grad_(False)
+                getattr(module, name)(*leaves)[used].square().sum().backward()
+            for a, b in zip(narrow, wide, strict=True):
+                if b.grad is None:
+                    assert a.grad is None or not a.grad.any()
+                else:
+                    assert_close_of_size(a.grad.double(), b.grad)
+
+
+def test_layers_with_gradients_of_stride_zero(backend: ModuleType) -> None:
+    narrow = [_leaf(a, torch.float32) for a in mlp_arguments((2, 9, 24), True, True)]
+    wide = [_leaf(a.detach(), torch.float64) for a in narrow]
+    for leaves, module in ((narrow, backend), (wide, reference)):
+        total, y = module.norm_mlp(*leaves)
+        (total.sum() + y.sum()).backward()
+    for a, b in zip(narrow, wide, strict=True):
+        assert_close_of_size(a.grad.double(), b.grad)
+
+
+def test_layers_of_any_stride(backend: ModuleType) -> None:
+    """Inputs and weights that are views: transposed, every other one, shared over the batch."""
+    x, residual = torch.randn(24, 9, 2).permute(2, 1, 0), torch.randn(9, 24).expand(2, 9, 24)
+    weight, bias = torch.randn(24, 30).T, torch.randn(60)[::2]
+    norm = torch.randn(48)[::2]
+    arguments = (x, residual, norm, norm, weight, bias)
+    ours = backend.norm_linear(*arguments)
+    truth = reference.norm_linear(*(a.double() for a in arguments))
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a.double(), b, **TOLERANCE)
+    ours, truth = (
+        module.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+        for module, dtype in ((backend, torch.float32), (reference, torch.float64))
+    )
+    torch.testing.assert_close(ours.double(), truth, **TOLERANCE)
+
+
+def test_the_threads_change_no_bit() -> None:
+    """Of results and gradients, or a run that is resumed elsewhere would be another one."""
+    arguments = mlp_arguments((3, 70, 96), True, True)
+    head, targets = torch.randn(501, 96), torch.randint(501, (3, 70))
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            leaves = [_leaf(a, torch.float32) for a in (*arguments, head)]
+            total, y = native.norm_mlp(*leaves[:-1])
+            _, normed = native.add_layer_norm(y, total, leaves[2], leaves[3])
+            loss = native.linear_cross_entropy(normed, leaves[-1], targets)
+            loss.backward()
+            results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    finally:
+        torch.set_num_threads(before)
+    if _C.gemm_is_faster():  # MKL's own products need not be so
+        for some in results[1:]:
+            assert all(map(torch.equal, results[0], some))
+
+
+def trace(function: Callable[..., object], *args: object) -> Callable[..., Any]:
+    return make_fx(lambda *tensors: function(*tensors))(*args)
+
+
+def test_layers_can_be_traced() -> None:
+    arguments = mlp_arguments((2, 3, 8), True, True)
+    for function, some in ((native.norm_linear, arguments[:6]), (native.norm_mlp, arguments)):
+        traced = trace(function, *some)
+        others = [a + 1 for a in some]
+        for a, b in zip(traced(*others), function(*others), strict=True):
+            torch.testing.assert_close(a, b)
+    x, head, targets = torch.randn(4, 8), torch.randn(9, 8), torch.arange(4)
+    traced = trace(native.linear_cross_entropy, x, head, targets)
+    torch.testing.assert_close(
+        traced(x + 1, head, targets), native.linear_cross_entropy(x + 1, head, targets)
+    )
+
+
+def test_layers_under_autocast_are_in_its_dtype() -> None:
+    arguments = mlp_arguments((2, 6, 16), True, True)
+    exact = reference.norm_mlp(*(a.double() for a in arguments))
+    with torch.autocast("cpu", torch.bfloat16):
+        total, y = native.norm_mlp(*arguments)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(total.double(), exact[0], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(y.double(), exact[1], rtol=5e-2, atol=5e-2)
+
+
+def test_a_norms_row_of_nan_stays_in_its_row(backend: ModuleType) -> None:
+    x, weight = torch.randn(3, 40), torch.randn(40)
+    x[1, 7] = math.nan
+    y = backend.layer_norm(x, weight, None)
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(0,), (1,), (3, 65), (2, 5, 129)])
 def test_gelu(backend: ModuleType, shape: tuple[int, ...]) -> None:
     assert_like_float64("gelu", backend, torch.randn(shape) * 4)
@@ -243,6 +396,7 @@ def test_half_precision_is_at_most_twice_as_far_as_plain_pytorch(
 def max_logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the chunked loss take everything at once, a row at a time, and some rows at a time."""
     monkeypatch.setattr(native, "MAX_LOGITS", request.param)
+    monkeypatch.setattr(cpu, "MAX_LOGITS", request.param)
 
 
 @pytest.mark.usefixtures("max_logits")
@@ -265,6 +419,41 @@ def test_linear_cross_entropy_is_pytorchs() -> None:
 def test_linear_cross_entropy_with_nothing_to_count_is_nan(backend: ModuleType) -> None:
     nothing = torch.full((4,), -100)
     assert backend.linear_cross_entropy(torch.randn(4, 8), torch.randn(9, 8), nothing).isnan()
+
+
+@pytest.mark.usefixtures("max_logits")
+def test_the_losss_gradient_can_be_asked_for_twice(backend: ModuleType) -> None:
+    """And is scaled by what comes after the loss each time; what was handed out stays as it is."""
+    x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    loss = backend.linear_cross_entropy(x, weight, torch.arange(6)) * 3.0
+    first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    copies = [grad.clone() for grad in first]
+    second = torch.autograd.grad(loss, (x, weight))
+    truth = torch.autograd.grad(
+        3.0 * reference.linear_cross_entropy(x, weight, torch.arange(6)), (x, weight)
+    )
+    for a, b, c, true in zip(first, copies, second, truth, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c)
+        torch.testing.assert_close(a, true, **TOLERANCE)
+
+
+def test_a_target_that_is_no_class_is_refused() -> None:
+    for target in (9, -1):
+        with pytest.raises(IndexError, match=f"Target {target} is out of bounds"):
+            native.linear_cross_entropy(
+                torch.randn(2, 8), torch.randn(9, 8), torch.tensor([0, target])
+            )
+
+
+def test_loss_of_extreme_logits(backend: ModuleType) -> None:
+    """Far apart, they overflow nothing; the likelier class takes all."""
+    x = torch.tensor([[1e4], [-1e4], [300.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0], [0.5]])
+    loss = backend.linear_cross_entropy(x, weight, torch.tensor([0, 1, 2]))
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), torch.tensor(50.0))
+    torch.testing.assert_close(x.grad, torch.tensor([[0.0], [0.0], [0.5 / 3]]))
 
 
 @pytest.mark.usefixtures("max_logits")
@@ -309,7 +498,8 @@ def test_backends_agree_on_any_shape(
 def test_every_backend_has_each_operation(backend: ModuleType) -> None:
     """With the arguments of the reference, which is the one that documents them."""
     names = ("layer_norm", "add_layer_norm", "causal_attention", "cached_attention")
-    for name in (*names, "gelu", "linear_gelu", "linear_cross_entropy"):
+    layers = ("linear", "linear_gelu", "norm_linear", "norm_mlp", "linear_cross_entropy")
+    for name in (*names, "gelu", *layers):
         ours, theirs = (signature(getattr(b, name)) for b in (backend, reference))
         assert ours == theirs, name
 

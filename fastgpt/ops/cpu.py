@@ -1,0 +1,362 @@
+"""The parts of the network for training in fp32 on a CPU, on the C++ loops of csrc/.
+
+Each is one autograd function that keeps no more for its backward than that cannot do without: what
+a norm puts out is computed again from the residual stream, and what GELU puts out from what went
+in. For a layer of GPT-2 that is 10 numbers per token and unit of width, where PyTorch's own
+operators keep 16. `fits` says whether tensors can be computed with here.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastgpt.compiled import _C
+from fastgpt.ops import products
+
+MAX_LOGITS = 2**23  # held at a time: 32 MB
+
+
+def fits(*tensors: Tensor | None) -> bool:
+    """Whether all are fp32 on the CPU, and computing is all that is done with them.
+
+    Under autocast, where another dtype is wanted, and while PyTorch traces or transforms the code,
+    for which it must see its own operators, that is not so.
+    """
+    return (
+        all(t is None or (t.dtype == torch.float32 and t.is_cpu) for t in tensors)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return ``s = x + residual``, or `x` itself, and its norm."""
+    total, y = _AddLayerNorm.apply(x, residual, weight, bias, eps)  # type: ignore[no-untyped-call]
+    return total, y
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x @ weight.T + bias``."""
+    y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+def norm_linear(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return ``s = x + residual`` and ``layer_norm(s) @ weight.T + bias``."""
+    total, y = _NormLinear.apply(  # type: ignore[no-untyped-call]
+        x, residual, norm_weight, norm_bias, weight, bias, eps
+    )
+    return total, y
+
+
+def norm_mlp(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return ``s = x + residual`` and what the MLP makes of its norm."""
+    total, y = _NormMlp.apply(  # type: ignore[no-untyped-call]
+        x, residual, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, eps
+    )
+    return total, y
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """Return the mean loss of the logits ``x @ weight.T``; x: `[N, C]`, targets: `[N]`."""
+    wanted = torch.is_grad_enabled()  # inside the function it is always off
+    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        x, weight, targets, ignore_index, wanted
+    )
+    return loss
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        weight, bias = _packed(weight, bias)
+        total, y, stats = _norm(x, residual, weight, bias, eps)
+        ctx.save_for_backward(total, stats, weight)
+        ctx.has = residual is not None, bias is not None
+        ctx.set_materialize_grads(False)
+        return total, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor | None, grad_y: Tensor | None) -> Any:
+        has_residual, has_bias = ctx.has
+        if grad_y is None:
+            return grad_total, grad_total if has_residual else None, None, None, None
+        total, stats, weight = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = _norm_backward(
+            _rows(grad_y), grad_total, total, stats, weight, has_bias
+        )
+        return grad_x, grad_x if has_residual else None, grad_weight, grad_bias, None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows = _rows(x)
+        weight, bias = _packed(weight, bias)
+        ctx.save_for_backward(rows, weight)
+        ctx.has_bias = bias is not None
+        return products.linear(rows, weight, bias).view(*x.shape[:-1], weight.size(0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        shape, grad = grad.shape[:-1], _rows(grad)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            grad_weight, grad_bias = products.weight_gradient(grad, x, ctx.has_bias)
+        if ctx.needs_input_grad[0]:
+            grad_x = products.input_gradient(grad, weight).view(*shape, -1)
+        return grad_x, grad_weight, grad_bias
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        norm_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        norm_weight, norm_bias, weight, bias = _packed(norm_weight, norm_bias, weight, bias)
+        total, normed, stats = _norm(x, residual, norm_weight, norm_bias, eps)
+        ctx.save_for_backward(total, stats, norm_weight, norm_bias, weight)
+        ctx.has = residual is not None, bias is not None
+        ctx.set_materialize_grads(False)
+        y = products.linear(_rows(normed), weight, bias)
+        return total, y.view(*x.shape[:-1], weight.size(0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor | None, grad_y: Tensor | None) -> Any:
+        has_residual, has_bias = ctx.has
+        if grad_y is None:
+            return grad_total, grad_total if has_residual else None, *[None] * 5
+        total, stats, norm_weight, norm_bias, weight = ctx.saved_tensors
+        grad_y = _rows(grad_y)
+        grad_weight = grad_bias = None
+        if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
+            normed = _norm_again(total, stats, norm_weight, norm_bias)
+            grad_weight, grad_bias = products.weight_gradient(grad_y, normed, has_bias)
+            del normed
+        grad_normed = products.input_gradient(grad_y, weight)
+        grad_x, grad_norm_weight, grad_norm_bias = _norm_backward(
+            grad_normed, grad_total, total, stats, norm_weight, norm_bias is not None
+        )
+        return (
+            grad_x,
+            grad_x if has_residual else None,
+            *(grad_norm_weight, grad_norm_bias, grad_weight, grad_bias, None),
+        )
+
+
+class _NormMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        norm_bias: Tensor | None,
+        weight_in: Tensor,
+        bias_in: Tensor | None,
+        weight_out: Tensor,
+        bias_out: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        norm_weight, norm_bias = _packed(norm_weight, norm_bias)
+        weight_in, bias_in = _packed(weight_in, bias_in)
+        weight_out, bias_out = _packed(weight_out, bias_out)
+        total, normed, stats = _norm(x, residual, norm_weight, norm_bias, eps)
+        y, pre = products.linear_gelu(_rows(normed), weight_in, bias_in)
+        ctx.save_for_backward(total, stats, norm_weight, norm_bias, weight_in, weight_out, pre)
+        ctx.has = residual is not None, bias_in is not None, bias_out is not None
+        ctx.set_materialize_grads(False)
+        return total, products.linear(y, weight_out, bias_out).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor | None, grad_y: Tensor | None) -> Any:
+        has_residual, has_bias_in, has_bias_out = ctx.has
+        if grad_y is None:
+            return grad_total, grad_total if has_residual else None, *[None] * 7
+        total, stats, norm_weight, norm_bias, weight_in, weight_out, pre = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        grad_y = _rows(grad_y)
+        grad_weight_in = grad_bias_in = grad_weight_out = grad_bias_out = None
+        if need[6] or need[7]:
+            grad_weight_out, grad_bias_out = products.weight_gradient(
+                grad_y, pre, has_bias_out, of_gelu=True
+            )
+        grad_pre = products.gelu_input_gradient(grad_y, weight_out, pre)
+        if need[4] or need[5]:
+            normed = _norm_again(total, stats, norm_weight, norm_bias)
+            grad_weight_in, grad_bias_in = products.weight_gradient(grad_pre, normed, has_bias_in)
+            del normed
+        grad_normed = products.input_gradient(grad_pre, weight_in)
+        del grad_pre
+        grad_x, grad_norm_weight, grad_norm_bias = _norm_backward(
+            grad_normed, grad_total, total, stats, norm_weight, norm_bias is not None
+        )
+        return (
+            grad_x,
+            grad_x if has_residual else None,
+            *(grad_norm_weight, grad_norm_bias, grad_weight_in, grad_bias_in),
+            *(grad_weight_out, grad_bias_out, None),
+        )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The loss and, as soon as a chunk's logits are there, the gradients: logits are made once.
+
+    The backward multiplies the gradients by that of the loss. It hands them over without a copy;
+    a second one, through a graph that was retained, computes them again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, wanted: bool
+    ) -> Tensor:
+        ctx.need = tuple(wanted and needed for needed in ctx.needs_input_grad[:2])
+        ctx.ignore_index = ignore_index
+        x, weight, targets = _packed(x, weight, targets)
+        ctx.save_for_backward(x, weight, targets)
+        loss, *ctx.grads = _loss_and_gradients(x, weight, targets, ignore_index, *ctx.need)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            x, weight, targets = ctx.saved_tensors
+            _, *grads = _loss_and_gradients(x, weight, targets, ctx.ignore_index, *ctx.need)
+        if grad_loss != 1.0:
+            for grad in grads:
+                if grad is not None:
+                    grad.mul_(grad_loss)
+        return *grads, None, None, None
+
+
+def _loss_and_gradients(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    n_rows, n_classes = x.size(0), weight.size(0)
+    losses = x.new_empty(n_rows)
+    grad_x = torch.zeros_like(x) if need_x else None
+    grad_weight = None
+    n_counted = int((targets != ignore_index).sum())
+    n_chunks = -(-n_rows * n_classes // MAX_LOGITS)
+    size = -(-n_rows // max(1, n_chunks))
+    logits = x.new_empty(size, n_classes)
+    for first in range(0, n_rows, max(1, size)):
+        part = slice(first, min(first + size, n_rows))
+        chunk = logits[: part.stop - first]
+        products.linear_into(x[part], weight, chunk)
+        _C.cross_entropy(
+            chunk,
+            targets[part],
+            ignore_index,
+            need_x or need_weight,
+            1.0 / max(1, n_counted),
+            losses[part],
+            torch.get_num_threads(),
+        )
+        if grad_x is not None:
+            grad_x[part] = products.input_gradient(chunk, weight)
+        if grad_weight is not None:
+            products.add_weight_gradient(chunk, x[part], grad_weight)
+        elif need_weight:
+            grad_weight, _ = products.weight_gradient(chunk, x[part], with_bias=False)
+    return losses.sum() / n_counted, grad_x, grad_weight
+
+
+# --- norms --------------------------------------------------------------------------------------
+
+
+def _norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sum, its norm, and mean and 1/σ of each row, fp32 `[2, N]`."""
+    x = x.contiguous()
+    total, y = x, torch.empty_like(x)
+    if residual is not None:
+        residual, total = residual.contiguous(), torch.empty_like(x)
+    stats = x.new_empty(2, x.numel() // weight.numel())
+    written = None if residual is None else total
+    _C.norm_forward(
+        *(x, residual, weight, bias, eps, written, y, stats[0], stats[1]), torch.get_num_threads()
+    )
+    return total, y, stats
+
+
+def _norm_again(total: Tensor, stats: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the norm `[N, C]` once more."""
+    y = torch.empty_like(total)
+    _C.norm_apply(total, weight, bias, stats[0], stats[1], y, torch.get_num_threads())
+    return _rows(y)
+
+
+def _norm_backward(
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients of the sum, with `grad_total` in it, and of weight and bias."""
+    grad_x, grad_weight = torch.empty_like(total), torch.empty_like(weight)
+    grad_bias = torch.empty_like(weight) if has_bias else None
+    passed = None if grad_total is None else grad_total.contiguous()
+    _C.norm_backward(
+        *(grad_y, passed, total, weight, stats[0], stats[1]),
+        *(grad_x, grad_weight, grad_bias, torch.get_num_threads()),
+    )
+    return grad_x, grad_weight, grad_bias
+
+
+def _rows(x: Tensor) -> Tensor:
+    """View `[..., C]` as a matrix `[N, C]` whose rows have no gaps."""
+    return x.reshape(-1, x.size(-1)).contiguous()
+
+
+def _packed(*tensors: Any) -> list[Any]:
+    """Return tensors without gaps, copies where they have some, and None for None."""
+    return [t if t is None else t.contiguous() for t in tensors]
