@@ -5,14 +5,34 @@
 
 #include <cstddef>
 #include <cstring>
+#include <utility>
 
 #include "gelu_formula.hpp"
 #include "gemm_kernels.hpp"
+#include "prefetch.hpp"
+
+#if defined(__GNUC__)
+#define FASTGPT_INLINE __attribute__((always_inline))
+#else
+#define FASTGPT_INLINE
+#endif
 
 namespace fastgpt {
 namespace {
 
 inline std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
+
+template <typename Body, std::size_t... kIndex>
+FASTGPT_INLINE inline void repeat(std::index_sequence<kIndex...> /*indices*/, const Body& body) {
+  (body(std::integral_constant<std::size_t, kIndex>{}), ...);
+}
+
+// Calls body(0) to body(n - 1) without a loop: only then do compilers keep arrays of registers in
+// registers.
+template <std::size_t n, typename Body>
+FASTGPT_INLINE inline void repeat(const Body& body) {
+  repeat(std::make_index_sequence<n>{}, body);
+}
 
 // Vector: a register of kWidth floats, and kTileRows × kTileVectors of them that hold a tile of C.
 template <typename Vector>
@@ -118,31 +138,35 @@ class Kernels {
                           std::size_t stride, bool add, const float* bias) {
     const float* __restrict a = block.a + i * block.depth;
     const float* __restrict b = block.b + j * block.depth;
-    typename Vector::Register sum[kRows][kVectors];
-    for (auto& row : sum) {
-      for (auto& part : row) part = Vector::zero();
+    // The tiles of this panel share in fetching the next: each the like of one row of the tiles.
+    const float* next_b = b + kColumns * block.depth + i / kRows * block.depth;
+    for (std::size_t r = 0; add && r < kRows; ++r) {
+      prefetch(c + r * stride);
+      prefetch(c + r * stride + kVectors * Vector::kWidth - 1);
     }
+    typename Vector::Register sum[kRows][kVectors];
+    repeat<kRows * kVectors>([&](auto t) FASTGPT_INLINE { sum[t / kVectors][t % kVectors] = Vector::zero(); });
     for (std::size_t d = block.depth; d > 0; --d) {
+      prefetch_far(next_b++);
       typename Vector::Register from_b[kVectors];
-      for (std::size_t v = 0; v < kVectors; ++v) from_b[v] = Vector::load(b + v * Vector::kWidth);
-      for (std::size_t r = 0; r < kRows; ++r) {
+      repeat<kVectors>([&](auto v) FASTGPT_INLINE { from_b[v] = Vector::load(b + v * Vector::kWidth); });
+      repeat<kRows>([&](auto r) FASTGPT_INLINE {
         const typename Vector::Register from_a = Vector::broadcast(a[r]);
-        for (std::size_t v = 0; v < kVectors; ++v) {
+        repeat<kVectors>([&](auto v) FASTGPT_INLINE {
           sum[r][v] = Vector::multiply_add(from_a, from_b[v], sum[r][v]);
-        }
-      }
+        });
+      });
       a += kRows;
       b += kColumns;
     }
-    for (std::size_t r = 0; r < kRows; ++r) {
-      for (std::size_t v = 0; v < kVectors; ++v) {
-        float* to = c + r * stride + v * Vector::kWidth;
-        auto value = sum[r][v];
-        if (add) value = Vector::add(value, Vector::load(to));
-        if (bias != nullptr) value = Vector::add(value, Vector::load(bias + v * Vector::kWidth));
-        Vector::store(to, value);
-      }
-    }
+    repeat<kRows * kVectors>([&](auto t) FASTGPT_INLINE {
+      constexpr std::size_t r = t / kVectors, v = t % kVectors;
+      float* to = c + r * stride + v * Vector::kWidth;
+      typename Vector::Register value = sum[r][v];
+      if (add) value = Vector::add(value, Vector::load(to));
+      if (bias != nullptr) value = Vector::add(value, Vector::load(bias + v * Vector::kWidth));
+      Vector::store(to, value);
+    });
   }
 
   // A tile that reaches past C's end is computed aside.

@@ -9,4 +9,11 @@ inline void prefetch([[maybe_unused]] const void* address) {
 #endif
 }
 
+// The same for what is needed a little later, and would only be in the way in the nearest cache.
+inline void prefetch_far([[maybe_unused]] const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address, 0, 2);
+#endif
+}
+
 }  // namespace fastgpt
