@@ -26,8 +26,10 @@ constexpr std::size_t kColumns = 768;
 constexpr std::size_t kBlocksInChunk = 8;
 constexpr std::size_t kFloatsInChunk = std::size_t{1} << 20;
 constexpr std::size_t kFloatsToPack = std::size_t{1} << 14;  // in one task
-constexpr std::size_t kTilesPerThread = 8;                   // at least, where a tile stays large
-constexpr std::size_t kWorthAThread = std::size_t{1} << 20;  // multiplications
+constexpr std::size_t kTilesPerThread = 8;  // so that a slow thread delays the others little
+constexpr std::size_t kFewestRows = 12, kFewestColumns = 192;  // of a tile that is not all
+constexpr std::size_t kWorthATile = std::size_t{1} << 19;      // multiplications
+constexpr std::size_t kWorthAThread = std::size_t{1} << 20;    // multiplications
 
 std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 std::size_t round_up(std::size_t a, std::size_t b) { return ceil_div(a, b) * b; }
@@ -61,13 +63,18 @@ struct Plan {
     column_chunks = std::max(ceil_div(g.n, chunk_columns), std::size_t{1});
     chunk_floats = chunk_columns * deep;
 
-    rows = equal_part(g.m, kRows, kernels.rows);
-    row_tiles = ceil_div(g.m, rows);
-    const std::size_t all_tiles = row_tiles * column_chunks;
-    const std::size_t cuts = threads < 2 ? 1 : ceil_div(kTilesPerThread * threads, all_tiles);
-    const std::size_t limit = std::max(ceil_div(chunk_columns, cuts), std::size_t{192});
-    columns = equal_part(chunk_columns, std::min(limit, kColumns), kernels.columns);
+    const std::size_t chunk_work = g.m * chunk_columns * deep;
+    const std::size_t tiles_wanted =
+        threads < 2 ? 1 : std::min(kTilesPerThread * threads, chunk_work / kWorthATile + 1);
+    const std::size_t row_limit = std::min(kRows, g.m);
+    const std::size_t column_cuts = ceil_div(tiles_wanted, ceil_div(g.m, row_limit));
+    const std::size_t column_limit = std::max(chunk_columns / column_cuts, kFewestColumns);
+    columns = equal_part(chunk_columns, std::min(column_limit, kColumns), kernels.columns);
     column_tiles = ceil_div(chunk_columns, columns);
+    const std::size_t row_cuts = ceil_div(tiles_wanted, column_tiles);
+    rows =
+        equal_part(g.m, std::min(row_limit, std::max(g.m / row_cuts, kFewestRows)), kernels.rows);
+    row_tiles = ceil_div(g.m, rows);
 
     pack_columns = std::max(kFloatsToPack / deep / kernels.columns, std::size_t{1});
     pack_columns = std::min(pack_columns * kernels.columns, chunk_columns);
@@ -195,15 +202,16 @@ class Job {
         if (depth == 0 && !g_.accumulate) std::fill_n(to, rows.size(), 0.0F);
         kernels_.add_row_sums(packed_a, rows.size(), part.size(), to);
       }
-      kernels_.multiply(
-          block_of(rows, column, columns.size(), depth, part.size(), packed_a,
-                   packed_b(chunk, part, columns.begin)));
+      kernels_.multiply(block_of(rows, column, columns.size(), depth, part.size(), packed_a,
+                                 packed_b(chunk, part, columns.begin)));
     }
   }
 
   GemmBlock block_of(const Range& rows, std::size_t column, std::size_t columns, std::size_t depth,
                      std::size_t depths, const float* a, const float* b) const {
-    const auto at = [&](const auto& matrix) { return matrix.data + rows.begin * matrix.stride + column; };
+    const auto at = [&](const auto& matrix) {
+      return matrix.data + rows.begin * matrix.stride + column;
+    };
     const auto& sum = g_.pre.data != nullptr ? g_.pre : g_.c;
     GemmBlock block{};
     block.a = a;

@@ -25,12 +25,12 @@ struct Gemm {
   MatrixView<float> c;
   bool accumulate = false;  // adds to C, and to row_sums; not together with GELU
 
-  const float* bias = nullptr;          // [n], added to each row
-  bool gelu = false;                    // C = gelu(A · B + bias)
-  MatrixView<float> pre;                // with gelu: also gets A · B + bias
-  MatrixView<const float> gelu_grad;    // C = (A · B) gelu'(gelu_grad), element by element
-  bool gelu_b = false;                  // B is gelu of what `b` holds
-  float* row_sums = nullptr;            // [m], gets the sums of A's rows
+  const float* bias = nullptr;        // [n], added to each row
+  bool gelu = false;                  // C = gelu(A · B + bias)
+  MatrixView<float> pre;              // with gelu: also gets A · B + bias
+  MatrixView<const float> gelu_grad;  // C = (A · B) gelu'(gelu_grad), element by element
+  bool gelu_b = false;                // B is gelu of what `b` holds
+  float* row_sums = nullptr;          // [m], gets the sums of A's rows
 };
 
 // The instructions to compute with.

@@ -1,6 +1,4 @@
 // What Python sees of gemm.hpp.
-#include "gemm.hpp"
-
 #include <pybind11/pybind11.h>
 
 #include <cstddef>
@@ -8,6 +6,8 @@
 #include <string>
 
 #include "bindings.hpp"
+#include "dlpack.hpp"
+#include "gemm.hpp"
 
 namespace py = pybind11;
 
@@ -18,62 +18,60 @@ namespace {
   throw std::invalid_argument(std::string(name) + " " + what);
 }
 
-// Names looked up on every call. They live as long as the process: Python ends before statics do.
-struct Names {
-  PyObject* dtype = PyUnicode_InternFromString("dtype");
-  PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
-  PyObject* shape = PyUnicode_InternFromString("shape");
-  PyObject* stride = PyUnicode_InternFromString("stride");
-  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
-  PyObject* float32 = py::object(py::module_::import("torch").attr("float32")).release().ptr();
-
-  static const Names& get() {
-    static const Names names;
-    return names;
+// How to look at PyTorch's tensors. What it holds lives as long as the process.
+struct TensorType {
+  TensorType() {
+    const py::object tensor = py::module_::import("torch").attr("Tensor");
+    const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
+    const void* found = PyCapsule_CheckExact(capsule.ptr())
+                            ? PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api")
+                            : nullptr;
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+    const auto* exchange = static_cast<const DlExchange*>(found);
+    while (exchange != nullptr && exchange->major != 1) exchange = exchange->older;
+    if (exchange == nullptr || exchange->look_at == nullptr) {
+      throw std::runtime_error("PyTorch 2.11 or newer is needed");
+    }
+    look_at = exchange->look_at;
+    type = reinterpret_cast<PyTypeObject*>(py::object(tensor).release().ptr());
   }
+
+  static const TensorType& get() {
+    static const TensorType found;
+    return found;
+  }
+
+  decltype(DlExchange::look_at) look_at;
+  PyTypeObject* type;
 };
 
-py::object taken(PyObject* result) {
-  if (result == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
-std::size_t number(PyObject* object) {
-  const std::size_t value = PyLong_AsSize_t(object);
-  if (value == static_cast<std::size_t>(-1) && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-// What a PyTorch tensor says of itself. Asking it takes a fraction of a microsecond, a view of it
-// by NumPy several; and no header of PyTorch's is needed.
+// A tensor of one or two dimensions as a matrix; of one, as its only row.
 struct Tensor {
-  Tensor(py::handle tensor, const char* name, std::size_t dimensions) {
-    const Names& names = Names::get();
-    if (PyObject_HasAttr(tensor.ptr(), names.data_ptr) == 0) {
-      refuse(name, "must be a PyTorch tensor");
-    }
-    if (!taken(PyObject_GetAttr(tensor.ptr(), names.dtype)).is(py::handle(names.float32)) ||
-        !taken(PyObject_GetAttr(tensor.ptr(), names.is_cpu)).is(py::handle(Py_True))) {
+  Tensor(py::handle tensor, const char* name, int dimensions) {
+    const TensorType& known = TensorType::get();
+    if (PyObject_TypeCheck(tensor.ptr(), known.type) == 0) refuse(name, "must be a torch.Tensor");
+    DlTensor seen{};
+    const bool visible = known.look_at(tensor.ptr(), &seen) == 0;
+    if (!visible) PyErr_Clear();  // one without memory
+    if (!visible || seen.type_code != kDlFloat || seen.type_bits != 32 || seen.type_lanes != 1 ||
+        seen.device_type != kDlCpu) {
       refuse(name, "must be of float32 and on the CPU");
     }
-    const py::object sizes = taken(PyObject_GetAttr(tensor.ptr(), names.shape));
-    const py::object strides = taken(PyObject_CallMethodNoArgs(tensor.ptr(), names.stride));
-    if (PyTuple_GET_SIZE(sizes.ptr()) != static_cast<py::ssize_t>(dimensions)) {
-      refuse(name, "must have " + std::to_string(dimensions) + " dimension(s)");
+    if (seen.dimensions != dimensions) {
+      refuse(name, "must have " + std::to_string(dimensions) + " dimension(s), not " +
+                       std::to_string(seen.dimensions));
     }
-    const auto last = static_cast<py::ssize_t>(dimensions) - 1;
-    columns = number(PyTuple_GET_ITEM(sizes.ptr(), last));
+    columns = static_cast<std::size_t>(seen.shape[dimensions - 1]);
+    if (dimensions == 2) rows = static_cast<std::size_t>(seen.shape[0]);
     stride = columns;
-    if (dimensions == 2) {
-      rows = number(PyTuple_GET_ITEM(sizes.ptr(), 0));
-      if (rows > 1) stride = number(PyTuple_GET_ITEM(strides.ptr(), 0));
-    }
-    if (columns > 1 && number(PyTuple_GET_ITEM(strides.ptr(), last)) != 1) {
-      refuse(name, "must have the elements of a row side by side (stride 1)");
+    if (seen.strides != nullptr) {
+      if (columns > 1 && seen.strides[dimensions - 1] != 1) {
+        refuse(name, "must have the elements of a row side by side (stride 1)");
+      }
+      if (rows > 1) stride = static_cast<std::size_t>(seen.strides[0]);
     }
     if (stride < columns) refuse(name, "has rows that overlap");
-    const py::object address = taken(PyObject_CallMethodNoArgs(tensor.ptr(), names.data_ptr));
-    data = reinterpret_cast<float*>(number(address.ptr()));
+    data = reinterpret_cast<float*>(static_cast<char*>(seen.data) + seen.byte_offset);
   }
 
   std::size_t rows = 1, columns = 0, stride = 0;
@@ -81,7 +79,8 @@ struct Tensor {
 };
 
 template <typename Float>
-MatrixView<Float> matrix(py::handle tensor, const char* name, std::size_t rows, std::size_t columns) {
+MatrixView<Float> matrix(py::handle tensor, const char* name, std::size_t rows,
+                         std::size_t columns) {
   const Tensor t(tensor, name, 2);
   if (t.rows != rows || t.columns != columns) {
     refuse(name, "has shape [" + std::to_string(t.rows) + ", " + std::to_string(t.columns) +
@@ -122,8 +121,8 @@ void multiply(py::handle a, py::handle b, py::handle c, bool transpose_a, bool t
   const Tensor result(c, "c", 2);
   g.n = result.columns;
   if (result.rows != g.m) {
-    refuse("c", "has " + std::to_string(result.rows) + " rows, but the product " +
-                    std::to_string(g.m));
+    refuse("c",
+           "has " + std::to_string(result.rows) + " rows, but the product " + std::to_string(g.m));
   }
   g.c = {result.data, result.stride};
   g.b = matrix<const float>(b, "b", transpose_b ? g.n : g.k, transpose_b ? g.k : g.n);
@@ -136,14 +135,16 @@ void multiply(py::handle a, py::handle b, py::handle c, bool transpose_a, bool t
   if (!pre.is_none()) g.pre = matrix<float>(pre, "pre", g.m, g.n);
   if (!gelu_grad.is_none()) g.gelu_grad = matrix<const float>(gelu_grad, "gelu_grad", g.m, g.n);
   if (!row_sums.is_none()) g.row_sums = vector(row_sums, "row_sums", g.m);
-  if (!pre.is_none() && !gelu) throw std::invalid_argument("pre is what goes into gelu: needs gelu");
+  if (!pre.is_none() && !gelu)
+    throw std::invalid_argument("pre is what goes into gelu: needs gelu");
   if (gelu && !gelu_grad.is_none()) {
     throw std::invalid_argument("gelu and gelu_grad exclude each other");
   }
   if (accumulate && (gelu || !gelu_grad.is_none())) {
     throw std::invalid_argument("accumulate adds to a product, not to what GELU makes of it");
   }
-  const GemmCode chosen = code.is_none() ? best_gemm_code() : code_named(py::cast<std::string>(code));
+  const GemmCode chosen =
+      code.is_none() ? best_gemm_code() : code_named(py::cast<std::string>(code));
   const py::gil_scoped_release unlocked;
   fastgpt::gemm(g, threads, chosen);
 }

@@ -145,11 +145,13 @@ class Kernels {
       prefetch(c + r * stride + kVectors * Vector::kWidth - 1);
     }
     typename Vector::Register sum[kRows][kVectors];
-    repeat<kRows * kVectors>([&](auto t) FASTGPT_INLINE { sum[t / kVectors][t % kVectors] = Vector::zero(); });
+    repeat<kRows * kVectors>(
+        [&](auto t) FASTGPT_INLINE { sum[t / kVectors][t % kVectors] = Vector::zero(); });
     for (std::size_t d = block.depth; d > 0; --d) {
       prefetch_far(next_b++);
       typename Vector::Register from_b[kVectors];
-      repeat<kVectors>([&](auto v) FASTGPT_INLINE { from_b[v] = Vector::load(b + v * Vector::kWidth); });
+      repeat<kVectors>([&](auto v)
+                           FASTGPT_INLINE { from_b[v] = Vector::load(b + v * Vector::kWidth); });
       repeat<kRows>([&](auto r) FASTGPT_INLINE {
         const typename Vector::Register from_a = Vector::broadcast(a[r]);
         repeat<kVectors>([&](auto v) FASTGPT_INLINE {
@@ -231,7 +233,8 @@ class Kernels {
       }
       for (std::size_t p = 0; p < (depth - d) * kRows; ++p) parts[p] += panel[d * kRows + p];
       for (std::size_t r = 0; r < smaller(kRows, rows - i); ++r) {
-        sums[i + r] += (parts[r] + parts[r + kRows]) + (parts[r + 2 * kRows] + parts[r + 3 * kRows]);
+        sums[i + r] +=
+            (parts[r] + parts[r + kRows]) + (parts[r + 2 * kRows] + parts[r + 3 * kRows]);
       }
     }
   }

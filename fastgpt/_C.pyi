@@ -158,3 +158,43 @@ def adamw(
     rows: of each parameter its size, then the addresses of itself, gradient, exp_avg, exp_avg_sq
     and step, all contiguous fp32 and not checked. rates: lr, beta1, beta2, eps, weight decay.
     """
+def gemm(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *,
+    transpose_a: bool = ...,
+    transpose_b: bool = ...,
+    accumulate: bool = ...,
+    bias: Tensor | None = ...,
+    gelu: bool = ...,
+    pre: Tensor | None = ...,
+    gelu_grad: Tensor | None = ...,
+    gelu_b: bool = ...,
+    row_sums: Tensor | None = ...,
+    threads: int = ...,
+    code: str | None = ...,
+) -> None:
+    """Write the product op(a) · op(b) into `c`: [M, K] · [K, N] = [M, N], each transposed or not.
+
+    All are fp32 on the CPU, with the elements of a row side by side and any distance between rows.
+    `c` and `pre` must not overlap anything else. The threads are PyTorch's own, and their number
+    changes no bit. Autograd sees nothing of it.
+
+    Args:
+        transpose_a: `a` is stored as [K, M].
+        transpose_b: `b` is stored as [N, K], as the weight of a linear layer is.
+        accumulate: add to `c` and `row_sums`; not together with GELU.
+        bias: [N], added to every row.
+        gelu: write gelu(product + bias), in the tanh form.
+        pre: [M, N], with `gelu`: also gets product + bias.
+        gelu_grad: [M, N]: the product is multiplied by gelu's derivative there.
+        gelu_b: take gelu(b) for b.
+        row_sums: [M], gets the sums of op(a)'s rows: a bias's gradient beside its weight's.
+        code: "portable", "avx2" or "avx512"; by default the best for this processor.
+
+    Raises ValueError for anything else.
+    """
+
+def gemm_is_faster() -> bool:
+    """Whether `gemm` outruns PyTorch's product: MKL is slow on processors that are not Intel's."""
