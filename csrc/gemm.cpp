@@ -150,7 +150,10 @@ class Job {
   static void wait_until(const Counter& counter, std::size_t count) {
     constexpr int kPatience = 2000;
     for (int spins = 0; counter.load(std::memory_order_acquire) < count; ++spins) {
-      if (spins > kPatience) std::this_thread::yield();
+      if (spins > kPatience) std::this_thread::yield();  // whoever is at it may need this processor
+#if defined(__x86_64__) && defined(__GNUC__)
+      __builtin_ia32_pause();
+#endif
     }
   }
 

@@ -48,6 +48,8 @@ class Kernels {
  private:
   // --- packing ---------------------------------------------------------------------------------
 
+  static constexpr std::size_t kDepthsAtOnce = 4;
+
   template <std::size_t kWidth>
   static void pack(const GemmPacking& from, float* to) {
     const std::size_t whole = from.size / kWidth * kWidth;
@@ -62,16 +64,27 @@ class Kernels {
     if (whole < from.size) pack_rest<kWidth>(from, whole, to + whole * from.depth);
   }
 
-  // A few depths of all panels, then the next few: whole rows of the matrix are read in order.
+  // A few depths of all panels, then the next few: whole rows of the matrix are read in order. Whole
+  // vectors are quicker than what a panel is wide; what they write too much, the next depth
+  // overwrites, so that the last one goes without.
   template <std::size_t kWidth>
   static void copy_panels(const GemmPacking& from, std::size_t size, float* to) {
-    constexpr std::size_t kDepths = 8;
-    for (std::size_t begin = 0; begin < from.depth; begin += kDepths) {
-      const std::size_t end = smaller(begin + kDepths, from.depth);
+    constexpr std::size_t kVectors = (kWidth + Vector::kWidth - 1) / Vector::kWidth;
+    for (std::size_t begin = 0; begin < from.depth; begin += kDepthsAtOnce) {
+      const std::size_t end = smaller(begin + kDepthsAtOnce, from.depth);
       for (std::size_t i = 0; i < size; i += kWidth) {
-        float* panel = to + i * from.depth;
-        for (std::size_t d = begin; d < end; ++d) {
-          std::memcpy(panel + d * kWidth, from.from + d * from.stride + i, sizeof(float[kWidth]));
+        const bool whole_vectors = i + kVectors * Vector::kWidth <= from.size;
+        const std::size_t vector_end = !whole_vectors ? begin : smaller(end, from.depth - 1);
+        const float* row = from.from + begin * from.stride + i;
+        float* panel = to + i * from.depth + begin * kWidth;
+        std::size_t d = begin;
+        for (; d < vector_end; ++d, row += from.stride, panel += kWidth) {
+          repeat<kVectors>([&](auto v) FASTGPT_INLINE {
+            Vector::store(panel + v * Vector::kWidth, Vector::load(row + v * Vector::kWidth));
+          });
+        }
+        for (; d < end; ++d, row += from.stride, panel += kWidth) {
+          std::memcpy(panel, row, sizeof(float[kWidth]));
         }
       }
     }

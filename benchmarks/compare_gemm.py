@@ -1,0 +1,125 @@
+"""Single-precision matrix products, side by side: ours, PyTorch's and NumPy's.
+
+    python benchmarks/compare_gemm.py
+
+The sizes are those of training: GPT-2's (124M) with 1024 tokens, its head with a chunk of 512, and
+the shakespeare-char recipe's with 768; each linear layer's product, and the gradients of its input
+and of its weight. The three take turns, a few products each, so that all see the same noise.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from statistics import median
+
+import numpy as np
+import torch
+import tyro
+
+from fastgpt import _C
+
+ROUND_FLOPS = 1e9  # smaller products are repeated within a round, or the clock's own cost shows
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare matrix products of single precision."""
+
+    threads: list[int] = field(default_factory=lambda: [1, 2])
+    """Numbers of threads to compare with; NumPy takes part with its own, from two threads on."""
+    rounds: int = 11
+    """Rounds of each."""
+    peak: float | None = None
+    """What one core can do in GFLOP/s, for shares of it: on AVX2, 32 times the clock in GHz."""
+    only: str = ""
+    """Only sizes whose name contains this."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """op(a) · op(b), [m, k] · [k, n]."""
+
+    name: str
+    m: int
+    n: int
+    k: int
+    transpose_a: bool
+    transpose_b: bool
+
+
+def main(options: Options) -> None:
+    """Print a line for each product and number of threads."""
+    print(
+        f"{'product':<22}{'m':>6}{'n':>6}{'k':>6} threads  GFLOP/s: ours  torch  numpy   ours/torch"
+    )
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for product in products():
+            if options.only in product.name:
+                print(line(product, threads, options))
+
+
+def products() -> Iterator[Product]:
+    """Yield the products of training with each layer, from tokens, inputs and outputs."""
+    layers = [
+        ("gpt2 c_attn", 1024, 768, 2304),
+        ("gpt2 attn c_proj", 1024, 768, 768),
+        ("gpt2 c_fc", 1024, 768, 3072),
+        ("gpt2 mlp c_proj", 1024, 3072, 768),
+        ("gpt2 head", 512, 768, 50257),
+        ("char c_attn", 768, 128, 384),
+        ("char attn c_proj", 768, 128, 128),
+        ("char c_fc", 768, 128, 512),
+        ("char mlp c_proj", 768, 512, 128),
+        ("char head", 768, 128, 65),
+    ]
+    for name, tokens, inputs, outputs in layers:
+        yield Product(name, tokens, outputs, inputs, False, True)
+        yield Product(f"{name}, dx", tokens, inputs, outputs, False, False)
+        yield Product(f"{name}, dW", outputs, inputs, tokens, True, False)
+
+
+def line(product: Product, threads: int, options: Options) -> str:
+    """Measure one product."""
+    flops = 2 * product.m * product.n * product.k
+    repeats = max(1, round(ROUND_FLOPS / flops))
+    sides = contestants(product, threads)
+    speeds: list[list[float]] = [[] for _ in sides]
+    for index in range(options.rounds + 1):
+        for side, found in zip(sides, speeds, strict=True):
+            began = time.perf_counter()
+            for _ in range(repeats):
+                side()
+            if index > 0:  # the first round warms up
+                found.append(flops * repeats / (time.perf_counter() - began) / 1e9)
+    ours, theirs, numpys = (median(found) for found in speeds)
+    ratio = median(mine / other for mine, other in zip(*speeds[:2], strict=True))
+    share = f" ({ours / options.peak / threads:4.0%})" if options.peak else ""
+    sizes = f"{product.m:>6}{product.n:>6}{product.k:>6}"
+    return (
+        f"{product.name:<22}{sizes}{threads:>8} {ours:>14.1f}{share} {theirs:>6.1f} {numpys:>6.1f}"
+        f" {ratio:>12.2f}"
+    )
+
+
+def contestants(product: Product, threads: int) -> list[Callable[[], object]]:
+    """Return ours, PyTorch's and NumPy's way, after a check that they agree."""
+    a = torch.randn((product.k, product.m) if product.transpose_a else (product.m, product.k))
+    b = torch.randn((product.n, product.k) if product.transpose_b else (product.k, product.n))
+    ours, theirs, numpys = (torch.empty(product.m, product.n) for _ in range(3))
+    left, right = a.T if product.transpose_a else a, b.T if product.transpose_b else b
+    forms = {"transpose_a": product.transpose_a, "transpose_b": product.transpose_b}
+    sides: list[Callable[[], object]] = [
+        lambda: _C.gemm(a, b, ours, threads=threads, **forms),
+        lambda: torch.mm(left, right, out=theirs),
+        lambda: np.matmul(left.numpy(), right.numpy(), out=numpys.numpy()),
+    ]
+    for side in sides:
+        side()
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(numpys, theirs, rtol=1e-4, atol=1e-2)
+    return sides
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
