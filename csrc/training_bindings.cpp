@@ -1,4 +1,4 @@
-// What Python sees of norm.hpp, cross_entropy.hpp and adamw.hpp.
+// What Python sees of norm.hpp, cross_entropy.hpp, adamw.hpp and host_pool.hpp.
 #include <pybind11/stl.h>
 
 #include <array>
@@ -7,8 +7,11 @@
 #include <vector>
 
 #include "adamw.hpp"
+#include "attention.hpp"
 #include "bindings.hpp"
 #include "cross_entropy.hpp"
+#include "embedding.hpp"
+#include "host_pool.hpp"
 #include "norm.hpp"
 #include "tensor_argument.hpp"
 
@@ -17,16 +20,13 @@ namespace py = pybind11;
 namespace fastgpt {
 namespace {
 
-std::size_t size_of(py::handle tensor) {
-  return py::cast<std::size_t>(call(tensor, TensorNames::get().numel));
-}
-
 Norm norm_of(py::handle x, py::handle weight, py::handle bias) {
+  const Numbers<float> gains = numbers_of<float>(weight, "weight");
+  if (gains.size == 0) throw std::invalid_argument("weight must not be empty");
   Norm norm;
-  norm.columns = size_of(weight);
-  if (norm.columns == 0) throw std::invalid_argument("weight must not be empty");
-  norm.rows = size_of(x) / norm.columns;
-  norm.weight = floats(weight, "weight", norm.columns);
+  norm.columns = gains.size;
+  norm.rows = numbers_of<float>(x, "x").size / norm.columns;
+  norm.weight = gains.data;
   norm.bias = floats(bias, "bias", norm.columns);
   return norm;
 }
@@ -78,6 +78,46 @@ void backward_of_norm(py::handle grad_y, py::handle grad_total, py::handle total
   norm_backward(norm, grad, passed, from, means, rstds, to, of_weight, of_bias, threads);
 }
 
+// The shape that the tensors have: qkv [batch, time, 3C], log_sums [batch, heads, time].
+Attention attention_of(py::handle qkv, py::handle log_sums, std::size_t heads, std::size_t time) {
+  const Numbers<float> all = numbers_of<float>(qkv, "qkv");
+  const std::size_t rows = numbers_of<float>(log_sums, "log_sums").size;  // batch · heads · time
+  Attention attention;
+  attention.heads = heads;
+  attention.time = time;
+  if (heads == 0 || time == 0 || rows == 0) return attention;
+  attention.batch = rows / (heads * time);
+  attention.size = all.size / (3 * rows);
+  attention.qkv = all.data;
+  if (attention.batch * heads * time != rows || attention.size * 3 * rows != all.size) {
+    throw std::invalid_argument("qkv, log_sums, heads and time do not fit together");
+  }
+  return attention;
+}
+
+void forward_of_attention(py::handle qkv, std::size_t heads, std::size_t time, py::handle y,
+                          py::handle log_sums, unsigned threads) {
+  const Attention attention = attention_of(qkv, log_sums, heads, time);
+  const std::size_t rows = attention.batch * heads * time;
+  float* to = floats(y, "y", rows * attention.size);
+  float* sums = floats(log_sums, "log_sums", rows);
+  const py::gil_scoped_release unlocked;
+  attention_forward(attention, to, sums, threads);
+}
+
+void backward_of_attention(py::handle qkv, std::size_t heads, std::size_t time, py::handle y,
+                           py::handle log_sums, py::handle grad_y, py::handle grad_qkv,
+                           unsigned threads) {
+  const Attention attention = attention_of(qkv, log_sums, heads, time);
+  const std::size_t rows = attention.batch * heads * time;
+  const float* result = floats(y, "y", rows * attention.size);
+  const float* sums = floats(log_sums, "log_sums", rows);
+  const float* grad = floats(grad_y, "grad_y", rows * attention.size);
+  float* to = floats(grad_qkv, "grad_qkv", 3 * rows * attention.size);
+  const py::gil_scoped_release unlocked;
+  attention_backward(attention, result, sums, grad, to, threads);
+}
+
 void check_targets(const LogitsChunk& chunk) {
   for (std::size_t row = 0; row < chunk.rows; ++row) {
     const std::int64_t target = chunk.targets[row];
@@ -90,18 +130,51 @@ void check_targets(const LogitsChunk& chunk) {
 
 void losses_of_logits(py::handle logits, py::handle targets, std::int64_t ignored, bool gradient,
                       float scale, py::handle losses, unsigned threads) {
+  const Numbers<float> all = numbers_of<float>(logits, "logits");
+  const Numbers<std::int64_t> labels = numbers_of<std::int64_t>(targets, "targets");
+  if (labels.size == 0) return;
   LogitsChunk chunk;
-  chunk.rows = size_of(losses);
-  if (chunk.rows == 0) return;
-  chunk.classes = size_of(logits) / chunk.rows;
-  chunk.logits = floats(logits, "logits", chunk.rows * chunk.classes);
-  chunk.targets = static_cast<const std::int64_t*>(
-      address_of(targets, "targets", chunk.rows, TensorNames::get().int64));
+  chunk.rows = labels.size;
+  chunk.classes = all.size / chunk.rows;
+  if (chunk.classes == 0 || chunk.classes * chunk.rows != all.size) {
+    throw std::invalid_argument("logits must have a row for each target");
+  }
+  chunk.logits = all.data;
+  chunk.targets = labels.data;
   chunk.ignored = ignored;
   float* to = floats(losses, "losses", chunk.rows);
   const py::gil_scoped_release unlocked;
   check_targets(chunk);
   cross_entropy(chunk, gradient, scale, to, threads);
+}
+
+void add_to_rows(py::handle ids, py::handle values, py::handle table, unsigned threads) {
+  const Numbers<std::int64_t> names = numbers_of<std::int64_t>(ids, "ids");
+  const Numbers<float> rows = numbers_of<float>(values, "values");
+  const Numbers<float> all = numbers_of<float>(table, "table");
+  if (names.size == 0) return;
+  const std::size_t columns = rows.size / names.size;
+  if (columns == 0 || columns * names.size != rows.size || all.size % columns != 0) {
+    throw std::invalid_argument("values must have a row for each id, as wide as the table's");
+  }
+  const py::gil_scoped_release unlocked;
+  const auto n_rows = static_cast<std::int64_t>(all.size / columns);
+  for (std::size_t i = 0; i < names.size; ++i) {
+    if (names.data[i] < 0 || names.data[i] >= n_rows) {
+      throw std::out_of_range("id " + std::to_string(names.data[i]) + " is out of bounds");
+    }
+  }
+  add_rows(names.data, names.size, columns, rows.data, all.data, threads);
+}
+
+// Returns an array of floats from the pool, or None if there is no room.
+py::object pool_array(const std::vector<py::ssize_t>& shape) {
+  std::size_t size = 1;
+  for (const py::ssize_t length : shape) size *= static_cast<std::size_t>(length);
+  void* block = HostPool::get().allocate(size * sizeof(float));
+  if (block == nullptr) return py::none();
+  const py::capsule owner(block, [](void* released) { HostPool::get().release(released); });
+  return py::array_t<float>(shape, static_cast<float*>(block), owner);
 }
 
 // One row a parameter: its size, then the addresses of parameter, gradient, mean, mean square and
@@ -138,8 +211,19 @@ void bind_training(py::module_& m) {
   m.def("cross_entropy", &losses_of_logits, py::arg("logits"), py::arg("targets"),
         py::arg("ignored"), py::arg("gradient"), py::arg("scale"), py::arg("losses"),
         py::arg("threads"));
+  m.def("attention_is_fast", &attention_is_fast);
+  m.def("attention_forward", &forward_of_attention, py::arg("qkv"), py::arg("heads"),
+        py::arg("time"), py::arg("y"), py::arg("log_sums"), py::arg("threads"));
+  m.def("attention_backward", &backward_of_attention, py::arg("qkv"), py::arg("heads"),
+        py::arg("time"), py::arg("y"), py::arg("log_sums"), py::arg("grad_y"), py::arg("grad_qkv"),
+        py::arg("threads"));
+  m.def("add_rows", &add_to_rows, py::arg("ids"), py::arg("values"), py::arg("table"),
+        py::arg("threads"));
   m.def("adamw", &step_of_adamw, py::arg("rows"), py::arg("rates"), py::arg("max_norm"),
         py::arg("threads"));
+  m.def("pool_array", &pool_array, py::arg("shape"));
+  m.def("pool_usage",
+        [] { return py::make_tuple(HostPool::get().held(), HostPool::get().used()); });
 }
 
 }  // namespace fastgpt

@@ -147,6 +147,35 @@ def cross_entropy(
     target that is no class.
     """
 
+def attention_is_fast() -> bool:
+    """Whether this processor's vector instructions make `attention_forward` worth while."""
+
+def attention_forward(
+    qkv: Tensor, heads: int, time: int, y: Tensor, log_sums: Tensor, threads: int
+) -> None:
+    """Write causal attention over qkv [B, T, 3C] into `y` [B, T, C].
+
+    log_sums [B, H, T] gets the logarithms of the softmaxes' denominators.
+    """
+
+def attention_backward(
+    qkv: Tensor,
+    heads: int,
+    time: int,
+    y: Tensor,
+    log_sums: Tensor,
+    grad_y: Tensor,
+    grad_qkv: Tensor,
+    threads: int,
+) -> None:
+    """Write the gradient of `qkv`, given that of `y`."""
+
+def add_rows(ids: Tensor, values: Tensor, table: Tensor, threads: int) -> None:
+    """Add values [n, columns] to the rows of `table` that int64 `ids` [n] name, in their order.
+
+    Raises IndexError for an id that is no row.
+    """
+
 def adamw(
     rows: Sequence[tuple[int, ...]],
     rates: Sequence[tuple[float, ...]],
@@ -158,6 +187,7 @@ def adamw(
     rows: of each parameter its size, then the addresses of itself, gradient, exp_avg, exp_avg_sq
     and step, all contiguous fp32 and not checked. rates: lr, beta1, beta2, eps, weight decay.
     """
+
 def gemm(
     a: Tensor,
     b: Tensor,
@@ -198,3 +228,9 @@ def gemm(
 
 def gemm_is_faster() -> bool:
     """Whether `gemm` outruns PyTorch's product: MKL is slow on processors that are not Intel's."""
+
+def pool_array(shape: Sequence[int]) -> NDArray[np.float32] | None:
+    """Return an array from the pool for a step's memory, not initialised; None if there is none."""
+
+def pool_usage() -> tuple[int, int]:
+    """Return how many bytes the pool has ever reached up to, and how many are in use."""

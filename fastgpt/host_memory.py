@@ -1,14 +1,37 @@
-"""Memory of the host that training uses again and again."""
+"""Memory for training on a CPU: as little as is in use, and none that the system must give twice.
+
+Each step allocates activations and gradients and frees them again. The system's allocator either
+hands them back, and the system then gives them again page by page, zeroed, or keeps them in pieces
+that no longer fit together. So large ones come from a pool of their own (csrc/host_pool.hpp).
+"""
 
 import ctypes
 import platform
+from math import prod
+
+import torch
+from torch import Tensor
+
+from fastgpt.compiled import _C
+
+SMALLEST = 2**15  # numbers; smaller ones are quick to allocate, and fit anywhere
+
+
+def empty(*shape: int) -> Tensor:
+    """Return an fp32 tensor on the CPU, not initialised, to be freed before long."""
+    array = _C.pool_array(shape) if prod(shape) >= SMALLEST else None
+    return torch.empty(shape) if array is None else torch.from_numpy(array)
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """Return such a tensor of the shape of another."""
+    return empty(*tensor.shape)
 
 
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory instead of handing it back to the system.
 
-    Each step frees and allocates the same buffers; without this the system takes the large ones
-    back and gives them again page by page, zeroed: 10 to 20% of a small model's step.
+    For what PyTorch itself allocates in a step: without this, that is 10 to 20% of a small model's.
     """
     if platform.libc_ver()[0] == "glibc":
         m_trim_threshold, m_mmap_max = -1, -4

@@ -83,12 +83,14 @@ class GPT(nn.Module):
         the mean cross-entropy in nats over the targets that are not `ignore_index`, and the logits
         are never all held at once.
         """
-        hidden = self.hidden(ids)
         if targets is None:
-            return self.logits(hidden)
-        loss: Tensor = self._backend.linear_cross_entropy(
-            hidden, self.head_weight, targets, ignore_index
-        )
+            return self.logits(self.hidden(ids))
+        ops, head = self._backend, self.head_weight
+        if self.config.tie_weights:
+            tokens, head = ops.tied_embedding(ids, head)
+        else:
+            tokens = self.wte(ids)
+        loss: Tensor = ops.linear_cross_entropy(self._run(tokens), head, targets, ignore_index)
         return loss
 
     def hidden(self, ids: Tensor, cache: "KVCache | None" = None) -> Tensor:
@@ -96,19 +98,7 @@ class GPT(nn.Module):
 
         With a cache, `ids` continue what it holds, and their keys and values are added to it.
         """
-        ops = self._backend
-        x = F.dropout(
-            self.wte(ids) + self.wpe(self._positions(ids, cache)),
-            self.config.dropout,
-            self.training,
-        )
-        residual = None
-        for layer, block in enumerate(self.h):
-            if self.recompute and torch.is_grad_enabled():
-                x, residual = checkpoint(block, x, residual, ops, use_reentrant=False)
-            else:
-                x, residual = block(x, residual, ops, cache and cache.layer(layer))
-        return self.ln_f(x, residual, ops)[0]  # type: ignore[no-any-return]
+        return self._run(self.wte(ids), cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits `[..., vocab_size]` of last hidden states `[..., C]`."""
@@ -146,10 +136,23 @@ class GPT(nn.Module):
         fit = backends.kernels_fit(width, n_head, self.wte.weight.dtype)
         return backends.get(self.ops, self.device, fit)
 
-    def _positions(self, ids: Tensor, cache: "KVCache | None") -> Tensor:
-        """Return the position of each id: `[T]`, or `[B, T]` behind what a cache holds."""
-        time, limit = ids.size(-1), self.config.block_size
-        steps = torch.arange(time, device=ids.device)
+    def _run(self, tokens: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        """Return the last hidden states of embedded tokens, both `[B, T, C]`."""
+        ops = self._backend
+        positions = self.wpe(self._positions(tokens.size(1), cache))
+        x = F.dropout(tokens + positions, self.config.dropout, self.training)
+        residual = None
+        for layer, block in enumerate(self.h):
+            if self.recompute and torch.is_grad_enabled():
+                x, residual = checkpoint(block, x, residual, ops, use_reentrant=False)
+            else:
+                x, residual = block(x, residual, ops, cache and cache.layer(layer))
+        return self.ln_f(x, residual, ops)[0]  # type: ignore[no-any-return]
+
+    def _positions(self, time: int, cache: "KVCache | None") -> Tensor:
+        """Return the position of each new token: `[T]`, or `[B, T]` behind what a cache holds."""
+        limit = self.config.block_size
+        steps = torch.arange(time, device=self.device)
         if cache is None:
             if time > limit:
                 raise ValueError(

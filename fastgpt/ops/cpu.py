@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgpt.compiled import _C
+from fastgpt.host_memory import empty, empty_like
 from fastgpt.ops import products
 
 MAX_LOGITS = 2**23  # held at a time: 32 MB
@@ -33,12 +34,24 @@ def fits(*tensors: Tensor | None) -> bool:
     )
 
 
+def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows that `ids` name, and the weight, for the head to use."""
+    rows, head = _TiedEmbedding.apply(ids, weight)  # type: ignore[no-untyped-call]
+    return rows, head
+
+
 def add_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return ``s = x + residual``, or `x` itself, and its norm."""
     total, y = _AddLayerNorm.apply(x, residual, weight, bias, eps)  # type: ignore[no-untyped-call]
     return total, y
+
+
+def causal_attention(qkv: Tensor, n_head: int) -> Tensor:
+    """Return causal attention `[B, T, C]` over packed queries, keys and values `[B, T, 3C]`."""
+    y: Tensor = _CausalAttention.apply(qkv, n_head)  # type: ignore[no-untyped-call]
+    return y
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -90,6 +103,34 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
     return loss
 
 
+class _TiedEmbedding(torch.autograd.Function):
+    """A table that is looked up at one end of the network and multiplied with at the other.
+
+    PyTorch makes a gradient as large as the table for each use and adds them. Here the lookup's is
+    added to the head's, row by row; that one is this function's own, as its only consumer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        ctx.set_materialize_grads(False)
+        return torch.nn.functional.embedding(ids, weight), weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor | None, grad: Tensor | None) -> Any:
+        if grad is None:
+            grad = empty(*ctx.shape).zero_()
+        elif not grad.is_contiguous():
+            grad = grad.contiguous()
+        if grad_rows is not None:
+            (ids,) = ctx.saved_tensors
+            ids = ids.flatten().contiguous()
+            _C.add_rows(ids, grad_rows.contiguous(), grad, torch.get_num_threads())
+        return None, grad
+
+
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -118,6 +159,30 @@ class _AddLayerNorm(torch.autograd.Function):
             _rows(grad_y), grad_total, total, stats, weight, has_bias
         )
         return grad_x, grad_x if has_residual else None, grad_weight, grad_bias, None
+
+
+class _CausalAttention(torch.autograd.Function):
+    """Keeps what goes in, what comes out, and one number per head and position."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, n_head: int) -> Tensor:
+        (qkv,) = _packed(qkv)
+        batch, time, width = qkv.shape
+        y, log_sums = empty(batch, time, width // 3), empty(batch, n_head, time)
+        _C.attention_forward(qkv, n_head, time, y, log_sums, torch.get_num_threads())
+        ctx.save_for_backward(qkv, y, log_sums)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        qkv, y, log_sums = ctx.saved_tensors
+        grad_qkv = empty_like(qkv)
+        _C.attention_backward(
+            *(qkv, log_sums.size(1), qkv.size(1), y, log_sums, grad.contiguous(), grad_qkv),
+            torch.get_num_threads(),
+        )
+        return grad_qkv, None
 
 
 class _Linear(torch.autograd.Function):
@@ -278,13 +343,13 @@ def _loss_and_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     n_rows, n_classes = x.size(0), weight.size(0)
-    losses = x.new_empty(n_rows)
-    grad_x = torch.zeros_like(x) if need_x else None
+    losses = empty(n_rows)
+    grad_x = empty_like(x) if need_x else None
     grad_weight = None
     n_counted = int((targets != ignore_index).sum())
     n_chunks = -(-n_rows * n_classes // MAX_LOGITS)
     size = -(-n_rows // max(1, n_chunks))
-    logits = x.new_empty(size, n_classes)
+    logits = empty(size, n_classes)
     for first in range(0, n_rows, max(1, size)):
         part = slice(first, min(first + size, n_rows))
         chunk = logits[: part.stop - first]
@@ -315,10 +380,10 @@ def _norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum, its norm, and mean and 1/σ of each row, fp32 `[2, N]`."""
     x = x.contiguous()
-    total, y = x, torch.empty_like(x)
+    total, y = x, empty_like(x)
     if residual is not None:
-        residual, total = residual.contiguous(), torch.empty_like(x)
-    stats = x.new_empty(2, x.numel() // weight.numel())
+        residual, total = residual.contiguous(), empty_like(x)
+    stats = empty(2, x.numel() // weight.numel())
     written = None if residual is None else total
     _C.norm_forward(
         *(x, residual, weight, bias, eps, written, y, stats[0], stats[1]), torch.get_num_threads()
@@ -328,7 +393,7 @@ def _norm(
 
 def _norm_again(total: Tensor, stats: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return the norm `[N, C]` once more."""
-    y = torch.empty_like(total)
+    y = empty_like(total)
     _C.norm_apply(total, weight, bias, stats[0], stats[1], y, torch.get_num_threads())
     return _rows(y)
 
@@ -342,8 +407,8 @@ def _norm_backward(
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the gradients of the sum, with `grad_total` in it, and of weight and bias."""
-    grad_x, grad_weight = torch.empty_like(total), torch.empty_like(weight)
-    grad_bias = torch.empty_like(weight) if has_bias else None
+    grad_x, grad_weight = empty_like(total), empty_like(weight)
+    grad_bias = empty_like(weight) if has_bias else None
     passed = None if grad_total is None else grad_total.contiguous()
     _C.norm_backward(
         *(grad_y, passed, total, weight, stats[0], stats[1]),

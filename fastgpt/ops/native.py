@@ -12,6 +12,13 @@ from fastgpt.ops import cpu
 from fastgpt.ops.reference import cache_mask, merge_heads, split_heads
 
 
+def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.tied_embedding`; on a CPU the rows' gradient is added to the head's."""
+    if cpu.fits(weight):
+        return cpu.tied_embedding(ids, weight)
+    return F.embedding(ids, weight), weight
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """`reference.layer_norm` as one loop, or one `torch.nn.functional.layer_norm`."""
     if cpu.fits(x, weight, bias):
@@ -32,7 +39,7 @@ def add_layer_norm(
 def causal_attention(
     qkv: Tensor, n_head: int, dropout_p: float = 0.0, seed: int | None = None
 ) -> Tensor:
-    """`reference.causal_attention` as one `scaled_dot_product_attention`.
+    """`reference.causal_attention` as one `scaled_dot_product_attention`, or as loops on a CPU.
 
     A `seed` with dropout costs a save and restore of torch's generators.
     """
@@ -41,6 +48,8 @@ def causal_attention(
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             return causal_attention(qkv, n_head, dropout_p)
+    if dropout_p == 0.0 and _C.attention_is_fast() and cpu.fits(qkv):
+        return cpu.causal_attention(qkv, n_head)
     q, k, v = split_heads(qkv, n_head)
     return merge_heads(F.scaled_dot_product_attention(q, k, v, None, dropout_p, is_causal=True))
 

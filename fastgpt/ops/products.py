@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.compiled import _C
+from fastgpt.host_memory import empty, empty_like
 
 FEWEST_ROWS = 16  # with fewer, a product reads its weight once, whoever does it
 
@@ -19,7 +20,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``x @ weight.T + bias``."""
     if not _own(x):
         return torch.nn.functional.linear(x, weight, bias)
-    y = x.new_empty(x.size(0), weight.size(0))
+    y = empty(x.size(0), weight.size(0))
     _C.gemm(x, weight, y, transpose_b=True, bias=bias, threads=torch.get_num_threads())
     return y
 
@@ -27,12 +28,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return ``y = gelu(pre)`` and ``pre = x @ weight.T + bias``."""
     threads = torch.get_num_threads()
-    y = x.new_empty(x.size(0), weight.size(0))
+    y = empty(x.size(0), weight.size(0))
     if not _own(x):
         pre = torch.nn.functional.linear(x, weight, bias)
         _C.gelu_forward(pre.numpy(), y.numpy(), threads)
         return y, pre
-    pre = torch.empty_like(y)
+    pre = empty_like(y)
     _C.gemm(x, weight, y, transpose_b=True, bias=bias, gelu=True, pre=pre, threads=threads)
     return y, pre
 
@@ -41,7 +42,7 @@ def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient of `x`, given that of ``x @ weight.T``."""
     if not _own(grad):
         return grad @ weight
-    grad_x = grad.new_empty(grad.size(0), weight.size(1))
+    grad_x = empty(grad.size(0), weight.size(1))
     _C.gemm(grad, weight, grad_x, threads=torch.get_num_threads())
     return grad_x
 
@@ -49,7 +50,7 @@ def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 def gelu_input_gradient(grad: Tensor, weight: Tensor, pre: Tensor) -> Tensor:
     """Return the gradient of `pre`, given that of ``gelu(pre) @ weight.T``."""
     threads = torch.get_num_threads()
-    grad_pre = torch.empty_like(pre)
+    grad_pre = empty_like(pre)
     if _own(grad):
         _C.gemm(grad, weight, grad_pre, gelu_grad=pre, threads=threads)
     else:
@@ -68,12 +69,12 @@ def weight_gradient(
     threads = torch.get_num_threads()
     if not _own(grad):
         if of_gelu:
-            y = torch.empty_like(x)
+            y = empty_like(x)
             _C.gelu_forward(x.numpy(), y.numpy(), threads)
             x = y
         return grad.T @ x, grad.sum(0) if with_bias else None
-    grad_weight = grad.new_empty(grad.size(1), x.size(1))
-    grad_bias = grad.new_empty(grad.size(1)) if with_bias else None
+    grad_weight = empty(grad.size(1), x.size(1))
+    grad_bias = empty(grad.size(1)) if with_bias else None
     _C.gemm(
         grad,
         x,

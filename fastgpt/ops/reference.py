@@ -11,6 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows of a table that `ids` name, and the table, which is also the head's matrix.
+
+    ids: int64 `[...]`, weight: `[V, C]`; returns `[..., C]` and `weight`. Who uses the returned
+    table for the head lets the gradients of both uses be one.
+    """
+    return F.embedding(ids, weight), weight
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """Layer normalisation over the last dimension (Ba et al. 2016, arXiv:1607.06450).
 

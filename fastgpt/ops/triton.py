@@ -32,6 +32,11 @@ _LIBRARY = torch.library.Library("fastgpt", "FRAGMENT")  # operators live as lon
 _OPERATORS = torch.ops.fastgpt
 
 
+def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.tied_embedding`: PyTorch's own."""
+    return F.embedding(ids, weight), weight
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """`reference.layer_norm`, reading `x` once."""
     y: Tensor = _OPERATORS.layer_norm(x, weight, bias, eps, _result_dtype(x))[0]
