@@ -21,7 +21,7 @@ namespace {
 // A panel of B of that depth stays in the first-level cache beside one of A, a block of A in the
 // second level, and a chunk of B in the third.
 constexpr std::size_t kDepth = 256;
-constexpr std::size_t kRows = 96;
+constexpr std::size_t kRows = 144;
 constexpr std::size_t kColumns = 768;
 constexpr std::size_t kBlocksInChunk = 8;
 constexpr std::size_t kFloatsInChunk = std::size_t{1} << 20;

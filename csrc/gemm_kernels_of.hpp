@@ -64,8 +64,8 @@ class Kernels {
     if (whole < from.size) pack_rest<kWidth>(from, whole, to + whole * from.depth);
   }
 
-  // A few depths of all panels, then the next few: whole rows of the matrix are read in order. Whole
-  // vectors are quicker than what a panel is wide; what they write too much, the next depth
+  // A few depths of all panels, then the next few: whole rows of the matrix are read in order.
+  // Whole vectors are quicker than what a panel is wide; what they write too much, the next depth
   // overwrites, so that the last one goes without.
   template <std::size_t kWidth>
   static void copy_panels(const GemmPacking& from, std::size_t size, float* to) {
@@ -145,6 +145,10 @@ class Kernels {
     }
   }
 
+  // Depths in a turn of the loop. What a turn costs beside them is felt where another program has
+  // the other half of the core.
+  static constexpr std::size_t kUnrolled = 8;
+
   // One tile of C, of the first kVectors vectors of B's panel.
   template <std::size_t kVectors>
   static inline void tile(const GemmBlock& block, std::size_t i, std::size_t j, float* c,
@@ -160,17 +164,28 @@ class Kernels {
     typename Vector::Register sum[kRows][kVectors];
     repeat<kRows * kVectors>(
         [&](auto t) FASTGPT_INLINE { sum[t / kVectors][t % kVectors] = Vector::zero(); });
-    for (std::size_t d = block.depth; d > 0; --d) {
-      prefetch_far(next_b++);
+    const auto add_depth = [&](std::size_t d) FASTGPT_INLINE {
       typename Vector::Register from_b[kVectors];
-      repeat<kVectors>([&](auto v)
-                           FASTGPT_INLINE { from_b[v] = Vector::load(b + v * Vector::kWidth); });
+      repeat<kVectors>([&](auto v) FASTGPT_INLINE {
+        from_b[v] = Vector::load(b + d * kColumns + v * Vector::kWidth);
+      });
       repeat<kRows>([&](auto r) FASTGPT_INLINE {
-        const typename Vector::Register from_a = Vector::broadcast(a[r]);
+        const typename Vector::Register from_a = Vector::broadcast(a[d * kRows + r]);
         repeat<kVectors>([&](auto v) FASTGPT_INLINE {
           sum[r][v] = Vector::multiply_add(from_a, from_b[v], sum[r][v]);
         });
       });
+    };
+    std::size_t depths = block.depth;
+    for (; depths >= kUnrolled; depths -= kUnrolled) {
+      prefetch_far(next_b);
+      repeat<kUnrolled>([&](auto d) FASTGPT_INLINE { add_depth(d); });
+      a += kUnrolled * kRows;
+      b += kUnrolled * kColumns;
+      next_b += kUnrolled;
+    }
+    for (; depths > 0; --depths) {
+      add_depth(0);
       a += kRows;
       b += kColumns;
     }
