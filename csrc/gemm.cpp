@@ -23,7 +23,7 @@ namespace {
 constexpr std::size_t kDepth = 256;
 constexpr std::size_t kRows = 144;
 constexpr std::size_t kColumns = 768;
-constexpr std::size_t kBlocksInChunk = 8;
+constexpr std::size_t kBlocksInChunk = 16;
 constexpr std::size_t kFloatsInChunk = std::size_t{1} << 20;
 constexpr std::size_t kFloatsToPack = std::size_t{1} << 14;  // in one task
 constexpr std::size_t kTilesPerThread = 8;  // so that a slow thread delays the others little
@@ -101,7 +101,8 @@ float* workspace(std::size_t floats) {
 }
 
 // The product as a row of tasks, taken in order by threads that are free: for each chunk of B,
-// those that pack it and then those that multiply with it. A task may wait for earlier ones, all of
+// those that pack it and then those that multiply with it; all chunks of one depth before the next
+// depth, which adds to what they left. A task may wait for earlier ones, all of
 // which somebody is at, so that no thread waits for one that was not running to take its share.
 class Job {
  public:
@@ -123,29 +124,29 @@ class Job {
       const std::size_t chunk = task / in_chunk;
       const std::size_t index = task % in_chunk;
       if (index < plan_.pack_tasks) {
-        if (chunk > 0) wait_for_packing(chunk - 1);
-        if (chunk > 1) wait_for_tiles(chunk - 2);
+        if (chunk >= kBuffers) wait_for_tiles(chunk - kBuffers);
         pack(chunk, index);
-        packed_[chunk % 2].fetch_add(1, std::memory_order_release);
+        packed_[chunk % kBuffers].fetch_add(1, std::memory_order_release);
       } else {
         wait_for_packing(chunk);
-        if (chunk % plan_.depth_chunks > 0) wait_for_tiles(chunk - 1);
+        if (chunk >= plan_.column_chunks) wait_for_tiles(chunk - plan_.column_chunks);
         multiply(chunk, index - plan_.pack_tasks, a_ + rank * a_floats_);
-        multiplied_[chunk % 2].fetch_add(1, std::memory_order_release);
+        multiplied_[chunk % kBuffers].fetch_add(1, std::memory_order_release);
       }
     }
   }
 
  private:
   static constexpr std::size_t kCacheLine = 16;  // floats
+  static constexpr std::size_t kBuffers = 4;     // chunks that a thread may be ahead of another
   using Counter = std::atomic<std::size_t>;
 
   // The counters are of all chunks so far that use the same buffer.
   void wait_for_packing(std::size_t chunk) const {
-    wait_until(packed_[chunk % 2], plan_.pack_tasks * (chunk / 2 + 1));
+    wait_until(packed_[chunk % kBuffers], plan_.pack_tasks * (chunk / kBuffers + 1));
   }
   void wait_for_tiles(std::size_t chunk) const {
-    wait_until(multiplied_[chunk % 2], plan_.tiles() * (chunk / 2 + 1));
+    wait_until(multiplied_[chunk % kBuffers], plan_.tiles() * (chunk / kBuffers + 1));
   }
   static void wait_until(const Counter& counter, std::size_t count) {
     constexpr int kPatience = 2000;
@@ -158,10 +159,10 @@ class Job {
   }
 
   Range columns_of(std::size_t chunk) const {
-    return part_of(g_.n, plan_.chunk_columns, chunk / plan_.depth_chunks);
+    return part_of(g_.n, plan_.chunk_columns, chunk % plan_.column_chunks);
   }
   Range depths_of(std::size_t chunk) const {
-    return part_of(g_.k, plan_.chunk_depth, chunk % plan_.depth_chunks);
+    return part_of(g_.k, plan_.chunk_depth, chunk / plan_.column_chunks);
   }
   std::size_t blocks_in(const Range& depths) const {
     return std::max(ceil_div(depths.size(), plan_.depth), std::size_t{1});
@@ -184,7 +185,7 @@ class Job {
   }
 
   float* packed_b(std::size_t chunk, const Range& block, std::size_t column) const {
-    return b_[chunk % 2] + plan_.chunk_columns * block.begin + column * block.size();
+    return b_[chunk % kBuffers] + plan_.chunk_columns * block.begin + column * block.size();
   }
 
   void multiply(std::size_t chunk, std::size_t index, float* packed_a) {
@@ -238,12 +239,12 @@ class Job {
   const Gemm& g_;
   const GemmKernels& kernels_;
   const Plan plan_;
-  std::array<float*, 2> b_{};
+  std::array<float*, kBuffers> b_{};
   float* a_ = nullptr;
   std::size_t a_floats_ = 0;
   alignas(64) Counter next_{0};
-  alignas(64) std::array<Counter, 2> packed_{};
-  alignas(64) std::array<Counter, 2> multiplied_{};
+  alignas(64) std::array<Counter, kBuffers> packed_{};
+  alignas(64) std::array<Counter, kBuffers> multiplied_{};
 };
 
 const GemmKernels* kernels_of(GemmCode code) {
