@@ -43,7 +43,8 @@ class Recipe:
     """Sequences per micro-batch: what a process holds in memory at once."""
     grad_accum: int = 1
     """Micro-batches per step. A step is batch_size * grad_accum sequences, which several processes
-    share out among themselves: the run is the same on any number of them."""
+    share out among themselves: the run is the same on any number of them, but for rounding and for
+    what dropout drops."""
     find_batch: bool = False
     """Take the largest micro-batch that fits the memory; a step's sequences stay the same."""
     max_steps: int = 4500
