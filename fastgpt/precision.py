@@ -48,6 +48,8 @@ def choose_precision(name: str, device: torch.device) -> list[Precision]:
             raise UsageError(f"dtype tf32 is for NVIDIA GPUs, not for {device.type}: use float32")
         torch.set_float32_matmul_precision("high")
         return [Precision(device, torch.float32, tf32=True)]
+    if name == "float32":
+        torch.set_float32_matmul_precision("highest")  # a run before may have asked for TF32
     return [Precision(device, getattr(torch, name))]
 
 

@@ -15,6 +15,7 @@ from fastgpt import GPT, GPTConfig, Recipe, Trainer
 from fastgpt.checkpoint import CheckpointError, find_checkpoint
 from fastgpt.errors import UsageError
 from fastgpt.optim import learning_rate, make_optimizer
+from fastgpt.precision import choose_precision
 from fastgpt.progress import Progress
 from fastgpt.signals import Stopped
 
@@ -302,6 +303,16 @@ def test_gradients_of_float16_are_those_of_float32(tiny: Recipe) -> None:
         norms[dtype] = trainer.norm.item()
         trainer.close()
     assert norms["float16"] == pytest.approx(norms["float32"], rel=1e-2)
+
+
+def test_float32_after_tf32_is_float32() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        assert choose_precision("tf32", torch.device("cuda")).tf32
+        assert not choose_precision("float32", torch.device("cuda")).tf32
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_the_average_is_what_is_evaluated_and_offered(tiny: Recipe) -> None:
