@@ -6,14 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt.fused_adamw import FusedAdamW
 from fastgpt.model import GPT
 from fastgpt.recipes import Recipe
 
 
 def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """Return AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused, for `model`."""
+    """Return AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused, for `model`.
+
+    For whole fp32 parameters on a CPU it is `FusedAdamW`, which clips on its way.
+    """
     groups = parameter_groups(model, recipe.weight_decay)
     betas = (recipe.beta1, recipe.beta2)
+    if all(_is_plain(p) for p in model.parameters()):
+        return FusedAdamW(groups, recipe.lr, betas, max_norm=recipe.grad_clip or None)
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=betas, fused=True)
 
 
@@ -49,6 +55,12 @@ def _height(progress: float, span: int, recipe: Recipe) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def _is_plain(parameter: Tensor) -> bool:
+    """Whether a parameter is fp32, on a CPU, and not spread over processes."""
+    whole = not hasattr(parameter, "full_tensor")
+    return whole and parameter.is_cpu and parameter.dtype == torch.float32
+
+
 class Updater:
     """Applies a step's gradients: unscaled, checked, clipped, then AdamW and the average.
 
@@ -74,13 +86,11 @@ class Updater:
     def step(self, lr: float) -> Tensor:
         """Update the weights at a rate, and drop the gradients; return their norm (a scalar)."""
         parameters = list(self.model.parameters())
-        norm = self._clip([p.grad for p in parameters if p.grad is not None])
-        unusable = (~norm.isfinite()).float()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.found_inf = unusable  # type: ignore[attr-defined]  # fused AdamW looks at it
-        self.optimizer.step()
+        norm = self._clip_and_update([p.grad for p in parameters if p.grad is not None])
         self.optimizer.zero_grad()
+        unusable = (~norm.isfinite()).float()
         self.skipped = (self.skipped + 1) * unusable
         if self.scale is not None:
             self.scale.update(unusable)
@@ -115,7 +125,24 @@ class Updater:
         if self.scale is not None and "loss_scale" in state:
             self.scale.restore(state)
 
-    def _clip(self, grads: list[Tensor]) -> Tensor:
+    def _clip_and_update(self, grads: list[Tensor]) -> Tensor:
+        """Do AdamW's step with clipped gradients, if they are finite; return their norm before."""
+        if isinstance(self.optimizer, FusedAdamW):
+            self._unscale(grads)
+            self.optimizer.step()
+            assert self.optimizer.grad_norm is not None
+            return self.optimizer.grad_norm
+        norm = self._unscale_and_clip(grads)
+        # PyTorch's fused AdamW looks at this, and leaves everything as it is.
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        return norm
+
+    def _unscale(self, grads: list[Tensor]) -> None:
+        if self.scale is not None:
+            torch._foreach_div_(grads, self.scale.factor)
+
+    def _unscale_and_clip(self, grads: list[Tensor]) -> Tensor:
         """Unscale and clip gradients in one pass; return their norm before clipping."""
         norm = torch.nn.utils.get_total_norm(grads)
         if hasattr(norm, "full_tensor"):  # of gradients that are spread over processes

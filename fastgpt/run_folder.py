@@ -23,13 +23,21 @@ FIXED_SETTINGS = (
 )
 
 
-def new_run_folder(recipe: Recipe, name: str) -> Path:
-    """Make the folder of a new run; UsageError if there is something in it, or it cannot be."""
-    run = Path(recipe.out) if recipe.out else _unused(f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if run.exists() and (not run.is_dir() or any(f.name != LOCK for f in run.iterdir())):
+def refuse_occupied(recipe: Recipe) -> None:
+    """Raise UsageError if there is something in the folder that a new run is to have."""
+    run = Path(recipe.out or "")
+    if not recipe.out or not run.exists():
+        return
+    if not run.is_dir() or any(file.name != LOCK for file in run.iterdir()):
         raise UsageError(
             f"{run} is not empty; continue it with --resume {run}, or choose another --out"
         )
+
+
+def new_run_folder(recipe: Recipe, name: str) -> Path:
+    """Make the folder of a new run; UsageError if there is something in it, or it cannot be."""
+    refuse_occupied(recipe)
+    run = Path(recipe.out) if recipe.out else _unused(f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -67,6 +67,7 @@ from fastgpt.run_folder import (
     new_run_folder,
     read_run,
     refuse_changes,
+    refuse_occupied,
     writing,
 )
 from fastgpt.run_lock import RunLock
@@ -186,6 +187,9 @@ class Trainer:
 
     def _begin(self, recipe: Recipe, name: str) -> None:
         """Start a new run."""
+        with self.world.only_main() as main:
+            if main:
+                refuse_occupied(recipe)  # before the data are read
         self._build(recipe)
         self._spread()
         with self.world.only_main() as main:

@@ -308,8 +308,8 @@ def test_gradients_of_float16_are_those_of_float32(tiny: Recipe) -> None:
 def test_float32_after_tf32_is_float32() -> None:
     before = torch.get_float32_matmul_precision()
     try:
-        assert choose_precision("tf32", torch.device("cuda")).tf32
-        assert not choose_precision("float32", torch.device("cuda")).tf32
+        assert choose_precision("tf32", torch.device("cuda"))[0].tf32
+        assert not choose_precision("float32", torch.device("cuda"))[0].tf32
         assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.set_float32_matmul_precision(before)
