@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastgpt import GPT, GPTConfig, ops
-from fastgpt.ops import reference
+from fastgpt.ops import native, reference
 from tests.backends import BACKENDS
 
 NANO = Path(__file__).parent / "data" / "gpt-nano-sort"
@@ -230,3 +230,105 @@ def test_a_model_can_be_copied_and_changed_apart() -> None:
     with torch.no_grad():
         twin.wte.weight.zero_()
     assert model.wte.weight.abs().sum() > 0
+
+
+def gradients_under_autocast(model: GPT, ids: Tensor, targets: Tensor, steps: int) -> list[Tensor]:
+    """Return loss and gradients in bfloat16, of micro-batches that share casts of the weights."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):  # keeps the casts till its end
+        for _ in range(steps):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(ids, targets)
+            (loss / steps).backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("max_logits", [2**25, 97 * 8])
+def test_bfloat16_on_a_cpu(max_logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As near to fp64 as bfloat16's 8 bits allow, with gradients in fp32 for fp32 weights."""
+    monkeypatch.setattr(native, "MAX_LOGITS", max_logits)
+    model = GPT(GPTConfig(97, 24, 2, 3, 48), "native")
+    exact = copy.deepcopy(model).double().use_ops("reference")
+    ids, targets = torch.randint(97, (2, 2, 24))
+    loss = exact(ids, targets)
+    loss.backward()
+    truth = [loss.detach(), *(p.grad for p in exact.parameters())]
+    for ours, true in zip(gradients_under_autocast(model, ids, targets, 2), truth, strict=True):
+        assert ours.dtype == torch.float32
+        error = (ours - true).norm() / true.norm()
+        assert error < 4 * 2**-8
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_may_be_frozen(bias: bool) -> None:
+    """Any of them; the others' gradients do not change."""
+    model = GPT(GPTConfig(97, 24, 2, 3, 48, bias=bias), "native")
+    ids, targets = torch.randint(97, (2, 2, 24))
+    model(ids, targets).backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    for frozen in grads:
+        model.zero_grad()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name != frozen)
+        model(ids, targets).backward()
+        for name, parameter in model.named_parameters():
+            if name == frozen:
+                assert parameter.grad is None
+            else:
+                torch.testing.assert_close(parameter.grad, grads[name])
+
+
+def test_hooks_see_the_gradients_before_they_are_stored() -> None:
+    """DDP's way: it must get each gradient through autograd, whole and once."""
+    model = GPT(GPTConfig(97, 24, 2, 3, 48), "native")
+    seen: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda p, name=name: seen.update({name: seen.get(name, 0) + 1})
+        )
+        parameter.register_hook(lambda grad: grad * 2)
+    ids, targets = torch.randint(97, (2, 2, 24))
+    twin = copy.deepcopy(model).use_ops("reference")
+    model(ids, targets).backward()
+    assert seen == dict.fromkeys(dict(model.named_parameters()), 1)
+    twin(ids, targets).backward()
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, 2 * theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_add_up_over_micro_batches() -> None:
+    model = GPT(GPTConfig(97, 24, 2, 3, 48), "native")
+    twin = copy.deepcopy(model).use_ops("reference").double()
+    for ids in torch.randint(97, (3, 2, 24)):
+        model(ids, ids).backward()
+        twin(ids, ids).backward()
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_no_gradients_are_kept_where_none_are_wanted() -> None:
+    model = GPT(GPTConfig(97, 24, 2, 3, 48), "native")
+    ids = torch.randint(97, (2, 24))
+    with torch.no_grad():
+        quiet = model(ids, ids)
+    with torch.inference_mode():
+        quieter = model(ids, ids)
+    loud = model(ids, ids)
+    assert not quiet.requires_grad
+    assert torch.equal(quiet, loud.detach())
+    assert torch.equal(quieter, quiet)
+
+
+def test_a_compiler_sees_pytorchs_operators() -> None:
+    """One graph, without the loops in C++, of which it could make nothing."""
+    model = GPT(GPTConfig(97, 24, 2, 3, 48), "native")
+    ids, targets = torch.randint(97, (2, 2, 24))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    loss = compiled(ids, targets)
+    loss.backward()
+    grads = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    plain = model(ids, targets)
+    plain.backward()
+    torch.testing.assert_close(loss, plain)
+    for ours, theirs in zip(grads, (p.grad for p in model.parameters()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

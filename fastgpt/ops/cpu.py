@@ -26,9 +26,9 @@ def fits(*tensors: Tensor | None) -> bool:
     for which it must see its own operators, that is not so.
     """
     return (
-        all(t is None or (t.dtype == torch.float32 and t.is_cpu) for t in tensors)
+        not torch.compiler.is_compiling()
+        and all(t is None or (t.dtype == torch.float32 and t.is_cpu) for t in tensors)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )

@@ -48,7 +48,7 @@ def causal_attention(
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             return causal_attention(qkv, n_head, dropout_p)
-    if dropout_p == 0.0 and _C.attention_is_fast() and cpu.fits(qkv):
+    if dropout_p == 0.0 and cpu.fits(qkv) and _C.attention_is_fast():
         return cpu.causal_attention(qkv, n_head)
     q, k, v = split_heads(qkv, n_head)
     return merge_heads(F.scaled_dot_product_attention(q, k, v, None, dropout_p, is_causal=True))
