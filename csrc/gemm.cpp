@@ -24,12 +24,12 @@ constexpr std::size_t kDepth = 256;
 constexpr std::size_t kRows = 144;
 constexpr std::size_t kColumns = 768;
 constexpr std::size_t kBlocksInChunk = 16;
-constexpr std::size_t kFloatsInChunk = std::size_t{1} << 20;
+constexpr std::size_t kFloatsInChunk = std::size_t{1} << 21;
 constexpr std::size_t kFloatsToPack = std::size_t{1} << 14;  // in one task
 constexpr std::size_t kTilesPerThread = 8;  // so that a slow thread delays the others little
-constexpr std::size_t kFewestRows = 12, kFewestColumns = 192;  // of a tile that is not all
-constexpr std::size_t kWorthATile = std::size_t{1} << 19;      // multiplications
-constexpr std::size_t kWorthAThread = std::size_t{1} << 20;    // multiplications
+constexpr std::size_t kFewRows = 24, kFewColumns = 64;       // of a tile that is not all
+constexpr std::size_t kWorthATile = std::size_t{1} << 19;    // multiplications
+constexpr std::size_t kWorthAThread = std::size_t{1} << 20;  // multiplications
 
 std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 std::size_t round_up(std::size_t a, std::size_t b) { return ceil_div(a, b) * b; }
@@ -66,15 +66,16 @@ struct Plan {
     const std::size_t chunk_work = g.m * chunk_columns * deep;
     const std::size_t tiles_wanted =
         threads < 2 ? 1 : std::min(kTilesPerThread * threads, chunk_work / kWorthATile + 1);
-    const std::size_t row_limit = std::min(kRows, g.m);
-    const std::size_t column_cuts = ceil_div(tiles_wanted, ceil_div(g.m, row_limit));
-    const std::size_t column_limit = std::max(chunk_columns / column_cuts, kFewestColumns);
-    columns = equal_part(chunk_columns, std::min(column_limit, kColumns), kernels.columns);
-    column_tiles = ceil_div(chunk_columns, columns);
-    const std::size_t row_cuts = ceil_div(tiles_wanted, column_tiles);
-    rows =
-        equal_part(g.m, std::min(row_limit, std::max(g.m / row_cuts, kFewestRows)), kernels.rows);
+    // Fewer rows cost less than fewer columns: for each column tile A is packed anew.
+    const std::size_t most_columns = std::min(kColumns, chunk_columns);
+    const std::size_t row_cuts = ceil_div(tiles_wanted, ceil_div(chunk_columns, most_columns));
+    const std::size_t few_rows = std::max(g.m / row_cuts, kFewRows);
+    rows = equal_part(g.m, std::min({few_rows, kRows, g.m}), kernels.rows);
     row_tiles = ceil_div(g.m, rows);
+    const std::size_t few_columns =
+        std::max(chunk_columns / ceil_div(tiles_wanted, row_tiles), kFewColumns);
+    columns = equal_part(chunk_columns, std::min(few_columns, most_columns), kernels.columns);
+    column_tiles = ceil_div(chunk_columns, columns);
 
     pack_columns = std::max(kFloatsToPack / deep / kernels.columns, std::size_t{1});
     pack_columns = std::min(pack_columns * kernels.columns, chunk_columns);
@@ -101,9 +102,9 @@ float* workspace(std::size_t floats) {
 }
 
 // The product as a row of tasks, taken in order by threads that are free: for each chunk of B,
-// those that pack it and then those that multiply with it; all chunks of one depth before the next
-// depth, which adds to what they left. A task may wait for earlier ones, all of
-// which somebody is at, so that no thread waits for one that was not running to take its share.
+// those that pack it and then those that multiply with it; all chunks of one depth before those of
+// the next, which add to what they left. A task waits only for earlier ones, all of which somebody
+// is at: so the work gets done by as many threads as come, and the quick ones take more of it.
 class Job {
  public:
   Job(const Gemm& product, const GemmKernels& kernels, unsigned threads)
@@ -138,7 +139,7 @@ class Job {
 
  private:
   static constexpr std::size_t kCacheLine = 16;  // floats
-  static constexpr std::size_t kBuffers = 4;     // chunks that a thread may be ahead of another
+  static constexpr std::size_t kBuffers = 3;     // chunks that a thread may be ahead of another
   using Counter = std::atomic<std::size_t>;
 
   // The counters are of all chunks so far that use the same buffer.
