@@ -1,10 +1,13 @@
 """One training step, side by side: fastgpt's Trainer against a nanoGPT-style loop.
 
-    python benchmarks/compare_step.py
+    python benchmarks/compare_step.py                           # the shakespeare-char recipe
+    python benchmarks/compare_step.py --model nanogpt-char      # nanoGPT's character model for CPUs
+    python benchmarks/compare_step.py --model 124m --batch 4 --context 256 --rounds 6 --steps 1
 
-Both train the shakespeare-char recipe: same network, same initial weights, same text, batch and
-learning rates. fastgpt's side is a `Trainer`, asked for its own steps; the other side is the loop
-that nanoGPT's users run: its network (`benchmarks/peers.py`), random windows, its AdamW.
+Both train the same network from the same initial weights on the same text, in the same batches'
+size and at the same learning rates. fastgpt's side is a `Trainer`, asked for its own steps; the
+other side is the loop that nanoGPT's users run: its network (`benchmarks/peers.py`), random
+windows, its AdamW, eagerly and in fp32 on a CPU.
 
 Each side lives in a process of its own, because fastgpt's trainer changes how its process handles
 freed memory, and the other side must run as its users run it. The two processes take turns, a
@@ -14,13 +17,14 @@ then, so that the luck of one process (where its memory lies) does not decide.
 
 import itertools
 import json
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from statistics import median, quantiles
 from typing import Any, Literal
 
@@ -38,17 +42,37 @@ from fastgpt.progress import Progress
 from fastgpt.recipes import Recipe, get_recipe
 from fastgpt.trainer import Trainer
 
-RECIPE = "shakespeare-char"
 SIDES = ("fastgpt", "nanogpt")
-WARM_UP_STEPS = 10
+MODELS = {
+    "shakespeare-char": {},
+    # config/train_shakespeare_char.py with the options that nanoGPT's README gives for a CPU
+    "nanogpt-char": {
+        **{"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "bias": False},
+        **{"batch_size": 12, "dropout": 0.0, "lr": 1e-3, "min_lr": 1e-4, "beta2": 0.99},
+        **{"max_steps": 2000, "warmup_steps": 100, "grad_clip": 1.0, "weight_decay": 0.1},
+    },
+    "124m": {
+        **{"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 256, "bias": True},
+        **{"batch_size": 4, "lr": 6e-4, "beta2": 0.95, "tokenizer": "gpt2"},
+    },
+}
 LOG_INTERVAL = 10  # nanoGPT's: how often its loop waits for the loss
-VALIDATION_WINDOWS = 256
+VALIDATION_WINDOWS = 64
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure the training step of the shakespeare-char recipe, ours against nanoGPT's way."""
+    """Measure a training step, ours against nanoGPT's way."""
 
+    model: Literal["shakespeare-char", "nanogpt-char", "124m"] = "shakespeare-char"
+    """What to train on the packaged text: the recipe of that name, nanoGPT's character model for
+    CPUs, or GPT-2's smallest."""
+    batch: int | None = None
+    """Sequences in a batch, if not the model's own."""
+    context: int | None = None
+    """Tokens in a sequence, if not the model's own."""
+    warm_up: int = 10
+    """Steps before the first round."""
     rounds: int = 30
     """Rounds of each side."""
     steps: int = 10
@@ -93,21 +117,27 @@ def print_table(seconds: dict[str, list[float]], report: dict[str, Any], options
     """Print milliseconds a step, tokens per second, and the ratio of neighbouring rounds."""
     facts = report["fastgpt"]
     print(
-        f"{RECIPE} on {options.device}, {facts['threads']} threads, torch {torch.__version__}: "
+        f"{options.model} on {options.device}, {facts['threads']} threads, "
+        f"torch {torch.__version__}: "
         f"{len(seconds['fastgpt'])} rounds of {options.steps} steps, "
         f"{facts['tokens']:,} tokens a step; median [quartiles]\n"
     )
-    print(f"{'':10}{'ms a step':>26}{'tokens/s':>12}{'loss at step ' + str(facts['steps']):>20}")
+    print(f"{'':10}{'ms a step':>26}{'tokens/s':>10}{'peak MB':>10}", end="")
+    print(f"{'loss at step ' + str(facts['steps']):>20}")
     for side in SIDES:
         ms = [1e3 * s / options.steps for s in seconds[side]]
         rate = facts["tokens"] / median(ms) * 1e3
-        print(f"{side:10}{spread(ms):>26}{rate:>12,.0f}{report[side]['loss']:>20.3f}")
+        peak, loss = report[side]["peak_mb"], report[side]["loss"]
+        print(f"{side:10}{spread(ms):>26}{rate:>10,.0f}{peak:>10,.0f}{loss:>20.3f}")
     ratios = [b / a for a, b in zip(seconds["fastgpt"], seconds["nanogpt"], strict=True)]
-    print(f"\nfastgpt is {spread(ratios)} times as fast")
+    print(f"\nfastgpt is {spread(ratios)} times as fast", end="")
+    print(f", in {facts['peak_mb'] / report['nanogpt']['peak_mb']:.0%} of the memory")
 
 
 def spread(values: list[float]) -> str:
     """Return the median and the quartiles as text."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
     low, middle, high = quantiles(values, n=4)
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
@@ -118,12 +148,13 @@ class Worker:
     def __init__(self, options: Options, side: str) -> None:
         self.side = side
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--side", side, "--device", options.device],
+            [sys.executable, __file__, *arguments(replace(options, side=side))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.ask(f"run {WARM_UP_STEPS}")
+        if options.warm_up:
+            self.ask(f"run {options.warm_up}")
 
     def ask(self, request: str) -> Any:
         """Send a request and wait for its answer."""
@@ -141,13 +172,24 @@ class Worker:
         return report
 
 
+def arguments(options: Options) -> list[str]:
+    """Return the command line that stands for options."""
+    named = {field.name: getattr(options, field.name) for field in fields(options)}
+    return [
+        word
+        for name, value in named.items()
+        if value is not None
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
 # --- inside a worker's process -----------------------------------------------------------------
 
 
 def serve(options: Options) -> None:
     """Answer requests from standard input: "run N" with its seconds, "report" with the rest."""
     with tempfile.TemporaryDirectory() as folder:
-        recipe = replace(get_recipe(RECIPE), out=f"{folder}/run", device=options.device)
+        recipe = replace(recipe_of(options), out=f"{folder}/run")
         side = (fastgpt_side if options.side == "fastgpt" else nanogpt_side)(recipe)
         steps = 0
         for request in sys.stdin:
@@ -158,6 +200,16 @@ def serve(options: Options) -> None:
             else:
                 answer = {"steps": steps, **describe(side, recipe)}
             print(json.dumps(answer), flush=True)
+
+
+def recipe_of(options: Options) -> Recipe:
+    """Return what both sides train."""
+    settings: dict[str, Any] = {**MODELS[options.model], "device": options.device}
+    if options.batch is not None:
+        settings["batch_size"] = options.batch
+    if options.context is not None:
+        settings["block_size"] = options.context
+    return replace(get_recipe("shakespeare-char"), **settings)
 
 
 def time_steps(side: Side, steps: int, device: str) -> float:
@@ -172,12 +224,17 @@ def time_steps(side: Side, steps: int, device: str) -> float:
 @torch.no_grad()
 def describe(side: Side, recipe: Recipe) -> dict[str, Any]:
     """Return the loss on the first part of the validation text, and the facts of the run."""
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # of the steps alone
     size, tokens = recipe.block_size, side.corpus.val
     starts = np.arange(0, len(tokens) - size, size)[:VALIDATION_WINDOWS]
-    inputs, targets = gather(tokens, starts, size)
     side.model.eval()
+    losses = []
+    for some in np.array_split(starts, -(-len(starts) // recipe.batch_size)):
+        inputs, targets = gather(tokens, some, size)
+        losses.append(side.model(inputs.to(recipe.device), targets.to(recipe.device)).item())
     return {
-        "loss": side.model(inputs.to(recipe.device), targets.to(recipe.device)).item(),
+        "loss": sum(losses) / len(losses),
+        "peak_mb": peak_mb,
         "tokens": recipe.grad_accum * recipe.batch_size * recipe.block_size,
         "threads": torch.get_num_threads(),
     }
@@ -186,11 +243,15 @@ def describe(side: Side, recipe: Recipe) -> dict[str, Any]:
 def fastgpt_side(recipe: Recipe) -> Side:
     """Return fastgpt's trainer, doing its own steps with all that belongs to them."""
     trainer = Trainer(recipe)
+    trainer._feed = trainer._feeder()
     progress = Progress(0, recipe.max_steps)
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            trainer._step(progress)
+            trainer._step()
+            progress.stepped(trainer.step, trainer.step_tokens)
+            if progress.due():
+                trainer._log(progress)
 
     return Side(trainer.model, trainer.corpus, run)
 

@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastgpt.errors import UsageError
+from fastgpt.processor import bfloat16_units
 
 
 @dataclass(frozen=True)
@@ -70,24 +70,13 @@ def fastest(precisions: Sequence[Precision], trial: Callable[[Precision], object
     return replace(best, reason=reason)
 
 
-def has_bfloat16_units() -> bool:
-    """Whether this machine's processor multiplies bfloat16 by instructions of its own."""
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return True
-    with suppress(OSError):  # Linux alone has it; on ARM the word is among the "Features"
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("Features"):
-                return "bf16" in line.split()
-    return False
-
-
 def _best(device: torch.device) -> list[Precision]:
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return [Precision(device, torch.bfloat16)]
         return [Precision(device, torch.float16, reason="this GPU has no bfloat16 units")]
     if device.type == "cpu":
-        if has_bfloat16_units():
+        if bfloat16_units():
             return [Precision(device, torch.float32), Precision(device, torch.bfloat16)]
         return [Precision(device, torch.float32, reason="this processor has no bfloat16 units")]
     return [Precision(device, torch.float32)]

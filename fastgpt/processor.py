@@ -1,14 +1,6 @@
-"""Which precision a device multiplies matrices in the fastest, where training still works as well.
+"""What this machine's processor says of itself."""
 
-bfloat16 halves the memory of what is multiplied, and is several times as fast as float32 on units
-made for it; without them it is far slower.
-"""
-
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import torch
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -21,32 +13,7 @@ BFLOAT16_UNITS = {
 }
 
 
-@dataclass(frozen=True)
-class Precision:
-    """What matrices are multiplied in, and why, as a person is told."""
-
-    dtype: Literal["float32", "bfloat16"]
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.dtype}: {self.reason}"
-
-
-def choose_dtype(device: torch.device) -> Precision:
-    """Return the precision for training on a device. Weights and sums stay in fp32 either way."""
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Precision("bfloat16", "this GPU has units for it")
-        return Precision("float32", "this GPU has no bfloat16 units")
-    if device.type == "cpu":
-        units = cpu_bfloat16_units()
-        if units:
-            return Precision("bfloat16", f"this processor has units for it ({units})")
-        return Precision("float32", "this processor has no bfloat16 units")
-    return Precision("float32", f"bfloat16 was not tried on {device.type}")
-
-
-def cpu_bfloat16_units() -> str | None:
+def bfloat16_units() -> str | None:
     """Return the name of this processor's instructions for bfloat16; None if none are known."""
     flags = _flags()
     return next((name for flag, name in BFLOAT16_UNITS.items() if flag in flags), None)

@@ -167,6 +167,11 @@ class Trainer:
         """How many steps the run has done."""
         return self.standing.step
 
+    @property
+    def step_tokens(self) -> int:
+        """How many tokens a step is, over all processes."""
+        return self._sequences * self.recipe.block_size
+
     # --- a run's parts -------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -350,7 +355,7 @@ class Trainer:
             self._evaluate(progress)
         while not self._finished():
             self._step()
-            progress.stepped(self.step, self._sequences * self.recipe.block_size)
+            progress.stepped(self.step, self.step_tokens)
             requested, due = self.world.agree(stop.requested, progress.due())
             if due:
                 self._log(progress)
@@ -604,8 +609,7 @@ class Trainer:
 
     def _record(self, **values: float) -> None:
         if self.loggers is not None:
-            tokens = self.step * self._sequences * self.recipe.block_size
-            self.loggers.log(self.step, {**values, "tokens": tokens})
+            self.loggers.log(self.step, {**values, "tokens": self.step * self.step_tokens})
 
     def _summary(self) -> str:
         """Say what is about to happen, and what was decided on the way."""

@@ -14,13 +14,13 @@ CPU = torch.device("cpu")
 
 
 def test_a_processor_without_units_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "has_bfloat16_units", lambda: False)
+    monkeypatch.setattr(precision, "bfloat16_units", lambda: None)
     (only,) = choose_precision("auto", CPU)
     assert str(only) == "float32 (this processor has no bfloat16 units)"
 
 
 def test_with_units_a_trial_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(precision, "bfloat16_units", lambda: "AMX")
     candidates = choose_precision("auto", CPU)
     assert [c.name for c in candidates] == ["float32", "bfloat16"]
     slow = {torch.float32: 0.03, torch.bfloat16: 0.001}
@@ -44,7 +44,7 @@ def test_a_run_stays_with_what_it_found(verse, tmp_path, monkeypatch) -> None:
         data=str(verse), out=str(tmp_path / "run"), n_layer=1, n_head=2, n_embd=16, block_size=16,
         batch_size=4, max_steps=2, eval_interval=2, sample_tokens=1, device="cpu",
     )  # fmt: skip
-    monkeypatch.setattr(precision, "has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(precision, "bfloat16_units", lambda: "AMX")
     monkeypatch.setattr("fastgpt.trainer.fastest", lambda both, trial: (trial(both[1]), both[1])[1])
     trainer = Trainer(recipe)
     assert all(p.grad is None for p in trainer.model.parameters())
