@@ -224,7 +224,7 @@ def time_steps(side: Side, steps: int, device: str) -> float:
 @torch.no_grad()
 def describe(side: Side, recipe: Recipe) -> dict[str, Any]:
     """Return the loss on the first part of the validation text, and the facts of the run."""
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # of the steps alone
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # of the steps alone
     size, tokens = recipe.block_size, side.corpus.val
     starts = np.arange(0, len(tokens) - size, size)[:VALIDATION_WINDOWS]
     side.model.eval()

@@ -32,6 +32,11 @@ std::size_t queries_at_once() { return 8 * kernels().rows; }
 
 std::size_t round_up(std::size_t n, std::size_t step) { return (n + step - 1) / step * step; }
 
+// Keys and what stands for them are so many, for whole panels and whole vectors.
+std::size_t padded_time(std::size_t time) {
+  return round_up(round_up(time, kernels().columns), kLanes);
+}
+
 // A matrix in row-major order.
 struct Rows {
   const float* data;
@@ -90,32 +95,50 @@ void multiply(const float* a, const float* b, std::size_t b_depth, std::size_t r
   }
 }
 
-// Makes scores of `seen` keys probabilities, and those of the keys behind them, up to n, 0.
-// Returns the logarithm of the denominator.
-void softmax_row(std::size_t seen, std::size_t n, float scale, float* __restrict scores,
-                 float* log_sum) {
-  const float largest = lane_max(scores, seen) * scale;
-  for (std::size_t i = 0; i < seen; ++i) scores[i] = exp_minus(largest - scores[i] * scale);
-  const float sum = lane_sum<float>(seen, [=](std::size_t i) { return scores[i]; });
-  const float factor = 1.0F / sum;
-  for (std::size_t i = 0; i < seen; ++i) scores[i] *= factor;
-  for (std::size_t i = seen; i < n; ++i) scores[i] = 0.0F;
-  *log_sum = largest + std::log(sum);
+// The rows of a block of queries: the first sees `seen` keys, each one more than the one before.
+struct Scores {
+  std::size_t rows, seen, stride;
+  float scale;
+
+  // How much of a row is computed, so that short rows, too, are whole vectors.
+  std::size_t length() const { return round_up(seen + rows - 1, kLanes); }
+};
+
+// Makes scores probabilities, and 0 behind what a row sees; log_sums get the logarithms of the
+// denominators.
+void softmax_rows(const Scores& block, float* all, float* log_sums) {
+  const std::size_t n = block.length();
+  for (std::size_t row = 0; row < block.rows; ++row) {
+    float* __restrict scores = all + row * block.stride;
+    const float scale = block.scale;
+    std::fill(scores + block.seen + row, scores + n, -HUGE_VALF);
+    const float largest = lane_max(scores, n) * scale;
+    for (std::size_t i = 0; i < n; ++i) scores[i] = exp_minus(largest - scores[i] * scale);
+    const float sum = lane_sum<float>(n, [=](std::size_t i) { return scores[i]; });
+    const float factor = 1.0F / sum;
+    for (std::size_t i = 0; i < n; ++i) scores[i] *= factor;
+    log_sums[row] = largest + std::log(sum);
+  }
 }
 
 // From scores and the gradient of the probabilities to probabilities and the gradient of the
-// scores.
-void softmax_row_backward(std::size_t seen, std::size_t n, float scale, float log_sum, float delta,
-                          float* __restrict scores, float* __restrict grad) {
-  for (std::size_t i = 0; i < seen; ++i) {
-    scores[i] = exp_minus(log_sum - scores[i] * scale);
-    grad[i] = scores[i] * (grad[i] - delta) * scale;
+// scores; y and grad_y are what attention put out for these rows, and its gradient.
+void softmax_rows_backward(const Scores& block, std::size_t size, const float* log_sums,
+                           const Rows& y, const Rows& grad_y, float* all, float* all_grad) {
+  const std::size_t n = block.length();
+  for (std::size_t row = 0; row < block.rows; ++row) {
+    const float *of_y = y.from(row).data, *of_grad = grad_y.from(row).data;
+    float* __restrict scores = all + row * block.stride;
+    float* __restrict grad = all_grad + row * block.stride;
+    const float delta = lane_sum<float>(size, [=](std::size_t i) { return of_y[i] * of_grad[i]; });
+    const float scale = block.scale, log_sum = log_sums[row];
+    std::fill(scores + block.seen + row, scores + n, -HUGE_VALF);
+    std::fill(grad + block.seen + row, grad + n, 0.0F);
+    for (std::size_t i = 0; i < n; ++i) {
+      scores[i] = exp_minus(log_sum - scores[i] * scale);
+      grad[i] = scores[i] * (grad[i] - delta) * scale;
+    }
   }
-  for (std::size_t i = seen; i < n; ++i) scores[i] = grad[i] = 0.0F;
-}
-
-void dot(std::size_t n, const float* x, const float* y, float* result) {
-  *result = lane_sum<float>(n, [=](std::size_t i) { return x[i] * y[i]; });
 }
 
 // One head of one sequence.
@@ -135,7 +158,7 @@ Head head_of(const Attention& all, std::size_t index) {
 void forward_head(const Head& head, Workspace& space, float* y, std::size_t y_stride,
                   float* log_sums) {
   const std::size_t time = head.time, size = head.size, most = queries_at_once();
-  const std::size_t padded = round_up(time, kernels().columns);
+  const std::size_t padded = padded_time(time);
   const std::size_t packed = padded * round_up(size, kernels().columns);
   space.restart(2 * packed + most * (size + 2 * padded) + 5 * 64);
   float* keys = space.take(padded * size);
@@ -149,10 +172,8 @@ void forward_head(const Head& head, Workspace& space, float* y, std::size_t y_st
     const std::size_t rows = std::min(most, time - first), seen = first + rows;
     pack_a(head.q.from(first), rows, size, Reads::kByRows, queries);
     multiply(queries, keys, size, rows, seen, size, false, scores, padded);
-    for (std::size_t i = 0; i < rows; ++i) {
-      run_vectorized<softmax_row>(first + i + 1, seen, head.scale, scores + i * padded,
-                                  log_sums + first + i);
-    }
+    run_vectorized<softmax_rows>(Scores{rows, first + 1, padded, head.scale}, scores,
+                                 log_sums + first);
     pack_a({scores, padded}, rows, seen, Reads::kByRows, shares);
     multiply(shares, values, time, rows, size, seen, false, y + first * y_stride, y_stride);
   }
@@ -161,7 +182,7 @@ void forward_head(const Head& head, Workspace& space, float* y, std::size_t y_st
 void backward_head(const Head& head, Workspace& space, const Rows& y, const float* log_sums,
                    const Rows& grad_y, float* grad_q, std::size_t stride, std::size_t width) {
   const std::size_t time = head.time, size = head.size, most = queries_at_once();
-  const std::size_t padded = round_up(time, kernels().columns);
+  const std::size_t padded = padded_time(time);
   const std::size_t wide = round_up(size, kernels().columns);
   const std::size_t tall = round_up(time, kernels().rows);
   space.restart(3 * padded * wide + most * (3 * padded + 3 * wide) + tall * most + 10 * 64);
@@ -183,12 +204,8 @@ void backward_head(const Head& head, Workspace& space, const Rows& y, const floa
     multiply(left, keys, size, rows, seen, size, false, scores, padded);
     pack_a(dy, rows, size, Reads::kByRows, left);
     multiply(left, values, size, rows, seen, size, false, grad, padded);
-    for (std::size_t i = 0; i < rows; ++i) {
-      float delta = 0.0F;
-      run_vectorized<dot>(size, y.from(first + i).data, dy.from(i).data, &delta);
-      run_vectorized<softmax_row_backward>(first + i + 1, seen, head.scale, log_sums[first + i],
-                                           delta, scores + i * padded, grad + i * padded);
-    }
+    run_vectorized<softmax_rows_backward>(Scores{rows, first + 1, padded, head.scale}, size,
+                                          log_sums + first, y.from(first), dy, scores, grad);
     pack_a({grad, padded}, rows, seen, Reads::kByRows, left);
     multiply(left, key_rows, time, rows, size, seen, false, grad_q + first * stride, stride);
     // What keys and values get from these queries: the first to see a key finds nothing there yet.
