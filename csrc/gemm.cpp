@@ -293,7 +293,7 @@ GemmCode best_gemm_code() {
 }
 
 bool gemm_is_faster() {
-  static const bool faster = best_gemm_code() != GemmCode::kPortable && is_amd();
+  static const bool faster = best_gemm_code() == GemmCode::kAvx2 && is_amd();
   return faster;
 }
 

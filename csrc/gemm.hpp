@@ -42,7 +42,8 @@ bool can_run(GemmCode code);
 // The fastest code that it can run.
 GemmCode best_gemm_code();
 
-// Whether `gemm` is to be preferred to MKL, which is slow on processors that are not Intel's.
+// Whether `gemm` is to be preferred to MKL: on processors with AVX2 that are not Intel's, where MKL
+// falls short and this was measured. With AVX-512 it was not.
 bool gemm_is_faster();
 
 // Computes the product on up to `threads` threads, whose number changes no bit of the result.

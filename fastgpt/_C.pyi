@@ -227,7 +227,7 @@ def gemm(
     """
 
 def gemm_is_faster() -> bool:
-    """Whether `gemm` outruns PyTorch's product: MKL is slow on processors that are not Intel's."""
+    """Whether to prefer `gemm` to PyTorch's product: on AMD's processors with AVX2 at most."""
 
 def pool_array(shape: Sequence[int]) -> NDArray[np.float32] | None:
     """Return an array from the pool for a step's memory, not initialised; None if there is none."""

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from fastgpt.errors import UsageError
+from fastgpt.processor import bfloat16_units
 
 
 def run(command: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 when done, 2 after one line on wrong use, 130 on Ctrl-C."""
     _wait_briefly()
+    _use_huge_pages()
     if isinstance(sys.stdout, io.TextIOWrapper):  # an ASCII pipe must not end a run
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -26,6 +28,16 @@ def run(command: Callable[[Sequence[str]], None], args: Sequence[str] | None = N
         sys.stderr.close()
         sys.exit(141)
     sys.exit(0)
+
+
+def _use_huge_pages() -> None:
+    """Have PyTorch lay large tensors in huge pages on a CPU where it trains in bfloat16.
+
+    PyTorch reads this before its first tensor. In float32 training's large tensors come from a pool
+    that has them anyway (see `fastgpt.host_memory`).
+    """
+    if bfloat16_units():
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _wait_briefly() -> None:
