@@ -111,6 +111,8 @@ class FusedAdamW(torch.optim.AdamW):
             for _ in some
         ]
         moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")]
+        if torch._C._len_torch_dispatch_stack():  # no memory behind a fake tensor, for example
+            raise RuntimeError("FusedAdamW cannot be traced on a CPU: use torch.optim.AdamW there")
         rows = [
             (tensors[0].numel(), *(tensor.data_ptr() for tensor in tensors))
             for tensors in zip(params, grads, *moments, strict=True)

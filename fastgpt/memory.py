@@ -16,6 +16,7 @@ import torch
 
 from fastgpt.errors import UsageError
 from fastgpt.model import GPTConfig
+from fastgpt.ops.cpu import MAX_LOGITS as LOOPS_LOGITS
 from fastgpt.ops.native import MAX_LOGITS
 
 HEADROOM = 0.1  # of what is free, for what no estimate sees
@@ -306,6 +307,7 @@ def _moments(
     early = setup.world_size > 1 or setup.sequences > setup.micro_batch
     before = all_gradients if early else 0
     waiting = table if early or config.tie_weights else 0
+    tied_twice = config.tie_weights and not _by_loops(setup)
 
     full = n * _kept_by_block(setup)
     kept = n * config.n_embd * (FP32 + e) if setup.recompute else full
@@ -328,8 +330,8 @@ def _moments(
     gradients = all_gradients + (waiting if early else 0)
     yield gradients, kept + redone + inside, 0, one_cast // n_layer
     # The embedding's gradient is as large as the table, and so are the head's, which waits for it,
-    # and the sum of both.
-    tables = (int(early) + 2 * int(config.tie_weights)) * table
+    # and the sum of both. The loops add the rows' to the head's where it is.
+    tables = (int(early) + 2 * int(tied_twice)) * table
     yield all_gradients + tables, n * config.n_embd * FP32, 0, 0
 
 
@@ -346,6 +348,8 @@ def _kept_by_block(setup: Setup) -> int:
     if setup.backend == "reference":
         return _kept_by_reference(setup)
     kept = width * (2 * FP32 + 14 * e) + 2 * 2 * FP32 + heads * FP32
+    if _by_loops(setup):  # which compute what the norms and GELU put out again
+        kept -= 6 * width * e
     if config.dropout:
         kept += 2 * width * _mask_bytes(setup)
         if setup.device == "cpu" and setup.backend == "native":
@@ -372,6 +376,12 @@ def _kept_by_reference(setup: Setup) -> int:
     return kept
 
 
+def _by_loops(setup: Setup) -> bool:
+    """Whether the loops of `fastgpt.ops.cpu` compute."""
+    fp32_on_cpu = setup.device == "cpu" and setup.dtype == torch.float32
+    return fp32_on_cpu and setup.backend == "native"
+
+
 def _mask_bytes(setup: Setup) -> int:
     """Return the bytes per number of a dropout mask: bool on CUDA, in the dtype on a CPU."""
     return setup.dtype.itemsize if setup.device == "cpu" else 1
@@ -384,6 +394,8 @@ def _backward_of_mlp(setup: Setup) -> int:
     """
     e = setup.dtype.itemsize
     incoming = FP32 if e == FP32 else FP32 + e  # of the residual stream, and rounded of the branch
+    if _by_loops(setup):
+        incoming += FP32  # the norm's result, once more
     return setup.config.n_embd * (incoming + 4 * e - FP32 - e)
 
 
@@ -394,6 +406,8 @@ def _loss(setup: Setup, n: int) -> tuple[int, int]:
         return _loss_of_kernels(n, vocab, width, e)
     if setup.backend == "reference":
         return n * vocab * (2 * FP32 + e % FP32), n * vocab * 5 * FP32
+    if _by_loops(setup):  # one chunk, and the gradients at once
+        return min(n * vocab, LOOPS_LOGITS) * FP32 + (n + vocab) * width * FP32, 0
     if n * vocab <= MAX_LOGITS:
         # The logits (rounded, then in fp32), and their logarithms; then the gradients of both.
         logits = FP32 if e == FP32 else e + FP32

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 from fastgpt import fused_adamw
@@ -416,3 +417,11 @@ def test_a_parameter_with_gaps_is_refused(device):
     param.grad = torch.ones(3, 2, device=device)
     with pytest.raises(ValueError, match=r"gaps or overlaps, not \[3, 2\] strided \[4, 2\]"):
         FusedAdamW([param]).step()
+
+
+def test_tensors_without_memory_are_refused() -> None:
+    with FakeTensorMode():
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        with pytest.raises(RuntimeError, match="cannot be traced on a CPU: use torch.optim.AdamW"):
+            FusedAdamW([param]).step()
