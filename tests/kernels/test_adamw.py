@@ -423,5 +423,5 @@ def test_tensors_without_memory_are_refused() -> None:
     with FakeTensorMode():
         param = torch.nn.Parameter(torch.ones(3))
         param.grad = torch.ones(3)
-        with pytest.raises(RuntimeError, match="cannot be traced on a CPU: use torch.optim.AdamW"):
+        with pytest.raises(RuntimeError, match="cannot be traced on a CPU"):
             FusedAdamW([param]).step()
