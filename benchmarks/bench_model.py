@@ -25,6 +25,7 @@ from benchmarks.common import (
     compile_or_skip,
     measure,
 )
+from fastgpt.fused_adamw import FusedAdamW
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.optim import make_optimizer
 from fastgpt.recipes import RECIPES, Recipe
@@ -153,10 +154,12 @@ def training_step(
         betas = (recipe.beta1, recipe.beta2)
         optimizer = peers.make_optimizer(model, recipe.lr, betas, recipe.weight_decay)
     run = forward_backward(model, setting, inputs, targets)
+    clips_itself = isinstance(optimizer, FusedAdamW)
 
     def work() -> None:
         run()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+        if not clips_itself:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
         optimizer.step()
 
     return work
