@@ -21,7 +21,7 @@ import torch
 from fastgpt import GPT, GPTConfig
 from fastgpt.checkpointer import Checkpointer, TrainingState
 from fastgpt.signals import Stopped, StopSignal
-from fastgpt.tensor_file import TensorFile
+from fastgpt import checkpointer as writer
 
 torch.set_num_threads(1)
 run, model = Path(sys.argv[1]), GPT(GPTConfig(7, 8, 1, 2, 8))
@@ -31,11 +31,11 @@ def save(checkpointer, step):
     checkpointer.save(TrainingState(step, weights, weights, None, model.config, "", ""))
 
 def slow(seconds):
-    write = TensorFile.write
-    def write_later(self, *args):
+    write = writer.write_tensors
+    def write_later(*args):
         time.sleep(seconds)
-        return write(self, *args)
-    TensorFile.write = write_later
+        return write(*args)
+    writer.write_tensors = write_later
 """
 
 STEPS = """
