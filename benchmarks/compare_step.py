@@ -57,7 +57,7 @@ MODELS = {
     },
 }
 LOG_INTERVAL = 10  # nanoGPT's: how often its loop waits for the loss
-VALIDATION_WINDOWS = 64
+VALIDATION_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def describe(side: Side, recipe: Recipe) -> dict[str, Any]:
     """Return the loss on the first part of the validation text, and the facts of the run."""
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # of the steps alone
     size, tokens = recipe.block_size, side.corpus.val
-    starts = np.arange(0, len(tokens) - size, size)[:VALIDATION_WINDOWS]
+    starts = np.arange(0, len(tokens) - size, size)[: max(1, VALIDATION_TOKENS // size)]
     side.model.eval()
     losses = []
     for some in np.array_split(starts, -(-len(starts) // recipe.batch_size)):
