@@ -3,12 +3,15 @@
 
 #include <cstddef>
 
+#include "bfloat16.hpp"
+
 namespace fastgpt {
 
-// qkv holds [batch, time, 3, heads, size]; results [batch, time, heads, size].
+// qkv holds [batch, time, 3, heads, size]; results [batch, time, heads, size]. All that is called
+// ConstFloats or Floats is in fp32, or all of it in bfloat16, and then products are, too.
 struct Attention {
   std::size_t batch = 0, time = 0, heads = 0, size = 0;
-  const float* qkv = nullptr;
+  ConstFloats qkv;
 };
 
 // Whether this processor has the vector instructions that make this worth while.
@@ -16,10 +19,11 @@ bool attention_is_fast();
 
 // y = softmax(q kᵀ / √size) v, where a query sees the keys up to its own. log_sums [batch, heads,
 // time] gets the logarithms of the softmaxes' denominators.
-void attention_forward(const Attention& attention, float* y, float* log_sums, unsigned threads);
+void attention_forward(const Attention& attention, const Floats& y, float* log_sums,
+                       unsigned threads);
 
 // grad_qkv [batch, time, 3, heads, size], given that of y.
-void attention_backward(const Attention& attention, const float* y, const float* log_sums,
-                        const float* grad_y, float* grad_qkv, unsigned threads);
+void attention_backward(const Attention& attention, const ConstFloats& y, const float* log_sums,
+                        const ConstFloats& grad_y, const Floats& grad_qkv, unsigned threads);
 
 }  // namespace fastgpt

@@ -20,12 +20,12 @@ namespace {
 
 // A panel of B of that depth stays in the first-level cache beside one of A, a block of A in the
 // second level, and a chunk of B in the third.
-constexpr std::size_t kDepth = 256;
+constexpr std::size_t kWordsDeep = 256;
 constexpr std::size_t kRows = 144;
 constexpr std::size_t kColumns = 768;
-constexpr std::size_t kBlocksInChunk = 16;
-constexpr std::size_t kFloatsInChunk = std::size_t{1} << 21;
-constexpr std::size_t kFloatsToPack = std::size_t{1} << 14;  // in one task
+constexpr std::size_t kBlocksInChunk = 4;
+constexpr std::size_t kWordsInChunk = std::size_t{1} << 20;
+constexpr std::size_t kWordsToPack = std::size_t{1} << 14;  // in one task
 constexpr std::size_t kTilesPerThread = 8;  // so that a slow thread delays the others little
 constexpr std::size_t kFewRows = 24, kFewColumns = 64;       // of a tile that is not all
 constexpr std::size_t kWorthATile = std::size_t{1} << 19;    // multiplications
@@ -50,18 +50,26 @@ Range part_of(std::size_t n, std::size_t part, std::size_t index) {
   return {std::min(n, index * part), std::min(n, (index + 1) * part)};
 }
 
+// What gets A · B and the bias as they are, if anything does.
+const MatrixView<Floats>& target_of_sums(const Gemm& g) { return g.pre.numbers ? g.pre : g.c; }
+
+// Whether that cannot hold sums of fp32.
+bool sums_aside(const Gemm& g) { return target_of_sums(g).numbers.bf16; }
+
 // How the product is cut up. Each element of C is the sum of blocks in depth, in their order,
 // whatever the rest is: that alone decides its bits.
 struct Plan {
   Plan(const Gemm& g, const GemmKernels& kernels, unsigned threads) {
-    depth = equal_part(g.k, kDepth, 8);
-    chunk_depth = depth * kBlocksInChunk;
+    depth = equal_part(g.k, kWordsDeep * kernels.depths_per_word, 8);
+    // Between chunks of depth, sums wait in C: it must be able to hold them.
+    chunk_depth = sums_aside(g) ? std::max(round_up(g.k, depth), depth) : depth * kBlocksInChunk;
     depth_chunks = std::max(ceil_div(g.k, chunk_depth), std::size_t{1});
     const std::size_t deep = std::min(chunk_depth, std::max(round_up(g.k, depth), depth));
+    const std::size_t words = kernels.words(deep);
     chunk_columns =
-        equal_part(g.n, std::max(kFloatsInChunk / deep, kernels.columns), kernels.columns);
+        equal_part(g.n, std::max(kWordsInChunk / words, kernels.columns), kernels.columns);
     column_chunks = std::max(ceil_div(g.n, chunk_columns), std::size_t{1});
-    chunk_floats = chunk_columns * deep;
+    chunk_words = chunk_columns * words;
 
     const std::size_t chunk_work = g.m * chunk_columns * deep;
     const std::size_t tiles_wanted =
@@ -77,18 +85,25 @@ struct Plan {
     columns = equal_part(chunk_columns, std::min(few_columns, most_columns), kernels.columns);
     column_tiles = ceil_div(chunk_columns, columns);
 
-    pack_columns = std::max(kFloatsToPack / deep / kernels.columns, std::size_t{1});
+    pack_columns = std::max(kWordsToPack / words / kernels.columns, std::size_t{1});
     pack_columns = std::min(pack_columns * kernels.columns, chunk_columns);
     pack_tasks = ceil_div(chunk_columns, pack_columns);
+
+    // A panel's sums that are complete after one block go where the next panel's will, so that they
+    // stay in the first-level cache.
+    sums_step = sums_aside(g) && g.k > depth ? rows * kernels.columns : 0;
+    if (sums_aside(g))
+      sums = std::max(sums_step * ceil_div(columns, kernels.columns), rows * kernels.columns);
   }
 
   std::size_t chunks() const { return column_chunks * depth_chunks; }
   std::size_t tiles() const { return row_tiles * column_tiles; }
 
   std::size_t depth, chunk_depth, depth_chunks;
-  std::size_t chunk_columns, column_chunks, chunk_floats;
+  std::size_t chunk_columns, column_chunks, chunk_words;
   std::size_t rows, row_tiles, columns, column_tiles;
   std::size_t pack_columns, pack_tasks;  // in a chunk
+  std::size_t sums = 0, sums_step = 0;   // floats for a thread's, and from panel to panel
 };
 
 // What a thread's products pack into, kept for the next.
@@ -109,13 +124,13 @@ class Job {
  public:
   Job(const Gemm& product, const GemmKernels& kernels, unsigned threads)
       : g_(product), kernels_(kernels), plan_(product, kernels, threads) {
-    const std::size_t a_floats = round_up(plan_.rows * plan_.depth + kGemmSlack, kCacheLine);
-    const std::size_t b_floats = round_up(plan_.chunk_floats, kCacheLine);
+    a_words_ = round_up(plan_.rows * kernels.words(plan_.depth) + kGemmSlack, kCacheLine);
+    own_words_ = a_words_ + round_up(plan_.sums, kCacheLine);
+    const std::size_t b_words = round_up(plan_.chunk_words + kGemmSlack, kCacheLine);
     const std::size_t b_buffers = std::min(plan_.chunks(), b_.size());
-    float* memory = workspace(b_buffers * b_floats + threads * a_floats);
-    for (std::size_t i = 0; i < b_buffers; ++i) b_[i] = memory + i * b_floats;
-    a_ = memory + b_buffers * b_floats;
-    a_floats_ = a_floats;
+    float* memory = workspace(b_buffers * b_words + threads * own_words_);
+    for (std::size_t i = 0; i < b_buffers; ++i) b_[i] = memory + i * b_words;
+    own_ = memory + b_buffers * b_words;
   }
 
   void work(std::size_t rank) {
@@ -131,7 +146,7 @@ class Job {
       } else {
         wait_for_packing(chunk);
         if (chunk >= plan_.column_chunks) wait_for_tiles(chunk - plan_.column_chunks);
-        multiply(chunk, index - plan_.pack_tasks, a_ + rank * a_floats_);
+        multiply(chunk, index - plan_.pack_tasks, own_ + rank * own_words_);
         multiplied_[chunk % kBuffers].fetch_add(1, std::memory_order_release);
       }
     }
@@ -173,23 +188,23 @@ class Job {
   void pack(std::size_t chunk, std::size_t index) {
     const Range all = columns_of(chunk), depths = depths_of(chunk);
     const Range columns = part_of(all.size(), plan_.pack_columns, index);
-    const std::size_t padded = round_up(columns.size(), kernels_.columns);
     for (std::size_t block = 0; block < blocks_in(depths); ++block) {
       const Range part = part_of(depths.size(), plan_.depth, block);
       const std::size_t column = all.begin + columns.begin, depth = depths.begin + part.begin;
-      const float* from = g_.transpose_b ? g_.b.data + column * g_.b.stride + depth
-                                         : g_.b.data + depth * g_.b.stride + column;
-      float* to = packed_b(chunk, part, columns.begin);
-      kernels_.pack_b({from, g_.b.stride, !g_.transpose_b, columns.size(), part.size()}, to);
-      if (g_.gelu_b) kernels_.gelu(to, padded * part.size());
+      const ConstFloats from = g_.b.numbers + (g_.transpose_b ? column * g_.b.stride + depth
+                                                              : depth * g_.b.stride + column);
+      kernels_.pack_b({from, g_.b.stride, !g_.transpose_b, columns.size(), part.size(), g_.gelu_b},
+                      packed_b(chunk, part, columns.begin));
     }
   }
 
   float* packed_b(std::size_t chunk, const Range& block, std::size_t column) const {
-    return b_[chunk % kBuffers] + plan_.chunk_columns * block.begin + column * block.size();
+    return b_[chunk % kBuffers] + plan_.chunk_columns * kernels_.words(block.begin) +
+           column * kernels_.words(block.size());
   }
 
-  void multiply(std::size_t chunk, std::size_t index, float* packed_a) {
+  // own: this thread's memory for packed rows of A, and for sums behind them.
+  void multiply(std::size_t chunk, std::size_t index, float* own) {
     const Range all = columns_of(chunk), depths = depths_of(chunk);
     const Range rows = part_of(g_.m, plan_.rows, index / plan_.column_tiles);
     const Range columns = part_of(all.size(), plan_.columns, index % plan_.column_tiles);
@@ -199,40 +214,48 @@ class Job {
     for (std::size_t block = 0; block < blocks_in(depths); ++block) {
       const Range part = part_of(depths.size(), plan_.depth, block);
       const std::size_t depth = depths.begin + part.begin;
-      const float* from = g_.transpose_a ? g_.a.data + depth * g_.a.stride + rows.begin
-                                         : g_.a.data + rows.begin * g_.a.stride + depth;
-      kernels_.pack_a({from, g_.a.stride, g_.transpose_a, rows.size(), part.size()}, packed_a);
+      const ConstFloats from = g_.a.numbers + (g_.transpose_a ? depth * g_.a.stride + rows.begin
+                                                              : rows.begin * g_.a.stride + depth);
+      kernels_.pack_a({from, g_.a.stride, g_.transpose_a, rows.size(), part.size()}, own);
       if (sums) {
         float* to = g_.row_sums + rows.begin;
         if (depth == 0 && !g_.accumulate) std::fill_n(to, rows.size(), 0.0F);
-        kernels_.add_row_sums(packed_a, rows.size(), part.size(), to);
+        kernels_.add_row_sums(own, rows.size(), kernels_.words(part.size()), to);
       }
-      kernels_.multiply(block_of(rows, column, columns.size(), depth, part.size(), packed_a,
-                                 packed_b(chunk, part, columns.begin)));
+      GemmBlock tile = block_of(rows, column, depth, part.size(), own + a_words_);
+      tile.a = own;
+      tile.b = packed_b(chunk, part, columns.begin);
+      tile.columns = columns.size();
+      kernels_.multiply(tile);
     }
   }
 
-  GemmBlock block_of(const Range& rows, std::size_t column, std::size_t columns, std::size_t depth,
-                     std::size_t depths, const float* a, const float* b) const {
+  // The block of C at some rows and a column to which some depths are added: all but what is added.
+  GemmBlock block_of(const Range& rows, std::size_t column, std::size_t depth, std::size_t depths,
+                     float* sums) const {
     const auto at = [&](const auto& matrix) {
-      return matrix.data + rows.begin * matrix.stride + column;
+      return GemmRows<decltype(matrix.numbers)>{
+          matrix.numbers + (rows.begin * matrix.stride + column), matrix.stride};
     };
-    const auto& sum = g_.pre.data != nullptr ? g_.pre : g_.c;
+    const MatrixView<Floats>& target = target_of_sums(g_);
     GemmBlock block{};
-    block.a = a;
-    block.b = b;
     block.rows = rows.size();
-    block.columns = columns;
-    block.depth = depths;
-    block.c = at(sum);
-    block.c_stride = sum.stride;
+    block.depth = kernels_.words(depths);
     block.add = g_.accumulate || depth > 0;
+    if (sums_aside(g_)) {
+      block.sum = sums;
+      block.sum_stride = kernels_.columns;
+      block.panel_step = plan_.sums_step;
+    } else {
+      block.sum = static_cast<float*>(at(target).first.data);
+      block.sum_stride = target.stride;
+      block.panel_step = kernels_.columns;
+    }
     if (depth + depths == g_.k) {
       block.bias = g_.bias != nullptr ? g_.bias + column : nullptr;
-      block.gelu = g_.gelu ? at(g_.c) : nullptr;
-      block.gelu_stride = g_.c.stride;
-      block.gelu_grad = g_.gelu_grad.data != nullptr ? at(g_.gelu_grad) : nullptr;
-      block.gelu_grad_stride = g_.gelu_grad.stride;
+      if (g_.gelu_grad.numbers) block.gelu_grad = at(g_.gelu_grad);
+      if (sums_aside(g_) && (!g_.gelu || g_.pre.numbers)) block.c = at(target);
+      if (g_.gelu) block.gelu = at(g_.c);
     }
     return block;
   }
@@ -241,8 +264,8 @@ class Job {
   const GemmKernels& kernels_;
   const Plan plan_;
   std::array<float*, kBuffers> b_{};
-  float* a_ = nullptr;
-  std::size_t a_floats_ = 0;
+  float* own_ = nullptr;  // memory of each thread, [threads, own_words_]
+  std::size_t own_words_ = 0, a_words_ = 0;
   alignas(64) Counter next_{0};
   alignas(64) std::array<Counter, kBuffers> packed_{};
   alignas(64) std::array<Counter, kBuffers> multiplied_{};
@@ -254,6 +277,10 @@ const GemmKernels* kernels_of(GemmCode code) {
       return gemm_kernels_avx2();
     case GemmCode::kAvx512:
       return gemm_kernels_avx512();
+    case GemmCode::kBf16Portable:
+      return gemm_kernels_bf16_portable();
+    case GemmCode::kBf16Avx512:
+      return gemm_kernels_bf16_avx512();
     default:
       return gemm_kernels_portable();
   }
@@ -272,12 +299,27 @@ bool is_amd() {
 #endif
 }
 
+// Whether the processor has AMX's tiles for bfloat16: leaf 7, bit 22 of EDX.
+bool has_amx() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22U & 1U) != 0;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 bool can_run(GemmCode code) {
   if (kernels_of(code) == nullptr) return false;
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (code == GemmCode::kAvx512) return __builtin_cpu_supports("avx512f");
+  const bool avx512 = __builtin_cpu_supports("avx512f");
+  if (code == GemmCode::kAvx512) return avx512;
+  if (code == GemmCode::kBf16Avx512) {
+    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl");
+  }
   if (code == GemmCode::kAvx2) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   }
@@ -285,16 +327,21 @@ bool can_run(GemmCode code) {
   return true;
 }
 
-GemmCode best_gemm_code() {
+const GemmKernels& gemm_kernels(GemmCode code) { return *kernels_of(code); }
+
+GemmCode best_gemm_code(bool bf16) {
   static const GemmCode best = can_run(GemmCode::kAvx512) ? GemmCode::kAvx512
                                : can_run(GemmCode::kAvx2) ? GemmCode::kAvx2
                                                           : GemmCode::kPortable;
-  return best;
+  static const GemmCode best_bf16 =
+      can_run(GemmCode::kBf16Avx512) ? GemmCode::kBf16Avx512 : GemmCode::kBf16Portable;
+  return bf16 ? best_bf16 : best;
 }
 
-bool gemm_is_faster() {
-  static const bool faster = best_gemm_code() == GemmCode::kAvx2 && is_amd();
-  return faster;
+bool gemm_is_faster(bool bf16) {
+  static const bool faster = best_gemm_code() != GemmCode::kPortable && is_amd();
+  static const bool faster_bf16 = best_gemm_code(true) == GemmCode::kBf16Avx512 && !has_amx();
+  return bf16 ? faster_bf16 : faster;
 }
 
 void gemm(const Gemm& product, unsigned threads, GemmCode code) {
@@ -302,7 +349,7 @@ void gemm(const Gemm& product, unsigned threads, GemmCode code) {
   const std::size_t work = product.m * product.n * std::max(product.k, std::size_t{1});
   const std::size_t useful = std::max(work / kWorthAThread, std::size_t{1});
   const auto team = static_cast<unsigned>(std::min(std::size_t{std::max(threads, 1U)}, useful));
-  Job job(product, *kernels_of(code), team);
+  Job job(product, gemm_kernels(code), team);
   run_team(team, [&job](std::size_t rank) { job.work(rank); });
 }
 

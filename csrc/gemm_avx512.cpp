@@ -26,7 +26,7 @@ struct Avx512 {
     return _mm512_fmadd_ps(x, y, z);
   }
   static void transpose_8x4(const float* const* rows, float* to, std::size_t stride) {
-    transpose_8x4_avx(rows, to, stride);
+    transpose_8x4_avx([rows](int i) { return _mm_loadu_ps(rows[i]); }, to, stride);
   }
 };
 

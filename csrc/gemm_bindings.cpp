@@ -6,8 +6,8 @@
 #include <string>
 
 #include "bindings.hpp"
-#include "dlpack.hpp"
 #include "gemm.hpp"
+#include "tensor_argument.hpp"
 
 namespace py = pybind11;
 
@@ -18,45 +18,10 @@ namespace {
   throw std::invalid_argument(std::string(name) + " " + what);
 }
 
-// How to look at PyTorch's tensors. What it holds lives as long as the process.
-struct TensorType {
-  TensorType() {
-    const py::object tensor = py::module_::import("torch").attr("Tensor");
-    const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
-    const void* found = PyCapsule_CheckExact(capsule.ptr())
-                            ? PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api")
-                            : nullptr;
-    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
-    const auto* exchange = static_cast<const DlExchange*>(found);
-    while (exchange != nullptr && exchange->major != 1) exchange = exchange->older;
-    if (exchange == nullptr || exchange->look_at == nullptr) {
-      throw std::runtime_error("PyTorch 2.11 or newer is needed");
-    }
-    look_at = exchange->look_at;
-    type = reinterpret_cast<PyTypeObject*>(py::object(tensor).release().ptr());
-  }
-
-  static const TensorType& get() {
-    static const TensorType found;
-    return found;
-  }
-
-  decltype(DlExchange::look_at) look_at;
-  PyTypeObject* type;
-};
-
 // A tensor of one or two dimensions as a matrix; of one, as its only row.
 struct Tensor {
-  Tensor(py::handle tensor, const char* name, int dimensions) {
-    const TensorType& known = TensorType::get();
-    if (PyObject_TypeCheck(tensor.ptr(), known.type) == 0) refuse(name, "must be a torch.Tensor");
-    DlTensor seen{};
-    const bool visible = known.look_at(tensor.ptr(), &seen) == 0;
-    if (!visible) PyErr_Clear();  // one without memory
-    if (!visible || seen.type_code != kDlFloat || seen.type_bits != 32 || seen.type_lanes != 1 ||
-        seen.device_type != kDlCpu) {
-      refuse(name, "must be of float32 and on the CPU");
-    }
+  Tensor(py::handle tensor, const char* name, int dimensions, bool bf16_too) {
+    const DlTensor seen = look_at_floats(tensor, name, bf16_too);
     if (seen.dimensions != dimensions) {
       refuse(name, "must have " + std::to_string(dimensions) + " dimension(s), not " +
                        std::to_string(seen.dimensions));
@@ -71,30 +36,30 @@ struct Tensor {
       if (rows > 1) stride = static_cast<std::size_t>(seen.strides[0]);
     }
     if (stride < columns) refuse(name, "has rows that overlap");
-    data = reinterpret_cast<float*>(static_cast<char*>(seen.data) + seen.byte_offset);
+    numbers = numbers_in(seen);
   }
 
   std::size_t rows = 1, columns = 0, stride = 0;
-  float* data = nullptr;
+  Floats numbers;
 };
 
-template <typename Float>
-MatrixView<Float> matrix(py::handle tensor, const char* name, std::size_t rows,
-                         std::size_t columns) {
-  const Tensor t(tensor, name, 2);
+template <typename View>
+void set_matrix(View& view, py::handle tensor, const char* name, std::size_t rows,
+                std::size_t columns, bool bf16_too) {
+  const Tensor t(tensor, name, 2, bf16_too);
   if (t.rows != rows || t.columns != columns) {
     refuse(name, "has shape [" + std::to_string(t.rows) + ", " + std::to_string(t.columns) +
                      "], not [" + std::to_string(rows) + ", " + std::to_string(columns) + "]");
   }
-  return {t.data, t.stride};
+  view = {{t.numbers.data, t.numbers.bf16}, t.stride};
 }
 
 float* vector(py::handle tensor, const char* name, std::size_t size) {
-  const Tensor t(tensor, name, 1);
+  const Tensor t(tensor, name, 1, false);
   if (t.columns != size) {
     refuse(name, "has " + std::to_string(t.columns) + " elements, not " + std::to_string(size));
   }
-  return t.data;
+  return static_cast<float*>(t.numbers.data);
 }
 
 GemmCode code_named(const std::string& name) {
@@ -103,48 +68,61 @@ GemmCode code_named(const std::string& name) {
     code = GemmCode::kAvx2;
   } else if (name == "avx512") {
     code = GemmCode::kAvx512;
+  } else if (name == "bf16-portable") {
+    code = GemmCode::kBf16Portable;
+  } else if (name == "bf16-avx512") {
+    code = GemmCode::kBf16Avx512;
   } else if (name != "portable") {
-    throw std::invalid_argument("code must be portable, avx2 or avx512");
+    throw std::invalid_argument(
+        "code must be portable, avx2, avx512, bf16-portable or bf16-avx512");
   }
   if (!can_run(code)) throw std::invalid_argument("this processor cannot run the code for " + name);
   return code;
 }
 
+void check_combination(const Gemm& g) {
+  if (g.pre.numbers && !g.gelu) {
+    throw std::invalid_argument("pre is what goes into gelu: needs gelu");
+  }
+  if (g.gelu && g.gelu_grad.numbers) {
+    throw std::invalid_argument("gelu and gelu_grad exclude each other");
+  }
+  if (g.accumulate && (g.gelu || g.gelu_grad.numbers)) {
+    throw std::invalid_argument("accumulate adds to a product, not to what GELU makes of it");
+  }
+  if (g.accumulate && g.c.numbers.bf16) {
+    throw std::invalid_argument("accumulate needs c in float32");
+  }
+}
+
 void multiply(py::handle a, py::handle b, py::handle c, bool transpose_a, bool transpose_b,
               bool accumulate, py::handle bias, bool gelu, py::handle pre, py::handle gelu_grad,
-              bool gelu_b, py::handle row_sums, unsigned threads, py::handle code) {
-  const Tensor left(a, "a", 2);
+              bool gelu_b, py::handle row_sums, unsigned threads, bool bf16, py::handle code) {
+  const GemmCode chosen =
+      code.is_none() ? best_gemm_code(bf16) : code_named(py::cast<std::string>(code));
+  const bool any = is_bf16(chosen);
+  const Tensor left(a, "a", 2, any), result(c, "c", 2, any);
   Gemm g;
   g.m = transpose_a ? left.columns : left.rows;
   g.k = transpose_a ? left.rows : left.columns;
-  g.a = {left.data, left.stride};
-  const Tensor result(c, "c", 2);
+  g.a = {{left.numbers.data, left.numbers.bf16}, left.stride};
   g.n = result.columns;
   if (result.rows != g.m) {
     refuse("c",
            "has " + std::to_string(result.rows) + " rows, but the product " + std::to_string(g.m));
   }
-  g.c = {result.data, result.stride};
-  g.b = matrix<const float>(b, "b", transpose_b ? g.n : g.k, transpose_b ? g.k : g.n);
+  g.c = {result.numbers, result.stride};
+  set_matrix(g.b, b, "b", transpose_b ? g.n : g.k, transpose_b ? g.k : g.n, any);
   g.transpose_a = transpose_a;
   g.transpose_b = transpose_b;
   g.accumulate = accumulate;
   g.gelu = gelu;
   g.gelu_b = gelu_b;
   if (!bias.is_none()) g.bias = vector(bias, "bias", g.n);
-  if (!pre.is_none()) g.pre = matrix<float>(pre, "pre", g.m, g.n);
-  if (!gelu_grad.is_none()) g.gelu_grad = matrix<const float>(gelu_grad, "gelu_grad", g.m, g.n);
+  if (!pre.is_none()) set_matrix(g.pre, pre, "pre", g.m, g.n, any);
+  if (!gelu_grad.is_none()) set_matrix(g.gelu_grad, gelu_grad, "gelu_grad", g.m, g.n, any);
   if (!row_sums.is_none()) g.row_sums = vector(row_sums, "row_sums", g.m);
-  if (!pre.is_none() && !gelu)
-    throw std::invalid_argument("pre is what goes into gelu: needs gelu");
-  if (gelu && !gelu_grad.is_none()) {
-    throw std::invalid_argument("gelu and gelu_grad exclude each other");
-  }
-  if (accumulate && (gelu || !gelu_grad.is_none())) {
-    throw std::invalid_argument("accumulate adds to a product, not to what GELU makes of it");
-  }
-  const GemmCode chosen =
-      code.is_none() ? best_gemm_code() : code_named(py::cast<std::string>(code));
+  check_combination(g);
   const py::gil_scoped_release unlocked;
   fastgpt::gemm(g, threads, chosen);
 }
@@ -156,8 +134,9 @@ void bind_gemm(py::module_& m) {
         py::arg("transpose_a") = false, py::arg("transpose_b") = false,
         py::arg("accumulate") = false, py::arg("bias") = py::none(), py::arg("gelu") = false,
         py::arg("pre") = py::none(), py::arg("gelu_grad") = py::none(), py::arg("gelu_b") = false,
-        py::arg("row_sums") = py::none(), py::arg("threads") = 1, py::arg("code") = py::none());
-  m.def("gemm_is_faster", &gemm_is_faster);
+        py::arg("row_sums") = py::none(), py::arg("threads") = 1, py::arg("bf16") = false,
+        py::arg("code") = py::none());
+  m.def("gemm_is_faster", &gemm_is_faster, py::arg("bf16"));
 }
 
 }  // namespace fastgpt

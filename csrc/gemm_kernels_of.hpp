@@ -4,143 +4,54 @@
 #pragma once
 
 #include <cstddef>
-#include <cstring>
-#include <utility>
 
 #include "gelu_formula.hpp"
 #include "gemm_kernels.hpp"
+#include "gemm_packing.hpp"
 #include "prefetch.hpp"
-
-#if defined(__GNUC__)
-#define FASTGPT_INLINE __attribute__((always_inline))
-#else
-#define FASTGPT_INLINE
-#endif
 
 namespace fastgpt {
 namespace {
 
-inline std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
-
-template <typename Body, std::size_t... kIndex>
-FASTGPT_INLINE inline void repeat(std::index_sequence<kIndex...> /*indices*/, const Body& body) {
-  (body(std::integral_constant<std::size_t, kIndex>{}), ...);
-}
-
-// Calls body(0) to body(n - 1) without a loop: only then do compilers keep arrays of registers in
-// registers.
-template <std::size_t n, typename Body>
-FASTGPT_INLINE inline void repeat(const Body& body) {
-  repeat(std::make_index_sequence<n>{}, body);
-}
-
 // Vector: a register of kWidth floats, and kTileRows × kTileVectors of them that hold a tile of C.
-template <typename Vector>
+// Packing: how words come about; Vector::multiply_add multiplies registers full of them.
+template <typename Vector, typename Packing = FloatPacking<Vector>>
 class Kernels {
  public:
   static constexpr std::size_t kRows = Vector::kTileRows;
   static constexpr std::size_t kColumns = Vector::kTileVectors * Vector::kWidth;
 
   static constexpr GemmKernels table() {
-    return {kRows, kColumns, pack<kRows>, pack<kColumns>, multiply, gelu, add_row_sums};
+    return {kRows,
+            kColumns,
+            Packing::kDepthsPerWord,
+            Packing::template pack<kRows>,
+            Packing::template pack<kColumns>,
+            multiply,
+            add_row_sums};
   }
 
  private:
-  // --- packing ---------------------------------------------------------------------------------
-
-  static constexpr std::size_t kDepthsAtOnce = 4;
-
-  template <std::size_t kWidth>
-  static void pack(const GemmPacking& from, float* to) {
-    const std::size_t whole = from.size / kWidth * kWidth;
-    if (from.across) {
-      copy_panels<kWidth>(from, whole, to);
-    } else {
-      for (std::size_t i = 0; i < whole; i += kWidth) {
-        transpose_panel<kWidth>(from.from + i * from.stride, from.stride, from.depth,
-                                to + i * from.depth);
-      }
-    }
-    if (whole < from.size) pack_rest<kWidth>(from, whole, to + whole * from.depth);
-  }
-
-  // A few depths of all panels, then the next few: whole rows of the matrix are read in order.
-  // Whole vectors are quicker than what a panel is wide; what they write too much, the next depth
-  // overwrites, so that the last one goes without.
-  template <std::size_t kWidth>
-  static void copy_panels(const GemmPacking& from, std::size_t size, float* to) {
-    constexpr std::size_t kVectors = (kWidth + Vector::kWidth - 1) / Vector::kWidth;
-    for (std::size_t begin = 0; begin < from.depth; begin += kDepthsAtOnce) {
-      const std::size_t end = smaller(begin + kDepthsAtOnce, from.depth);
-      for (std::size_t i = 0; i < size; i += kWidth) {
-        const bool whole_vectors = i + kVectors * Vector::kWidth <= from.size;
-        const std::size_t vector_end = !whole_vectors ? begin : smaller(end, from.depth - 1);
-        const float* row = from.from + begin * from.stride + i;
-        float* panel = to + i * from.depth + begin * kWidth;
-        std::size_t d = begin;
-        for (; d < vector_end; ++d, row += from.stride, panel += kWidth) {
-          repeat<kVectors>([&](auto v) FASTGPT_INLINE {
-            Vector::store(panel + v * Vector::kWidth, Vector::load(row + v * Vector::kWidth));
-          });
-        }
-        for (; d < end; ++d, row += from.stride, panel += kWidth) {
-          std::memcpy(panel, row, sizeof(float[kWidth]));
-        }
-      }
-    }
-  }
-
-  // Where kWidth is no multiple of 8, what is written past one depth is overwritten by the next,
-  // and past the last depth by the next panel; so the last indices come first.
-  template <std::size_t kWidth>
-  static void transpose_panel(const float* from, std::size_t stride, std::size_t depth, float* to) {
-    constexpr std::size_t kBlocks = (kWidth + 7) / 8;
-    std::size_t d = 0;
-    for (; d + 4 <= depth; d += 4) {
-      for (std::size_t block = kBlocks; block-- > 0;) {
-        const float* rows[8];
-        for (std::size_t i = 0; i < 8; ++i) {
-          rows[i] = from + smaller(8 * block + i, kWidth - 1) * stride + d;
-        }
-        Vector::transpose_8x4(rows, to + d * kWidth + 8 * block, kWidth);
-      }
-    }
-    for (; d < depth; ++d) {
-      for (std::size_t i = 0; i < kWidth; ++i) to[d * kWidth + i] = from[i * stride + d];
-    }
-  }
-
-  template <std::size_t kWidth>
-  static void pack_rest(const GemmPacking& from, std::size_t begin, float* to) {
-    const std::size_t by_index = from.across ? 1 : from.stride;
-    const std::size_t by_depth = from.across ? from.stride : 1;
-    const float* first = from.from + begin * by_index;
-    for (std::size_t d = 0; d < from.depth; ++d) {
-      for (std::size_t i = 0; i < kWidth; ++i) {
-        const bool inside = begin + i < from.size;
-        to[d * kWidth + i] = inside ? first[i * by_index + d * by_depth] : 0.0F;
-      }
-    }
-  }
-
   // --- multiplying -----------------------------------------------------------------------------
 
   static void multiply(const GemmBlock& block) {
     for (std::size_t j = 0; j < block.columns; j += kColumns) {
       const std::size_t columns = smaller(kColumns, block.columns - j);
+      float* sum = block.sum + j / kColumns * block.panel_step;
+      const float* bias = block.bias != nullptr ? block.bias + j : nullptr;
       for (std::size_t i = 0; i < block.rows; i += kRows) {
         const std::size_t rows = smaller(kRows, block.rows - i);
+        float* to = sum + i * block.sum_stride;
         if (rows == kRows && columns == kColumns) {
-          tile<Vector::kTileVectors>(block, i, j, block.c + i * block.c_stride + j, block.c_stride,
-                                     block.add, block.bias != nullptr ? block.bias + j : nullptr);
+          tile<Vector::kTileVectors>(block, i, j, to, block.sum_stride, block.add, bias);
         } else {
-          edge_tile<Vector::kTileVectors>(block, i, j, rows, columns);
+          edge_tile<Vector::kTileVectors>(block, i, j, to, bias, rows, columns);
         }
       }
       if (columns == kColumns) {
-        apply_gelu(block, j, kColumns);
+        finish(block, sum, j, kColumns);
       } else {
-        apply_gelu(block, j, columns);
+        finish(block, sum, j, columns);
       }
     }
   }
@@ -201,55 +112,68 @@ class Kernels {
 
   // A tile that reaches past C's end is computed aside.
   template <std::size_t kVectors>
-  static void edge_tile(const GemmBlock& block, std::size_t i, std::size_t j, std::size_t rows,
-                        std::size_t columns) {
+  static void edge_tile(const GemmBlock& block, std::size_t i, std::size_t j, float* sum,
+                        const float* bias, std::size_t rows, std::size_t columns) {
     if constexpr (kVectors > 1) {
       if (columns <= (kVectors - 1) * Vector::kWidth) {
-        edge_tile<kVectors - 1>(block, i, j, rows, columns);
+        edge_tile<kVectors - 1>(block, i, j, sum, bias, rows, columns);
         return;
       }
     }
     float aside[kRows * kColumns];
     tile<kVectors>(block, i, j, aside, kColumns, false, nullptr);
     for (std::size_t r = 0; r < rows; ++r) {
-      float* to = block.c + (i + r) * block.c_stride + j;
+      float* to = sum + r * block.sum_stride;
       for (std::size_t column = 0; column < columns; ++column) {
         float value = aside[r * kColumns + column];
         if (block.add) value += to[column];
-        if (block.bias != nullptr) value += block.bias[j + column];
+        if (bias != nullptr) value += bias[column];
         to[column] = value;
       }
     }
   }
 
-  // --- GELU ------------------------------------------------------------------------------------
+  // --- what follows the sum --------------------------------------------------------------------
 
-  static inline void apply_gelu(const GemmBlock& block, std::size_t j, std::size_t columns) {
-    if (block.gelu != nullptr) {
-      for (std::size_t i = 0; i < block.rows; ++i) {
-        const float* from = block.c + i * block.c_stride + j;
-        float* to = block.gelu + i * block.gelu_stride + j;
-        for (std::size_t column = 0; column < columns; ++column) to[column] = gelu_of(from[column]);
-      }
-    }
-    if (block.gelu_grad != nullptr) {
-      for (std::size_t i = 0; i < block.rows; ++i) {
-        const float* at = block.gelu_grad + i * block.gelu_grad_stride + j;
-        float* grad = block.c + i * block.c_stride + j;
-        for (std::size_t column = 0; column < columns; ++column) {
-          grad[column] = gelu_gradient_of(grad[column], at[column]);
-        }
-      }
+  static inline void finish(const GemmBlock& block, float* sum, std::size_t j,
+                            std::size_t columns) {
+    if (!block.gelu_grad.first && !block.c.first && !block.gelu.first) return;
+    for (std::size_t i = 0; i < block.rows; ++i) {
+      float* row = sum + i * block.sum_stride;
+      const auto at = [=](const auto& rows) { return rows.first + (i * rows.stride + j); };
+      if (block.gelu_grad.first) multiply_by_gelu_gradient(at(block.gelu_grad), columns, row);
+      if (block.c.first) write(row, columns, at(block.c), [](float x) { return x; });
+      if (block.gelu.first) write(row, columns, at(block.gelu), gelu_of);
     }
   }
 
-  static void gelu(float* x, std::size_t n) {
-    for (std::size_t i = 0; i < n; ++i) x[i] = gelu_of(x[i]);
+  static inline void multiply_by_gelu_gradient(const ConstFloats& of, std::size_t n, float* grad) {
+    if (of.bf16) {
+      const auto* at = static_cast<const Bfloat16*>(of.data);
+      for (std::size_t i = 0; i < n; ++i) grad[i] = gelu_gradient_of(grad[i], widened(at[i]));
+    } else {
+      const auto* at = static_cast<const float*>(of.data);
+      for (std::size_t i = 0; i < n; ++i) grad[i] = gelu_gradient_of(grad[i], at[i]);
+    }
+  }
+
+  template <typename Function>
+  static inline void write(const float* from, std::size_t n, const Floats& to,
+                           const Function& function) {
+    if (to.bf16) {
+      auto* numbers = static_cast<Bfloat16*>(to.data);
+      for (std::size_t i = 0; i < n; ++i) numbers[i] = narrowed(function(from[i]));
+    } else {
+      auto* numbers = static_cast<float*>(to.data);
+      for (std::size_t i = 0; i < n; ++i) numbers[i] = function(from[i]);
+    }
   }
 
   // --- sums ------------------------------------------------------------------------------------
 
-  // Every kStep-th depth is summed apart, which fills vector registers.
+  static float in_word(float word) { return Packing::first(word) + Packing::second(word); }
+
+  // Every kStep-th word is summed apart, which fills vector registers.
   static void add_row_sums(const float* a, std::size_t rows, std::size_t depth, float* sums) {
     constexpr std::size_t kStep = 4;
     for (std::size_t i = 0; i < rows; i += kRows) {
@@ -257,9 +181,11 @@ class Kernels {
       const float* panel = a + i * depth;
       std::size_t d = 0;
       for (; d + kStep <= depth; d += kStep) {
-        for (std::size_t p = 0; p < kStep * kRows; ++p) parts[p] += panel[d * kRows + p];
+        for (std::size_t p = 0; p < kStep * kRows; ++p) parts[p] += in_word(panel[d * kRows + p]);
       }
-      for (std::size_t p = 0; p < (depth - d) * kRows; ++p) parts[p] += panel[d * kRows + p];
+      for (std::size_t p = 0; p < (depth - d) * kRows; ++p) {
+        parts[p] += in_word(panel[d * kRows + p]);
+      }
       for (std::size_t r = 0; r < smaller(kRows, rows - i); ++r) {
         sums[i + r] +=
             (parts[r] + parts[r + kRows]) + (parts[r + 2 * kRows] + parts[r + 3 * kRows]);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <iterator>
 
+#include "huge_pages.hpp"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -29,6 +31,7 @@ HostPool::HostPool() {
   if (range == MAP_FAILED) return;
   base_ = static_cast<std::byte*>(range);
   capacity_ = memory;
+  use_huge_pages(range, memory);
   free_.emplace(0, capacity_);
 #endif
 }
@@ -71,6 +74,19 @@ void HostPool::release(void* block) {
     }
   }
   free_.emplace_hint(next, begin, size);
+}
+
+void HostPool::trim() {
+  const std::lock_guard lock(mutex_);
+#if defined(__linux__)
+  const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  for (const auto& [begin, size] : free_) {
+    const std::size_t first = (begin + page - 1) / page * page;
+    const std::size_t last = std::min(begin + size, held_) / page * page;
+    if (first < last) madvise(base_ + first, last - first, MADV_DONTNEED);
+  }
+#endif
+  held_ = blocks_.empty() ? 0 : blocks_.rbegin()->first + blocks_.rbegin()->second;
 }
 
 std::size_t HostPool::held() const {

@@ -9,8 +9,8 @@ namespace fastgpt {
 
 // Blocks of one range of addresses, reserved at the start and taken from the system page by page
 // as it fills. A block goes to the smallest gap where it fits, and a freed one joins the gaps
-// beside it, so that what is held stays close to what is in use; the system gets nothing back, so
-// that no step pays again for pages that it had before.
+// beside it, so that what is held stays close to what is in use; the system gets nothing back
+// unless it is said to, so that no step pays again for pages that it had before.
 //
 // malloc does worse with large aligned blocks: it cuts them from larger ones, gives the cuttings
 // to small objects, and then has no room for a block where one of its size was freed.
@@ -24,8 +24,11 @@ class HostPool {
   void* allocate(std::size_t bytes);
   void release(void* block);
 
-  // Bytes from the start of the range to the end of the highest block there ever was, and bytes in
-  // blocks now.
+  // Gives the system all pages back in which no block lies.
+  void trim();
+
+  // Bytes from the start of the range to the end of the highest block that there has been, since
+  // the last trim; and bytes in blocks now.
   std::size_t held() const;
   std::size_t used() const;
 

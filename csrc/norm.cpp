@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "vector_loops.hpp"
@@ -17,9 +18,20 @@ std::size_t rows_of_a_tile(std::size_t rows) {
   return std::max(kTileRows, (rows + kMostTiles - 1) / kMostTiles);
 }
 
+template <typename Number>
+void apply_row(std::size_t n, const float* __restrict total, float mean, float rstd,
+               const float* __restrict weight, const float* __restrict bias, Number* __restrict y) {
+  if (bias == nullptr) {
+    for (std::size_t i = 0; i < n; ++i) put((total[i] - mean) * rstd * weight[i], y + i);
+  } else {
+    for (std::size_t i = 0; i < n; ++i) put((total[i] - mean) * rstd * weight[i] + bias[i], y + i);
+  }
+}
+
+template <typename Number>
 void forward_row(std::size_t n, const float* __restrict x, const float* __restrict residual,
                  const float* __restrict weight, const float* __restrict bias, float eps,
-                 float* __restrict total, float* __restrict y, float* mean, float* rstd) {
+                 float* __restrict total, Number* __restrict y, float* mean, float* rstd) {
   const float* row = x;
   if (residual != nullptr) {
     for (std::size_t i = 0; i < n; ++i) total[i] = x[i] + residual[i];
@@ -34,20 +46,7 @@ void forward_row(std::size_t n, const float* __restrict x, const float* __restri
   const float scale = 1.0F / std::sqrt(squares / width + eps);
   *mean = centre;
   *rstd = scale;
-  if (bias == nullptr) {
-    for (std::size_t i = 0; i < n; ++i) y[i] = (row[i] - centre) * scale * weight[i];
-  } else {
-    for (std::size_t i = 0; i < n; ++i) y[i] = (row[i] - centre) * scale * weight[i] + bias[i];
-  }
-}
-
-void apply_row(std::size_t n, const float* __restrict total, float mean, float rstd,
-               const float* __restrict weight, const float* __restrict bias, float* __restrict y) {
-  if (bias == nullptr) {
-    for (std::size_t i = 0; i < n; ++i) y[i] = (total[i] - mean) * rstd * weight[i];
-  } else {
-    for (std::size_t i = 0; i < n; ++i) y[i] = (total[i] - mean) * rstd * weight[i] + bias[i];
-  }
+  apply_row(n, row, centre, scale, weight, bias, y);
 }
 
 // With h = (total - mean) · rstd and g = grad_y · weight, the gradient of the total is
@@ -98,22 +97,28 @@ void for_each_row(std::size_t rows, unsigned threads, const Body& body) {
 }  // namespace
 
 void norm_forward(const Norm& norm, const float* x, const float* residual, float eps, float* total,
-                  float* y, float* mean, float* rstd, unsigned threads) {
+                  const Floats& y, float* mean, float* rstd, unsigned threads) {
   for_each_row(norm.rows, threads, [&](std::size_t, std::size_t row) {
     const std::size_t at = row * norm.columns;
     const bool adds = residual != nullptr;
-    run_vectorized<forward_row>(norm.columns, x + at, adds ? residual + at : nullptr, norm.weight,
-                                norm.bias, eps, adds ? total + at : nullptr, y + at, mean + row,
-                                rstd + row);
+    const float* added = adds ? residual + at : nullptr;
+    float* sum = adds ? total + at : nullptr;
+    of_type(y + at, [&](auto* to) {
+      run_vectorized<forward_row<std::remove_pointer_t<decltype(to)>>>(
+          norm.columns, x + at, added, norm.weight, norm.bias, eps, sum, to, mean + row,
+          rstd + row);
+    });
   });
 }
 
 void norm_apply(const Norm& norm, const float* total, const float* mean, const float* rstd,
-                float* y, unsigned threads) {
+                const Floats& y, unsigned threads) {
   for_each_row(norm.rows, threads, [&](std::size_t, std::size_t row) {
     const std::size_t at = row * norm.columns;
-    run_vectorized<apply_row>(norm.columns, total + at, mean[row], rstd[row], norm.weight,
-                              norm.bias, y + at);
+    of_type(y + at, [&](auto* to) {
+      run_vectorized<apply_row<std::remove_pointer_t<decltype(to)>>>(
+          norm.columns, total + at, mean[row], rstd[row], norm.weight, norm.bias, to);
+    });
   });
 }
 

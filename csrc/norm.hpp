@@ -1,7 +1,10 @@
-// LayerNorm over the rows of float matrices, with the residual's addition before it.
+// LayerNorm over the rows of matrices, with the residual's addition before it. All is in fp32 but
+// the norm itself, which may be asked for in bfloat16.
 #pragma once
 
 #include <cstddef>
+
+#include "bfloat16.hpp"
 
 namespace fastgpt {
 
@@ -15,11 +18,11 @@ struct Norm {
 // total = x + residual; y = (total - mean) · rstd · weight + bias, row by row. Without a residual
 // x is the total, and `total` is not written.
 void norm_forward(const Norm& norm, const float* x, const float* residual, float eps, float* total,
-                  float* y, float* mean, float* rstd, unsigned threads);
+                  const Floats& y, float* mean, float* rstd, unsigned threads);
 
 // y again, from what the forward kept.
 void norm_apply(const Norm& norm, const float* total, const float* mean, const float* rstd,
-                float* y, unsigned threads);
+                const Floats& y, unsigned threads);
 
 // grad_x = grad_total + the gradient that grad_y gives the total; grad_total may be null.
 // grad_weight and grad_bias [columns] may be null.

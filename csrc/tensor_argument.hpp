@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bfloat16.hpp"
 #include "dlpack.hpp"
 
 namespace fastgpt {
@@ -40,6 +41,49 @@ struct TensorType {
   PyTypeObject* type;
 };
 
+// Looks at a tensor of that type on the CPU; refuses all others.
+inline DlTensor look_at(pybind11::handle tensor, const char* name, std::uint8_t type_code,
+                        std::uint8_t bits, const char* type, bool bf16_too = false) {
+  const auto refuse = [=](const std::string& what) {
+    throw std::invalid_argument(std::string(name) + " must be " + what);
+  };
+  const TensorType& known = TensorType::get();
+  if (PyObject_TypeCheck(tensor.ptr(), known.type) == 0) refuse("a torch.Tensor");
+  DlTensor seen{};
+  const bool visible = known.look_at(tensor.ptr(), &seen) == 0;
+  if (!visible) PyErr_Clear();  // one without memory
+  const bool fits = (seen.type_code == type_code && seen.type_bits == bits) ||
+                    (bf16_too && seen.type_code == kDlBfloat && seen.type_bits == 16);
+  if (!visible || !fits || seen.type_lanes != 1 || seen.device_type != kDlCpu) {
+    refuse(std::string("of ") + type + (bf16_too ? " or bfloat16" : "") + " and on the CPU");
+  }
+  return seen;
+}
+
+inline DlTensor look_at_floats(pybind11::handle tensor, const char* name, bool bf16_too) {
+  return look_at(tensor, name, kDlFloat, 32, "float32", bf16_too);
+}
+
+inline void* memory_of(const DlTensor& seen) {
+  return static_cast<char*>(seen.data) + seen.byte_offset;
+}
+
+inline Floats numbers_in(const DlTensor& seen) {
+  return {memory_of(seen), seen.type_code == kDlBfloat};
+}
+
+// How many numbers a tensor has; refuses one that has gaps between them.
+inline std::size_t size_without_gaps(const DlTensor& seen, const char* name) {
+  std::size_t size = 1;
+  for (std::int32_t i = seen.dimensions - 1; i >= 0; --i) {
+    const bool gaps = seen.strides != nullptr && seen.shape[i] != 1 &&
+                      seen.strides[i] != static_cast<std::int64_t>(size);
+    size *= static_cast<std::size_t>(seen.shape[i]);
+    if (gaps && size != 0) throw std::invalid_argument(std::string(name) + " must be contiguous");
+  }
+  return size;
+}
+
 // Numbers that lie side by side on the CPU.
 template <typename Number>
 struct Numbers {
@@ -49,40 +93,33 @@ struct Numbers {
 
 template <typename Number>
 Numbers<Number> numbers_of(pybind11::handle tensor, const char* name) {
-  const auto refuse = [=](const char* what) {
-    throw std::invalid_argument(std::string(name) + what);
-  };
-  const TensorType& known = TensorType::get();
-  if (PyObject_TypeCheck(tensor.ptr(), known.type) == 0) refuse(" must be a torch.Tensor");
-  DlTensor seen{};
-  const bool visible = known.look_at(tensor.ptr(), &seen) == 0;
-  if (!visible) PyErr_Clear();  // one without memory
   constexpr bool kFloats = std::is_floating_point_v<Number>;
-  if (!visible || seen.type_code != (kFloats ? kDlFloat : kDlInt) || seen.type_lanes != 1 ||
-      seen.type_bits != 8 * sizeof(Number) || seen.device_type != kDlCpu) {
-    refuse(kFloats ? " must be of float32 and on the CPU" : " must be of int64 and on the CPU");
+  const DlTensor seen = look_at(tensor, name, kFloats ? kDlFloat : kDlInt, 8 * sizeof(Number),
+                                kFloats ? "float32" : "int64");
+  const std::size_t size = size_without_gaps(seen, name);
+  return {static_cast<Number*>(memory_of(seen)), size};
+}
+
+inline void check_size(std::size_t size, std::size_t wanted, const char* name) {
+  if (size != wanted) {
+    throw std::invalid_argument(std::string(name) + " has " + std::to_string(size) +
+                                " elements, not " + std::to_string(wanted));
   }
-  Numbers<Number> numbers;
-  numbers.size = 1;
-  for (std::int32_t i = seen.dimensions - 1; i >= 0; --i) {
-    const bool gaps = seen.strides != nullptr && seen.shape[i] != 1 &&
-                      seen.strides[i] != static_cast<std::int64_t>(numbers.size);
-    numbers.size *= static_cast<std::size_t>(seen.shape[i]);
-    if (gaps && numbers.size != 0) refuse(" must be contiguous");
-  }
-  numbers.data = reinterpret_cast<Number*>(static_cast<char*>(seen.data) + seen.byte_offset);
-  return numbers;
 }
 
 // The numbers of a contiguous fp32 tensor of that size; null for None.
 inline float* floats(pybind11::handle tensor, const char* name, std::size_t size) {
   if (tensor.is_none()) return nullptr;
   const Numbers<float> numbers = numbers_of<float>(tensor, name);
-  if (numbers.size != size) {
-    throw std::invalid_argument(std::string(name) + " has " + std::to_string(numbers.size) +
-                                " elements, not " + std::to_string(size));
-  }
+  check_size(numbers.size, size, name);
   return numbers.data;
+}
+
+// Those of one in fp32 or in bfloat16.
+inline Floats any_floats(pybind11::handle tensor, const char* name, std::size_t size) {
+  const DlTensor seen = look_at_floats(tensor, name, true);
+  check_size(size_without_gaps(seen, name), size, name);
+  return numbers_in(seen);
 }
 
 }  // namespace fastgpt

@@ -42,7 +42,7 @@ void forward_of_norm(py::handle x, py::handle residual, py::handle weight, py::h
   if ((added == nullptr) != (sum == nullptr)) {
     throw std::invalid_argument("residual and total go together");
   }
-  float* to = floats(y, "y", size);
+  const Floats to = any_floats(y, "y", size);
   float* means = floats(mean, "mean", norm.rows);
   float* rstds = floats(rstd, "rstd", norm.rows);
   const py::gil_scoped_release unlocked;
@@ -56,7 +56,7 @@ void apply_norm(py::handle total, py::handle weight, py::handle bias, py::handle
   const float* from = floats(total, "total", size);
   const float* means = floats(mean, "mean", norm.rows);
   const float* rstds = floats(rstd, "rstd", norm.rows);
-  float* to = floats(y, "y", size);
+  const Floats to = any_floats(y, "y", size);
   const py::gil_scoped_release unlocked;
   norm_apply(norm, from, means, rstds, to, threads);
 }
@@ -80,26 +80,37 @@ void backward_of_norm(py::handle grad_y, py::handle grad_total, py::handle total
 
 // The shape that the tensors have: qkv [batch, time, 3C], log_sums [batch, heads, time].
 Attention attention_of(py::handle qkv, py::handle log_sums, std::size_t heads, std::size_t time) {
-  const Numbers<float> all = numbers_of<float>(qkv, "qkv");
+  const DlTensor seen = look_at_floats(qkv, "qkv", true);
+  const std::size_t size = size_without_gaps(seen, "qkv");
   const std::size_t rows = numbers_of<float>(log_sums, "log_sums").size;  // batch · heads · time
   Attention attention;
   attention.heads = heads;
   attention.time = time;
   if (heads == 0 || time == 0 || rows == 0) return attention;
   attention.batch = rows / (heads * time);
-  attention.size = all.size / (3 * rows);
-  attention.qkv = all.data;
-  if (attention.batch * heads * time != rows || attention.size * 3 * rows != all.size) {
+  attention.size = size / (3 * rows);
+  const Floats numbers = numbers_in(seen);
+  attention.qkv = {numbers.data, numbers.bf16};
+  if (attention.batch * heads * time != rows || attention.size * 3 * rows != size) {
     throw std::invalid_argument("qkv, log_sums, heads and time do not fit together");
   }
   return attention;
+}
+
+// A tensor of so many numbers of the type of qkv.
+Floats like_qkv(const Attention& attention, py::handle tensor, const char* name, std::size_t size) {
+  const Floats numbers = any_floats(tensor, name, size);
+  if (numbers.bf16 != attention.qkv.bf16) {
+    throw std::invalid_argument(std::string(name) + " must be of the type of qkv");
+  }
+  return numbers;
 }
 
 void forward_of_attention(py::handle qkv, std::size_t heads, std::size_t time, py::handle y,
                           py::handle log_sums, unsigned threads) {
   const Attention attention = attention_of(qkv, log_sums, heads, time);
   const std::size_t rows = attention.batch * heads * time;
-  float* to = floats(y, "y", rows * attention.size);
+  const Floats to = like_qkv(attention, y, "y", rows * attention.size);
   float* sums = floats(log_sums, "log_sums", rows);
   const py::gil_scoped_release unlocked;
   attention_forward(attention, to, sums, threads);
@@ -109,13 +120,14 @@ void backward_of_attention(py::handle qkv, std::size_t heads, std::size_t time, 
                            py::handle log_sums, py::handle grad_y, py::handle grad_qkv,
                            unsigned threads) {
   const Attention attention = attention_of(qkv, log_sums, heads, time);
-  const std::size_t rows = attention.batch * heads * time;
-  const float* result = floats(y, "y", rows * attention.size);
+  const std::size_t rows = attention.batch * heads * time, size = rows * attention.size;
+  const Floats result = like_qkv(attention, y, "y", size);
   const float* sums = floats(log_sums, "log_sums", rows);
-  const float* grad = floats(grad_y, "grad_y", rows * attention.size);
-  float* to = floats(grad_qkv, "grad_qkv", 3 * rows * attention.size);
+  const Floats grad = like_qkv(attention, grad_y, "grad_y", size);
+  const Floats to = like_qkv(attention, grad_qkv, "grad_qkv", 3 * size);
   const py::gil_scoped_release unlocked;
-  attention_backward(attention, result, sums, grad, to, threads);
+  attention_backward(attention, {result.data, result.bf16}, sums, {grad.data, grad.bf16}, to,
+                     threads);
 }
 
 void check_targets(const LogitsChunk& chunk) {
@@ -222,6 +234,7 @@ void bind_training(py::module_& m) {
   m.def("adamw", &step_of_adamw, py::arg("rows"), py::arg("rates"), py::arg("max_norm"),
         py::arg("threads"));
   m.def("pool_array", &pool_array, py::arg("shape"));
+  m.def("trim_pool", [] { HostPool::get().trim(); });
   m.def("pool_usage",
         [] { return py::make_tuple(HostPool::get().held(), HostPool::get().used()); });
 }

@@ -8,11 +8,11 @@
 namespace fastgpt {
 namespace {
 
-// to[j * stride + i] = rows[i][j] for i < 8, j < 4.
-inline void transpose_8x4_avx(const float* const* rows, float* to, std::size_t stride) {
-  const auto two = [rows](int i) {
-    const __m256 low = _mm256_castps128_ps256(_mm_loadu_ps(rows[i]));
-    return _mm256_insertf128_ps(low, _mm_loadu_ps(rows[i + 4]), 1);
+// to[j * stride + i] = row(i)[j] for i < 8, j < 4; row: returns four floats in a register.
+template <typename Row>
+inline void transpose_8x4_avx(const Row& row, float* to, std::size_t stride) {
+  const auto two = [&row](int i) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(row(i)), row(i + 4), 1);
   };
   const __m256 r0 = two(0), r1 = two(1), r2 = two(2), r3 = two(3);
   const __m256 low01 = _mm256_unpacklo_ps(r0, r1), high01 = _mm256_unpackhi_ps(r0, r1);

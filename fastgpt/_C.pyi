@@ -104,7 +104,7 @@ def norm_forward(
 ) -> None:
     """Write ``x + residual`` into `total`, its LayerNorm into `y`, and each row's mean and 1/σ.
 
-    Tensors, here and below: fp32, contiguous, on the CPU; ValueError if not.
+    Tensors, here and below: fp32, contiguous, on the CPU; ValueError if not. `y` may be bf16.
     """
 
 def norm_apply(
@@ -153,7 +153,7 @@ def attention_is_fast() -> bool:
 def attention_forward(
     qkv: Tensor, heads: int, time: int, y: Tensor, log_sums: Tensor, threads: int
 ) -> None:
-    """Write causal attention over qkv [B, T, 3C] into `y` [B, T, C].
+    """Write causal attention over qkv [B, T, 3C] into `y` [B, T, C], both fp32 or both bf16.
 
     log_sums [B, H, T] gets the logarithms of the softmaxes' denominators.
     """
@@ -203,34 +203,43 @@ def gemm(
     gelu_b: bool = ...,
     row_sums: Tensor | None = ...,
     threads: int = ...,
+    bf16: bool = ...,
     code: str | None = ...,
 ) -> None:
     """Write the product op(a) · op(b) into `c`: [M, K] · [K, N] = [M, N], each transposed or not.
 
-    All are fp32 on the CPU, with the elements of a row side by side and any distance between rows.
-    `c` and `pre` must not overlap anything else. The threads are PyTorch's own, and their number
-    changes no bit. Autograd sees nothing of it.
+    All are fp32 on the CPU, with the elements of a row side by side and any distance between rows;
+    with `bf16` the matrices may be bf16, too. `c` and `pre` must not overlap anything else. The
+    threads are PyTorch's own, and their number changes no bit. Autograd sees nothing of it.
 
     Args:
         transpose_a: `a` is stored as [K, M].
         transpose_b: `b` is stored as [N, K], as the weight of a linear layer is.
-        accumulate: add to `c` and `row_sums`; not together with GELU.
+        accumulate: add to `c`, fp32, and to `row_sums`; not together with GELU.
         bias: [N], added to every row.
         gelu: write gelu(product + bias), in the tanh form.
         pre: [M, N], with `gelu`: also gets product + bias.
         gelu_grad: [M, N]: the product is multiplied by gelu's derivative there.
         gelu_b: take gelu(b) for b.
         row_sums: [M], gets the sums of op(a)'s rows: a bias's gradient beside its weight's.
-        code: "portable", "avx2" or "avx512"; by default the best for this processor.
+        bf16: round the operands to bf16; sums stay fp32.
+        code: "portable", "avx2", "avx512", or for products in bf16 "bf16-portable" or
+            "bf16-avx512"; by default the best for this processor.
 
     Raises ValueError for anything else.
     """
 
-def gemm_is_faster() -> bool:
-    """Whether to prefer `gemm` to PyTorch's product: on AMD's processors with AVX2 at most."""
+def gemm_is_faster(bf16: bool) -> bool:
+    """Whether to prefer `gemm` to PyTorch's product, in fp32 or in bf16.
+
+    In fp32 on AMD's processors with AVX2; in bf16 where there is AVX512-BF16 and no AMX.
+    """
 
 def pool_array(shape: Sequence[int]) -> NDArray[np.float32] | None:
     """Return an array from the pool for a step's memory, not initialised; None if there is none."""
 
 def pool_usage() -> tuple[int, int]:
-    """Return how many bytes the pool has ever reached up to, and how many are in use."""
+    """Return how many bytes the pool has reached up to since `trim_pool`, and how many are used."""
+
+def trim_pool() -> None:
+    """Give the system back what of the pool nobody uses."""

@@ -17,15 +17,27 @@ from fastgpt.compiled import _C
 SMALLEST = 2**15  # numbers; smaller ones are quick to allocate, and fit anywhere
 
 
-def empty(*shape: int) -> Tensor:
-    """Return an fp32 tensor on the CPU, not initialised, to be freed before long."""
-    array = _C.pool_array(shape) if prod(shape) >= SMALLEST else None
-    return torch.empty(shape) if array is None else torch.from_numpy(array)
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a tensor on the CPU, not initialised, to be freed before long; fp32 or bf16."""
+    size = prod(shape)
+    words = size if dtype == torch.float32 else -(-size // 2)
+    array = _C.pool_array((words,)) if size >= SMALLEST else None
+    if array is None:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(array).view(dtype)[:size].view(shape)
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """Return such a tensor of the shape of another."""
-    return empty(*tensor.shape)
+    """Return such a tensor of the shape and the dtype of another."""
+    return empty(*tensor.shape, dtype=tensor.dtype)
+
+
+def give_back() -> None:
+    """Return to the system what the pool holds and nobody uses.
+
+    For after work of another kind than the next: a step gets what the last one had.
+    """
+    _C.trim_pool()
 
 
 def keep_freed_memory() -> None:

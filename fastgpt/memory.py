@@ -16,7 +16,7 @@ import torch
 
 from fastgpt.errors import UsageError
 from fastgpt.model import GPTConfig
-from fastgpt.ops.cpu import MAX_LOGITS as LOOPS_LOGITS
+from fastgpt.ops import cpu, products
 from fastgpt.ops.native import MAX_LOGITS
 
 HEADROOM = 0.1  # of what is free, for what no estimate sees
@@ -278,7 +278,8 @@ def _estimate(setup: Setup) -> MemoryEstimate:
         raise ValueError(f"backend must be native, triton or reference, not {setup.backend!r}")
     model = _Parameters.of(setup.config)
     e = setup.dtype.itemsize
-    casts = model.products * e if e < FP32 else 0  # autocast's, kept until the backward is through
+    # Autocast's copies, kept until the backward is through; the loops' products need none.
+    casts = model.products * e if e < FP32 and not _by_loops(setup) else 0
     share = setup.world_size if setup.fsdp else 1
     weights = _split(model.total, share) * FP32
     if setup.fsdp:  # what is gathered from the others: two blocks, and the tables throughout
@@ -311,7 +312,8 @@ def _moments(
 
     full = n * _kept_by_block(setup)
     kept = n * config.n_embd * (FP32 + e) if setup.recompute else full
-    ends = n * config.n_embd * (FP32 + e)  # the last norm's sum and result
+    of_norm = FP32 if _by_loops(setup) else e
+    ends = n * config.n_embd * (FP32 + of_norm)  # the last norm's sum and result
     if config.dropout:
         ends += n * config.n_embd * _mask_bytes(setup)
     redone = full if setup.recompute else 0
@@ -378,8 +380,9 @@ def _kept_by_reference(setup: Setup) -> int:
 
 def _by_loops(setup: Setup) -> bool:
     """Whether the loops of `fastgpt.ops.cpu` compute."""
-    fp32_on_cpu = setup.device == "cpu" and setup.dtype == torch.float32
-    return fp32_on_cpu and setup.backend == "native"
+    own_bf16 = setup.dtype == torch.bfloat16 and products.own_in_bf16()
+    can = setup.dtype == torch.float32 or own_bf16
+    return can and setup.device == "cpu" and setup.backend == "native"
 
 
 def _mask_bytes(setup: Setup) -> int:
@@ -393,9 +396,9 @@ def _backward_of_mlp(setup: Setup) -> int:
     The gradients of its result and of its input (4C); by then the last norm's tensors are gone.
     """
     e = setup.dtype.itemsize
-    incoming = FP32 if e == FP32 else FP32 + e  # of the residual stream, and rounded of the branch
-    if _by_loops(setup):
-        incoming += FP32  # the norm's result, once more
+    incoming = FP32  # of the residual stream
+    if _by_loops(setup) or e < FP32:
+        incoming += e  # the norm's result, once more; or the stream's, rounded for the branch
     return setup.config.n_embd * (incoming + 4 * e - FP32 - e)
 
 
@@ -407,7 +410,7 @@ def _loss(setup: Setup, n: int) -> tuple[int, int]:
     if setup.backend == "reference":
         return n * vocab * (2 * FP32 + e % FP32), n * vocab * 5 * FP32
     if _by_loops(setup):  # one chunk, and the gradients at once
-        return min(n * vocab, LOOPS_LOGITS) * FP32 + (n + vocab) * width * FP32, 0
+        return (cpu.rows_at_once(n, vocab) * vocab + (n + vocab) * width) * FP32, 0
     if n * vocab <= MAX_LOGITS:
         # The logits (rounded, then in fp32), and their logarithms; then the gradients of both.
         logits = FP32 if e == FP32 else e + FP32

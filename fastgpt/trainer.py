@@ -40,7 +40,7 @@ from fastgpt.distributed import (
 from fastgpt.errors import UsageError
 from fastgpt.feeder import Feeder
 from fastgpt.generation import generate
-from fastgpt.host_memory import keep_freed_memory
+from fastgpt.host_memory import give_back, keep_freed_memory
 from fastgpt.loggers import Loggers, check_loggers, open_loggers
 from fastgpt.memory import (
     MemoryEstimate,
@@ -275,6 +275,7 @@ class Trainer:
             return
         batch = min(self.recipe.batch_size, max(1, TRIAL_TOKENS // self.recipe.block_size))
         found = fastest(self._precisions, lambda tried: self._trial(self.module, batch, tried))
+        give_back()  # what the other precision needed
         self.precision = self.world.tell(found)
         changes: dict[str, Any] = {"dtype": self.precision.name}
         self.recipe = replace(self.recipe, **changes)

@@ -1,9 +1,15 @@
-"""The parts of the network for training in fp32 on a CPU, on the C++ loops of csrc/.
+"""The parts of the network for training on a CPU, on the C++ loops of csrc/.
 
 Each is one autograd function that keeps no more for its backward than that cannot do without: what
 a norm puts out is computed again from the residual stream, and what GELU puts out from what went
 in. For a layer of GPT-2 that is 10 numbers per token and unit of width, where PyTorch's own
 operators keep 16. `fits` says whether tensors can be computed with here.
+
+All is fp32, or under autocast, on processors that multiply bf16 fast, the products are bf16. What
+goes from one product to the next is bf16 then, too: queries, keys and values, what attention and
+GELU put out, and their gradients, so of the 10 numbers 8 take half of the memory. The residual
+stream, all sums, and the gradients of the weights stay fp32. Weights have no copies in bf16: a
+product rounds them as it reads them.
 """
 
 from typing import Any
@@ -16,20 +22,26 @@ from fastgpt.compiled import _C
 from fastgpt.host_memory import empty, empty_like
 from fastgpt.ops import products
 
-MAX_LOGITS = 2**23  # held at a time: 32 MB
+MAX_LOGITS = 2**25  # held at a time: 128 MB
 
 
-def fits(*tensors: Tensor | None) -> bool:
+def fits(*tensors: Tensor | None, branch: Tensor | None = None) -> bool:
     """Whether all are fp32 on the CPU, and computing is all that is done with them.
 
-    Under autocast, where another dtype is wanted, and while PyTorch traces or transforms the code,
-    for which it must see its own operators, that is not so.
+    branch: one that is bf16 where products are. Under autocast to another dtype, and while PyTorch
+    traces or transforms the code, for which it must see its own operators, that is not so.
     """
+    if torch.compiler.is_compiling() or not all(
+        t is None or (t.dtype == torch.float32 and t.is_cpu) for t in tensors
+    ):
+        return False
+    bf16 = torch.is_autocast_enabled("cpu")
+    if bf16 and not (torch.get_autocast_dtype("cpu") == torch.bfloat16 and products.own_in_bf16()):
+        return False
+    if branch is not None and (branch.dtype != _dtype(bf16) or not branch.is_cpu):
+        return False
     return (
-        not torch.compiler.is_compiling()
-        and all(t is None or (t.dtype == torch.float32 and t.is_cpu) for t in tensors)
-        and not torch.is_autocast_enabled("cpu")
-        and torch._C._len_torch_dispatch_stack() == 0
+        torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -49,14 +61,17 @@ def add_layer_norm(
 
 
 def causal_attention(qkv: Tensor, n_head: int) -> Tensor:
-    """Return causal attention `[B, T, C]` over packed queries, keys and values `[B, T, 3C]`."""
+    """Return causal attention `[B, T, C]` over packed queries, keys and values `[B, T, 3C]`.
+
+    In the dtype of `qkv`, fp32 or bf16, in which it also multiplies.
+    """
     y: Tensor = _CausalAttention.apply(qkv, n_head)  # type: ignore[no-untyped-call]
     return y
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``x @ weight.T + bias``."""
-    y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    """Return ``x @ weight.T + bias``, fp32; `x` may be bf16 where products are."""
+    y: Tensor = _Linear.apply(x, weight, bias, _bf16())  # type: ignore[no-untyped-call]
     return y
 
 
@@ -69,9 +84,9 @@ def norm_linear(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``s = x + residual`` and ``layer_norm(s) @ weight.T + bias``."""
+    """Return ``s = x + residual``, fp32, and ``layer_norm(s) @ weight.T + bias``."""
     total, y = _NormLinear.apply(  # type: ignore[no-untyped-call]
-        x, residual, norm_weight, norm_bias, weight, bias, eps
+        x, residual, norm_weight, norm_bias, weight, bias, eps, _bf16()
     )
     return total, y
 
@@ -87,9 +102,10 @@ def norm_mlp(
     bias_out: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``s = x + residual`` and what the MLP makes of its norm."""
+    """Return ``s = x + residual`` and what the MLP makes of its norm, both fp32."""
+    mlp = (weight_in, bias_in, weight_out, bias_out)
     total, y = _NormMlp.apply(  # type: ignore[no-untyped-call]
-        x, residual, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, eps
+        x, residual, norm_weight, norm_bias, *mlp, eps, _bf16()
     )
     return total, y
 
@@ -98,9 +114,15 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
     """Return the mean loss of the logits ``x @ weight.T``; x: `[N, C]`, targets: `[N]`."""
     wanted = torch.is_grad_enabled()  # inside the function it is always off
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        x, weight, targets, ignore_index, wanted
+        x, weight, targets, ignore_index, wanted, _bf16()
     )
     return loss
+
+
+def rows_at_once(n_rows: int, n_classes: int) -> int:
+    """Return of how many rows the loss holds the logits: equal parts, `MAX_LOGITS` at most."""
+    n_parts = max(1, -(-n_rows // max(1, MAX_LOGITS // n_classes)))
+    return max(1, -(-n_rows // n_parts))
 
 
 class _TiedEmbedding(torch.autograd.Function):
@@ -168,7 +190,8 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, n_head: int) -> Tensor:
         (qkv,) = _packed(qkv)
         batch, time, width = qkv.shape
-        y, log_sums = empty(batch, time, width // 3), empty(batch, n_head, time)
+        y = empty(batch, time, width // 3, dtype=qkv.dtype)
+        log_sums = empty(batch, n_head, time)
         _C.attention_forward(qkv, n_head, time, y, log_sums, torch.get_num_threads())
         ctx.save_for_backward(qkv, y, log_sums)
         return y
@@ -187,12 +210,12 @@ class _CausalAttention(torch.autograd.Function):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, bf16: bool) -> Tensor:
         rows = _rows(x)
         weight, bias = _packed(weight, bias)
         ctx.save_for_backward(rows, weight)
-        ctx.has_bias = bias is not None
-        return products.linear(rows, weight, bias).view(*x.shape[:-1], weight.size(0))
+        ctx.has_bias, ctx.bf16 = bias is not None, bf16
+        return products.linear(rows, weight, bias, bf16).view(*x.shape[:-1], weight.size(0))
 
     @staticmethod
     @once_differentiable
@@ -201,10 +224,10 @@ class _Linear(torch.autograd.Function):
         shape, grad = grad.shape[:-1], _rows(grad)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grad_weight, grad_bias = products.weight_gradient(grad, x, ctx.has_bias)
+            grad_weight, grad_bias = products.weight_gradient(grad, x, ctx.has_bias, ctx.bf16)
         if ctx.needs_input_grad[0]:
-            grad_x = products.input_gradient(grad, weight).view(*shape, -1)
-        return grad_x, grad_weight, grad_bias
+            grad_x = products.input_gradient(grad, weight, ctx.bf16, x.dtype).view(*shape, -1)
+        return grad_x, grad_weight, grad_bias, None
 
 
 class _NormLinear(torch.autograd.Function):
@@ -218,13 +241,14 @@ class _NormLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         eps: float,
+        bf16: bool,
     ) -> tuple[Tensor, Tensor]:
         norm_weight, norm_bias, weight, bias = _packed(norm_weight, norm_bias, weight, bias)
-        total, normed, stats = _norm(x, residual, norm_weight, norm_bias, eps)
+        total, normed, stats = _norm(x, residual, norm_weight, norm_bias, eps, _dtype(bf16))
         ctx.save_for_backward(total, stats, norm_weight, norm_bias, weight)
-        ctx.has = residual is not None, bias is not None
+        ctx.has, ctx.bf16 = (residual is not None, bias is not None), bf16
         ctx.set_materialize_grads(False)
-        y = products.linear(_rows(normed), weight, bias)
+        y = products.linear(_rows(normed), weight, bias, bf16, _dtype(bf16))
         return total, y.view(*x.shape[:-1], weight.size(0))
 
     @staticmethod
@@ -232,22 +256,22 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor | None, grad_y: Tensor | None) -> Any:
         has_residual, has_bias = ctx.has
         if grad_y is None:
-            return grad_total, grad_total if has_residual else None, *[None] * 5
+            return grad_total, grad_total if has_residual else None, *[None] * 6
         total, stats, norm_weight, norm_bias, weight = ctx.saved_tensors
-        grad_y = _rows(grad_y)
+        grad_y, bf16 = _rows(grad_y), ctx.bf16
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
-            normed = _norm_again(total, stats, norm_weight, norm_bias)
-            grad_weight, grad_bias = products.weight_gradient(grad_y, normed, has_bias)
+            normed = _norm_again(total, stats, norm_weight, norm_bias, _dtype(bf16))
+            grad_weight, grad_bias = products.weight_gradient(grad_y, normed, has_bias, bf16)
             del normed
-        grad_normed = products.input_gradient(grad_y, weight)
+        grad_normed = products.input_gradient(grad_y, weight, bf16)
         grad_x, grad_norm_weight, grad_norm_bias = _norm_backward(
             grad_normed, grad_total, total, stats, norm_weight, norm_bias is not None
         )
         return (
             grad_x,
             grad_x if has_residual else None,
-            *(grad_norm_weight, grad_norm_bias, grad_weight, grad_bias, None),
+            *(grad_norm_weight, grad_norm_bias, grad_weight, grad_bias, None, None),
         )
 
 
@@ -264,37 +288,41 @@ class _NormMlp(torch.autograd.Function):
         weight_out: Tensor,
         bias_out: Tensor | None,
         eps: float,
+        bf16: bool,
     ) -> tuple[Tensor, Tensor]:
         norm_weight, norm_bias = _packed(norm_weight, norm_bias)
         weight_in, bias_in = _packed(weight_in, bias_in)
         weight_out, bias_out = _packed(weight_out, bias_out)
-        total, normed, stats = _norm(x, residual, norm_weight, norm_bias, eps)
-        y, pre = products.linear_gelu(_rows(normed), weight_in, bias_in)
+        total, normed, stats = _norm(x, residual, norm_weight, norm_bias, eps, _dtype(bf16))
+        y, pre = products.linear_gelu(_rows(normed), weight_in, bias_in, bf16)
         ctx.save_for_backward(total, stats, norm_weight, norm_bias, weight_in, weight_out, pre)
         ctx.has = residual is not None, bias_in is not None, bias_out is not None
+        ctx.bf16 = bf16
         ctx.set_materialize_grads(False)
-        return total, products.linear(y, weight_out, bias_out).view(x.shape)
+        return total, products.linear(y, weight_out, bias_out, bf16).view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor | None, grad_y: Tensor | None) -> Any:
         has_residual, has_bias_in, has_bias_out = ctx.has
         if grad_y is None:
-            return grad_total, grad_total if has_residual else None, *[None] * 7
+            return grad_total, grad_total if has_residual else None, *[None] * 8
         total, stats, norm_weight, norm_bias, weight_in, weight_out, pre = ctx.saved_tensors
-        need = ctx.needs_input_grad
+        need, bf16 = ctx.needs_input_grad, ctx.bf16
         grad_y = _rows(grad_y)
         grad_weight_in = grad_bias_in = grad_weight_out = grad_bias_out = None
         if need[6] or need[7]:
             grad_weight_out, grad_bias_out = products.weight_gradient(
-                grad_y, pre, has_bias_out, of_gelu=True
+                grad_y, pre, has_bias_out, bf16, of_gelu=True
             )
-        grad_pre = products.gelu_input_gradient(grad_y, weight_out, pre)
+        grad_pre = products.gelu_input_gradient(grad_y, weight_out, pre, bf16)
         if need[4] or need[5]:
-            normed = _norm_again(total, stats, norm_weight, norm_bias)
-            grad_weight_in, grad_bias_in = products.weight_gradient(grad_pre, normed, has_bias_in)
+            normed = _norm_again(total, stats, norm_weight, norm_bias, _dtype(bf16))
+            grad_weight_in, grad_bias_in = products.weight_gradient(
+                grad_pre, normed, has_bias_in, bf16
+            )
             del normed
-        grad_normed = products.input_gradient(grad_pre, weight_in)
+        grad_normed = products.input_gradient(grad_pre, weight_in, bf16)
         del grad_pre
         grad_x, grad_norm_weight, grad_norm_bias = _norm_backward(
             grad_normed, grad_total, total, stats, norm_weight, norm_bias is not None
@@ -303,7 +331,7 @@ class _NormMlp(torch.autograd.Function):
             grad_x,
             grad_x if has_residual else None,
             *(grad_norm_weight, grad_norm_bias, grad_weight_in, grad_bias_in),
-            *(grad_weight_out, grad_bias_out, None),
+            *(grad_weight_out, grad_bias_out, None, None),
         )
 
 
@@ -316,13 +344,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, wanted: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        wanted: bool,
+        bf16: bool,
     ) -> Tensor:
-        ctx.need = tuple(wanted and needed for needed in ctx.needs_input_grad[:2])
-        ctx.ignore_index = ignore_index
+        need = (wanted and needed for needed in ctx.needs_input_grad[:2])
+        ctx.how = (ignore_index, bf16, *need)
         x, weight, targets = _packed(x, weight, targets)
         ctx.save_for_backward(x, weight, targets)
-        loss, *ctx.grads = _loss_and_gradients(x, weight, targets, ignore_index, *ctx.need)
+        loss, *ctx.grads = _loss_and_gradients(x, weight, targets, *ctx.how)
         return loss
 
     @staticmethod
@@ -330,30 +364,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            x, weight, targets = ctx.saved_tensors
-            _, *grads = _loss_and_gradients(x, weight, targets, ctx.ignore_index, *ctx.need)
+            _, *grads = _loss_and_gradients(*ctx.saved_tensors, *ctx.how)
         if grad_loss != 1.0:
             for grad in grads:
                 if grad is not None:
                     grad.mul_(grad_loss)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 def _loss_and_gradients(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_x: bool, need_weight: bool
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    bf16: bool,
+    need_x: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     n_rows, n_classes = x.size(0), weight.size(0)
     losses = empty(n_rows)
     grad_x = empty_like(x) if need_x else None
-    grad_weight = None
+    grad_weight = empty_like(weight) if need_weight else None  # before what goes before it
     n_counted = int((targets != ignore_index).sum())
-    n_chunks = -(-n_rows * n_classes // MAX_LOGITS)
-    size = -(-n_rows // max(1, n_chunks))
+    size = rows_at_once(n_rows, n_classes)
     logits = empty(size, n_classes)
-    for first in range(0, n_rows, max(1, size)):
+    for first in range(0, n_rows, size):
         part = slice(first, min(first + size, n_rows))
         chunk = logits[: part.stop - first]
-        products.linear_into(x[part], weight, chunk)
+        products.linear_into(x[part], weight, chunk, bf16)
         _C.cross_entropy(
             chunk,
             targets[part],
@@ -364,11 +402,9 @@ def _loss_and_gradients(
             torch.get_num_threads(),
         )
         if grad_x is not None:
-            grad_x[part] = products.input_gradient(chunk, weight)
+            grad_x[part] = products.input_gradient(chunk, weight, bf16)
         if grad_weight is not None:
-            products.add_weight_gradient(chunk, x[part], grad_weight)
-        elif need_weight:
-            grad_weight, _ = products.weight_gradient(chunk, x[part], with_bias=False)
+            products.weight_gradient_into(chunk, x[part], grad_weight, first > 0, bf16)
     return losses.sum() / n_counted, grad_x, grad_weight
 
 
@@ -376,11 +412,16 @@ def _loss_and_gradients(
 
 
 def _norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sum, its norm, and mean and 1/σ of each row, fp32 `[2, N]`."""
+    """Return the sum, its norm in a dtype, and mean and 1/σ of each row, fp32 `[2, N]`."""
     x = x.contiguous()
-    total, y = x, empty_like(x)
+    total, y = x, empty(*x.shape, dtype=dtype)
     if residual is not None:
         residual, total = residual.contiguous(), empty_like(x)
     stats = empty(2, x.numel() // weight.numel())
@@ -391,9 +432,11 @@ def _norm(
     return total, y, stats
 
 
-def _norm_again(total: Tensor, stats: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _norm_again(
+    total: Tensor, stats: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Return the norm `[N, C]` once more."""
-    y = empty_like(total)
+    y = empty(*total.shape, dtype=dtype)
     _C.norm_apply(total, weight, bias, stats[0], stats[1], y, torch.get_num_threads())
     return _rows(y)
 
@@ -415,6 +458,15 @@ def _norm_backward(
         *(grad_x, grad_weight, grad_bias, torch.get_num_threads()),
     )
     return grad_x, grad_weight, grad_bias
+
+
+def _bf16() -> bool:
+    """Whether products are to be bf16, of tensors that fit."""
+    return torch.is_autocast_enabled("cpu")
+
+
+def _dtype(bf16: bool) -> torch.dtype:
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def _rows(x: Tensor) -> Tensor:

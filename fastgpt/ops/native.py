@@ -48,7 +48,7 @@ def causal_attention(
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             return causal_attention(qkv, n_head, dropout_p)
-    if dropout_p == 0.0 and cpu.fits(qkv) and _C.attention_is_fast():
+    if dropout_p == 0.0 and cpu.fits(branch=qkv) and _C.attention_is_fast():
         return cpu.causal_attention(qkv, n_head)
     q, k, v = split_heads(qkv, n_head)
     return merge_heads(F.scaled_dot_product_attention(q, k, v, None, dropout_p, is_causal=True))
@@ -79,7 +79,7 @@ def gelu(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`reference.linear`, by the fastest product that there is."""
-    if cpu.fits(x, weight, bias):
+    if cpu.fits(weight, bias, branch=x):
         return cpu.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 

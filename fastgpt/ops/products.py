@@ -1,11 +1,14 @@
-"""The matrix products of a layer and of its gradients, for fp32 on a CPU.
+"""The matrix products of a layer and of its gradients, on a CPU.
 
-Two ways to each: this package's own product, which does GELU and the bias on its way, where the
-processor makes it the faster one, and PyTorch's. No autograd here: see `fastgpt.ops.cpu`. Matrices
-are `[rows, columns]`; a layer's weight is `[out, in]`, as in `nn.Linear`.
+They multiply in fp32 or in bf16; sums are fp32 always. In bf16 the operands may be fp32 or bf16,
+and rounding the former is part of the product. Two ways to each product in fp32: this package's
+own, which does GELU and the bias on its way, where the processor makes it the faster one, and
+PyTorch's; in bf16 there is the own one alone. No autograd here: see `fastgpt.ops.cpu`. Matrices are
+`[rows, columns]`; a layer's weight is `[out, in]`, as in `nn.Linear`.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,98 +19,116 @@ from fastgpt.host_memory import empty, empty_like
 FEWEST_ROWS = 16  # with fewer, a product reads its weight once, whoever does it
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``x @ weight.T + bias``."""
-    if not _own(x):
+def own_in_bf16() -> bool:
+    """Whether the own product is the fast way to multiply in bf16 on this processor."""
+    return _own_is_faster(True)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bf16: bool,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return ``x @ weight.T + bias`` in a dtype."""
+    if not _own(x, bf16):
         return torch.nn.functional.linear(x, weight, bias)
-    y = empty(x.size(0), weight.size(0))
-    _C.gemm(x, weight, y, transpose_b=True, bias=bias, threads=torch.get_num_threads())
+    y = empty(x.size(0), weight.size(0), dtype=dtype)
+    _gemm(x, weight, y, transpose_b=True, bias=bias, bf16=bf16)
     return y
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return ``y = gelu(pre)`` and ``pre = x @ weight.T + bias``."""
-    threads = torch.get_num_threads()
-    y = empty(x.size(0), weight.size(0))
-    if not _own(x):
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, bf16: bool
+) -> tuple[Tensor, Tensor]:
+    """Return ``y = gelu(pre)`` and ``pre = x @ weight.T + bias``, in the dtype of the products."""
+    y = empty(x.size(0), weight.size(0), dtype=_dtype(bf16))
+    if not _own(x, bf16):
         pre = torch.nn.functional.linear(x, weight, bias)
-        _C.gelu_forward(pre.numpy(), y.numpy(), threads)
+        _C.gelu_forward(pre.numpy(), y.numpy(), torch.get_num_threads())
         return y, pre
     pre = empty_like(y)
-    _C.gemm(x, weight, y, transpose_b=True, bias=bias, gelu=True, pre=pre, threads=threads)
+    _gemm(x, weight, y, transpose_b=True, bias=bias, gelu=True, pre=pre, bf16=bf16)
     return y, pre
 
 
-def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """Return the gradient of `x`, given that of ``x @ weight.T``."""
-    if not _own(grad):
+def input_gradient(
+    grad: Tensor, weight: Tensor, bf16: bool, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return the gradient of `x` in a dtype, given that of ``x @ weight.T``."""
+    if not _own(grad, bf16):
         return grad @ weight
-    grad_x = empty(grad.size(0), weight.size(1))
-    _C.gemm(grad, weight, grad_x, threads=torch.get_num_threads())
+    grad_x = empty(grad.size(0), weight.size(1), dtype=dtype)
+    _gemm(grad, weight, grad_x, bf16=bf16)
     return grad_x
 
 
-def gelu_input_gradient(grad: Tensor, weight: Tensor, pre: Tensor) -> Tensor:
+def gelu_input_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bf16: bool) -> Tensor:
     """Return the gradient of `pre`, given that of ``gelu(pre) @ weight.T``."""
-    threads = torch.get_num_threads()
     grad_pre = empty_like(pre)
-    if _own(grad):
-        _C.gemm(grad, weight, grad_pre, gelu_grad=pre, threads=threads)
+    if _own(grad, bf16):
+        _gemm(grad, weight, grad_pre, gelu_grad=pre, bf16=bf16)
     else:
         torch.mm(grad, weight, out=grad_pre)
+        threads = torch.get_num_threads()
         _C.gelu_backward(grad_pre.numpy(), pre.numpy(), grad_pre.numpy(), threads)
     return grad_pre
 
 
 def weight_gradient(
-    grad: Tensor, x: Tensor, with_bias: bool, *, of_gelu: bool = False
+    grad: Tensor, x: Tensor, with_bias: bool, bf16: bool, *, of_gelu: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of weight and bias, given that of ``x @ weight.T + bias``.
+    """Return the gradients of weight and bias, fp32, given that of ``x @ weight.T + bias``.
 
     of_gelu: the layer's input was ``gelu(x)``.
     """
-    threads = torch.get_num_threads()
-    if not _own(grad):
+    if not _own(grad, bf16):
         if of_gelu:
             y = empty_like(x)
-            _C.gelu_forward(x.numpy(), y.numpy(), threads)
+            _C.gelu_forward(x.numpy(), y.numpy(), torch.get_num_threads())
             x = y
         return grad.T @ x, grad.sum(0) if with_bias else None
     grad_weight = empty(grad.size(1), x.size(1))
     grad_bias = empty(grad.size(1)) if with_bias else None
-    _C.gemm(
-        grad,
-        x,
-        grad_weight,
+    _gemm(
+        *(grad, x, grad_weight),
         transpose_a=True,
         gelu_b=of_gelu,
         row_sums=grad_bias,
-        threads=threads,
+        bf16=bf16,
     )
     return grad_weight, grad_bias
 
 
-def add_weight_gradient(grad: Tensor, x: Tensor, total: Tensor) -> None:
-    """Add a part of the batch's gradient of a weight to `total`."""
-    if _own(grad):
-        threads = torch.get_num_threads()
-        _C.gemm(grad, x, total, transpose_a=True, accumulate=True, threads=threads)
+def weight_gradient_into(grad: Tensor, x: Tensor, total: Tensor, add: bool, bf16: bool) -> None:
+    """Write a part of the batch's gradient of a weight into `total`, fp32, or add it."""
+    if _own(grad, bf16):
+        _gemm(grad, x, total, transpose_a=True, accumulate=add, bf16=bf16)
     else:
-        total.addmm_(grad.T, x)
+        total.addmm_(grad.T, x, beta=1 if add else 0)
 
 
-def linear_into(x: Tensor, weight: Tensor, y: Tensor) -> None:
+def linear_into(x: Tensor, weight: Tensor, y: Tensor, bf16: bool) -> None:
     """Write ``x @ weight.T`` into `y`."""
-    if _own(x):
-        _C.gemm(x, weight, y, transpose_b=True, threads=torch.get_num_threads())
+    if _own(x, bf16):
+        _gemm(x, weight, y, transpose_b=True, bf16=bf16)
     else:
         torch.mm(x, weight.T, out=y)
 
 
-def _own(rows: Tensor) -> bool:
-    return rows.size(0) >= FEWEST_ROWS and _own_is_faster()
+def _gemm(a: Tensor, b: Tensor, c: Tensor, **options: Any) -> None:
+    _C.gemm(a, b, c, threads=torch.get_num_threads(), **options)
+
+
+def _dtype(bf16: bool) -> torch.dtype:
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def _own(rows: Tensor, bf16: bool) -> bool:
+    return bf16 or (rows.size(0) >= FEWEST_ROWS and _own_is_faster(False))
 
 
 @functools.cache
-def _own_is_faster() -> bool:
-    return _C.gemm_is_faster()
+def _own_is_faster(bf16: bool) -> bool:
+    return _C.gemm_is_faster(bf16=bf16)

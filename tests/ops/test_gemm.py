@@ -26,8 +26,11 @@ def _runs(code: str) -> bool:
 
 
 CODES = [code for code in ("portable", "avx2", "avx512") if _runs(code)]
+BF16_CODES = [code for code in ("bf16-portable", "bf16-avx512") if _runs(code)]
+DTYPES = (torch.float32, torch.bfloat16)
 FORMS = list(itertools.product((False, True), (False, True), (False, True)))
 EPSILON = torch.finfo(torch.float32).eps
+A, B, C = torch.zeros(4, 3), torch.zeros(3, 5), torch.zeros(4, 5)
 
 # Around the sizes of panels, tiles, blocks and chunks, and GPT-2's own odd ones.
 SHAPES = [
@@ -195,6 +198,167 @@ def test_row_sums_of_a_matrix_as_it_is() -> None:
     torch.testing.assert_close(sums.double(), a.double().sum(1), rtol=1e-5, atol=1e-4)
 
 
+# --- in bfloat16 ----------------------------------------------------------------------------------
+
+
+def rounded(x: Tensor) -> Tensor:
+    """What a product in bf16 makes of an operand, in fp64."""
+    return x.to(torch.bfloat16).double()
+
+
+def check_bf16(
+    m: int, n: int, k: int, form: tuple[bool, bool, bool], dtypes: tuple[torch.dtype, ...],
+    code: str, padding: int = 0,
+) -> None:  # fmt: skip
+    """Against fp64 on rounded operands: only sums in fp32 and the result may round further."""
+    transpose_a, transpose_b, accumulate = form
+    a = operand(m, k, transpose_a, padding).to(dtypes[0])
+    b = operand(k, n, transpose_b, padding).to(dtypes[1])
+    whole = torch.randn(m, n + padding).to(dtypes[2])
+    before, c = whole.clone(), whole[:, :n]
+    truth = product(rounded(a), rounded(b), transpose_a, transpose_b)
+    bound = 2 * error_bound(rounded(a), rounded(b), transpose_a, transpose_b)
+    if accumulate:
+        truth, bound = truth + c, bound + (truth + c).abs() * EPSILON + EPSILON
+    else:
+        c.fill_(math.nan)
+    _C.gemm(
+        a, b, c,
+        transpose_a=transpose_a, transpose_b=transpose_b, accumulate=accumulate,
+        threads=2, code=code,
+    )  # fmt: skip
+    if dtypes[2] == torch.bfloat16:
+        bound = bound + truth.abs() * 2**-8
+    assert ((c - truth).abs() <= bound).all()
+    assert torch.equal(whole[:, n:], before[:, n:]), "wrote outside of C"
+
+
+def bf16_forms(dtype: torch.dtype) -> list[tuple[bool, bool, bool]]:
+    return [form for form in FORMS if dtype == torch.float32 or not form[2]]
+
+
+@pytest.mark.parametrize("code", BF16_CODES)
+@pytest.mark.parametrize("shape", [*SHAPES, (13, 40, 9001), (40, 90, 513)])
+def test_all_forms_in_bf16(shape: tuple[int, int, int], code: str) -> None:
+    for dtypes in itertools.product(DTYPES, repeat=3):
+        for form in bf16_forms(dtypes[2]):
+            check_bf16(*shape, form, dtypes, code, padding=3 if form[0] else 0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    m=st.integers(1, 200),
+    n=st.integers(1, 200),
+    k=st.integers(1, 200),
+    form=st.sampled_from(FORMS),
+    dtypes=st.tuples(*[st.sampled_from(DTYPES)] * 3),
+    padding=st.sampled_from([0, 1, 16]),
+    code=st.sampled_from(BF16_CODES),
+)
+def test_any_shape_in_bf16(
+    m: int, n: int, k: int, form: tuple[bool, bool, bool], dtypes: tuple[torch.dtype, ...],
+    padding: int, code: str,
+) -> None:  # fmt: skip
+    if form in bf16_forms(dtypes[2]):
+        check_bf16(m, n, k, form, dtypes, code, padding)
+
+
+def close_bf16(ours: Tensor, truth: Tensor) -> None:
+    tolerance = 2**-8 if ours.dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(ours.double(), truth, rtol=tolerance, atol=2e-5)
+
+
+@pytest.mark.parametrize("code", BF16_CODES)
+@pytest.mark.parametrize(("m", "n", "k"), [*SIZES, (50, 70, 1300)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bias_and_gelu_in_bf16(m: int, n: int, k: int, dtype: torch.dtype, code: str) -> None:
+    x, weight, bias = torch.randn(m, k), torch.randn(n, k) / math.sqrt(k + 1), torch.randn(n)
+    truth = F.linear(rounded(x), rounded(weight), bias.double())
+    c, pre = (torch.full((m, n), math.nan, dtype=dtype) for _ in range(2))
+    _C.gemm(x, weight, c, transpose_b=True, bias=bias, threads=2, code=code)
+    close_bf16(c, truth)
+    _C.gemm(x, weight, c, transpose_b=True, bias=bias, gelu=True, threads=2, code=code)
+    close_bf16(c, F.gelu(truth, approximate="tanh"))
+    c.fill_(math.nan)
+    _C.gemm(x, weight, c, transpose_b=True, bias=bias, gelu=True, pre=pre, threads=2, code=code)
+    close_bf16(c, F.gelu(truth, approximate="tanh"))
+    close_bf16(pre, truth)
+
+
+@pytest.mark.parametrize("code", BF16_CODES)
+@pytest.mark.parametrize(("m", "n", "k"), [*SIZES, (50, 70, 1300)])
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)))
+def test_gradient_of_gelu_in_bf16(
+    m: int, n: int, k: int, dtypes: tuple[torch.dtype, ...], code: str
+) -> None:
+    grad, weight = torch.randn(m, k), torch.randn(k, n) / math.sqrt(k + 1)
+    pre = (torch.randn(m, n) * 3).to(dtypes[0])
+    c = torch.full((m, n), math.nan, dtype=dtypes[1])
+    _C.gemm(grad, weight, c, gelu_grad=pre, threads=2, code=code)
+    at = pre.double().requires_grad_()
+    F.gelu(at, approximate="tanh").backward(rounded(grad) @ rounded(weight))
+    close_bf16(c, at.grad)
+
+
+@pytest.mark.parametrize("code", BF16_CODES)
+@pytest.mark.parametrize(("m", "n", "k"), [*SIZES, (33, 300, 257)])
+@pytest.mark.parametrize("transpose_b", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_and_sums_of_operands_in_bf16(
+    m: int, n: int, k: int, transpose_b: bool, dtype: torch.dtype, code: str
+) -> None:
+    """gelu is taken of what is there, in fp32, and rounded then; sums are of rounded numbers."""
+    grad, pre = torch.randn(k, m).to(dtype), operand(k, n, transpose_b).to(dtype)
+    c, sums = torch.empty(m, n), torch.empty(m)
+    of_gelu = rounded(F.gelu(pre.double(), approximate="tanh").float())
+    truth = product(rounded(grad), of_gelu, True, transpose_b)
+    _C.gemm(
+        grad, pre, c,
+        transpose_a=True, transpose_b=transpose_b, gelu_b=True, row_sums=sums, threads=2,
+        code=code,
+    )  # fmt: skip
+    # A gelu in fp32 may fall on the other side between two numbers of bf16: of 3, say, times 3.
+    torch.testing.assert_close(c.double(), truth, rtol=1e-3, atol=3 * 3 * 2**-7)
+    torch.testing.assert_close(sums.double(), rounded(grad).sum(0), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("code", BF16_CODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_no_bit_in_bf16(dtype: torch.dtype, code: str) -> None:
+    for m, n, k in [(768, 384, 128), (300, 2500, 1100), (7, 900, 3)]:
+        a, b = torch.randn(m, k), torch.randn(n, k)
+        results = []
+        for threads in (1, 2, 3, 4):
+            c = torch.empty(m, n, dtype=dtype)
+            _C.gemm(a, b, c, transpose_b=True, gelu=True, threads=threads, code=code)
+            results.append(c)
+        assert all(torch.equal(c, results[0]) for c in results)
+
+
+def test_rounding_to_bf16_is_pytorchs() -> None:
+    """Ties, what overflows, infinities and NaN: by a product with 1, of sums in fp32."""
+    bits = torch.arange(0x3F7FFFF0, 0x3F818010, 8).int()
+    x = torch.cat([bits.view(torch.float32), torch.tensor([3.4e38, -3.4e38, math.inf, math.nan])])
+    for code in BF16_CODES:
+        for like in (x[:, None], x[None, :]):
+            c = torch.empty(like.shape[0], like.shape[1], dtype=torch.bfloat16)
+            ones = torch.ones(1, 1)
+            operands = (like, ones) if like.size(1) == 1 else (ones, like)
+            _C.gemm(*operands, c, code=code)
+            assert torch.equal(c.isnan(), like.isnan())
+            finite = ~like.isnan()
+            assert torch.equal(c[finite], like.to(torch.bfloat16)[finite])
+
+
+def test_refuses_bf16_where_it_computes_in_fp32() -> None:
+    with pytest.raises(ValueError, match="b must be of float32"):
+        _C.gemm(A, B.bfloat16(), C)
+    with pytest.raises(ValueError, match="c must be of float32 or bfloat16"):
+        _C.gemm(A, B, C.half(), bf16=True)
+    with pytest.raises(ValueError, match="accumulate needs c in float32"):
+        _C.gemm(A, B, C.bfloat16(), accumulate=True, bf16=True)
+
+
 # --- what is at the edge --------------------------------------------------------------------------
 
 
@@ -233,9 +397,6 @@ def test_a_vector_in_a_matrix_may_have_any_stride_along_one() -> None:
     assert torch.equal(c, 2 * column)
     with pytest.raises(ValueError, match="side by side"):
         _C.gemm(row, torch.randn(3, 1), torch.empty(1, 1))
-
-
-A, B, C = torch.zeros(4, 3), torch.zeros(3, 5), torch.zeros(4, 5)
 
 
 @pytest.mark.parametrize(
@@ -304,6 +465,7 @@ def test_works_in_a_forked_process() -> None:
 
 
 def test_says_where_it_is_faster() -> None:
-    assert isinstance(_C.gemm_is_faster(), bool)
-    if _C.gemm_is_faster():
+    if _C.gemm_is_faster(bf16=False):
         assert "avx2" in CODES
+    if _C.gemm_is_faster(bf16=True):
+        assert "bf16-avx512" in BF16_CODES
