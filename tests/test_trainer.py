@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import signal
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def tiny(verse: Path, tmp_path: Path) -> Recipe:
         eval_interval=4,
         sample_tokens=20,
         device="cpu",
+        dtype="float32",  # "auto" takes what is faster just then: two runs could differ
     )
 
 
@@ -367,18 +369,37 @@ def test_samples_while_training_change_nothing(
     assert_same(weights(silent.run), weights(telling.run))
 
 
+@pytest.mark.parametrize("when", ["it is loaded", "it is used"])
 def test_a_compiler_that_fails_is_a_warning(
-    tiny: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Recipe, when: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("no compiler\nfound here")
 
-    monkeypatch.setattr(torch, "compile", lambda module, **_: refuse)
+    by_using_it = (lambda module, **_: refuse) if when == "it is used" else refuse
+    monkeypatch.setattr(torch, "compile", by_using_it)
     eager = Trainer(replace(tiny, out=f"{tiny.out}-eager")).fit()
     fallen_back = Trainer(replace(tiny, compile="yes")).fit()
     said = capsys.readouterr().out
     assert "warning: torch.compile failed, training goes on without it: no compiler found" in said
     assert_same(weights(eager.run), weights(fallen_back.run))
+
+
+def test_a_compiler_that_uses_what_is_deprecated_is_no_matter(
+    tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warnings are errors in these tests, and may be for a user."""
+
+    def compiled(module: Any, **_: Any) -> Any:
+        warnings.warn("`torch.jit` is deprecated", DeprecationWarning, stacklevel=1)
+        return module
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    trainer = Trainer(replace(tiny, compile="yes"))
+    assert "compiled by torch.compile" in trainer._notes
+    with pytest.raises(DeprecationWarning):  # elsewhere they still are
+        warnings.warn("ours", DeprecationWarning, stacklevel=1)
+    trainer.close()
 
 
 @pytest.mark.parametrize("where", ["GPT", "Updater", "compiled_or_not"])
