@@ -173,7 +173,7 @@ trainer = Trainer(eval(sys.argv[1]))
 with trainer._feeder() as trainer._feed:
     for _ in range(3):
         trainer._step()
-needed = trainer._memory()
+needed = trainer.learner.memory()
 print(_C.pool_usage()[0], needed.gradients + needed.activations + needed.loss)
 """
 

@@ -45,13 +45,13 @@ def test_a_run_stays_with_what_it_found(verse, tmp_path, monkeypatch) -> None:
         batch_size=4, max_steps=2, eval_interval=2, sample_tokens=1, device="cpu",
     )  # fmt: skip
     monkeypatch.setattr(precision, "bfloat16_units", lambda: "AMX")
-    monkeypatch.setattr("fastgpt.trainer.fastest", lambda both, trial: (trial(both[1]), both[1])[1])
+    monkeypatch.setattr("fastgpt.learner.fastest", lambda both, trial: (trial(both[1]), both[1])[1])
     trainer = Trainer(recipe)
     assert all(p.grad is None for p in trainer.model.parameters())
     trainer.fit()
     monkeypatch.undo()
     resumed = Trainer.resume(tmp_path / "run", max_steps=4)
-    assert resumed.precision.name == "bfloat16"
+    assert resumed.learner.precision.name == "bfloat16"
     resumed.fit()
 
 

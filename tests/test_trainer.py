@@ -209,12 +209,12 @@ def test_fault_23_a_loss_that_is_not_finite_stops_the_run(
 
 def poison(trainer: Trainer, steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the loss be NaN at some steps."""
-    backward = Trainer._backward
+    backward = trainer.learner.backward
 
-    def spoilt(self: Trainer, inputs: Any, targets: Any, weight: float) -> torch.Tensor:
-        return backward(self, inputs, targets, math.nan if self.step in steps else weight)
+    def spoilt(inputs: Any, targets: Any, weight: float) -> torch.Tensor:
+        return backward(inputs, targets, math.nan if trainer.step in steps else weight)
 
-    monkeypatch.setattr(Trainer, "_backward", spoilt)
+    monkeypatch.setattr(trainer.learner, "backward", spoilt)
 
 
 def test_fault_23_an_update_that_is_not_finite_is_left_out(
@@ -229,7 +229,7 @@ def test_fault_23_an_update_that_is_not_finite_is_left_out(
     def watch(self: Trainer) -> None:
         step(self)
         same = [torch.equal(p, before[name]) for name, p in self.model.named_parameters()]
-        counts = {int(s["step"]) for s in self.updater.optimizer.state.values()}
+        counts = {int(s["step"]) for s in self.learner.updater.optimizer.state.values()}
         seen.append((all(same), counts))
 
     monkeypatch.setattr(Trainer, "_step", watch)
@@ -284,16 +284,16 @@ def test_fault_12_a_second_fit_takes_the_folder_again(tiny: Recipe) -> None:
 def test_float16_scales_its_loss(tiny: Recipe) -> None:
     """A scale that is far too high loses a few updates, and then finds itself."""
     trainer = Trainer(replace(tiny, dtype="float16", max_steps=30))
-    scale = trainer.updater.scale
+    scale = trainer.learner.updater.scale
     assert scale is not None
     scale.factor.fill_(2.0**30)
     trainer.fit()
-    state = trainer.updater.extra_state()
+    state = trainer.learner.updater.extra_state()
     assert 1.0 <= state["loss_scale"] < 2.0**30
-    done = {int(s["step"]) for s in trainer.updater.optimizer.state.values()}
+    done = {int(s["step"]) for s in trainer.learner.updater.optimizer.state.values()}
     assert done == {30 - int(30 - math.log2(state["loss_scale"]))}
     assert find_checkpoint(trainer.run).extra["loss_scale"] == state["loss_scale"]
-    assert Trainer.resume(trainer.run).updater.extra_state() == state
+    assert Trainer.resume(trainer.run).learner.updater.extra_state() == state
 
 
 def test_gradients_of_float16_are_those_of_float32(tiny: Recipe) -> None:
@@ -320,14 +320,14 @@ def test_float32_after_tf32_is_float32() -> None:
 def test_the_average_is_what_is_evaluated_and_offered(tiny: Recipe) -> None:
     trainer = Trainer(replace(tiny, ema=0.5, max_steps=3, eval_interval=3))
     seen = [{name: p.detach().clone() for name, p in trainer.model.named_parameters()}]
-    update = trainer.updater.step
+    update = trainer.learner.updater.step
 
     def watch(lr: float) -> torch.Tensor:
         norm = update(lr)
         seen.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
         return norm
 
-    trainer.updater.step = watch  # type: ignore[method-assign]
+    trainer.learner.updater.step = watch  # type: ignore[method-assign]
     result = trainer.fit()
     checkpoint = find_checkpoint(result.run)
     for name, average in checkpoint.model_tensors(ema=True).items():
@@ -337,7 +337,7 @@ def test_the_average_is_what_is_evaluated_and_offered(tiny: Recipe) -> None:
         torch.testing.assert_close(checkpoint.model_tensors()[name], three, rtol=0.0, atol=0.0)
     offered = checkpoint.load_model(ema=True)
     trainer.model.load_state_dict(offered.state_dict())
-    trainer.updater.average = {}
+    trainer.learner.updater.average = {}
     assert trainer.validation_loss() == pytest.approx(result.best_val_loss, rel=1e-6)
 
 
@@ -409,7 +409,7 @@ def test_fault_25_no_memory_while_a_run_is_made(
     def refuse(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(f"fastgpt.trainer.{where}", refuse)
+    monkeypatch.setattr(f"fastgpt.learner.{where}", refuse)
     with pytest.raises(UsageError, match=r"out of memory: a step with batch 4 needs about .* try"):
         Trainer(replace(tiny, compile="yes"))
     assert not Path(tiny.out or "").exists()
@@ -424,8 +424,8 @@ def test_the_batch_is_found_before_it_is_compiled(
         sizes.append(trial.__self__.recipe.batch_size)
         return module, "compiled"
 
-    monkeypatch.setattr("fastgpt.trainer.largest_batch", lambda *_: 2)
-    monkeypatch.setattr("fastgpt.trainer.compiled_or_not", compiled)
+    monkeypatch.setattr("fastgpt.learner.largest_batch", lambda *_: 2)
+    monkeypatch.setattr("fastgpt.learner.compiled_or_not", compiled)
     Trainer(replace(tiny, compile="yes", find_batch=True)).close()
     assert sizes == [2]
 
@@ -453,7 +453,7 @@ def test_fault_10_a_disk_that_is_full_before_and_after_the_checkpoints(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     said = r"run cannot be written: No space left on device; mend that, then continue with --resume"
-    monkeypatch.setattr("fastgpt.trainer.describe_run", full)
+    monkeypatch.setattr("fastgpt.run_writer.describe_run", full)
     with pytest.raises(UsageError, match=said):
         Trainer(replace(tiny, out=f"{tiny.out}-begun/run"))
     monkeypatch.undo()
@@ -461,7 +461,7 @@ def test_fault_10_a_disk_that_is_full_before_and_after_the_checkpoints(
     (trainer.run / "sample.txt").symlink_to("/dev/full")
     with pytest.raises(UsageError, match=said):
         trainer.fit()
-    monkeypatch.setattr("fastgpt.trainer.cut_metrics", full)
+    monkeypatch.setattr("fastgpt.run_writer.cut_metrics", full)
     with pytest.raises(UsageError, match=said):
         Trainer.resume(trainer.run)
     monkeypatch.undo()
@@ -523,14 +523,14 @@ def test_a_recipe_that_cannot_work_is_refused(change: dict[str, Any]) -> None:
 
 def test_validation_is_the_whole_part_and_always_the_same(tiny: Recipe) -> None:
     trainer = Trainer(tiny)
-    starts = trainer.val_starts
+    starts = trainer.learner.val_starts
     assert starts.tolist() == list(range(0, 1200 - 16, 16))
-    tokens = torch.from_numpy(trainer.corpus.val.astype("int64"))
+    tokens = torch.from_numpy(trainer.learner.corpus.val.astype("int64"))
     trainer.model.eval()
     losses = [trainer.model(tokens[None, s : s + 16], tokens[None, s + 1 : s + 17]) for s in starts]
     assert abs(trainer.validation_loss() - torch.stack(losses).mean().item()) < 1e-5
     assert trainer.model.training
-    few = Trainer(replace(tiny, out=str(trainer.run) + "2", eval_tokens=100)).val_starts
+    few = Trainer(replace(tiny, out=str(trainer.run) + "2", eval_tokens=100)).learner.val_starts
     assert len(few) == 6
     assert set(few) <= set(starts)
 
