@@ -4,6 +4,7 @@ The lock is the system's, on the open file `.lock` of the folder: it ends with t
 holds it, however that ends. The text in the file only says who it is.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -72,7 +73,8 @@ class RunLock:
         """Let others have the folder; nothing happens the second time."""
         if self._close.alive:
             self._write(None)
-            self._close()  # which also unlocks
+            _unlock(self._file)
+            self._close()
 
     def __enter__(self) -> "RunLock":
         return self
@@ -118,7 +120,15 @@ if sys.platform == "win32":
         os.lseek(file, 1 << 30, os.SEEK_SET)
         msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
 
+    def _unlock(file: int) -> None:
+        """Do nothing: to close the file is enough, and no other process has a copy of it."""
+
 else:
 
     def _lock(file: int) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _unlock(file: int) -> None:
+        """Unlock by name: a child that has been forked just now may still have the file open."""
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_UN)
