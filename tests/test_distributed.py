@@ -41,9 +41,11 @@ folder = f"{sys.argv[1]}/rank{os.environ.get('RANK', 0)}"
 os.makedirs(folder)
 update, Updater.step = Updater.step, step
 torch.set_default_dtype(torch.float64)
-World().start(torch.device("cpu"))  # for all of the trainers
+world = World()
+world.start(torch.device("cpu"))  # for all of the trainers
 for recipe in sys.argv[2:]:
     Trainer(eval(recipe)).fit()
+world.close()
 """
 
 # The command itself, in which one process of two gets a signal at its sixth step, the first time.
