@@ -83,14 +83,22 @@ class RunLock:
         self.release()
 
     def _refusal(self) -> str:
+        """Say who holds the folder, and what to do."""
+        what = (
+            "wait until that ends, or stop it (a notebook holds a run until its Trainer's close() "
+            "or its own end)"
+        )
         try:
             holder = json.loads(os.read(self._file, 1000))
             who = f"process {int(holder['pid'])} on {holder['host']}"
+            if (holder["pid"], holder["host"]) == (os.getpid(), socket.gethostname()):
+                who += ", which is this one"
+                what = "call close() of the Trainer that was made for it before"
         except (ValueError, KeyError, TypeError):  # just taken, or just released
             who = "another process"
         return (
-            f"{self._run} is being written by {who}; wait until that ends, or stop it, or train "
-            f"into another folder with --out"
+            f"{self._run} is being written by {who}; {what}, or train into another folder with "
+            f"--out"
         )
 
     def _write(self, holder: dict[str, Any] | None) -> None:

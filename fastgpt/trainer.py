@@ -31,9 +31,10 @@ from fastgpt.model import GPT
 from fastgpt.peak import device_peak, flops_per_token
 from fastgpt.progress import Progress
 from fastgpt.recipes import Recipe
-from fastgpt.run_folder import read_run, refuse_changes, writing
+from fastgpt.run_folder import find_data, read_run, refuse_changes, writing
 from fastgpt.run_writer import RunWriter
 from fastgpt.signals import Stopped, StopSignal
+from fastgpt.skipped import SkippedUpdates
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ class Trainer:
     def _joined(self, recipe: Recipe) -> Iterator[None]:
         """Find the device and the other processes; part from them if the block fails."""
         self.standing, self._evaluated = Standing(), False
+        self._skipped = SkippedUpdates()
         self._notes: list[str] = []
         self.world = World()
         self.writer = RunWriter(self.world)
@@ -176,7 +178,7 @@ class Trainer:
     def _continue(self, run: Path, changes: dict[str, Any]) -> None:
         """Go on with the run in a folder, from its newest good checkpoint."""
         name, before = read_run(run)
-        recipe = replace(before, **changes)
+        recipe = replace(before, **{"data": find_data(run, before), **changes})
         checkpoint = self.writer.take(run, recipe.keep, self._notes)
         refuse_changes(before, recipe, checkpoint.step)
         tokenizer = load_run_tokenizer(run, checkpoint)
@@ -202,6 +204,7 @@ class Trainer:
         while not self._finished():
             self._step()
             progress.stepped(self.step, self.step_tokens)
+            self._tell_skipped(progress, self._skipped.known())
             requested, due = self.world.agree(stop.requested, progress.due())
             if due:
                 self._log(progress)
@@ -219,6 +222,7 @@ class Trainer:
         self.loss, self.norm = self.learner.step(self.step, self._feed)
         self.standing.step += 1
         self._evaluated = False
+        self._skipped.add(self.step, self.learner.updater.skipped, self.norm)
         if self.device.type == "cpu":  # where looking does not mean waiting
             self._check_skipped()
 
@@ -233,12 +237,17 @@ class Trainer:
                 f"{skipped} updates in a row left out, because their gradient is not finite"
             )
 
+    def _tell_skipped(self, progress: Progress, begun: list[tuple[int, float]]) -> None:
+        """Tell of updates left out, once a streak; float16 has them whenever its scale is high."""
+        if self.learner.updater.scale is None:
+            for step, norm in begun:
+                progress.say(f"step {step:,}: gradient norm {norm}; this update is left out")
+
     def _log(self, progress: Progress) -> None:
         loss = self.world.sums(self.loss.item())[0] / self.world.size
         lr, norm = self.learner.lr, self.norm.item()
         self._check_skipped()
-        if self.learner.updater.skipped and self.learner.updater.scale is None:
-            progress.say(f"step {self.step:,}: gradient norm {norm}; this update is left out")
+        self._tell_skipped(progress, self._skipped.look())
         progress.show(loss, lr, norm)
         self._record(loss=loss, lr=lr, grad_norm=norm, **progress.figures())
 

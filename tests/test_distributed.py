@@ -164,7 +164,10 @@ def test_fault_21_stopped_and_resumed_is_never_stopped(tiny: Recipe, tmp_path: P
     train(replace(recipe, out=str(tmp_path / "whole")))
     stopped = run(*TORCHRUN, script(tmp_path, STOPPING), *options(recipe), check=False)
     assert "stopped at step 6 and saved" in stopped.stdout
-    run(*TORCHRUN, "-m", "fastgpt.train", "--resume", recipe.out or "")
+    (tmp_path / "run" / "tensorboard").touch()  # in the place of a folder: no matter to training
+    resume = ["--resume", recipe.out or "", "--log", "tensorboard"]
+    resumed = run(*TORCHRUN, "-m", "--", "fastgpt.train", *resume)  # torchrun has a --log, too
+    assert "TensorBoard cannot be had" in resumed.stderr
     assert_same(tmp_path / "whole", tmp_path / "run")
 
 

@@ -23,9 +23,9 @@ def test_with_units_a_trial_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "bfloat16_units", lambda: "AMX")
     candidates = choose_precision("auto", CPU)
     assert [c.name for c in candidates] == ["float32", "bfloat16"]
-    slow = {torch.float32: 0.03, torch.bfloat16: 0.001}
+    slow = {torch.float32: 0.1, torch.bfloat16: 0.001}
     assert fastest(candidates, lambda p: time.sleep(slow[p.dtype])).name == "bfloat16"
-    slow = {torch.float32: 0.001, torch.bfloat16: 0.03}
+    slow = {torch.float32: 0.001, torch.bfloat16: 0.1}
     found = fastest(candidates, lambda p: time.sleep(slow[p.dtype]))
     assert found.name == "float32"
     assert "a trial took" in str(found)
@@ -33,7 +33,7 @@ def test_with_units_a_trial_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_first_time_does_not_count() -> None:
-    waits = iter([0.05, 0.001, 0.001, 0.02])
+    waits = iter([0.2, 0.001, 0.001, 0.1])
     both = [Precision(CPU, torch.float32), Precision(CPU, torch.bfloat16)]
     assert fastest(both, lambda _: time.sleep(next(waits))).name == "float32"
 

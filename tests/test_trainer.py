@@ -238,6 +238,19 @@ def test_fault_23_an_update_that_is_not_finite_is_left_out(
     assert "step 1: gradient norm nan; this update is left out" in capsys.readouterr().out
 
 
+def test_fault_23_each_streak_is_told_once_and_when_it_begins(
+    tiny: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not only where a line of the log is due."""
+    monkeypatch.setattr(Progress, "due", lambda self: False)
+    trainer = Trainer(replace(tiny, max_steps=8))
+    poison(trainer, {1, 2, 5}, monkeypatch)
+    trainer.fit()
+    told = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    norm = "gradient norm nan; this update is left out"
+    assert told == [f"step 2: {norm}", f"step 6: {norm}"]
+
+
 def test_fault_23_too_many_in_a_row_end_the_run(
     tiny: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,8 +279,9 @@ def test_fault_12_two_trainers_of_one_folder(tiny: Recipe) -> None:
     trainer = Trainer(replace(tiny, max_steps=4))
     trainer.fit()
     resumed = Trainer.resume(trainer.run, max_steps=8)
-    with pytest.raises(UsageError, match="run is being written by process"):
+    with pytest.raises(UsageError, match="run is being written by process") as info:
         Trainer.resume(trainer.run, max_steps=8)
+    assert "which is this one; call close() of the Trainer that was made" in str(info.value)
     assert resumed.fit().step == 8
 
 
@@ -437,6 +451,25 @@ def test_a_compiled_run_is_the_eager_one_but_for_rounding(tiny: Recipe) -> None:
     compiled = Trainer(replace(tiny, compile="yes", **settings))
     assert any("compiled by torch.compile" in note for note in compiled._notes)
     assert compiled.fit().best_val_loss == pytest.approx(eager.best_val_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_relative_data_are_found_from_elsewhere(
+    tiny: Recipe, verse: Path, tmp_path: Path, moved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the run was started, or, if they have gone from there, beside whoever resumes it."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    verse.rename(here / "verse.txt")
+    monkeypatch.chdir(here)
+    run = Trainer(replace(tiny, data="verse.txt", max_steps=2)).fit().run
+    monkeypatch.chdir(there)
+    if moved:
+        (here / "verse.txt").rename(there / "verse.txt")
+    assert Trainer.resume(run, max_steps=4).fit().step == 4
+    monkeypatch.chdir(tmp_path)
+    assert Trainer.resume(run, max_steps=6).fit().step == 6
 
 
 def test_a_folder_with_something_in_it_is_refused(tiny: Recipe) -> None:
