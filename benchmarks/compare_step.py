@@ -253,7 +253,7 @@ def fastgpt_side(recipe: Recipe) -> Side:
             if progress.due():
                 trainer._log(progress)
 
-    return Side(trainer.model, trainer.corpus, run)
+    return Side(trainer.model, trainer.learner.corpus, run)
 
 
 def nanogpt_side(recipe: Recipe) -> Side:

@@ -321,7 +321,7 @@ def implementations(
     yield "torch", STOCK[operation]
     if compiled and operation != "cached_attention":
         torch.compiler.reset()
-        yield "compiled reference", torch.compile(getattr(reference, operation), dynamic=False)
+        yield "compiled reference", compile_for(bench, getattr(reference, operation))
     if operation == "causal_attention":
         yield "fastgpt triton, one pass", OnePassAttention.apply
     if operation == "causal_attention" and bench.device.type == "cuda":
@@ -613,7 +613,7 @@ def our_step(
     """Return a training step of fastgpt's model."""
     torch.manual_seed(0)
     model: Any = GPT(config(bench), ops=backend).to(bench.device)
-    network = torch.compile(model, dynamic=False) if compiled else model
+    network = compile_for(bench, model) if compiled else model
     step = training_step(network, *optimizer(model), *batch_of(bench, batch), bench.device)
     return recorded(step) if graph and bench.device.type == "cuda" else step
 
@@ -634,7 +634,7 @@ def nanogpt_step(bench: Bench, batch: int, attention: SDPBackend) -> Work:
     model.to(bench.device)
     optimizer = make_optimizer(model, LR, BETAS, WEIGHT_DECAY)
     cuda = bench.device.type == "cuda"
-    network = torch.compile(model, dynamic=False) if cuda else model
+    network = compile_for(bench, model) if cuda else model
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -643,6 +643,11 @@ def nanogpt_step(bench: Bench, batch: int, attention: SDPBackend) -> Work:
     inputs = batch_of(bench, batch)
     pinned_attention = partial(sdpa_kernel, attention) if cuda else nullcontext
     return training_step(network, optimizer, update, *inputs, bench.device, pinned_attention)
+
+
+def compile_for(bench: Bench, work: Any) -> Any:
+    """Compile; in a rehearsal without making code of it, which takes a C++ compiler minutes."""
+    return torch.compile(work, dynamic=False, backend="aot_eager" if bench.tiny else "inductor")
 
 
 def training_step(

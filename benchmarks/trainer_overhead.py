@@ -64,15 +64,16 @@ def measure(options: Options) -> tuple[float, float]:
         trainer.validation_loss = lambda: 1.0  # type: ignore[method-assign]
         trainer._save = lambda val_loss: None  # type: ignore[method-assign]
         trainer._finish = lambda: None  # type: ignore[assignment,method-assign,return-value]
-        trainer._backward = timed(trainer._backward, spent)  # type: ignore[method-assign]
+        learner = trainer.learner
+        learner.backward = timed(learner.backward, spent)  # type: ignore[method-assign]
         update = Updater.step
 
         def step(lr: float) -> torch.Tensor:
-            norm = update(trainer.updater, lr)
+            norm = update(learner.updater, lr)
             starts.append(time.perf_counter())
             return norm
 
-        trainer.updater.step = timed(step, spent)  # type: ignore[method-assign]
+        learner.updater.step = timed(step, spent)  # type: ignore[method-assign]
         trainer.fit()
     steps = options.steps
     whole = starts[-1] - starts[-1 - steps]

@@ -1,6 +1,9 @@
 """torch.compile where it works, and the eager module, with the reason, where it does not."""
 
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,16 +19,32 @@ def compiled_or_not(
 
     trial: does a forward and a backward, in which the compilation happens.
     """
-    compiled: Any = torch.compile(module, dynamic=False)
+    compiled: Any = module
     reason = ""
     try:
-        trial(compiled)
+        with _compilers_own_warnings_ignored():
+            compiled = torch.compile(module, dynamic=False)  # loads the compiler, if nobody has
+            trial(compiled)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler that is missing, old or wrong: anything may come
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        torch._dynamo.reset()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
     if not any(world.agree(bool(reason))):
         return compiled, "compiled by torch.compile"
     where = reason or "in another process"
     return module, f"warning: torch.compile failed, training goes on without it: {where}"
+
+
+@contextmanager
+def _compilers_own_warnings_ignored() -> Iterator[None]:
+    """Within the block, be silent about what PyTorch deprecates and its compiler itself still uses.
+
+    Nobody who trains can mend that; and where warnings are errors (``python -W error``) it would
+    keep the compiler from being loaded at all.
+    """
+    with warnings.catch_warnings():
+        for kind in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", kind)
+        yield

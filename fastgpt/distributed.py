@@ -6,6 +6,7 @@ process is a world of one, and every call here is free of cost.
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -21,6 +22,7 @@ from fastgpt.errors import UsageError
 from fastgpt.model import GPT
 
 TIMEOUT = timedelta(minutes=30)  # one process may tokenize or evaluate while the others wait
+PUT_DOWN_SECONDS = 0.2
 
 
 class World:
@@ -59,6 +61,9 @@ class World:
         if self._started:
             dist.destroy_process_group()
             self._started = False
+            # A thread of gloo's puts down the last message a moment after we have it, and takes
+            # Python's lock for that. If Python is ending by then, the process is aborted.
+            time.sleep(PUT_DOWN_SECONDS)
 
     def agree(self, *numbers: int) -> list[int]:
         """Return the largest of what the processes bring for each number; all must call."""

@@ -4,7 +4,6 @@ All have one small interface, `Logger`. None of them can end a run once it has b
 said once, as a warning, and training goes on.
 """
 
-import json
 import os
 import secrets
 import warnings
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.errors import UsageError
+from fastgpt.metrics import metrics_line
 
 WANDB_SECONDS = 30.0  # to reach the server at the start
 
@@ -57,17 +57,25 @@ def open_loggers(
 
     names: "tensorboard", "wandb". config: what W&B is to show as the run's settings. step: where
     the run goes on (0: it is new); nothing is kept of later steps, and W&B's run stays the same
-    one. UsageError if a logger cannot be had.
+    one. UsageError if a package is missing, W&B knows no key, or `metrics.jsonl` cannot be written;
+    what else goes wrong with a logger is a warning, and the others are opened.
     """
     check_loggers(names)
     with ExitStack() as opened:  # closes what is open if the next cannot be
         loggers: list[Logger] = [MetricsFile(run / "metrics.jsonl")]
+        opened.callback(loggers[0].close)
         for name in dict.fromkeys(names):
-            opened.callback(loggers[-1].close)
-            if name == "tensorboard":
-                loggers.append(TensorBoard(run / "tensorboard", step))
-            else:
-                loggers.append(WeightsAndBiases(run, config))
+            try:
+                loggers.append(_open(name, run, config, step))
+                opened.callback(loggers[-1].close)
+            except UsageError:
+                raise
+            except Exception as error:  # a disk, a broken installation
+                warnings.warn(
+                    f"{_PACKAGES[name]} cannot be had ({_one_line(error)}): this run is logged "
+                    "without it",
+                    stacklevel=2,
+                )
         opened.pop_all()
     return Loggers(loggers)
 
@@ -125,7 +133,7 @@ class MetricsFile(Logger):
         self._file.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        line = (json.dumps(record) + "\n").encode()
+        line = metrics_line(record).encode()
         whole = b"\n" + line if self._torn else line  # a torn line, of a full disk, stays alone
         self._torn = True
         if self._file.write(whole) != len(whole):
@@ -207,6 +215,12 @@ class WeightsAndBiases(Logger):
 
 
 _PACKAGES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases"}
+
+
+def _open(name: str, run: Path, config: Mapping[str, Any], step: int) -> Logger:
+    if name == "tensorboard":
+        return TensorBoard(run / "tensorboard", step)
+    return WeightsAndBiases(run, config)
 
 
 def _start(wandb: Any, options: dict[str, Any]) -> Any:

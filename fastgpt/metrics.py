@@ -1,11 +1,25 @@
-"""`metrics.jsonl`: one JSON object a line, each with its step."""
+"""`metrics.jsonl`: one JSON object a line, each with its step.
+
+JSON has no NaN and no infinity: figures that are not finite are written as null, and read as NaN.
+"""
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastgpt.errors import UsageError
+
+
+def metrics_line(record: Mapping[str, Any]) -> str:
+    """Return a record as a line of strict JSON."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -25,7 +39,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
+            known = {name: math.nan if v is None else v for name, v in record.items()}
+            records.append(known)
     return records
 
 
@@ -40,6 +55,6 @@ def cut_metrics(path: Path, step: int) -> dict[str, Any]:
     )
     if path.exists():
         beside = path.with_name(f".{path.name}.new")
-        beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        beside.write_text("".join(map(metrics_line, kept)), encoding="utf-8")
         os.replace(beside, path)
     return kept[-1] if kept else {}

@@ -25,6 +25,8 @@ from fastgpt.ops.reference import split_heads
 
 # What transformers hands down to attention and what says nothing of how to attend.
 INERT = {"use_cache", "position_ids", "cache_position", "num_items_in_batch"}
+# Before transformers 5.24 the argument `cache` had this name; here it may come by either.
+OLD_CACHE = "past_key_values"
 
 
 def backend(name: str, x: Tensor, width: int = 1, n_head: int | None = None) -> ModuleType:
@@ -74,7 +76,7 @@ class GPT2Attention(modeling_gpt2.GPT2Attention):
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
@@ -82,17 +84,18 @@ class GPT2Attention(modeling_gpt2.GPT2Attention):
         **kwargs: Any,
     ) -> Any:
         """Return `[B, T, C]`, and None in place of the weights."""
+        cache = kwargs.pop(OLD_CACHE, cache)
         if (
             attention_mask is not None  # without padding transformers makes none for "sdpa"
             or encoder_hidden_states is not None
             or output_attentions
             or not self._is_usual()
-            or not _is_empty(past_key_values, self.layer_idx)
+            or not _is_empty(cache, self.layer_idx)
             or any(value is not None for name, value in kwargs.items() if name not in INERT)
         ):
             return super().forward(
                 hidden_states,
-                past_key_values=past_key_values,
+                cache,
                 attention_mask=attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
                 encoder_attention_mask=encoder_attention_mask,
@@ -100,9 +103,9 @@ class GPT2Attention(modeling_gpt2.GPT2Attention):
                 **kwargs,
             )
         qkv = self.c_attn(hidden_states)  # [B, T, 3C]
-        if past_key_values is not None:
+        if cache is not None:
             _, k, v = split_heads(qkv, self.num_heads)
-            past_key_values.update(k, v, self.layer_idx)
+            cache.update(k, v, self.layer_idx)
         dropout_p = self.attn_dropout.p if self.training else 0.0
         ops = backend(self.fastgpt_ops, qkv, self.embed_dim, self.num_heads)
         y = ops.causal_attention(qkv, self.num_heads, dropout_p)
@@ -127,7 +130,7 @@ class GPT2Block(modeling_gpt2.GPT2Block):
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
@@ -135,11 +138,12 @@ class GPT2Block(modeling_gpt2.GPT2Block):
         **kwargs: Any,
     ) -> Tensor:
         """Return the next residual stream `[B, T, C]`."""
+        cache = kwargs.pop(OLD_CACHE, cache)
         norm = self.ln_2
         if encoder_hidden_states is not None or type(norm) is not LayerNorm or _is_watched(norm):
             y: Tensor = super().forward(
                 hidden_states,
-                past_key_values,
+                cache,
                 attention_mask,
                 encoder_hidden_states,
                 encoder_attention_mask=encoder_attention_mask,
@@ -149,7 +153,7 @@ class GPT2Block(modeling_gpt2.GPT2Block):
             return y
         attended, _ = self.attn(
             self.ln_1(hidden_states),
-            past_key_values=past_key_values,
+            cache,
             attention_mask=attention_mask,
             use_cache=use_cache,
             **kwargs,
@@ -176,13 +180,9 @@ class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
         for handled in ("logits_to_keep", "return_dict"):
             kwargs.pop(handled, None)
         outputs = self.transformer(*args, **kwargs)
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return CausalLMOutputWithCrossAttentions(
-            loss=self._loss(outputs.last_hidden_state, labels, **kwargs),
-            logits=None,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
+            loss=self._loss(outputs.last_hidden_state, labels, **kwargs), logits=None, **others
         )
 
     def _takes_loss_alone(self, kwargs: dict[str, Any]) -> bool:
@@ -255,7 +255,7 @@ def _is_watched(module: nn.Module) -> bool:
 def _check_arguments(cls: type[nn.Module], known: type[nn.Module]) -> None:
     """Raise ImportError if transformers calls a module with other arguments than `cls` takes."""
     theirs, ours = (list(inspect.signature(c.forward).parameters) for c in (known, cls))
-    if ours[1:] != theirs[1:]:
+    if ours != ["cache" if name == OLD_CACHE else name for name in theirs]:
         raise ImportError(f"{known} takes {theirs}, and fastgpt knows {ours}")
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fastgpt.checkpoint import CheckpointError, read_json, write_json
+from fastgpt.data import PACKAGED
 from fastgpt.distributed import launcher
 from fastgpt.environment import command_line, describe_environment
 from fastgpt.errors import UsageError
@@ -79,6 +80,15 @@ def read_run(run: Path) -> tuple[str, Recipe]:
     if not isinstance(config.get("recipe"), dict):
         raise CheckpointError(f"{path} holds no recipe")
     return str(config.get("name", "run")), recipe_from_dict(config["recipe"], str(path))
+
+
+def find_data(run: Path, recipe: Recipe) -> str:
+    """Return a run's `data`; a relative path begins where the run was started, if it still does."""
+    directory = read_json(run / "config.json").get("directory")
+    if recipe.data in PACKAGED or not recipe.data or not isinstance(directory, str):
+        return recipe.data
+    there = Path(directory) / recipe.data
+    return str(there) if Path.cwd() != Path(directory) and there.exists() else recipe.data
 
 
 def refuse_changes(before: Recipe, after: Recipe, step: int) -> None:

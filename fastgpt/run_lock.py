@@ -4,6 +4,7 @@ The lock is the system's, on the open file `.lock` of the folder: it ends with t
 holds it, however that ends. The text in the file only says who it is.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -72,7 +73,8 @@ class RunLock:
         """Let others have the folder; nothing happens the second time."""
         if self._close.alive:
             self._write(None)
-            self._close()  # which also unlocks
+            _unlock(self._file)
+            self._close()
 
     def __enter__(self) -> "RunLock":
         return self
@@ -81,14 +83,22 @@ class RunLock:
         self.release()
 
     def _refusal(self) -> str:
+        """Say who holds the folder, and what to do."""
+        what = (
+            "wait until that ends, or stop it (a notebook holds a run until its Trainer's close() "
+            "or its own end)"
+        )
         try:
             holder = json.loads(os.read(self._file, 1000))
             who = f"process {int(holder['pid'])} on {holder['host']}"
+            if (holder["pid"], holder["host"]) == (os.getpid(), socket.gethostname()):
+                who += ", which is this one"
+                what = "call close() of the Trainer that was made for it before"
         except (ValueError, KeyError, TypeError):  # just taken, or just released
             who = "another process"
         return (
-            f"{self._run} is being written by {who}; wait until that ends, or stop it, or train "
-            f"into another folder with --out"
+            f"{self._run} is being written by {who}; {what}, or train into another folder with "
+            f"--out"
         )
 
     def _write(self, holder: dict[str, Any] | None) -> None:
@@ -118,7 +128,15 @@ if sys.platform == "win32":
         os.lseek(file, 1 << 30, os.SEEK_SET)
         msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
 
+    def _unlock(file: int) -> None:
+        """Do nothing: to close the file is enough, and no other process has a copy of it."""
+
 else:
 
     def _lock(file: int) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _unlock(file: int) -> None:
+        """Unlock by name: a child that has been forked just now may still have the file open."""
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_UN)

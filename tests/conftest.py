@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     # The kernels then run in Triton's interpreter, which must be on before anything loads Triton:
@@ -12,6 +13,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
+
+# How long an example takes says more of what else the machine does than of the code.
+settings.register_profile("fastgpt", deadline=None)
+settings.load_profile("fastgpt")
 
 ROOT = Path(__file__).resolve().parents[1]
 

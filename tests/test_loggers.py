@@ -1,5 +1,7 @@
 """Where a run's figures go."""
 
+import json
+import math
 import types
 import warnings
 from pathlib import Path
@@ -58,6 +60,24 @@ def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
     assert read_metrics(path)[1] == {"step": 3, "text": "a sample\n"}
 
 
+def test_what_is_not_finite_is_strict_json(tmp_path: Path) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    file.log(1, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.5})
+    file.close()
+    path.write_text(path.read_text() + '{"step": 1, "loss": NaN}\n')  # as older versions had it
+    cut_metrics(path, 1)
+    for line in path.read_text().splitlines():
+        assert json.loads(line, parse_constant=refuse)["loss"] is None
+    first = read_metrics(path)[0]
+    assert math.isnan(first["loss"])
+    assert math.isnan(first["grad_norm"])
+    assert first["lr"] == 0.5
+
+
 def test_a_torn_line_does_not_take_the_next_with_it(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
@@ -92,6 +112,18 @@ def test_one_that_fails_warns_once_and_the_others_go_on(tmp_path: Path) -> None:
         loggers.log(2, {"loss": 1.0})
     loggers.close()
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_one_that_cannot_be_opened_is_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").touch()  # in the place of its folder
+    with pytest.warns(
+        UserWarning, match=r"TensorBoard cannot be had .*: this run is logged without"
+    ):
+        loggers = open_loggers(["tensorboard"], tmp_path, {})
+    loggers.log(1, {"loss": 1.0})
+    loggers.close()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
 def test_wrong_names_and_missing_packages_are_said_at_once(

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import signal
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def tiny(verse: Path, tmp_path: Path) -> Recipe:
         eval_interval=4,
         sample_tokens=20,
         device="cpu",
+        dtype="float32",  # "auto" takes what is faster just then: two runs could differ
     )
 
 
@@ -207,12 +209,12 @@ def test_fault_23_a_loss_that_is_not_finite_stops_the_run(
 
 def poison(trainer: Trainer, steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the loss be NaN at some steps."""
-    backward = Trainer._backward
+    backward = trainer.learner.backward
 
-    def spoilt(self: Trainer, inputs: Any, targets: Any, weight: float) -> torch.Tensor:
-        return backward(self, inputs, targets, math.nan if self.step in steps else weight)
+    def spoilt(inputs: Any, targets: Any, weight: float) -> torch.Tensor:
+        return backward(inputs, targets, math.nan if trainer.step in steps else weight)
 
-    monkeypatch.setattr(Trainer, "_backward", spoilt)
+    monkeypatch.setattr(trainer.learner, "backward", spoilt)
 
 
 def test_fault_23_an_update_that_is_not_finite_is_left_out(
@@ -227,13 +229,26 @@ def test_fault_23_an_update_that_is_not_finite_is_left_out(
     def watch(self: Trainer) -> None:
         step(self)
         same = [torch.equal(p, before[name]) for name, p in self.model.named_parameters()]
-        counts = {int(s["step"]) for s in self.updater.optimizer.state.values()}
+        counts = {int(s["step"]) for s in self.learner.updater.optimizer.state.values()}
         seen.append((all(same), counts))
 
     monkeypatch.setattr(Trainer, "_step", watch)
     trainer.fit()
     assert seen == [(True, {0}), (False, {1}), (False, {1})]
     assert "step 1: gradient norm nan; this update is left out" in capsys.readouterr().out
+
+
+def test_fault_23_each_streak_is_told_once_and_when_it_begins(
+    tiny: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not only where a line of the log is due."""
+    monkeypatch.setattr(Progress, "due", lambda self: False)
+    trainer = Trainer(replace(tiny, max_steps=8))
+    poison(trainer, {1, 2, 5}, monkeypatch)
+    trainer.fit()
+    told = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    norm = "gradient norm nan; this update is left out"
+    assert told == [f"step 2: {norm}", f"step 6: {norm}"]
 
 
 def test_fault_23_too_many_in_a_row_end_the_run(
@@ -264,8 +279,9 @@ def test_fault_12_two_trainers_of_one_folder(tiny: Recipe) -> None:
     trainer = Trainer(replace(tiny, max_steps=4))
     trainer.fit()
     resumed = Trainer.resume(trainer.run, max_steps=8)
-    with pytest.raises(UsageError, match="run is being written by process"):
+    with pytest.raises(UsageError, match="run is being written by process") as info:
         Trainer.resume(trainer.run, max_steps=8)
+    assert "which is this one; call close() of the Trainer that was made" in str(info.value)
     assert resumed.fit().step == 8
 
 
@@ -282,16 +298,16 @@ def test_fault_12_a_second_fit_takes_the_folder_again(tiny: Recipe) -> None:
 def test_float16_scales_its_loss(tiny: Recipe) -> None:
     """A scale that is far too high loses a few updates, and then finds itself."""
     trainer = Trainer(replace(tiny, dtype="float16", max_steps=30))
-    scale = trainer.updater.scale
+    scale = trainer.learner.updater.scale
     assert scale is not None
     scale.factor.fill_(2.0**30)
     trainer.fit()
-    state = trainer.updater.extra_state()
+    state = trainer.learner.updater.extra_state()
     assert 1.0 <= state["loss_scale"] < 2.0**30
-    done = {int(s["step"]) for s in trainer.updater.optimizer.state.values()}
+    done = {int(s["step"]) for s in trainer.learner.updater.optimizer.state.values()}
     assert done == {30 - int(30 - math.log2(state["loss_scale"]))}
     assert find_checkpoint(trainer.run).extra["loss_scale"] == state["loss_scale"]
-    assert Trainer.resume(trainer.run).updater.extra_state() == state
+    assert Trainer.resume(trainer.run).learner.updater.extra_state() == state
 
 
 def test_gradients_of_float16_are_those_of_float32(tiny: Recipe) -> None:
@@ -318,14 +334,14 @@ def test_float32_after_tf32_is_float32() -> None:
 def test_the_average_is_what_is_evaluated_and_offered(tiny: Recipe) -> None:
     trainer = Trainer(replace(tiny, ema=0.5, max_steps=3, eval_interval=3))
     seen = [{name: p.detach().clone() for name, p in trainer.model.named_parameters()}]
-    update = trainer.updater.step
+    update = trainer.learner.updater.step
 
     def watch(lr: float) -> torch.Tensor:
         norm = update(lr)
         seen.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
         return norm
 
-    trainer.updater.step = watch  # type: ignore[method-assign]
+    trainer.learner.updater.step = watch  # type: ignore[method-assign]
     result = trainer.fit()
     checkpoint = find_checkpoint(result.run)
     for name, average in checkpoint.model_tensors(ema=True).items():
@@ -335,7 +351,7 @@ def test_the_average_is_what_is_evaluated_and_offered(tiny: Recipe) -> None:
         torch.testing.assert_close(checkpoint.model_tensors()[name], three, rtol=0.0, atol=0.0)
     offered = checkpoint.load_model(ema=True)
     trainer.model.load_state_dict(offered.state_dict())
-    trainer.updater.average = {}
+    trainer.learner.updater.average = {}
     assert trainer.validation_loss() == pytest.approx(result.best_val_loss, rel=1e-6)
 
 
@@ -367,18 +383,37 @@ def test_samples_while_training_change_nothing(
     assert_same(weights(silent.run), weights(telling.run))
 
 
+@pytest.mark.parametrize("when", ["it is loaded", "it is used"])
 def test_a_compiler_that_fails_is_a_warning(
-    tiny: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Recipe, when: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("no compiler\nfound here")
 
-    monkeypatch.setattr(torch, "compile", lambda module, **_: refuse)
+    by_using_it = (lambda module, **_: refuse) if when == "it is used" else refuse
+    monkeypatch.setattr(torch, "compile", by_using_it)
     eager = Trainer(replace(tiny, out=f"{tiny.out}-eager")).fit()
     fallen_back = Trainer(replace(tiny, compile="yes")).fit()
     said = capsys.readouterr().out
     assert "warning: torch.compile failed, training goes on without it: no compiler found" in said
     assert_same(weights(eager.run), weights(fallen_back.run))
+
+
+def test_a_compiler_that_uses_what_is_deprecated_is_no_matter(
+    tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warnings are errors in these tests, and may be for a user."""
+
+    def compiled(module: Any, **_: Any) -> Any:
+        warnings.warn("`torch.jit` is deprecated", DeprecationWarning, stacklevel=1)
+        return module
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    trainer = Trainer(replace(tiny, compile="yes"))
+    assert "compiled by torch.compile" in trainer._notes
+    with pytest.raises(DeprecationWarning):  # elsewhere they still are
+        warnings.warn("ours", DeprecationWarning, stacklevel=1)
+    trainer.close()
 
 
 @pytest.mark.parametrize("where", ["GPT", "Updater", "compiled_or_not"])
@@ -388,7 +423,7 @@ def test_fault_25_no_memory_while_a_run_is_made(
     def refuse(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(f"fastgpt.trainer.{where}", refuse)
+    monkeypatch.setattr(f"fastgpt.learner.{where}", refuse)
     with pytest.raises(UsageError, match=r"out of memory: a step with batch 4 needs about .* try"):
         Trainer(replace(tiny, compile="yes"))
     assert not Path(tiny.out or "").exists()
@@ -403,8 +438,8 @@ def test_the_batch_is_found_before_it_is_compiled(
         sizes.append(trial.__self__.recipe.batch_size)
         return module, "compiled"
 
-    monkeypatch.setattr("fastgpt.trainer.largest_batch", lambda *_: 2)
-    monkeypatch.setattr("fastgpt.trainer.compiled_or_not", compiled)
+    monkeypatch.setattr("fastgpt.learner.largest_batch", lambda *_: 2)
+    monkeypatch.setattr("fastgpt.learner.compiled_or_not", compiled)
     Trainer(replace(tiny, compile="yes", find_batch=True)).close()
     assert sizes == [2]
 
@@ -416,6 +451,25 @@ def test_a_compiled_run_is_the_eager_one_but_for_rounding(tiny: Recipe) -> None:
     compiled = Trainer(replace(tiny, compile="yes", **settings))
     assert any("compiled by torch.compile" in note for note in compiled._notes)
     assert compiled.fit().best_val_loss == pytest.approx(eager.best_val_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_relative_data_are_found_from_elsewhere(
+    tiny: Recipe, verse: Path, tmp_path: Path, moved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the run was started, or, if they have gone from there, beside whoever resumes it."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    verse.rename(here / "verse.txt")
+    monkeypatch.chdir(here)
+    run = Trainer(replace(tiny, data="verse.txt", max_steps=2)).fit().run
+    monkeypatch.chdir(there)
+    if moved:
+        (here / "verse.txt").rename(there / "verse.txt")
+    assert Trainer.resume(run, max_steps=4).fit().step == 4
+    monkeypatch.chdir(tmp_path)
+    assert Trainer.resume(run, max_steps=6).fit().step == 6
 
 
 def test_a_folder_with_something_in_it_is_refused(tiny: Recipe) -> None:
@@ -432,7 +486,7 @@ def test_fault_10_a_disk_that_is_full_before_and_after_the_checkpoints(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     said = r"run cannot be written: No space left on device; mend that, then continue with --resume"
-    monkeypatch.setattr("fastgpt.trainer.describe_run", full)
+    monkeypatch.setattr("fastgpt.run_writer.describe_run", full)
     with pytest.raises(UsageError, match=said):
         Trainer(replace(tiny, out=f"{tiny.out}-begun/run"))
     monkeypatch.undo()
@@ -440,7 +494,7 @@ def test_fault_10_a_disk_that_is_full_before_and_after_the_checkpoints(
     (trainer.run / "sample.txt").symlink_to("/dev/full")
     with pytest.raises(UsageError, match=said):
         trainer.fit()
-    monkeypatch.setattr("fastgpt.trainer.cut_metrics", full)
+    monkeypatch.setattr("fastgpt.run_writer.cut_metrics", full)
     with pytest.raises(UsageError, match=said):
         Trainer.resume(trainer.run)
     monkeypatch.undo()
@@ -502,14 +556,14 @@ def test_a_recipe_that_cannot_work_is_refused(change: dict[str, Any]) -> None:
 
 def test_validation_is_the_whole_part_and_always_the_same(tiny: Recipe) -> None:
     trainer = Trainer(tiny)
-    starts = trainer.val_starts
+    starts = trainer.learner.val_starts
     assert starts.tolist() == list(range(0, 1200 - 16, 16))
-    tokens = torch.from_numpy(trainer.corpus.val.astype("int64"))
+    tokens = torch.from_numpy(trainer.learner.corpus.val.astype("int64"))
     trainer.model.eval()
     losses = [trainer.model(tokens[None, s : s + 16], tokens[None, s + 1 : s + 17]) for s in starts]
     assert abs(trainer.validation_loss() - torch.stack(losses).mean().item()) < 1e-5
     assert trainer.model.training
-    few = Trainer(replace(tiny, out=str(trainer.run) + "2", eval_tokens=100)).val_starts
+    few = Trainer(replace(tiny, out=str(trainer.run) + "2", eval_tokens=100)).learner.val_starts
     assert len(few) == 6
     assert set(few) <= set(starts)
 

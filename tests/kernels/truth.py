@@ -15,7 +15,8 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * HAS_GPU
 def assert_as_good_as_plain(ours: Tensor, plain: Tensor, true: Tensor, what: str = "") -> None:
     """Hold `ours` against `true` (float64), with twice the error of `plain` allowed.
 
-    A few units in the last place of `ours` more, for plain PyTorch may be right by luck.
+    A few units in the last place of `ours` more, for plain PyTorch may be right by luck: a first
+    row's softmax over one score has a gradient of exactly 0 there, on any processor.
     """
     assert ours.shape == true.shape, f"{what}: {list(ours.shape)} for {list(true.shape)}"
     assert ours.dtype == plain.dtype, f"{what}: {ours.dtype} for {plain.dtype}"
@@ -23,7 +24,7 @@ def assert_as_good_as_plain(ours: Tensor, plain: Tensor, true: Tensor, what: str
     if not ours.numel():
         return
     eps = torch.finfo(torch.float32).eps if ours.dtype != torch.float64 else 1e-15
-    floor = 4 * eps * max(1.0, true.abs().max().item())
+    floor = 8 * eps * max(1.0, true.abs().max().item())
     mine, allowed = error(ours, true), 2 * error(plain, true) + floor
     assert mine <= allowed, f"{what}: off by {mine:.2e}, more than {allowed:.2e}"
 

@@ -131,7 +131,9 @@ def test_attention_dropout_is_a_function_of_its_seed(backend: ModuleType) -> Non
 
 def test_attention_dropout_keeps_the_mean(backend: ModuleType) -> None:
     qkv = torch.randn(1, 6, 3 * 8).double()
-    runs = torch.stack([backend.causal_attention(qkv, 2, 0.3, seed=s) for s in range(3000)])
+    # The interpreter takes 40 ms for each; the mask itself is looked at in tests/kernels.
+    n_runs = 3000 if backend in (reference, native) else 300
+    runs = torch.stack([backend.causal_attention(qkv, 2, 0.3, seed=s) for s in range(n_runs)])
     expected = reference.causal_attention(qkv, 2)
     error = (runs.mean(0) - expected).abs() / (runs.std(0) / math.sqrt(len(runs)) + 1e-9)
     assert error.max() < 5  # standard errors

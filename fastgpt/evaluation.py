@@ -1,0 +1,69 @@
+"""How good a model is while it trains: its loss on the validation part, and a text by it.
+
+Nothing here changes what training computes. All processes must call, unless it says otherwise.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fastgpt.data import gather
+from fastgpt.distributed import settle
+from fastgpt.generation import generate
+from fastgpt.learner import Learner
+from fastgpt.model import GPT
+from fastgpt.tokenizer import BaseTokenizer
+
+VALIDATION_TOKENS = 8192  # evaluated at once, on each process
+
+
+@contextmanager
+def averaged(learner: Learner) -> Iterator[None]:
+    """Have the averaged weights in the model, within the block; nothing without an average."""
+    learner.updater.swap_average()
+    try:
+        yield
+    finally:
+        learner.updater.swap_average()
+
+
+@torch.no_grad()
+def mean_loss(learner: Learner) -> float:
+    """Return the mean loss, in nats per token, over the validation windows."""
+    world, starts, size = learner.world, learner.val_starts, learner.recipe.block_size
+    per_batch = max(1, VALIDATION_TOKENS // size)
+    n_batches = -(-len(starts) // per_batch)
+    rounds = -(-n_batches // world.size)
+    learner.model.eval()
+    total = 0.0
+    for number in range(world.rank, rounds * world.size, world.size):
+        # One that has no batch left in the last round repeats the first, for nothing: with
+        # fsdp the others need it to take part.
+        first = number * per_batch if number < n_batches else 0
+        here = starts[first : first + per_batch]
+        inputs, targets = gather(learner.corpus.val, here, size)
+        with learner.precision.autocast():
+            loss = learner.model(inputs.to(learner.device), targets.to(learner.device))
+        if number < n_batches:
+            total += loss.item() * len(here)
+    learner.model.train()
+    settle(learner.model)
+    return world.sums(total)[0] / len(starts)
+
+
+def whole_model(learner: Learner) -> GPT:
+    """Return the model, or with fsdp a copy of it that is whole."""
+    if learner.recipe.parallel != "fsdp" or learner.world.size == 1:
+        return learner.model
+    with torch.device("meta"):
+        model = GPT(learner.config, learner.recipe.ops)
+    model.load_state_dict(learner.model_tensors(), assign=True)
+    return model
+
+
+def write_sample(model: GPT, tokenizer: BaseTokenizer, n_tokens: int, seed: int) -> str:
+    """Return a text of so many tokens by a whole model; for one process to call."""
+    start = torch.tensor([[tokenizer.start_token]], device=model.device)
+    ids = generate(model, start, n_tokens, temperature=0.8, seed=seed)
+    return tokenizer.decode(ids[0, 1:])

@@ -1,0 +1,268 @@
+"""What learns: a model with its data and its optimizer, over however many processes there are.
+
+A `Learner` does single steps. It knows nothing of evaluations, files and stopping, which
+are `fastgpt.trainer`'s. What a step computes is a function of the recipe and of its number alone.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt import ops
+from fastgpt.checkpoint import Checkpoint
+from fastgpt.compilation import compiled_or_not
+from fastgpt.data import Batches, Corpus, load_corpus, mix, validation_windows
+from fastgpt.distributed import World, accumulating, part_like, share_out, whole, wrap
+from fastgpt.errors import UsageError
+from fastgpt.feeder import Feeder
+from fastgpt.host_memory import give_back, keep_freed_memory
+from fastgpt.memory import (
+    MemoryEstimate,
+    available,
+    batches,
+    check_fits,
+    estimate,
+    explain_out_of_memory,
+    find_batch,
+    largest_batch,
+)
+from fastgpt.model import GPT, GPTConfig
+from fastgpt.optim import Updater, learning_rate
+from fastgpt.precision import Precision, choose_precision, fastest
+from fastgpt.recipes import Recipe
+from fastgpt.tokenizer import BaseTokenizer
+
+TRIAL_TOKENS = 1024  # to see which precision is the fastest
+
+
+class Learner:
+    """A model, and all that trains it on this device.
+
+    Args:
+        recipe: see `fastgpt.recipes`. What it leaves open (precision, batch) is settled in
+            `self.recipe`.
+        device: where to train.
+        world: the processes that share each step.
+        tokenizer: of a run that goes on; by default the recipe's.
+        data_sha256: of the data that such a run began with.
+
+    Attributes: `model`; `module`, which is the model as training calls it (spread, compiled);
+    `updater`, with the optimizer; `corpus`; `val_starts`, the windows to validate on;
+    `precision`; `notes`, lines about what was settled.
+    Wrong settings or data raise UsageError. On a CPU the process keeps freed memory from then on.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        world: World,
+        tokenizer: BaseTokenizer | None = None,
+        data_sha256: str | None = None,
+    ) -> None:
+        self.recipe, self.device, self.world = recipe, device, world
+        self.notes: list[str] = []
+        self._precisions = choose_precision(recipe.dtype, device)
+        self.precision = self._precisions[0]
+        self.corpus = _load(recipe, world, tokenizer, data_sha256)
+        self.config = _model_config(recipe, self.corpus)
+        self.backend = _backend_name(recipe.ops, device, self.config)
+        self.batches = Batches(self.corpus.train, recipe.block_size, recipe.seed)
+        self.val_starts = validation_windows(self.corpus.val, recipe.block_size, recipe.eval_tokens)
+        torch.manual_seed(recipe.seed)
+        self.free = available(device)
+        with self.enough_memory():
+            self.model = GPT(self.config, recipe.ops).to(device)
+        self.model.recompute = recipe.recompute
+        if device.type == "cpu":
+            keep_freed_memory()
+        self._spread()
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences a step is, over all processes."""
+        return self.recipe.batch_size * self.recipe.grad_accum
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step."""
+        return float(self.updater.optimizer.param_groups[0]["lr"])
+
+    # --- a step --------------------------------------------------------------------------------
+
+    def feeder(self, first: int) -> Feeder:
+        """Return this process's micro-batches from step number `first` on."""
+        plan = (
+            (step * self.sequences + at, count)
+            for step in range(first, self.recipe.max_steps)
+            for at, count in self.share
+        )
+        return Feeder(self.batches, plan, self.device)
+
+    def step(self, number: int, feed: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Do the optimizer step of a number (from 0), with the next micro-batches of `feed`.
+
+        Returns this process's share of the loss, the mean over all tokens of all processes being
+        the shares' mean, and the gradient's norm: both on the device, not waited for.
+        """
+        recipe, world = self.recipe, self.world
+        torch.manual_seed(int(mix(mix(recipe.seed, number), world.rank)) >> 1)  # dropout's
+        losses = []
+        for position, (_, count) in enumerate(self.share, start=1):
+            # Gradients are averaged over the processes: so each counts for that much more.
+            weight = count * world.size / self.sequences
+            with accumulating(self.module, last=position == len(self.share)):
+                losses.append(self.backward(*next(feed), weight))
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        return loss, self.updater.step(learning_rate(number, recipe))
+
+    def backward(self, inputs: Tensor, targets: Tensor, weight: float) -> Tensor:
+        """Add one micro-batch's gradients; return its share of the loss, still on the device."""
+        with self.precision.autocast():
+            loss: Tensor = self.module(inputs, targets) * weight
+        self.updater.scaled(loss).backward()
+        return loss.detach()
+
+    # --- to and from a checkpoint --------------------------------------------------------------
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """Return the weights by name, whole ones; all processes must call."""
+        return {name: whole(p.detach()) for name, p in self.model.named_parameters()}
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """Return the optimizer's state, `wte.weight.exp_avg` and so on; all must call."""
+        moments = self.updater.optimizer.state
+        return {
+            f"{name}.{key}": whole(value)
+            for name, p in self.model.named_parameters()
+            for key, value in moments.get(p, {}).items()
+        }
+
+    def average_tensors(self) -> dict[str, Tensor] | None:
+        """Return the averaged weights, None if the recipe asks for none; all must call."""
+        return {n: whole(t) for n, t in self.updater.average.items()} or None
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take weights, their average and the optimizer's state from a checkpoint."""
+        with self.enough_memory():
+            checkpoint.restore(self.model, self.updater.optimizer, part_like)
+            if self.updater.average:
+                for name, tensor in checkpoint.model_tensors(ema=True).items():
+                    average = self.updater.average[name]
+                    average.copy_(part_like(tensor, average))
+        self.updater.restore_extra(checkpoint.extra)
+
+    # --- memory --------------------------------------------------------------------------------
+
+    def enough_memory(self) -> AbstractContextManager[None]:
+        """Return the context in which a want of memory is told with what to change."""
+        return explain_out_of_memory(self.memory(), self.free)
+
+    def memory(self) -> MemoryEstimate:
+        """Return what a step is expected to need on this device."""
+        recipe = self.recipe
+        return estimate(
+            self.config,
+            recipe.batch_size,
+            grad_accum=recipe.grad_accum,
+            dtype=self.precision.dtype,
+            backend=self.backend,
+            device=self.device.type,
+            world_size=self.world.size,
+            fsdp=recipe.parallel == "fsdp" and self.world.size > 1,
+            recompute=recipe.recompute,
+        )
+
+    # --- making it -----------------------------------------------------------------------------
+
+    def _spread(self) -> None:
+        """Make what trains the model: spread over the processes, with an optimizer, compiled."""
+        with self.enough_memory():
+            self.module = wrap(self.model, self.world, self.recipe.parallel)
+            self._choose_precision()
+            self.updater = Updater(self.model, self.recipe, self.precision.dtype)
+            if self.recipe.find_batch:  # before a batch that may not fit is tried in compiling
+                self._find_batch()
+            if _wants_compile(self.recipe.compile, self.device):
+                self.module, note = compiled_or_not(self.module, self._trial, self.world)
+                self.notes.append(note)
+        self.share = share_out(self.sequences, self.recipe.batch_size, self.world)
+        if warning := check_fits(self.memory(), self.free):
+            self.notes.append(f"warning: {warning}")
+
+    def _choose_precision(self) -> None:
+        """Take the fastest precision, and stay with it: a resume must not find another."""
+        if len(self._precisions) == 1:
+            return
+        batch = min(self.recipe.batch_size, max(1, TRIAL_TOKENS // self.recipe.block_size))
+        found = fastest(self._precisions, lambda tried: self._trial(self.module, batch, tried))
+        give_back()  # what the other precision needed
+        self.precision = self.world.tell(found)
+        changes: dict[str, Any] = {"dtype": self.precision.name}
+        self.recipe = replace(self.recipe, **changes)
+
+    def _find_batch(self) -> None:
+        """Take the largest micro-batch that fits by the estimate, and on CUDA when it is tried."""
+        most = 1 if self.free is None else largest_batch(self.memory(), self.free) or 1
+        found = batches(self.sequences, most)
+        if self.device.type == "cuda" and self.recipe.parallel == "ddp":
+            found = [find_batch(lambda size: self._trial(self.model, size), found)]
+        batch = -self.world.agree(-found[0])[0]  # the smallest that any process found
+        accum = self.sequences // batch
+        self.recipe = replace(self.recipe, batch_size=batch, grad_accum=accum, find_batch=False)
+        self.notes.append(f"the largest micro-batch: --batch-size {batch} --grad-accum {accum}")
+
+    def _trial(self, module: nn.Module, batch: int = 0, precision: Precision | None = None) -> None:
+        """Do a micro-batch without consequences, to see whether it works."""
+        inputs, targets = self.batches.samples(0, batch or self.recipe.batch_size)
+        try:
+            with (precision or self.precision).autocast():
+                loss = module(inputs.to(self.device), targets.to(self.device))
+            loss.backward()
+        finally:  # a backward that fails half-way leaves gradients too
+            self.model.zero_grad()
+
+
+def _load(
+    recipe: Recipe, world: World, tokenizer: BaseTokenizer | None, sha256: str | None
+) -> Corpus:
+    """Load the data; the main process checks it, for all."""
+    if not recipe.data:
+        raise UsageError("this recipe needs a text to train on: add --data my.txt")
+    source = recipe.data, tokenizer or recipe.tokenizer, recipe.val_fraction
+    with world.only_main() as main:
+        corpus = load_corpus(*source, sha256) if main else None
+    sha256 = world.tell(corpus and corpus.sha256)
+    return corpus or load_corpus(*source, sha256, check=False)
+
+
+def _model_config(recipe: Recipe, corpus: Corpus) -> GPTConfig:
+    try:
+        return GPTConfig(
+            vocab_size=corpus.tokenizer.vocab_size,
+            block_size=recipe.block_size,
+            n_layer=recipe.n_layer,
+            n_head=recipe.n_head,
+            n_embd=recipe.n_embd,
+            dropout=recipe.dropout,
+            bias=recipe.bias,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _backend_name(name: str, device: torch.device, config: GPTConfig) -> str:
+    """Return which backend will compute; UsageError if it cannot."""
+    try:
+        fit = ops.kernels_fit(config.n_embd, config.n_head, torch.float32)
+        return ops.check_device(name, device, fit)
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from None
+
+
+def _wants_compile(wish: str, device: torch.device) -> bool:
+    return wish == "yes" or (wish == "auto" and device.type == "cuda")
