@@ -5,6 +5,8 @@ them. In the interpreter, so with tiny shapes; on a GPU the same tests compile t
 """
 
 import math
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +108,14 @@ def test_a_model_compiles_as_one_graph(dropout: float) -> None:
     assert all(map(math.isfinite, compiled))
     if not dropout:
         assert compiled == pytest.approx(losses(config, "triton", 3), rel=1e-5)
+
+
+def test_inductor_expects_what_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.11 would take forever over the loss of a deep model, and say nothing."""
+    inductor = types.SimpleNamespace(FALLBACK_ALLOW_LIST=set())
+    monkeypatch.setitem(sys.modules, "torch._inductor.lowering", inductor)
+    OPERATORS.gelu(torch.empty(3, device="meta"), None)
+    assert inductor.FALLBACK_ALLOW_LIST.pop() == "fastgpt::gelu"
 
 
 def test_under_autocast_results_are_of_its_dtype() -> None:
