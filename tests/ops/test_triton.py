@@ -17,7 +17,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 from fastgpt import GPT, GPTConfig, ops
 from fastgpt.kernels import attention, layer_norm
-from fastgpt.ops import reference
+from fastgpt.ops import cuda, reference
 
 triton = ops.get("triton")
 HAS_GPU = torch.cuda.is_available()
@@ -197,6 +197,32 @@ def test_the_losss_gradient_is_scaled_by_what_comes_after() -> None:
     ]
     for ours, truth in zip(*grads, strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_auto_takes_the_faster_attention(
+    dtype: torch.dtype, tf32: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In full fp32, and over thousands of positions, that is PyTorch's."""
+    monkeypatch.setattr(cuda, "multiplies_in_tf32", lambda: tf32)
+    monkeypatch.setattr(cuda, "LONG", 6)
+    for n_time in (5, 6):
+        qkv = randn(1, n_time, 96, dtype=dtype)
+        kernel = "causal_attention" in cuda.causal_attention(qkv, 2).grad_fn.name()
+        assert kernel == (tf32 if dtype == torch.float32 else n_time < 6)
+        assert "causal_attention" in cuda.causal_attention(qkv, 2, 0.5).grad_fn.name()
+
+
+def test_auto_has_all_operations_and_compiles_as_one_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = [name for name in vars(reference) if hasattr(triton, name) and name[0].islower()]
+    assert all(hasattr(cuda, name) for name in names)
+    monkeypatch.setattr(ops, "_has_kernels", lambda device: True)
+    monkeypatch.setitem(ops._loaded, "cuda", cuda)
+    compiled = losses(CONFIG, "auto", 3, compiled=True)
+    assert compiled == pytest.approx(losses(CONFIG, "reference", 3), rel=2e-4)
 
 
 def test_the_limits_are_those_of_the_kernels() -> None:
