@@ -158,7 +158,9 @@ class FusedAdamW(torch.optim.AdamW):
         made_for = tuple(tensor.data_ptr() for row in rows for tensor in row)
         if self._tensors is None or made_for != self._made_for:
             _refuse_while_recording(params[0], "a tensor of it has moved since the last step")
-            self._tensors = adamw.tensors_of_a_step(*rows)
+            n, n_before = len(params), len(self._made_for) // len(rows)
+            same = n == n_before and made_for[:n] == self._made_for[:n]
+            self._tensors = adamw.tensors_of_a_step(*rows, before=self._tensors if same else None)
             self._made_for = made_for
         return self._tensors
 

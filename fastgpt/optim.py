@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt import ops
 from fastgpt.fused_adamw import FusedAdamW
 from fastgpt.model import GPT
 from fastgpt.recipes import Recipe
@@ -14,11 +15,12 @@ from fastgpt.recipes import Recipe
 def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """Return AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused, for `model`.
 
-    For whole fp32 parameters on a CPU it is `FusedAdamW`, which clips on its way.
+    For whole fp32 parameters on a CPU, or where the Triton kernels compute, it is `FusedAdamW`,
+    which clips on its way.
     """
     groups = parameter_groups(model, recipe.weight_decay)
     betas = (recipe.beta1, recipe.beta2)
-    if all(_is_plain(p) for p in model.parameters()):
+    if all(_is_plain(p) for p in model.parameters()) and _has_fused(model, recipe):
         return FusedAdamW(groups, recipe.lr, betas, max_norm=recipe.grad_clip or None)
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=betas, fused=True)
 
@@ -56,9 +58,16 @@ def _height(progress: float, span: int, recipe: Recipe) -> float:
 
 
 def _is_plain(parameter: Tensor) -> bool:
-    """Whether a parameter is fp32, on a CPU, and not spread over processes."""
-    whole = not hasattr(parameter, "full_tensor")
-    return whole and parameter.is_cpu and parameter.dtype == torch.float32
+    """Whether a parameter is fp32 and not spread over processes."""
+    return not hasattr(parameter, "full_tensor") and parameter.dtype == torch.float32
+
+
+def _has_fused(model: torch.nn.Module, recipe: Recipe) -> bool:
+    """Whether `FusedAdamW` computes where the model is, with what the recipe wants to compute."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return ops.check_device(recipe.ops, device) == "triton"
+    return device.type == "cpu"
 
 
 class Updater:

@@ -8,7 +8,7 @@ so that a step can be recorded into a CUDA graph.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,20 +58,24 @@ def tensors_of_a_step(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
+    before: Tensors | None = None,
 ) -> Tensors:
     """Return what `adamw` needs to find the tensors.
 
     All in fp32 on one device; those of a parameter dense in memory and with its shape and strides,
-    the steps scalars. ValueError if not.
+    the steps scalars. ValueError if not. before: what this returned for parameters of these sizes,
+    some of whose tensors have moved: the tables of sizes, a megabyte for GPT-2, are taken from it.
     """
     rows = (params, grads, exp_avgs, exp_avg_sqs, steps)
     _check(*rows)
     sizes = [param.numel() for param in params]
     addresses = [[tensor.data_ptr() for tensor in row] for row in rows]
-    block_tensor, block_start = _blocks(sizes)
-    host = torch.tensor(addresses), torch.tensor(sizes), block_tensor, block_start
     aligned = not any(number % 16 for row in (sizes, *addresses[:4]) for number in row)
-    return Tensors(*(to_device(table, params[0].device) for table in host), aligned)
+    table = to_device(torch.tensor(addresses), params[0].device)
+    if before is not None:
+        return replace(before, addresses=table, aligned=aligned)
+    host = torch.tensor(sizes), *_blocks(sizes)
+    return Tensors(table, *(to_device(table, params[0].device) for table in host), aligned)
 
 
 def adamw(tensors: Tensors, hyper: Tensor, max_norm: float = float("inf")) -> Tensor:

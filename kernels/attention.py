@@ -45,12 +45,19 @@ SHARED_BYTES = 25 * 10**6
 
 # Queries and keys in a block, warps, and stages in the pipeline of loads, for each kernel ("sums"
 # is the backward in one pass), by whether the head dim is above 64 and whether there is dropout,
-# whose random numbers take many registers. None of them spills. On sm_90, for 16-bit numbers, two
-# stages are better than three in the kernels whose loops run over keys: with three, Triton leaves a
-# product unfinished from one round to the next, and then ptxas lets no two instructions of a
-# product overlap. Blocks of 64 x 64 at head dim 64 leave room for 16 warps on a multiprocessor, of
-# which some compute exponentials while others multiply.
+# whose random numbers take many registers. None of them spills. Those of sm_90 at head dim 64 and
+# without dropout were the fastest of a dozen each on an H200: small blocks of four warps, several
+# of which a multiprocessor holds at once, so that some compute exponentials while others multiply.
+# That counts for more than the products' own overlap: with three stages Triton leaves a product
+# unfinished from one round to the next, and then ptxas lets no two instructions of it overlap.
 Table = dict[tuple[bool, bool], dict[str, tuple[int, int, int, int]]]
+SMALL_90 = {
+    "forward": (64, 64, 4, 3),
+    "q": (64, 64, 4, 3),
+    "kv": (32, 64, 4, 2),
+    "sums": (64, 128, 8, 3),
+}
+# The others are chosen by the compiler's figures alone.
 HALVES: Table = {
     (False, False): {
         "forward": (64, 64, 4, 2),
@@ -77,6 +84,7 @@ HALVES: Table = {
         "sums": (16, 128, 8, 2),
     },
 }
+HALVES_90: Table = HALVES | {(False, False): SMALL_90}
 # Before sm_90, and on sm_120, operands take registers too, as do the masks of padded heads, and a
 # block may have but 99 KB of shared memory. sm_100 hands out fewer registers at head dim 128.
 HALVES_80: Table = {
@@ -305,7 +313,7 @@ def _form(
     """Return the block sizes, the precision and the options to launch a kernel with."""
     if dtype in ("fp16", "bf16"):
         table = HALVES_80_PADDED if padded else HALVES_80
-        table = {9: HALVES, 10: HALVES_100, 11: HALVES_100}.get(capability // 10, table)
+        table = {9: HALVES_90, 10: HALVES_100, 11: HALVES_100}.get(capability // 10, table)
     else:
         table = TF32 if precision == "tf32" and dtype == "fp32" else IEEE
     block_m, block_n, warps, stages = table[dim > 64, dropout][kind]

@@ -5,6 +5,8 @@ A backend is a module with one function per operation, the same name and signatu
 - `reference`: the formulas in plain PyTorch, the truth that every other backend is held against;
 - `native`: PyTorch's own fused operators, and C++ where PyTorch is slow on a CPU;
 - `triton`: the Triton kernels, for CUDA.
+
+`cuda` is not asked for by name: it takes from the last two what is faster, for ``"auto"``.
 """
 
 import functools
@@ -34,7 +36,7 @@ def check(name: str) -> str:
 def get(name: str, device: torch.device | None = None, kernels_fit: bool = True) -> ModuleType:
     """Return the backend called `name`.
 
-    ``"auto"`` is `triton` on a CUDA device where Triton works, if the kernels fit the model (see
+    ``"auto"`` is `cuda` on a CUDA device where Triton works, if the kernels fit the model (see
     `kernels_fit`), and `native` everywhere else. ImportError if `triton` is asked for by name and
     is not installed.
     """
@@ -48,11 +50,11 @@ def kernels_fit(width: int, n_head: int, dtype: torch.dtype) -> bool:
 
 
 def check_device(name: str, device: torch.device, kernels_fit: bool = True) -> str:
-    """Return the name of the backend that `get` returns for a device.
+    """Return the name of the backend that `get` returns for a device, `triton` for `cuda`.
 
     ValueError or ImportError, which say what to do, if it cannot compute there.
     """
-    name = _load(name, device, kernels_fit)
+    name = _load(name, device, kernels_fit).replace("cuda", "triton")
     if name == "triton":
         import_module("fastgpt.kernels.common").check_device('ops="triton"', device)
     return name
@@ -61,7 +63,7 @@ def check_device(name: str, device: torch.device, kernels_fit: bool = True) -> s
 def _load(name: str, device: torch.device | None, kernels_fit: bool) -> str:
     """Import the backend that `get` is to return, and return its name."""
     if check(name) == "auto":
-        name = "triton" if device and kernels_fit and _has_kernels(device) else "native"
+        name = "cuda" if device and kernels_fit and _has_kernels(device) else "native"
     if name not in _loaded:
         if name == "triton" and find_spec("triton") is None:
             raise ImportError('ops="triton" needs Triton, on Linux: pip install triton')

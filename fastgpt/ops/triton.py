@@ -10,7 +10,9 @@ Under autocast results come in its dtype, also those of the norms, which PyTorch
 fp32 for the next matrix product to round.
 """
 
+import sys
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -186,11 +188,28 @@ def _define(
     _LIBRARY.define(schema)
     for key in ("CUDA", "CPU"):  # the launchers say what is missing on a CPU
         _LIBRARY.impl(name, compute, key)
-    torch.library.register_fake(f"fastgpt::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"fastgpt::{name}", _announced(name, fake), lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(
             f"fastgpt::{name}", _once(name, backward), setup_context=setup_context, lib=_LIBRARY
         )
+
+
+def _announced(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Let inductor expect an operator when it is traced, before it is met while compiling.
+
+    PyTorch 2.11 writes out whatever leads to an operator that it meets for the first time, for a
+    log that nobody reads. For the loss, behind a dozen blocks, that takes longer than anyone waits.
+    """
+
+    @wraps(fake)
+    def announce(*args: Any) -> Any:
+        inductor = sys.modules.get("torch._inductor.lowering")  # there if it compiles
+        expected: set[str] = getattr(inductor, "FALLBACK_ALLOW_LIST", set())
+        expected.add(f"fastgpt::{name}")
+        return fake(*args)
+
+    return announce
 
 
 def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -282,7 +282,7 @@ def test_rate_as_a_tensor(device):
 def test_addresses_are_told_again_only_when_one_has_changed(device, monkeypatch):
     told = []
     real = adamw.tensors_of_a_step
-    monkeypatch.setattr(adamw, "tensors_of_a_step", lambda *rows: told.append(1) or real(*rows))
+    monkeypatch.setattr(adamw, "tensors_of_a_step", lambda *a, **b: told.append(1) or real(*a, **b))
     params = make_params([(3, 5), (7,)], device)
     plain = copies(params, torch.float32)
     optimizer, twin = FusedAdamW(params), torch.optim.AdamW(plain)

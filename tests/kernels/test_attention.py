@@ -75,7 +75,8 @@ def test_lengths_around_the_block_size(n_time, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_pass(dtype, device):
     for n_time in (1, 40 if dtype == torch.float32 else 130):  # blocks of 16 and of 32 × 128
-        check(*problem(1, n_time, 1, 16, dtype, device), deterministic=False)
+        # several heads: of few numbers plain PyTorch may be right by luck
+        check(*problem(2, n_time, 2, 16, dtype, device), deterministic=False)
 
 
 @BOTH

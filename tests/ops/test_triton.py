@@ -5,6 +5,8 @@ them. In the interpreter, so with tiny shapes; on a GPU the same tests compile t
 """
 
 import math
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 from fastgpt import GPT, GPTConfig, ops
 from fastgpt.kernels import attention, layer_norm
-from fastgpt.ops import reference
+from fastgpt.ops import cuda, reference
 
 triton = ops.get("triton")
 HAS_GPU = torch.cuda.is_available()
@@ -108,6 +110,14 @@ def test_a_model_compiles_as_one_graph(dropout: float) -> None:
         assert compiled == pytest.approx(losses(config, "triton", 3), rel=1e-5)
 
 
+def test_inductor_expects_what_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.11 would take forever over the loss of a deep model, and say nothing."""
+    inductor = types.SimpleNamespace(FALLBACK_ALLOW_LIST=set())
+    monkeypatch.setitem(sys.modules, "torch._inductor.lowering", inductor)
+    OPERATORS.gelu(torch.empty(3, device="meta"), None)
+    assert inductor.FALLBACK_ALLOW_LIST.pop() == "fastgpt::gelu"
+
+
 def test_under_autocast_results_are_of_its_dtype() -> None:
     """The norms too, unlike PyTorch's; the residual stream and the weights' gradients stay fp32."""
     x, residual, weight = randn(2, 24, dtype=torch.float16), randn(2, 24), randn(24)
@@ -187,6 +197,32 @@ def test_the_losss_gradient_is_scaled_by_what_comes_after() -> None:
     ]
     for ours, truth in zip(*grads, strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_auto_takes_the_faster_attention(
+    dtype: torch.dtype, tf32: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In full fp32, and over thousands of positions, that is PyTorch's."""
+    monkeypatch.setattr(cuda, "multiplies_in_tf32", lambda: tf32)
+    monkeypatch.setattr(cuda, "LONG", 6)
+    for n_time in (5, 6):
+        qkv = randn(1, n_time, 96, dtype=dtype)
+        kernel = "causal_attention" in cuda.causal_attention(qkv, 2).grad_fn.name()
+        assert kernel == (tf32 if dtype == torch.float32 else n_time < 6)
+        assert "causal_attention" in cuda.causal_attention(qkv, 2, 0.5).grad_fn.name()
+
+
+def test_auto_has_all_operations_and_compiles_as_one_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = [name for name in vars(reference) if hasattr(triton, name) and name[0].islower()]
+    assert all(hasattr(cuda, name) for name in names)
+    monkeypatch.setattr(ops, "_has_kernels", lambda device: True)
+    monkeypatch.setitem(ops._loaded, "cuda", cuda)
+    compiled = losses(CONFIG, "auto", 3, compiled=True)
+    assert compiled == pytest.approx(losses(CONFIG, "reference", 3), rel=2e-4)
 
 
 def test_the_limits_are_those_of_the_kernels() -> None:
