@@ -10,13 +10,15 @@ other side is the loop that nanoGPT's users run: its network (`benchmarks/peers.
 windows, its AdamW, eagerly and in fp32 on a CPU.
 
 Each side lives in a process of its own, because fastgpt's trainer changes how its process handles
-freed memory, and the other side must run as its users run it. The two processes take turns, a
-round of steps each, so that both see the same noise; a pair is replaced by a fresh one now and
-then, so that the luck of one process (where its memory lies) does not decide.
+freed memory, its commands how threads wait, and the other side must run as its users run it. The
+two processes take turns, a round of steps each, so that both see the same noise; a pair is
+replaced by a fresh one now and then, so that the luck of one process (where its memory lies) does
+not decide.
 """
 
 import itertools
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -35,6 +37,7 @@ from common import model_config
 from peers import StockGPT, copy_weights, make_optimizer
 from torch import Tensor, nn
 
+from fastgpt import cli
 from fastgpt.data import Corpus, Tokens, gather, load_corpus
 from fastgpt.model import GPT
 from fastgpt.optim import learning_rate
@@ -152,6 +155,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=os.environ | (cli.environment() if side == "fastgpt" else {}),
         )
         if options.warm_up:
             self.ask(f"run {options.warm_up}")

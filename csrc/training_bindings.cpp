@@ -179,13 +179,14 @@ void add_to_rows(py::handle ids, py::handle values, py::handle table, unsigned t
   add_rows(names.data, names.size, columns, rows.data, all.data, threads);
 }
 
-// Returns an array of floats from the pool, or None if there is no room.
-py::object pool_array(const std::vector<py::ssize_t>& shape) {
+// Returns an array from the pool, or None if there is no room: of floats, or of the bits of bf16.
+py::object pool_array(const std::vector<py::ssize_t>& shape, bool bf16) {
   std::size_t size = 1;
   for (const py::ssize_t length : shape) size *= static_cast<std::size_t>(length);
-  void* block = HostPool::get().allocate(size * sizeof(float));
+  void* block = HostPool::get().allocate(size * (bf16 ? sizeof(Bfloat16) : sizeof(float)));
   if (block == nullptr) return py::none();
   const py::capsule owner(block, [](void* released) { HostPool::get().release(released); });
+  if (bf16) return py::array_t<Bfloat16>(shape, static_cast<Bfloat16*>(block), owner);
   return py::array_t<float>(shape, static_cast<float*>(block), owner);
 }
 
@@ -233,7 +234,7 @@ void bind_training(py::module_& m) {
         py::arg("threads"));
   m.def("adamw", &step_of_adamw, py::arg("rows"), py::arg("rates"), py::arg("max_norm"),
         py::arg("threads"));
-  m.def("pool_array", &pool_array, py::arg("shape"));
+  m.def("pool_array", &pool_array, py::arg("shape"), py::arg("bf16") = false);
   m.def("trim_pool", [] { HostPool::get().trim(); });
   m.def("pool_usage",
         [] { return py::make_tuple(HostPool::get().held(), HostPool::get().used()); });

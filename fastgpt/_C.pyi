@@ -235,8 +235,13 @@ def gemm_is_faster(bf16: bool) -> bool:
     In fp32 on AMD's processors with AVX2; in bf16 where there is AVX512-BF16 and no AMX.
     """
 
-def pool_array(shape: Sequence[int]) -> NDArray[np.float32] | None:
-    """Return an array from the pool for a step's memory, not initialised; None if there is none."""
+def pool_array(
+    shape: Sequence[int], bf16: bool = ...
+) -> NDArray[np.float32] | NDArray[np.uint16] | None:
+    """Return an array from the pool for a step's memory, not initialised; None if there is none.
+
+    bf16: of that, as its bits.
+    """
 
 def pool_usage() -> tuple[int, int]:
     """Return how many bytes the pool has reached up to since `trim_pool`, and how many are used."""

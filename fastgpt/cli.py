@@ -12,8 +12,7 @@ from fastgpt.processor import bfloat16_units
 
 def run(command: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 when done, 2 after one line on wrong use, 130 on Ctrl-C."""
-    _wait_briefly()
-    _use_huge_pages()
+    os.environ.update(environment())
     if isinstance(sys.stdout, io.TextIOWrapper):  # an ASCII pipe must not end a run
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -30,23 +29,23 @@ def run(command: Callable[[Sequence[str]], None], args: Sequence[str] | None = N
     sys.exit(0)
 
 
-def _use_huge_pages() -> None:
-    """Have PyTorch lay large tensors in huge pages on a CPU where it trains in bfloat16.
+def environment() -> dict[str, str]:
+    """Return what the commands set for the libraries under them, before torch is imported.
 
-    PyTorch reads this before its first tensor. In float32 training's large tensors come from a pool
-    that has them anyway (see `fastgpt.host_memory`).
+    GNU's OpenMP: threads that wait for each other sleep soon. By default they spin for
+    milliseconds. That is best on idle cores, but beside another busy program each wait then lasts
+    until the system takes the core away, and a step of a small model becomes ten times as slow.
+    10,000 turns are the compromise: up to a third slower than the default on idle cores at worst,
+    often equal, and two to four times a quiet step beside others.
+
+    PyTorch: large tensors, the weights and the optimizer's, lie in huge pages, where training may
+    be in bfloat16 and so as fast as memory.
+
+    What the user has set already is left out.
     """
-    if bfloat16_units():
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
-def _wait_briefly() -> None:
-    """Have OpenMP's threads sleep soon when they wait for each other (before torch is imported).
-
-    GNU's library spins for milliseconds by default. That is best on idle cores, but beside another
-    busy program each wait then lasts until the system takes the core away, and a step of a small
-    model becomes ten times as slow. 10,000 turns are the compromise: up to a third slower than the
-    default on idle cores at worst, often equal, and two to four times a quiet step beside others.
-    """
+    wanted = {}
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        wanted["GOMP_SPINCOUNT"] = "10000"
+    if bfloat16_units():
+        wanted["THP_MEM_ALLOC_ENABLE"] = "1"
+    return {name: value for name, value in wanted.items() if name not in os.environ}

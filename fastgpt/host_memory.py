@@ -19,12 +19,12 @@ SMALLEST = 2**15  # numbers; smaller ones are quick to allocate, and fit anywher
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return a tensor on the CPU, not initialised, to be freed before long; fp32 or bf16."""
-    size = prod(shape)
-    words = size if dtype == torch.float32 else -(-size // 2)
-    array = _C.pool_array((words,)) if size >= SMALLEST else None
+    bf16 = dtype == torch.bfloat16
+    array = _C.pool_array(shape, bf16) if prod(shape) >= SMALLEST else None
     if array is None:
         return torch.empty(shape, dtype=dtype)
-    return torch.from_numpy(array).view(dtype)[:size].view(shape)
+    tensor = torch.from_numpy(array)
+    return tensor.view(dtype) if bf16 else tensor
 
 
 def empty_like(tensor: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ class Updater:
 
     def __init__(self, model: GPT, recipe: Recipe, dtype: torch.dtype) -> None:
         self.model, self.recipe = model, recipe
+        self.parameters = list(model.parameters())
         self.optimizer = make_optimizer(model, recipe)
         self.scale = LossScale(model.device) if dtype == torch.float16 else None
         self.skipped = torch.zeros((), device=model.device)
@@ -94,10 +95,9 @@ class Updater:
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:
         """Update the weights at a rate, and drop the gradients; return their norm (a scalar)."""
-        parameters = list(self.model.parameters())
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = self._clip_and_update([p.grad for p in parameters if p.grad is not None])
+        norm = self._clip_and_update([p.grad for p in self.parameters if p.grad is not None])
         self.optimizer.zero_grad()
         unusable = (~norm.isfinite()).float()
         self.skipped = (self.skipped + 1) * unusable
@@ -105,7 +105,7 @@ class Updater:
             self.scale.update(unusable)
         if self.average:
             averages = list(self.average.values())
-            weights = [p.detach() for p in parameters]
+            weights = [p.detach() for p in self.parameters]
             torch._foreach_lerp_(averages, weights, 1.0 - self.recipe.ema)
         return norm
 
