@@ -1,11 +1,13 @@
-"""Single-precision matrix products, side by side: ours, PyTorch's and NumPy's.
+"""Matrix products side by side: ours, PyTorch's and NumPy's.
 
-    python benchmarks/compare_gemm.py
+    python benchmarks/compare_gemm.py                      # in fp32
+    python benchmarks/compare_gemm.py --dtype bfloat16     # where the processor multiplies that
 
 The sizes are those of training: GPT-2's (124M) with 1024 tokens, its head with a chunk of 512, and
 the shakespeare-char recipe's with 768; each linear layer's product, and the gradients of its input
 and of its weight. Ours and PyTorch's take turns, a few products each, so that both see the same
-noise; NumPy's (OpenBLAS) is there for orientation.
+noise; NumPy's (OpenBLAS) is there for orientation, in fp32 always. In bf16 PyTorch's operands are
+bf16 already, while ours are fp32 and rounded on the way, as in training: its product does less.
 """
 
 import itertools
@@ -13,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,7 +28,10 @@ ROUND_FLOPS = 1e9  # smaller products are repeated within a round, or the clock'
 
 @dataclass(frozen=True)
 class Options:
-    """Compare matrix products of single precision."""
+    """Compare matrix products."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What is multiplied; sums are fp32, and bf16 results PyTorch's alone."""
 
     threads: list[int] = field(default_factory=lambda: [1, 2])
     """Numbers of threads to compare with; NumPy takes part with its own, from two threads on."""
@@ -85,7 +91,7 @@ def line(product: Product, threads: int, options: Options) -> str:
     """Measure one product."""
     flops = 2 * product.m * product.n * product.k
     repeats = max(1, round(ROUND_FLOPS / flops))
-    sides = contestants(product, threads)
+    sides = contestants(product, threads, options.dtype)
     speeds: list[list[float]] = [[] for _ in sides]
     # NumPy comes last, alone: its threads keep their cores busy for a while after a product.
     for turns in (range(2), range(2, 3)):
@@ -104,23 +110,27 @@ def line(product: Product, threads: int, options: Options) -> str:
     )
 
 
-def contestants(product: Product, threads: int) -> list[Callable[[], object]]:
+def contestants(product: Product, threads: int, dtype: str) -> list[Callable[[], object]]:
     """Return ours, PyTorch's and NumPy's way, after a check that they agree."""
     a = torch.randn((product.k, product.m) if product.transpose_a else (product.m, product.k))
     b = torch.randn((product.n, product.k) if product.transpose_b else (product.k, product.n))
     ours, theirs, numpys = (torch.empty(product.m, product.n) for _ in range(3))
     left, right = a.T if product.transpose_a else a, b.T if product.transpose_b else b
     forms = {"transpose_a": product.transpose_a, "transpose_b": product.transpose_b}
+    bf16 = dtype == "bfloat16"
+    kind = getattr(torch, dtype)
+    some, others, theirs = left.to(kind), right.to(kind), theirs.to(kind)
     sides: list[Callable[[], object]] = [
-        lambda: _C.gemm(a, b, ours, threads=threads, **forms),
-        lambda: torch.mm(left, right, out=theirs),
+        lambda: _C.gemm(a, b, ours, threads=threads, bf16=bf16, **forms),
+        lambda: torch.mm(some, others, out=theirs),
         lambda: np.matmul(left.numpy(), right.numpy(), out=numpys.numpy()),
     ]
     for side in sides:
         side()
     time.sleep(0.1)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-2)
-    torch.testing.assert_close(numpys, theirs, rtol=1e-4, atol=1e-2)
+    near = {"rtol": 2e-2, "atol": 0.05 * product.k**0.5} if bf16 else {"rtol": 1e-4, "atol": 1e-2}
+    torch.testing.assert_close(ours, theirs.float(), **near)
+    torch.testing.assert_close(ours, numpys, **near)
     return sides
 
 
