@@ -234,13 +234,14 @@ void backward_head(const Products& products, const Head& head, Workspace& space,
   const std::size_t time = head.time, size = head.size, most = products.queries_at_once();
   const std::size_t padded = products.padded_time(time);
   const std::size_t wide = products.whole_columns(size), tall = products.whole_rows(time);
-  space.restart(5 * padded * wide + most * (3 * padded + 4 * wide) + tall * most + 13 * 64);
+  const std::size_t packed_left = most * std::max({padded, tall, size});  // the largest of four
+  space.restart(5 * padded * wide + most * (2 * padded + 4 * wide) + packed_left + 12 * 64);
   float* keys = space.take(padded * size);      // to multiply queries with
   float* values = space.take(padded * size);    // to multiply grad_y with
   float* key_rows = space.take(padded * wide);  // to multiply the scores' gradient with
   float* scores = space.take(most * padded);
   float* grad = space.take(most * padded);
-  float* left = space.take(std::max(most * padded, tall * most));
+  float* left = space.take(packed_left);
   float* right = space.take(most * wide);
   float* sums = space.take(most * size);    // for grad_q; before, y and ...
   float* aside = space.take(most * size);   // ... grad_y in fp32

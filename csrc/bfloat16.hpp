@@ -14,19 +14,23 @@ template <typename Void>
 struct AnyFloats {
   Void* data = nullptr;
   bool bf16 = false;
-
-  explicit operator bool() const { return data != nullptr; }
-  std::size_t size_of_one() const { return bf16 ? sizeof(Bfloat16) : sizeof(float); }
 };
 using Floats = AnyFloats<void>;
 using ConstFloats = AnyFloats<const void>;
 
+// Internal linkage, because the files that include this are compiled for different instruction
+// sets, and a linker would keep one copy for all; memcpy is no call.
+namespace {
+
 // The numbers from the `index`th on.
 inline Floats operator+(const Floats& all, std::size_t index) {
-  return {static_cast<char*>(all.data) + index * all.size_of_one(), all.bf16};
+  return {static_cast<char*>(all.data) + index * (all.bf16 ? sizeof(Bfloat16) : sizeof(float)),
+          all.bf16};
 }
 inline ConstFloats operator+(const ConstFloats& all, std::size_t index) {
-  return {static_cast<const char*>(all.data) + index * all.size_of_one(), all.bf16};
+  return {
+      static_cast<const char*>(all.data) + index * (all.bf16 ? sizeof(Bfloat16) : sizeof(float)),
+      all.bf16};
 }
 
 // Calls body with the pointer that it is.
@@ -38,18 +42,6 @@ inline void of_type(const Floats& all, const Body& body) {
     body(static_cast<float*>(all.data));
   }
 }
-template <typename Body>
-inline void of_type(const ConstFloats& all, const Body& body) {
-  if (all.bf16) {
-    body(static_cast<const Bfloat16*>(all.data));
-  } else {
-    body(static_cast<const float*>(all.data));
-  }
-}
-
-// Internal linkage, because the files that include this are compiled for different instruction
-// sets, and a linker would keep one copy for all; memcpy is no call.
-namespace {
 
 inline float widened(Bfloat16 x) {
   const std::uint32_t bits = static_cast<std::uint32_t>(x) << 16;

@@ -27,12 +27,14 @@ inline float float_of(std::int32_t bits) {
 }
 
 // exp(-x) for x ≥ 0, to about an ulp: 2ⁿ times a polynomial on |r| ≤ ln(2)/2, as in Cephes' expf.
-// Floats without a sign order as their bits do, and comparing whole numbers lets NaN through.
+// Floats without a sign order as their bits do, NaN behind infinity; it stays NaN.
 inline float exp_minus(float x) {
-  constexpr float kRound = 12582912.0F;          // 1.5 · 2²³: adding it rounds to a whole number
-  constexpr std::int32_t kLargest = 0x42AE0000;  // 87: past it 2ⁿ would be no normal number
-  const std::int32_t bits = bits_of(x);
-  const float y = -float_of(bits < kLargest ? bits : kLargest);
+  constexpr float kRound = 12582912.0F;           // 1.5 · 2²³: adding it rounds to a whole number
+  constexpr std::uint32_t kLargest = 0x42AE0000;  // 87: past it 2ⁿ would be no normal number
+  constexpr std::uint32_t kInfinity = 0x7F800000;
+  const auto bits = static_cast<std::uint32_t>(bits_of(x));
+  const bool vanishes = bits - kLargest <= kInfinity - kLargest;
+  const float y = -(vanishes ? 0.0F : x);
   const float rounded = y * 1.44269504F + kRound;
   const float n = rounded - kRound;
   const float r = (y - n * 0.693359375F) + n * 2.12194440e-4F;  // ln(2) in two parts
@@ -44,7 +46,7 @@ inline float exp_minus(float x) {
   p = p * r + 5.0000001201e-1F;
   p = p * (r * r) + r + 1.0F;
   const float power = float_of((bits_of(rounded) - bits_of(kRound) + 127) << 23);
-  return float_of(bits < kLargest ? bits_of(p * power) : 0);
+  return vanishes ? 0.0F : p * power;
 }
 
 constexpr std::int32_t kSign = INT32_MIN;

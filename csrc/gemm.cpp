@@ -51,7 +51,9 @@ Range part_of(std::size_t n, std::size_t part, std::size_t index) {
 }
 
 // What gets A · B and the bias as they are, if anything does.
-const MatrixView<Floats>& target_of_sums(const Gemm& g) { return g.pre.numbers ? g.pre : g.c; }
+const MatrixView<Floats>& target_of_sums(const Gemm& g) {
+  return g.pre.numbers.data != nullptr ? g.pre : g.c;
+}
 
 // Whether that cannot hold sums of fp32.
 bool sums_aside(const Gemm& g) { return target_of_sums(g).numbers.bf16; }
@@ -253,8 +255,8 @@ class Job {
     }
     if (depth + depths == g_.k) {
       block.bias = g_.bias != nullptr ? g_.bias + column : nullptr;
-      if (g_.gelu_grad.numbers) block.gelu_grad = at(g_.gelu_grad);
-      if (sums_aside(g_) && (!g_.gelu || g_.pre.numbers)) block.c = at(target);
+      if (g_.gelu_grad.numbers.data != nullptr) block.gelu_grad = at(g_.gelu_grad);
+      if (sums_aside(g_) && (!g_.gelu || g_.pre.numbers.data != nullptr)) block.c = at(target);
       if (g_.gelu) block.gelu = at(g_.c);
     }
     return block;

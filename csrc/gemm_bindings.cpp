@@ -29,7 +29,7 @@ struct Tensor {
     columns = static_cast<std::size_t>(seen.shape[dimensions - 1]);
     if (dimensions == 2) rows = static_cast<std::size_t>(seen.shape[0]);
     stride = columns;
-    if (seen.strides != nullptr) {
+    if (seen.strides != nullptr && rows * columns > 0) {
       if (columns > 1 && seen.strides[dimensions - 1] != 1) {
         refuse(name, "must have the elements of a row side by side (stride 1)");
       }
@@ -81,13 +81,14 @@ GemmCode code_named(const std::string& name) {
 }
 
 void check_combination(const Gemm& g) {
-  if (g.pre.numbers && !g.gelu) {
+  if (g.pre.numbers.data != nullptr && !g.gelu) {
     throw std::invalid_argument("pre is what goes into gelu: needs gelu");
   }
-  if (g.gelu && g.gelu_grad.numbers) {
+  const bool of_gelu = g.gelu_grad.numbers.data != nullptr;
+  if (g.gelu && of_gelu) {
     throw std::invalid_argument("gelu and gelu_grad exclude each other");
   }
-  if (g.accumulate && (g.gelu || g.gelu_grad.numbers)) {
+  if (g.accumulate && (g.gelu || of_gelu)) {
     throw std::invalid_argument("accumulate adds to a product, not to what GELU makes of it");
   }
   if (g.accumulate && g.c.numbers.bf16) {
@@ -101,6 +102,7 @@ void multiply(py::handle a, py::handle b, py::handle c, bool transpose_a, bool t
   const GemmCode chosen =
       code.is_none() ? best_gemm_code(bf16) : code_named(py::cast<std::string>(code));
   const bool any = is_bf16(chosen);
+  if (bf16 && !any) throw std::invalid_argument("bf16 needs a code for it, bf16-portable say");
   const Tensor left(a, "a", 2, any), result(c, "c", 2, any);
   Gemm g;
   g.m = transpose_a ? left.columns : left.rows;

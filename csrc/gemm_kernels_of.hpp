@@ -20,6 +20,7 @@ class Kernels {
  public:
   static constexpr std::size_t kRows = Vector::kTileRows;
   static constexpr std::size_t kColumns = Vector::kTileVectors * Vector::kWidth;
+  static_assert(kColumns % 8 == 0, "packing writes whole eights, and threads pack side by side");
 
   static constexpr GemmKernels table() {
     return {kRows,
@@ -137,14 +138,19 @@ class Kernels {
 
   static inline void finish(const GemmBlock& block, float* sum, std::size_t j,
                             std::size_t columns) {
-    if (!block.gelu_grad.first && !block.c.first && !block.gelu.first) return;
+    if (!given(block.gelu_grad) && !given(block.c) && !given(block.gelu)) return;
     for (std::size_t i = 0; i < block.rows; ++i) {
       float* row = sum + i * block.sum_stride;
       const auto at = [=](const auto& rows) { return rows.first + (i * rows.stride + j); };
-      if (block.gelu_grad.first) multiply_by_gelu_gradient(at(block.gelu_grad), columns, row);
-      if (block.c.first) write(row, columns, at(block.c), [](float x) { return x; });
-      if (block.gelu.first) write(row, columns, at(block.gelu), gelu_of);
+      if (given(block.gelu_grad)) multiply_by_gelu_gradient(at(block.gelu_grad), columns, row);
+      if (given(block.c)) write(row, columns, at(block.c), [](float x) { return x; });
+      if (given(block.gelu)) write(row, columns, at(block.gelu), gelu_of);
     }
+  }
+
+  template <typename Rows>
+  static bool given(const Rows& rows) {
+    return rows.first.data != nullptr;
   }
 
   static inline void multiply_by_gelu_gradient(const ConstFloats& of, std::size_t n, float* grad) {

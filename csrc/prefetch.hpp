@@ -2,6 +2,7 @@
 #pragma once
 
 namespace fastgpt {
+namespace {  // for files that are compiled for different instruction sets
 
 inline void prefetch([[maybe_unused]] const void* address) {
 #if defined(__GNUC__)
@@ -16,4 +17,5 @@ inline void prefetch_far([[maybe_unused]] const void* address) {
 #endif
 }
 
+}  // namespace
 }  // namespace fastgpt

@@ -86,11 +86,11 @@ Attention attention_of(py::handle qkv, py::handle log_sums, std::size_t heads, s
   Attention attention;
   attention.heads = heads;
   attention.time = time;
+  const Floats numbers = numbers_in(seen);
+  attention.qkv = {numbers.data, numbers.bf16};
   if (heads == 0 || time == 0 || rows == 0) return attention;
   attention.batch = rows / (heads * time);
   attention.size = size / (3 * rows);
-  const Floats numbers = numbers_in(seen);
-  attention.qkv = {numbers.data, numbers.bf16};
   if (attention.batch * heads * time != rows || attention.size * 3 * rows != size) {
     throw std::invalid_argument("qkv, log_sums, heads and time do not fit together");
   }

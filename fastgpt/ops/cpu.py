@@ -12,6 +12,7 @@ stream, all sums, and the gradients of the weights stay fp32. Weights have no co
 product rounds them as it reads them.
 """
 
+from math import prod
 from typing import Any
 
 import torch
@@ -226,7 +227,8 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             grad_weight, grad_bias = products.weight_gradient(grad, x, ctx.has_bias, ctx.bf16)
         if ctx.needs_input_grad[0]:
-            grad_x = products.input_gradient(grad, weight, ctx.bf16, x.dtype).view(*shape, -1)
+            grad_x = products.input_gradient(grad, weight, ctx.bf16, x.dtype)
+            grad_x = grad_x.view(*shape, x.size(-1))
         return grad_x, grad_weight, grad_bias, None
 
 
@@ -471,7 +473,7 @@ def _dtype(bf16: bool) -> torch.dtype:
 
 def _rows(x: Tensor) -> Tensor:
     """View `[..., C]` as a matrix `[N, C]` whose rows have no gaps."""
-    return x.reshape(-1, x.size(-1)).contiguous()
+    return x.reshape(prod(x.shape[:-1]), x.size(-1)).contiguous()
 
 
 def _packed(*tensors: Any) -> list[Any]:

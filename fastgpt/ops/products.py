@@ -58,7 +58,7 @@ def input_gradient(
 ) -> Tensor:
     """Return the gradient of `x` in a dtype, given that of ``x @ weight.T``."""
     if not _own(grad, bf16):
-        return grad @ weight
+        return _theirs(grad, weight)
     grad_x = empty(grad.size(0), weight.size(1), dtype=dtype)
     _gemm(grad, weight, grad_x, bf16=bf16)
     return grad_x
@@ -88,7 +88,7 @@ def weight_gradient(
             y = empty_like(x)
             _C.gelu_forward(x.numpy(), y.numpy(), torch.get_num_threads())
             x = y
-        return grad.T @ x, grad.sum(0) if with_bias else None
+        return _theirs(grad.T, x), grad.sum(0) if with_bias else None
     grad_weight = empty(grad.size(1), x.size(1))
     grad_bias = empty(grad.size(1)) if with_bias else None
     _gemm(
@@ -115,6 +115,12 @@ def linear_into(x: Tensor, weight: Tensor, y: Tensor, bf16: bool) -> None:
         _gemm(x, weight, y, transpose_b=True, bf16=bf16)
     else:
         torch.mm(x, weight.T, out=y)
+
+
+def _theirs(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply in fp32, also in a backward that somebody has put under autocast."""
+    with torch.autocast("cpu", enabled=False):
+        return left @ right
 
 
 def _gemm(a: Tensor, b: Tensor, c: Tensor, **options: Any) -> None:

@@ -355,6 +355,8 @@ def test_refuses_bf16_where_it_computes_in_fp32() -> None:
         _C.gemm(A, B.bfloat16(), C)
     with pytest.raises(ValueError, match="c must be of float32 or bfloat16"):
         _C.gemm(A, B, C.half(), bf16=True)
+    with pytest.raises(ValueError, match="bf16 needs a code for it"):
+        _C.gemm(A, B, C, bf16=True, code="portable")
     with pytest.raises(ValueError, match="accumulate needs c in float32"):
         _C.gemm(A, B, C.bfloat16(), accumulate=True, bf16=True)
 

@@ -176,6 +176,42 @@ def test_a_gradient_that_is_not_finite_is_seen() -> None:
     assert x.grad[:3].eq(0).all()
 
 
+@pytest.mark.parametrize("n_rows", [5, 40])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_forward_in_fp32_has_its_backward_in_fp32(n_rows: int, own: bool) -> None:
+    model = GPT(GPTConfig(97, 40, 2, 3, 48), "native")
+    ids, targets = torch.randint(97, (2, 1, n_rows))
+    truth = gradients(model, ids, targets)
+    model.zero_grad()
+    loss = model(ids, targets)
+    with loops(own):
+        loss.backward()
+    for p, true in zip(model.parameters(), truth[1:], strict=True):
+        torch.testing.assert_close(p.grad, true)
+
+
+def test_empty_batches() -> None:
+    model = GPT(GPTConfig(97, 40, 2, 3, 48), "native")
+    weight, bias = layer(24, 19)
+    x = torch.empty(0, 24, dtype=BF16, requires_grad=True)
+    with loops(True):
+        assert model(*torch.randint(97, (2, 0, 5))).isnan()
+        native.linear(x, weight.requires_grad_(), bias).sum().backward()
+    assert x.grad.shape == (0, 24)
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_attention_to_nan_is_nan(sign: float, dtype: torch.dtype) -> None:
+    """Of either sign: what is not a number must not leave without a trace."""
+    qkv = torch.randn(1, 8, 48).to(dtype)
+    qkv[0, 3, 16] = torch.tensor(torch.nan).copysign(torch.tensor(sign))  # of one key
+    y = cpu.causal_attention(qkv, 1)
+    assert y[0, 3:].isnan().all()
+    assert y[0, :3].isfinite().all()
+
+
 def test_attention_wants_one_type() -> None:
     qkv, y, sums = torch.zeros(1, 4, 24), torch.zeros(1, 4, 8), torch.zeros(1, 2, 4)
     with pytest.raises(ValueError, match="y must be of the type of qkv"):
