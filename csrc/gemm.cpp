@@ -62,40 +62,14 @@ bool sums_aside(const Gemm& g) { return target_of_sums(g).numbers.bf16; }
 // whatever the rest is: that alone decides its bits.
 struct Plan {
   Plan(const Gemm& g, const GemmKernels& kernels, unsigned threads) {
-    depth = equal_part(g.k, kWordsDeep * kernels.depths_per_word, 8);
-    // Between chunks of depth, sums wait in C: it must be able to hold them.
-    chunk_depth = sums_aside(g) ? std::max(round_up(g.k, depth), depth) : depth * kBlocksInChunk;
-    depth_chunks = std::max(ceil_div(g.k, chunk_depth), std::size_t{1});
-    const std::size_t deep = std::min(chunk_depth, std::max(round_up(g.k, depth), depth));
-    const std::size_t words = kernels.words(deep);
-    chunk_columns =
-        equal_part(g.n, std::max(kWordsInChunk / words, kernels.columns), kernels.columns);
-    column_chunks = std::max(ceil_div(g.n, chunk_columns), std::size_t{1});
-    chunk_words = chunk_columns * words;
-
-    const std::size_t chunk_work = g.m * chunk_columns * deep;
-    const std::size_t tiles_wanted =
-        threads < 2 ? 1 : std::min(kTilesPerThread * threads, chunk_work / kWorthATile + 1);
-    // Fewer rows cost less than fewer columns: for each column tile A is packed anew.
-    const std::size_t most_columns = std::min(kColumns, chunk_columns);
-    const std::size_t row_cuts = ceil_div(tiles_wanted, ceil_div(chunk_columns, most_columns));
-    const std::size_t few_rows = std::max(g.m / row_cuts, kFewRows);
-    rows = equal_part(g.m, std::min({few_rows, kRows, g.m}), kernels.rows);
-    row_tiles = ceil_div(g.m, rows);
-    const std::size_t few_columns =
-        std::max(chunk_columns / ceil_div(tiles_wanted, row_tiles), kFewColumns);
-    columns = equal_part(chunk_columns, std::min(few_columns, most_columns), kernels.columns);
-    column_tiles = ceil_div(chunk_columns, columns);
-
-    pack_columns = std::max(kWordsToPack / words / kernels.columns, std::size_t{1});
-    pack_columns = std::min(pack_columns * kernels.columns, chunk_columns);
-    pack_tasks = ceil_div(chunk_columns, pack_columns);
-
+    cut_b(g, kernels);
+    cut_c(g, kernels, threads);
     // A panel's sums that are complete after one block go where the next panel's will, so that they
     // stay in the first-level cache.
-    sums_step = sums_aside(g) && g.k > depth ? rows * kernels.columns : 0;
-    if (sums_aside(g))
-      sums = std::max(sums_step * ceil_div(columns, kernels.columns), rows * kernels.columns);
+    if (!sums_aside(g)) return;
+    const std::size_t panel = rows * kernels.columns;
+    sums_step = g.k > depth ? panel : 0;
+    sums = std::max(sums_step * ceil_div(columns, kernels.columns), panel);
   }
 
   std::size_t chunks() const { return column_chunks * depth_chunks; }
@@ -106,6 +80,42 @@ struct Plan {
   std::size_t rows, row_tiles, columns, column_tiles;
   std::size_t pack_columns, pack_tasks;  // in a chunk
   std::size_t sums = 0, sums_step = 0;   // floats for a thread's, and from panel to panel
+
+ private:
+  // B into chunks, and a chunk's packing into tasks.
+  void cut_b(const Gemm& g, const GemmKernels& kernels) {
+    depth = equal_part(g.k, kWordsDeep * kernels.depths_per_word, 8);
+    const std::size_t whole = std::max(round_up(g.k, depth), depth);
+    // Between chunks of depth, sums wait in C: it must be able to hold them.
+    chunk_depth = sums_aside(g) ? whole : depth * kBlocksInChunk;
+    depth_chunks = std::max(ceil_div(g.k, chunk_depth), std::size_t{1});
+    const std::size_t words = kernels.words(std::min(chunk_depth, whole));
+    const std::size_t most = std::max(kWordsInChunk / words, kernels.columns);
+    chunk_columns = equal_part(g.n, most, kernels.columns);
+    column_chunks = std::max(ceil_div(g.n, chunk_columns), std::size_t{1});
+    chunk_words = chunk_columns * words;
+
+    pack_columns = std::max(kWordsToPack / words / kernels.columns, std::size_t{1});
+    pack_columns = std::min(pack_columns * kernels.columns, chunk_columns);
+    pack_tasks = ceil_div(chunk_columns, pack_columns);
+  }
+
+  // The columns of C that a chunk of B gives, and all its rows, into tiles.
+  void cut_c(const Gemm& g, const GemmKernels& kernels, unsigned threads) {
+    const std::size_t work = g.m * chunk_columns * std::min(chunk_depth, round_up(g.k, depth));
+    const std::size_t wanted =
+        threads < 2 ? 1 : std::min(kTilesPerThread * threads, work / kWorthATile + 1);
+    // Fewer rows cost less than fewer columns: for each column tile A is packed anew.
+    const std::size_t most_columns = std::min(kColumns, chunk_columns);
+    const std::size_t row_cuts = ceil_div(wanted, ceil_div(chunk_columns, most_columns));
+    const std::size_t few_rows = std::max(g.m / row_cuts, kFewRows);
+    rows = equal_part(g.m, std::min({few_rows, kRows, g.m}), kernels.rows);
+    row_tiles = ceil_div(g.m, rows);
+    const std::size_t few_columns =
+        std::max(chunk_columns / ceil_div(wanted, row_tiles), kFewColumns);
+    columns = equal_part(chunk_columns, std::min(few_columns, most_columns), kernels.columns);
+    column_tiles = ceil_div(chunk_columns, columns);
+  }
 };
 
 // What a thread's products pack into, kept for the next.
