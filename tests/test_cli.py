@@ -201,3 +201,15 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, checkout: Path) -> N
         assert f"saved; go on with: python -m fastgpt.train --resume {folder}" in out
         assert len(list(folder.glob("checkpoints/step-*"))) >= 1
         assert not list(folder.glob("checkpoints/.*"))
+
+
+def test_what_the_user_has_set_for_libraries_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cli, "bfloat16_units", lambda: None)
+    assert cli.environment() == {"GOMP_SPINCOUNT": "10000"}
+    monkeypatch.setattr(cli, "bfloat16_units", lambda: "AVX512-BF16")
+    assert cli.environment() == {"GOMP_SPINCOUNT": "10000", "THP_MEM_ALLOC_ENABLE": "1"}
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert cli.environment() == {}
