@@ -3,26 +3,14 @@
 #include "gemm_kernels.hpp"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <immintrin.h>
-
+#include "avx512_registers.hpp"
 #include "gemm_kernels_of.hpp"
 #include "transpose_avx.hpp"
 
 namespace fastgpt {
 namespace {
 
-// Of the 32 registers, 24 hold the tile and 2 a row of B; an element of A is part of the operation.
-struct Avx512Bf16 {
-  using Register = __m512;
-  static constexpr std::size_t kWidth = 16;
-  static constexpr std::size_t kTileRows = 12;
-  static constexpr std::size_t kTileVectors = 2;
-
-  static Register zero() { return _mm512_setzero_ps(); }
-  static Register load(const float* from) { return _mm512_loadu_ps(from); }
-  static void store(float* to, Register value) { _mm512_storeu_ps(to, value); }
-  static Register broadcast(const float& from) { return _mm512_set1_ps(from); }
-  static Register add(Register x, Register y) { return _mm512_add_ps(x, y); }
+struct Avx512Bf16 : Avx512Registers {
   static Register multiply_add(Register x, Register y, Register z) {
     return _mm512_dpbf16_ps(z, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));
   }
