@@ -20,6 +20,8 @@ inline std::int32_t bits_of(float x) {
   return bits;
 }
 
+inline std::uint32_t unsigned_bits(float x) { return static_cast<std::uint32_t>(bits_of(x)); }
+
 inline float float_of(std::int32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
@@ -32,8 +34,7 @@ inline float exp_minus(float x) {
   constexpr float kRound = 12582912.0F;           // 1.5 · 2²³: adding it rounds to a whole number
   constexpr std::uint32_t kLargest = 0x42AE0000;  // 87: past it 2ⁿ would be no normal number
   constexpr std::uint32_t kInfinity = 0x7F800000;
-  const auto bits = static_cast<std::uint32_t>(bits_of(x));
-  const bool vanishes = bits - kLargest <= kInfinity - kLargest;
+  const bool vanishes = unsigned_bits(x) - kLargest <= kInfinity - kLargest;
   const float y = -(vanishes ? 0.0F : x);
   const float rounded = y * 1.44269504F + kRound;
   const float n = rounded - kRound;
@@ -45,7 +46,8 @@ inline float exp_minus(float x) {
   p = p * r + 1.6666665459e-1F;
   p = p * r + 5.0000001201e-1F;
   p = p * (r * r) + r + 1.0F;
-  const float power = float_of((bits_of(rounded) - bits_of(kRound) + 127) << 23);
+  const std::uint32_t exponent = unsigned_bits(rounded) - unsigned_bits(kRound) + 127;
+  const float power = float_of(static_cast<std::int32_t>(exponent << 23));
   return vanishes ? 0.0F : p * power;
 }
 

@@ -166,8 +166,10 @@ class PairPacking {
     }
   }
 
-  static float first(float word) { return float_of(bits_of(word) << 16); }
-  static float second(float word) { return float_of(bits_of(word) & ~0xFFFF); }
+  static float first(float word) { return widened(static_cast<Bfloat16>(unsigned_bits(word))); }
+  static float second(float word) {
+    return widened(static_cast<Bfloat16>(unsigned_bits(word) >> 16));
+  }
 
  private:
   static constexpr std::size_t kWordsAtOnce = 4;
