@@ -109,7 +109,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         read(tmp_path / "a.parquet")
 
 
-# Without the time in it, which would be part of a test's name: several processes must agree on that.
+# Without the time in it, which would be in a test's name: several processes must agree on that.
 CUT_SHORT = gzip.compress(b"one" * 999, mtime=0)[:-9]
 
 
