@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from fastgpt.compiled import _C
 from fastgpt.host_memory import empty, empty_like
 from fastgpt.ops import products
+from fastgpt.ops.products import dtype_of
 
 MAX_LOGITS = 2**25  # held at a time: 128 MB
 
@@ -39,7 +40,7 @@ def fits(*tensors: Tensor | None, branch: Tensor | None = None) -> bool:
     bf16 = torch.is_autocast_enabled("cpu")
     if bf16 and not (torch.get_autocast_dtype("cpu") == torch.bfloat16 and products.own_in_bf16()):
         return False
-    if branch is not None and (branch.dtype != _dtype(bf16) or not branch.is_cpu):
+    if branch is not None and (branch.dtype != dtype_of(bf16) or not branch.is_cpu):
         return False
     return (
         torch._C._len_torch_dispatch_stack() == 0
@@ -246,11 +247,11 @@ class _NormLinear(torch.autograd.Function):
         bf16: bool,
     ) -> tuple[Tensor, Tensor]:
         norm_weight, norm_bias, weight, bias = _packed(norm_weight, norm_bias, weight, bias)
-        total, normed, stats = _norm(x, residual, norm_weight, norm_bias, eps, _dtype(bf16))
+        total, normed, stats = _norm(x, residual, norm_weight, norm_bias, eps, dtype_of(bf16))
         ctx.save_for_backward(total, stats, norm_weight, norm_bias, weight)
         ctx.has, ctx.bf16 = (residual is not None, bias is not None), bf16
         ctx.set_materialize_grads(False)
-        y = products.linear(_rows(normed), weight, bias, bf16, _dtype(bf16))
+        y = products.linear(_rows(normed), weight, bias, bf16, dtype_of(bf16))
         return total, y.view(*x.shape[:-1], weight.size(0))
 
     @staticmethod
@@ -263,7 +264,7 @@ class _NormLinear(torch.autograd.Function):
         grad_y, bf16 = _rows(grad_y), ctx.bf16
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
-            normed = _norm_again(total, stats, norm_weight, norm_bias, _dtype(bf16))
+            normed = _norm_again(total, stats, norm_weight, norm_bias, dtype_of(bf16))
             grad_weight, grad_bias = products.weight_gradient(grad_y, normed, has_bias, bf16)
             del normed
         grad_normed = products.input_gradient(grad_y, weight, bf16)
@@ -295,7 +296,7 @@ class _NormMlp(torch.autograd.Function):
         norm_weight, norm_bias = _packed(norm_weight, norm_bias)
         weight_in, bias_in = _packed(weight_in, bias_in)
         weight_out, bias_out = _packed(weight_out, bias_out)
-        total, normed, stats = _norm(x, residual, norm_weight, norm_bias, eps, _dtype(bf16))
+        total, normed, stats = _norm(x, residual, norm_weight, norm_bias, eps, dtype_of(bf16))
         y, pre = products.linear_gelu(_rows(normed), weight_in, bias_in, bf16)
         ctx.save_for_backward(total, stats, norm_weight, norm_bias, weight_in, weight_out, pre)
         ctx.has = residual is not None, bias_in is not None, bias_out is not None
@@ -319,7 +320,7 @@ class _NormMlp(torch.autograd.Function):
             )
         grad_pre = products.gelu_input_gradient(grad_y, weight_out, pre, bf16)
         if need[4] or need[5]:
-            normed = _norm_again(total, stats, norm_weight, norm_bias, _dtype(bf16))
+            normed = _norm_again(total, stats, norm_weight, norm_bias, dtype_of(bf16))
             grad_weight_in, grad_bias_in = products.weight_gradient(
                 grad_pre, normed, has_bias_in, bf16
             )
@@ -465,10 +466,6 @@ def _norm_backward(
 def _bf16() -> bool:
     """Whether products are to be bf16, of tensors that fit."""
     return torch.is_autocast_enabled("cpu")
-
-
-def _dtype(bf16: bool) -> torch.dtype:
-    return torch.bfloat16 if bf16 else torch.float32
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -24,6 +24,11 @@ def own_in_bf16() -> bool:
     return _own_is_faster(True)
 
 
+def dtype_of(bf16: bool) -> torch.dtype:
+    """Return the dtype that products round their operands to."""
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -43,7 +48,7 @@ def linear_gelu(
     x: Tensor, weight: Tensor, bias: Tensor | None, bf16: bool
 ) -> tuple[Tensor, Tensor]:
     """Return ``y = gelu(pre)`` and ``pre = x @ weight.T + bias``, in the dtype of the products."""
-    y = empty(x.size(0), weight.size(0), dtype=_dtype(bf16))
+    y = empty(x.size(0), weight.size(0), dtype=dtype_of(bf16))
     if not _own(x, bf16):
         pre = torch.nn.functional.linear(x, weight, bias)
         _C.gelu_forward(pre.numpy(), y.numpy(), torch.get_num_threads())
@@ -125,10 +130,6 @@ def _theirs(left: Tensor, right: Tensor) -> Tensor:
 
 def _gemm(a: Tensor, b: Tensor, c: Tensor, **options: Any) -> None:
     _C.gemm(a, b, c, threads=torch.get_num_threads(), **options)
-
-
-def _dtype(bf16: bool) -> torch.dtype:
-    return torch.bfloat16 if bf16 else torch.float32
 
 
 def _own(rows: Tensor, bf16: bool) -> bool:
