@@ -43,7 +43,7 @@ _HOME = {
 }
 
 _MODULES = {
-    *("bpe", "checkpoint", "data", "documents", "generation", "ops", "optim", "shards"),
+    *("bpe", "checkpoint", "data", "documents", "generation", "interop", "ops", "optim", "shards"),
     *_HOME.values(),
 }
 

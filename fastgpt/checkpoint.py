@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -37,6 +37,14 @@ MODEL, OPTIMIZER, EMA = "model.safetensors", "optimizer.safetensors", "ema.safet
 MANIFEST = "manifest.json"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each parameter
 _NONE_YET = "it has none yet (if it is not training now: delete the folder, and train again)"
+
+
+class Shaped(Protocol):
+    """A tensor, or one that is still in a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
 
 
 class CheckpointError(UsageError):
@@ -68,7 +76,7 @@ class Checkpoint:
         with torch.device("meta"):
             model = GPT(self.config, ops)
         tensors = self.model_tensors(ema=ema)
-        _refuse_differences(self.path / (EMA if ema else MODEL), tensors, model.state_dict())
+        refuse_differences(self.path / (EMA if ema else MODEL), tensors, model.state_dict())
         on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
         model.load_state_dict(on_device, assign=True)
         return model.requires_grad_(True)
@@ -87,9 +95,9 @@ class Checkpoint:
         or state are of another shape.
         """
         weights, state = self.model_tensors(), self.optimizer_tensors()
-        _refuse_differences(self.path / MODEL, weights, model.state_dict())
+        refuse_differences(self.path / MODEL, weights, model.state_dict())
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-        _refuse_differences(self.path / OPTIMIZER, state, _expected_state(names, optimizer))
+        refuse_differences(self.path / OPTIMIZER, state, _expected_state(names, optimizer))
         for p, name in names.items():
             p.copy_(part(weights[name], p))
             saved = {moment: part(state[f"{name}.{moment}"], p) for moment in MOMENTS}
@@ -313,8 +321,8 @@ def _expected_state(
     }
 
 
-def _refuse_differences(
-    path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+def refuse_differences(
+    path: Path, found: Mapping[str, Shaped], expected: Mapping[str, Shaped]
 ) -> None:
     """Raise CheckpointError, listing every tensor that is missing, too many or of another shape."""
     differences = [f"{name} is missing" for name in expected if name not in found]

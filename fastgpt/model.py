@@ -5,7 +5,8 @@ through `fastgpt.ops`, so `GPT(config, ops="reference")` is the same network in 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from fastgpt import ops as backends
 
 if TYPE_CHECKING:
     from fastgpt.generation import KVCache
+    from fastgpt.tokenizer import BaseTokenizer
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,28 @@ class GPT(nn.Module):
         if self.device.type != "meta":
             self._initialise()
 
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, device: torch.device | str = "cpu", ops: str = "auto"
+    ) -> "GPT":
+        """Return the model of a run, a folder or file of another project, or a name on the hub.
+
+        In fp32, for evaluation (call `train()` to go on training). What is understood, and what an
+        error means: `fastgpt.interop`.
+        """
+        from fastgpt.interop import open_source  # above this module: imported when used
+
+        return open_source(source).load_model(device, ops)
+
+    def save_pretrained(self, folder: str | Path, tokenizer: "BaseTokenizer | None" = None) -> None:
+        """Write a folder that transformers' `AutoModelForCausalLM` loads with equal logits.
+
+        With the tokenizer, if it is given, for `AutoTokenizer`. UsageError if it cannot be.
+        """
+        from fastgpt.interop.hugging_face import write
+
+        write(self, Path(folder), tokenizer)
+
     def forward(
         self, ids: Tensor, targets: Tensor | None = None, *, ignore_index: int = -100
     ) -> Tensor:
@@ -109,6 +133,17 @@ class GPT(nn.Module):
         from fastgpt.generation import generate  # above this module: imported when used
 
         return generate(self, ids, max_new_tokens, **sampling)
+
+    @torch.no_grad()
+    def crop_vocabulary(self, size: int) -> None:
+        """Leave out the embedding's and the head's rows from `size` on; what is smaller stays."""
+        if size >= self.config.vocab_size:
+            return
+        self.config = replace(self.config, vocab_size=size)
+        self.wte = _embedding(size, self.config.n_embd, self.wte.weight[:size])
+        if not self.config.tie_weights:
+            self.lm_head.weight = nn.Parameter(self.lm_head.weight[:size].clone())
+            self.lm_head.out_features = size
 
     def use_ops(self, name: str) -> "GPT":
         """Compute with another backend from now on; the weights stay. Returns the model."""
@@ -275,9 +310,13 @@ class MLP(nn.Module):
         return F.dropout(y, self.dropout, self.training), total
 
 
-def _embedding(n_rows: int, width: int) -> nn.Embedding:
-    """Make a table that is not initialised twice (and on "meta", where that is slow, not once)."""
-    return nn.Embedding(n_rows, width, _weight=torch.empty(n_rows, width))
+def _embedding(n_rows: int, width: int, rows: Tensor | None = None) -> nn.Embedding:
+    """Make a table with a copy of `rows`, or one that is not initialised twice.
+
+    (On "meta", where that is slow, not once.)
+    """
+    weight = torch.empty(n_rows, width) if rows is None else rows.detach().clone()
+    return nn.Embedding(n_rows, width, _weight=weight)
 
 
 def _nearest_multiple(config: GPTConfig) -> int:

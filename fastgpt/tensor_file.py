@@ -1,21 +1,27 @@
-"""Writing safetensors files, hashed on the way, and copies of tensors to write them from.
+"""Safetensors files: written, hashed on the way, and read, one tensor at a time.
 
-The library's own `save_file` would need a second pass over the data for the hash. The format:
+The library's own `save_file` would need a second pass over the data for the hash, and its readers
+map the file: pages that stay in memory beside the tensors made of them. The format:
 https://huggingface.co/docs/safetensors, "Format".
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import mmap
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from fastgpt.errors import UsageError
 
 PIECE = 4 << 20  # bytes hashed and then written: from the processor's cache the second time
 ALIGNMENT = 64  # of the first tensor, a cache line; the format asks for 8
@@ -27,20 +33,63 @@ _DTYPES = {
 }
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: read when asked for, straight into its own memory."""
+
+    path: Path
+    offset: int  # bytes
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """Return the tensor, as it is stored; UsageError if the file cannot give it."""
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        memory = _bytes_of(tensor)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                while memory and (count := file.readinto(memory)):
+                    memory = memory[count:]
+        except OSError as error:
+            raise UsageError(f"{self.path} cannot be read: {error.strerror}") from None
+        if memory:
+            raise UsageError(f"{self.path} ends {len(memory):,} bytes too early: it was cut off")
+        return tensor
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a safetensors file by name; UsageError if it is not one, or damaged."""
+    try:
+        with safe_open(path, "pt"):  # the library's checks of the whole header
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries: dict[str, Any] = json.loads(file.read(length))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    entries.pop("__metadata__", None)
+    return {name: _stored(path, name, entry, 8 + length) for name, entry in entries.items()}
+
+
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], on_piece: Callable[[], None]
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    on_piece: Callable[[], None] = lambda: None,
+    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write tensors in host memory as the new file `path`, to the disk; return size and SHA-256.
 
     The hash is of the memory, not of what is read back: that would come out of the same memory,
     the system's cache, and pass whatever went wrong on the way there. Hashing and writing leave
-    Python's lock to others. `on_piece` is called now and then, and may raise.
+    Python's lock to others. `on_piece` is called now and then, and may raise. One that is not laid
+    out in the order of its elements is copied, but only one at a time.
     """
     layout = _layout(tensors)
     digest = hashlib.sha256()
     with path.open("xb") as file:
-        parts = (memoryview(_header(layout)), *(_bytes_of(tensors[n]) for n, _, _ in layout))
-        for part in parts:
+        header = memoryview(_header(layout, metadata))
+        for part in itertools.chain([header], (_bytes_of(tensors[name]) for name, _, _ in layout)):
             for begin in range(0, len(part), PIECE):
                 on_piece()
                 piece = part[begin : begin + PIECE]
@@ -89,9 +138,20 @@ def _layout(tensors: Mapping[str, Tensor]) -> _Layout:
     return [(name, tensors[name].dtype, tensors[name].shape) for name in order]
 
 
-def _header(layout: _Layout) -> bytes:
+def _stored(path: Path, name: str, entry: dict[str, Any], begin: int) -> StoredTensor:
+    dtypes = {letters: dtype for dtype, letters in _DTYPES.items()}
+    if entry["dtype"] not in dtypes:
+        raise UsageError(
+            f"{path}: {name} is of type {entry['dtype']}, which is not read; there are: "
+            f"{', '.join(dtypes)}"
+        )
+    offset = begin + int(entry["data_offsets"][0])
+    return StoredTensor(path, offset, dtypes[entry["dtype"]], tuple(entry["shape"]))
+
+
+def _header(layout: _Layout, metadata: Mapping[str, str] | None = None) -> bytes:
     """Return the file's beginning: where each tensor is, counted from there."""
-    entries: dict[str, Any] = {}
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name, dtype, shape in layout:
         begin, end = end, end + _size(dtype, shape)

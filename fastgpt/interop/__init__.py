@@ -1,0 +1,73 @@
+"""Other projects' GPT-2 models, in and out.
+
+In: `load` opens whatever holds a GPT-2 (a run of our own, a folder or a file of another project, a
+name on the Hugging Face hub); `GPT.from_pretrained` is the model alone. Out: `fastgpt.convert`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fastgpt.errors import UsageError
+from fastgpt.interop import hugging_face, run
+from fastgpt.model import GPT
+from fastgpt.tokenizer import BaseTokenizer
+
+
+class Source(Protocol):
+    """A model on disk, opened."""
+
+    def load_model(self, device: torch.device | str = "cpu", ops: str = "auto") -> GPT:
+        """Return the model, for evaluation."""
+
+    @property
+    def read_tokenizer(self) -> Callable[[], BaseTokenizer]:
+        """Returns its tokenizer; UsageError if nobody knows what the ids stand for."""
+
+
+class Format(Protocol):
+    """A module that reads one kind of source."""
+
+    def recognises(self, path: Path) -> bool:
+        """Tell whether a path is of this kind, by names and first bytes."""
+
+    def read(self, path: Path) -> Source:
+        """Open it; UsageError if it is not what it looks like."""
+
+
+# In the order in which they are asked whether they know a path.
+FORMATS: dict[str, Format] = {
+    "a run folder of fastgpt": run,
+    "a folder of Hugging Face's transformers (config.json, model.safetensors)": hugging_face,
+}
+
+
+def open_source(source: str | Path) -> Source:
+    """Open a model, whatever made it; UsageError says what is understood."""
+    path = Path(source)
+    for module in FORMATS.values():
+        if module.recognises(path):
+            return module.read(path)
+    raise UsageError(f"{path} is none of: {'; '.join(FORMATS)}")
+
+
+def load(
+    source: str | Path, device: torch.device | str = "cpu", ops: str = "auto"
+) -> tuple[GPT, BaseTokenizer]:
+    """Return the model of a source, for evaluation, and its tokenizer.
+
+    Rows of the vocabulary that no token of the tokenizer has (some pad it to a round number) are
+    left out: the model never writes them. UsageError if the two do not belong together.
+    """
+    opened = open_source(source)
+    tokenizer = opened.read_tokenizer()
+    model = opened.load_model(device, ops)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UsageError(
+            f"{source}: its tokenizer has {tokenizer.vocab_size:,} ids, and its model only "
+            f"{model.config.vocab_size:,}"
+        )
+    model.crop_vocabulary(tokenizer.vocab_size)
+    return model, tokenizer

@@ -1,0 +1,190 @@
+"""Hugging Face's transformers: a folder with `config.json`, weights and a tokenizer, in and out.
+
+Weights are `model.safetensors`, in one file or several with an index, or `pytorch_model.bin`. The
+layers are `Conv1D`, which holds a weight as `[in, out]`. What the settings mean:
+https://huggingface.co/docs/transformers/model_doc/gpt2, "GPT2Config".
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.checkpoint import read_json, write_json
+from fastgpt.errors import UsageError
+from fastgpt.interop.foreign import Foreign, LazyTensor, tokenizer_beside
+from fastgpt.interop.pickled import lazy, unpickle
+from fastgpt.interop.tokenizer_files import write_tokenizer
+from fastgpt.model import GPT, GPTConfig
+from fastgpt.tensor_file import stored_tensors, write_tensors
+from fastgpt.tokenizer import BaseTokenizer
+
+CONFIG, WEIGHTS, PICKLED, INDEX = (
+    "config.json",
+    "model.safetensors",
+    "pytorch_model.bin",
+    ".index.json",
+)
+_PREFIX = "transformer."
+_CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_MASKS = (".attn.bias", ".attn.masked_bias")  # constants that old versions saved, too
+# Settings that change what is computed: the default, and the values that are computed here.
+_COMPUTED: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+
+
+def recognises(path: Path) -> bool:
+    """Tell whether a path is such a folder."""
+    return (path / CONFIG).is_file()
+
+
+def read(path: Path) -> Foreign:
+    """Open such a folder; UsageError names the file or the setting that is not what it must be."""
+    config = _read_config(path / CONFIG)
+    tensors = _ours(_open_weights(path), config)
+    return Foreign(path, config, tensors, partial(tokenizer_beside, path, config.vocab_size))
+
+
+def write(model: GPT, folder: Path, tokenizer: BaseTokenizer | None = None) -> None:
+    """Write a model into a folder, made if it is not there, as transformers' `GPT2LMHeadModel`.
+
+    A model without biases gets zeros for them. With the tokenizer's files beside it if it is given,
+    for `AutoTokenizer`. UsageError if there is a model in the folder already.
+    """
+    if (folder / CONFIG).exists() or (folder / WEIGHTS).exists():
+        raise UsageError(f"{folder} holds a model already; give another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / WEIGHTS, _theirs(model), metadata={"format": "pt"})
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, folder, model.config.block_size)
+        write_json(folder / CONFIG, _config(model.config, tokenizer))  # last: it says all is there
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from None
+
+
+# --- in --------------------------------------------------------------------------------------
+
+
+def _read_config(path: Path) -> GPTConfig:
+    settings = read_json(path)
+    if (kind := settings.get("model_type")) != "gpt2":
+        raise UsageError(f"{path}: model_type is {kind!r}; only 'gpt2' is read")
+    for name, values in _COMPUTED.items():
+        if (value := settings.get(name, values[0])) not in values:
+            raise UsageError(f"{path}: {name} = {value!r} is not supported, only {values[0]!r}")
+    try:
+        config = GPTConfig(
+            vocab_size=settings.get("vocab_size", 50257),
+            block_size=settings.get("n_positions", 1024),
+            n_layer=settings.get("n_layer", 12),
+            n_head=settings.get("n_head", 12),
+            n_embd=settings.get("n_embd", 768),
+            dropout=settings.get("resid_pdrop", 0.1),
+            tie_weights=settings.get("tie_word_embeddings", True),
+            layer_norm_eps=settings.get("layer_norm_epsilon", 1e-5),
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path}: {error}") from None
+    if (inner := settings.get("n_inner")) not in (None, 4 * config.n_embd):
+        raise UsageError(f"{path}: n_inner = {inner!r} is not supported, only 4 * n_embd")
+    return config
+
+
+def _open_weights(folder: Path) -> dict[str, LazyTensor]:
+    """Return the tensors of whichever file of weights a folder has, by their names in it."""
+    for name, open_file in ((WEIGHTS, _open_safetensors), (PICKLED, _open_pickled)):
+        if (folder / name).is_file():
+            return open_file(folder / name)
+        if (folder / (name + INDEX)).is_file():
+            return _open_parts(folder / (name + INDEX), open_file)
+    raise UsageError(f"{folder} holds no weights: neither {WEIGHTS} nor {PICKLED}")
+
+
+def _open_parts(
+    index: Path, open_file: Callable[[Path], dict[str, LazyTensor]]
+) -> dict[str, LazyTensor]:
+    """Return the tensors of several files, each from the one that the index names."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise UsageError(f"{index}: weight_map must say which file each tensor is in")
+    for file in set(places.values()):
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise UsageError(f"{index} names {file!r}, which is not a file in the same folder")
+    parts = {file: open_file(index.parent / file) for file in sorted(set(places.values()))}
+    if lost := [f"{name} ({file})" for name, file in places.items() if name not in parts[file]]:
+        raise UsageError(f"{index}: not in the file that it is said to be in: {', '.join(lost)}")
+    return {name: parts[file][name] for name, file in places.items()}
+
+
+def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    stored = stored_tensors(path)
+    return {name: LazyTensor(tensor.shape, tensor.read) for name, tensor in stored.items()}
+
+
+def _open_pickled(path: Path) -> dict[str, LazyTensor]:
+    content = unpickle(path)
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise UsageError(f"{path} does not map names to tensors, as {PICKLED} does")
+    return {str(name): lazy(tensor) for name, tensor in content.items()}
+
+
+def _ours(tensors: Mapping[str, LazyTensor], config: GPTConfig) -> dict[str, LazyTensor]:
+    """Return the tensors by our names, turned to our orientation."""
+    ours = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix(_PREFIX)
+        if name.endswith(_MASKS) or (name == "lm_head.weight" and config.tie_weights):
+            continue  # a tied head is the embedding, which transformers takes for it, too
+        ours[name] = tensor.transposed() if name.endswith(_CONV1D) else tensor
+    return ours
+
+
+# --- out -------------------------------------------------------------------------------------
+
+
+def _theirs(model: GPT) -> dict[str, Tensor]:
+    """Return the weights by transformers' names; those of `Conv1D` are views, not copies."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        prefix = "" if name == "lm_head.weight" else _PREFIX
+        tensors[prefix + name] = (tensor.T if name.endswith(_CONV1D) else tensor).cpu()
+    if not model.config.bias:
+        tensors |= {_PREFIX + name: torch.zeros(size) for name, size in _biases(model.config)}
+    return tensors
+
+
+def _biases(config: GPTConfig) -> Iterator[tuple[str, int]]:
+    """Yield the name and the size of every bias."""
+    sizes = {"ln_1": 1, "attn.c_attn": 3, "attn.c_proj": 1, "ln_2": 1, "mlp.c_fc": 4}
+    for layer in range(config.n_layer):
+        for name, times in {**sizes, "mlp.c_proj": 1}.items():
+            yield f"h.{layer}.{name}.bias", times * config.n_embd
+    yield "ln_f.bias", config.n_embd
+
+
+def _config(config: GPTConfig, tokenizer: BaseTokenizer | None) -> dict[str, Any]:
+    end = tokenizer.eot_token if tokenizer is not None else None
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "activation_function": "gelu_new",
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
+        "layer_norm_epsilon": config.layer_norm_eps,
+        "tie_word_embeddings": config.tie_weights,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "dtype": "float32",
+    }
