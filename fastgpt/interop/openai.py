@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fastgpt.checkpoint import CheckpointError, read_json
 from fastgpt.interop.foreign import Foreign, LazyTensor, tokenizer_beside
 from fastgpt.interop.tensor_bundle import TensorBundle
@@ -120,9 +118,11 @@ def _read_config(path: Path, bundle: TensorBundle) -> GPTConfig:
     They are compared before anything is built: a damaged number could ask for any size.
     """
     hparams = read_json(path)
-    settings = {ours: _whole_number(path, hparams, theirs) for theirs, ours in _CONFIG.items()}
+    settings: dict[str, Any] = {
+        ours: _whole_number(path, hparams, theirs) for theirs, ours in _CONFIG.items()
+    }
     layers = {match[1] for name in bundle.entries if (match := _LAYER.fullmatch(name))}
-    expected: dict[str, Any] = {
+    expected = {
         "model/wte": (settings["vocab_size"], settings["n_embd"]),
         "model/wpe": (settings["block_size"], settings["n_embd"]),
     }
@@ -168,15 +168,15 @@ def _our_name(name: str) -> str:
 
 def _our_tensor(bundle: TensorBundle, name: str) -> LazyTensor:
     """Return a tensor as we orient it: a layer's weight [1, in, out] as [out, in]."""
-    shape = bundle.entries[name].shape
-    match = _LAYER.fullmatch(name)
-    if match and match[3] == "w" and len(shape) == 3 and shape[0] == 1:
-
-        def read() -> Tensor:
-            return bundle.read(name)[0].T
-
-        return LazyTensor((shape[2], shape[1]), read)
-    return LazyTensor(shape, partial(bundle.read, name))
+    entry = bundle.entries[name]
+    if _our_name(name) != name and not entry.dtype.is_floating_point:
+        raise CheckpointError(
+            f"{bundle.index_path}: {name!r:.80} is of {entry.dtype}, and weights are not"
+        )
+    layer = _LAYER.fullmatch(name)
+    if layer and layer[3] == "w" and len(entry.shape) == 3 and entry.shape[0] == 1:
+        return LazyTensor(entry.shape[1:], lambda: bundle.read(name)[0]).transposed()
+    return LazyTensor(entry.shape, partial(bundle.read, name))
 
 
 def _is_of_training(name: str, bundle: TensorBundle) -> bool:

@@ -24,6 +24,7 @@ from fastgpt.checkpoint import CheckpointError
 from fastgpt.compiled import _C
 from fastgpt.interop.leveldb_table import masked_crc32c, read_table
 from fastgpt.interop.wire import BYTES, FIXED32, VARINT, Message, UnsupportedError
+from fastgpt.tensor_file import host_memory
 
 VERSION = 1  # of the format, as TensorFlow counts
 LARGEST_RANK = 64  # PyTorch's limit
@@ -96,7 +97,12 @@ class TensorBundle:
             raise CheckpointError(f"{self.index_path} has no tensor {name!r:.80}")
         entry = self.entries[name]
         path = self._shard_path(entry.shard)
-        elements = torch.empty(entry.size, dtype=torch.uint8)
+        # Large ones in pages of their own: where the caller makes another tensor of it, and frees
+        # it, the heap would keep a hole.
+        own_pages = entry.size >= PIECE
+        elements = (
+            host_memory(entry.size) if own_pages else torch.empty(entry.size, dtype=torch.uint8)
+        )
         try:
             crc = _read_into(elements.numpy().data, path, entry.offset)
         except OSError as error:

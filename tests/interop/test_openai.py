@@ -158,6 +158,12 @@ def test_tensors_that_are_missing_or_of_another_shape_are_listed(tmp_path: Path)
         assert difference in str(refusal.value)
 
 
+def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path: Path) -> None:
+    _write(tmp_path, gpt2_values(0) | {"model/h0/ln_1/g": np.ones(12, np.int32)})
+    with pytest.raises(CheckpointError, match=r"'model/h0/ln_1/g' is of torch\.int32"):
+        openai.read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changed", "what"),
     [

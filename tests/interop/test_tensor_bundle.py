@@ -3,6 +3,7 @@
 import os
 import shutil
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt.checkpoint import CheckpointError
-from fastgpt.interop.tensor_bundle import TensorBundle
+from fastgpt.interop.tensor_bundle import PIECE, TensorBundle
 from tests.interop import bundle_writer as writer
 from tests.interop.bundle_writer import FLOAT, HEADER, entry, number, part
 from tests.interop.write_tf_checkpoint import gpt2_values, many_values, typed_values
@@ -63,6 +64,19 @@ def test_each_tensor_owns_its_memory(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_reads_tensors_of_several_pieces(tmp_path: Path, more: int) -> None:
+    count = 3 * PIECE // 4 + more
+    values = {"large": np.arange(count, dtype=np.int32), "small": np.int64([7])}
+    writer.write_bundle(tmp_path / "model.ckpt", values)
+    bundle = TensorBundle(tmp_path / "model.ckpt")
+    large = bundle.read("large")
+    assert np.array_equal(large.numpy(), values["large"])
+    large.zero_()
+    assert np.array_equal(bundle.read("large").numpy(), values["large"])
+    assert bundle.read("small").tolist() == [7]
+
+
 @pytest.mark.parametrize(
     ("folder", "what"), [("sliced", "in slices"), ("string", r"'words': its type 7 \(string\)")]
 )
@@ -82,10 +96,7 @@ def test_each_flipped_bit_of_an_index_is_refused_or_changes_nothing(tmp_path: Pa
     good = (tmp_path / INDEX).read_bytes()
     expected = _read_all(prefix)
     refused = 0
-    for bit in range(8 * len(good)):
-        damaged = bytearray(good)
-        damaged[bit // 8] ^= 1 << bit % 8
-        (tmp_path / INDEX).write_bytes(damaged)
+    for bit in _flipped_in_turn(tmp_path / INDEX):
         try:
             assert _read_all(prefix) == expected, f"bit {bit}"
         except CheckpointError:
@@ -95,12 +106,8 @@ def test_each_flipped_bit_of_an_index_is_refused_or_changes_nothing(tmp_path: Pa
 
 def test_each_flipped_bit_of_the_data_is_refused(tmp_path: Path) -> None:
     prefix = _small(tmp_path)
-    good = (tmp_path / DATA).read_bytes()
     bundle = TensorBundle(prefix)
-    for bit in range(8 * len(good)):
-        damaged = bytearray(good)
-        damaged[bit // 8] ^= 1 << bit % 8
-        (tmp_path / DATA).write_bytes(damaged)
+    for bit in _flipped_in_turn(tmp_path / DATA):
         hit = [
             name
             for name, entry in bundle.entries.items()
@@ -328,7 +335,7 @@ def _copy(folder: str, to: Path) -> Path:
 
 
 def _small(folder: Path) -> Path:
-    tensors = {"a": np.float32([[1, 2, 3]]), "a/b": np.int32(4), "c": np.int64([5, 6])}
+    tensors = {"a": np.float32([[1, 2, 3]]), "a/b": np.int64(4)}
     writer.write_bundle(folder / "model.ckpt", tensors)
     return folder / "model.ckpt"
 
@@ -344,6 +351,16 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.getbasetemp() / "again-and-again"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def _flipped_in_turn(path: Path) -> Iterator[int]:
+    """Flip each bit of a file in place, and back, and yield which."""
+    good = path.read_bytes()
+    with path.open("r+b", buffering=0) as file:
+        for bit in range(8 * len(good)):
+            os.pwrite(file.fileno(), bytes([good[bit // 8] ^ 1 << bit % 8]), bit // 8)
+            yield bit
+            os.pwrite(file.fileno(), good[bit // 8 : bit // 8 + 1], bit // 8)
 
 
 def _read_all(prefix: Path) -> dict[str, tuple[torch.dtype, torch.Size, bytes]]:
