@@ -12,7 +12,7 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 
 from fastgpt.errors import UsageError
-from fastgpt.interop import hub, hugging_face, run
+from fastgpt.interop import hub, hugging_face, openai, run
 from fastgpt.model import GPT
 from fastgpt.tokenizer import BaseTokenizer
 
@@ -44,6 +44,7 @@ class Format(Protocol):
 FORMATS: dict[str, Format] = {
     "a run folder of fastgpt": run,
     "a folder of Hugging Face's transformers (config.json, model.safetensors)": hugging_face,
+    "OpenAI's release of GPT-2, or one like it (hparams.json, model.ckpt.index)": openai,
     "a name on the Hugging Face hub (gpt2)": hub,
 }
 
