@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from fastgpt.errors import UsageError
-from fastgpt.interop import hugging_face, run
+from fastgpt.interop import hugging_face, llmc, mingpt, nanogpt, run
 from fastgpt.model import GPT
 from fastgpt.tokenizer import BaseTokenizer
 
@@ -40,6 +40,9 @@ class Format(Protocol):
 # In the order in which they are asked whether they know a path.
 FORMATS: dict[str, Format] = {
     "a run folder of fastgpt": run,
+    "a checkpoint of nanoGPT, or its folder (ckpt.pt)": nanogpt,
+    "a file of llm.c (gpt2_124M.bin)": llmc,
+    "a file of minGPT, or its folder (model.pt or model.npz)": mingpt,
     "a folder of Hugging Face's transformers (config.json, model.safetensors)": hugging_face,
 }
 
