@@ -1,8 +1,7 @@
-"""`python -m fastgpt.generate RUN --prompt "..."`: write text with a trained model."""
+"""`python -m fastgpt.generate RUN --prompt "..."`: write text with a model."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -15,8 +14,9 @@ from fastgpt.errors import UsageError
 class Options:
     """Write text with a trained model, printing it as it comes."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder that fastgpt.train made; runs/latest is the newest one."""
+    run: Annotated[str, tyro.conf.Positional]
+    """Run folder that fastgpt.train made (runs/latest is the newest one), another project's model,
+    or a name on the Hugging Face hub."""
     prompt: str = ""
     """Text to continue; empty: start from nothing."""
     max_new_tokens: int = 500
@@ -48,21 +48,20 @@ def main(args: Sequence[str]) -> None:
 
 
 def continue_text(options: Options) -> Iterator[str]:
-    """Load the run's model and return the continuation, piece by piece."""
+    """Load the model and return the continuation, piece by piece."""
     import torch
 
-    from fastgpt.checkpoint import find_checkpoint, load_run_tokenizer, resolve_run
     from fastgpt.device import find_device
     from fastgpt.generation import stream
+    from fastgpt.interop import load
 
-    run, device = resolve_run(options.run), find_device(options.device)
-    checkpoint = find_checkpoint(run, options.checkpoint, weights_only=True)
-    tokenizer = load_run_tokenizer(run, checkpoint)
+    device = find_device(options.device)
+    model, tokenizer = load(options.run, device, checkpoint=options.checkpoint)
     unknown: Literal["ignore", "strict"] = "ignore" if options.skip_unknown else "strict"
     try:
         ids = tokenizer.encode(options.prompt, errors=unknown) or [tokenizer.start_token]
         tokens = stream(
-            checkpoint.load_model(device),
+            model,
             torch.tensor([ids], device=device),
             options.max_new_tokens,
             temperature=options.temperature,

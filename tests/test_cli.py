@@ -101,8 +101,8 @@ def wrong_uses() -> dict[str, tuple[object, list[str], str]]:
         "resume of nothing": (train.main, ["--resume", "none"], "none does not exist"),
         "resume without a folder": (train.main, ["--resume"], "--resume needs the run folder"),
         "no runs yet": (generate.main, ["runs/latest"], "no runs in runs/ yet"),
-        "not a run": (generate.main, ["."], ". is not a run folder"),
-        "no run": (generate.main, ["none"], "none does not exist"),
+        "not a run": (generate.main, ["."], ". is none of what can be read; give a run folder"),
+        "no run": (generate.main, ["none"], "none is no file or folder here"),
         "unknown command": (fastgpt_main.dispatch, ["trian"], "there are train, prepare"),
     }
 

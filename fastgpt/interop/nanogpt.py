@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgpt.errors import UsageError
 from fastgpt.foreign_tokens import read_meta
-from fastgpt.interop.foreign import Foreign, LazyTensor, make_config
+from fastgpt.interop.foreign import Foreign, LazyTensor, NoTokenizerError, make_config
 from fastgpt.interop.pickled import lazy, mentions, named_tensors, unpickle
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer, load_tokenizer
@@ -128,7 +128,7 @@ def _tokenizer(file: Path, vocab_size: int, dataset: Any) -> BaseTokenizer:
     except FileNotFoundError:
         pass
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise NoTokenizerError(str(error)) from None
     gpt2 = Tokenizer.gpt2()
     if vocab_size in (gpt2.vocab_size, PADDED_GPT2):
         return gpt2
@@ -136,7 +136,7 @@ def _tokenizer(file: Path, vocab_size: int, dataset: Any) -> BaseTokenizer:
     for meta in places:
         if meta.is_file():
             return _characters(meta, vocab_size)
-    raise UsageError(
+    raise NoTokenizerError(
         f"{file} does not say what its {vocab_size:,} token ids stand for: put the {META} of its "
         f"data beside it (looked for: {', '.join(map(str, places))})"
     )
@@ -154,7 +154,7 @@ def _places_of_meta(file: Path, dataset: Any) -> list[Path]:
 def _characters(meta: Path, vocab_size: int) -> CharTokenizer:
     tokenizer = read_meta(meta)
     if tokenizer.vocab_size != vocab_size:
-        raise UsageError(
+        raise NoTokenizerError(
             f"{meta} has {tokenizer.vocab_size:,} characters, but the model {vocab_size:,} ids: it "
             "belongs to other data"
         )

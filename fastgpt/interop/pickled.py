@@ -60,6 +60,8 @@ def mentions(path: Path, word: str) -> bool:
 def lazy(tensor: Tensor) -> LazyTensor:
     """Return a tensor of such a file as one that is copied when it is asked for.
 
-    Copied, because the file may be overwritten while the model lives.
+    Copied, because the file may be overwritten while the model lives; and in order, which in the
+    file it need not be.
     """
-    return LazyTensor(tuple(tensor.shape), lambda: tensor.detach().clone())
+    in_order = torch.contiguous_format
+    return LazyTensor(tuple(tensor.shape), lambda: tensor.detach().clone(memory_format=in_order))
