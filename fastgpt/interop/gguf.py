@@ -1,8 +1,11 @@
-"""GGUF files of architecture `gpt2`, out: what llama.cpp and what is built on it run.
+"""GGUF files of architecture `gpt2`, in and out: what llama.cpp and what is built on it run.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Which tensors and keys a
 GPT-2 needs: https://github.com/ggml-org/llama.cpp, ``src/models/gpt2.cpp``; what a vocabulary
 needs: ``src/llama-vocab.cpp``. Written through the package `gguf`, one tensor at a time.
+
+What is computed differs a little: llama.cpp rounds GELU, and keys and values, to half precision.
+Read are all types of tensors that the package can turn into numbers, some of four bits among them.
 
 llama.cpp has GPT-2's tokenizer, so ids are equal. It has none for single characters, but RWKV's,
 which takes the longest token at every place, does the same for ASCII.
@@ -10,9 +13,12 @@ which takes the longest token at every place, does the same for ASCII.
 
 from __future__ import annotations
 
+import mmap
 import re
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -22,9 +28,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgpt.errors import UsageError
+from fastgpt.interop.foreign import Foreign, LazyTensor, NoTokenizerError, make_config
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer
-from fastgpt.vocabulary import to_hugging_face
+from fastgpt.vocabulary import read_hugging_face, to_hugging_face
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -33,6 +40,8 @@ Precision: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
 
 _BLOCK = 32  # numbers of a row that share a scale in q8_0
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # types of tokens
+_STRING, _ARRAY = 8, 9  # types of values, and the bytes of those that have a fixed size
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _NAMES = {  # ours and GGUF's
     "wte": "token_embd",
     "wpe": "position_embd",
@@ -45,6 +54,40 @@ _NAMES = {  # ours and GGUF's
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
+
+
+def recognises(path: Path) -> bool:
+    """Tell whether a path is such a file, by its first four bytes."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def read(path: Path) -> Foreign:
+    """Open such a file; UsageError if it is of another architecture, or damaged."""
+    gguf = _import_gguf(path)
+    try:
+        _check_lengths(path)
+        reader = gguf.GGUFReader(path)
+        keys = {key: field.contents() for key, field in reader.fields.items()}
+    except Exception as error:  # what a damaged file raises may be anything
+        raise UsageError(f"{path} cannot be read: {error!r:.200}") from None
+    if (architecture := keys.get("general.architecture")) != "gpt2":
+        raise UsageError(f"{path} holds a model of architecture {architecture!r:.40}, not 'gpt2'")
+    tensors = {_our_name(path, tensor.name): _lazy(path, tensor) for tensor in reader.tensors}
+    config = make_config(
+        path,
+        vocab_size=len(_list(path, keys, "tokens")),
+        block_size=keys.get("gpt2.context_length"),
+        n_layer=keys.get("gpt2.block_count"),
+        n_head=keys.get("gpt2.attention.head_count"),
+        n_embd=keys.get("gpt2.embedding_length"),
+        tie_weights="lm_head.weight" not in tensors,
+        layer_norm_eps=_shortest(keys.get("gpt2.attention.layer_norm_epsilon", 1e-5)),
+    )
+    return Foreign(path, config, tensors, partial(_read_tokenizer, path, keys))
 
 
 def write(
@@ -86,8 +129,112 @@ def _import_gguf(path: Path) -> Any:
     try:
         import gguf
     except ImportError:
-        raise UsageError(f"{path}: to write it, pip install gguf") from None
+        raise UsageError(f"{path}: to read or write it, pip install gguf") from None
     return gguf
+
+
+# --- in --------------------------------------------------------------------------------------
+
+
+def _check_lengths(path: Path) -> None:
+    """Raise if a key's value does not end within the file.
+
+    The package would go on to read nothing, as often as a damaged length says.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+
+        def number(at: int, form: str) -> int:
+            return int(struct.unpack_from(form, content, at)[0])
+
+        def end_of(at: int, kind: int) -> int:
+            if kind == _ARRAY:
+                inner, count, at = number(at, "<I"), number(at + 4, "<Q"), at + 12
+                if inner in _SIZES:
+                    return at + count * _SIZES[inner]
+                for _ in range(count):
+                    at = end_of(at, inner)
+                return at
+            return at + (8 + number(at, "<Q") if kind == _STRING else _SIZES[kind])
+
+        at = 24  # after magic, version, and the numbers of tensors and of keys
+        for _ in range(number(16, "<Q")):
+            at = end_of(at, _STRING)
+            at = end_of(at + 4, number(at, "<I"))
+            if at > len(content):
+                raise ValueError(f"it ends at byte {len(content):,}, within its keys")
+
+
+def _our_name(path: Path, name: str) -> str:
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    ours = {theirs: ours for ours, theirs in _NAMES.items()}
+    if match is None or match[2] not in ours:
+        raise UsageError(f"{path}: {name!r:.80} is no tensor of a GPT-2")
+    layer = f"h.{match[1]}." if match[1] else ""
+    return f"{layer}{ours[match[2]]}.{match[3]}"
+
+
+def _lazy(path: Path, tensor: Any) -> LazyTensor:
+    """Return a tensor that is mapped from the file; its shape stands there turned round."""
+    from gguf import quants
+
+    def read() -> Tensor:
+        try:
+            values = quants.dequantize(np.array(tensor.data), tensor.tensor_type)
+        except Exception as error:  # a type that the package cannot turn into numbers
+            raise UsageError(f"{path}: {tensor.name} cannot be read: {error!r:.200}") from None
+        return torch.from_numpy(np.ascontiguousarray(values, np.float32))
+
+    return LazyTensor(tuple(int(size) for size in reversed(tensor.shape)), read)
+
+
+def _shortest(number: Any) -> float:
+    """Return the number of fewest digits that is this one in fp32: what it was before."""
+    return float(str(np.float32(number))) if isinstance(number, float) else 1e-5
+
+
+def _list(path: Path, keys: Mapping[str, Any], name: str) -> list[Any]:
+    if not isinstance(found := keys.get(f"tokenizer.ggml.{name}"), list):
+        raise UsageError(f"{path} has no list of tokenizer.ggml.{name}")
+    return found
+
+
+def _read_tokenizer(path: Path, keys: Mapping[str, Any]) -> BaseTokenizer:
+    """Return the tokenizer, without the unused tokens at its end; NoTokenizerError if not ours."""
+    tokens, types = _list(path, keys, "tokens"), _list(path, keys, "token_type")
+    while types and types[-1] == _UNUSED:
+        types.pop()
+    ids = {token: token_id for token_id, token in enumerate(tokens[: len(types)])}
+    kind = keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.pre")
+    try:
+        if kind == ("rwkv", None):
+            return CharTokenizer([_unescape(token) for token in ids])
+        if kind == ("gpt2", "gpt-2"):
+            return Tokenizer(*read_hugging_face(path, _as_hugging_face(path, keys, ids, types)))
+    except ValueError as error:
+        raise NoTokenizerError(f"{path}: {error}") from None
+    raise NoTokenizerError(f"{path}: a tokenizer of the kind {kind} is not read")
+
+
+def _as_hugging_face(
+    path: Path, keys: Mapping[str, Any], ids: Mapping[str, int], types: list[int]
+) -> dict[str, Any]:
+    """Return what a ``tokenizer.json`` of the same vocabulary would say."""
+    specials = [name for name, kind in zip(ids, types, strict=True) if kind == _CONTROL]
+    return {
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+        "decoder": {"type": "ByteLevel"},
+        "added_tokens": [{"id": ids[s], "content": s, "special": True} for s in specials],
+        "model": {"vocab": ids, "merges": _list(path, keys, "merges")},
+    }
+
+
+def _unescape(token: str) -> str:
+    r"""Undo `_escape`; ValueError for a token that is not one character."""
+    escaped = re.fullmatch(r"\\x([0-9a-f]{2})|\\?(.)", token, re.DOTALL)
+    if escaped is None:
+        raise ValueError(f"token {token!r:.40} is not one character")
+    special = {"\\n": "\n", "\\t": "\t", "\\r": "\r"}.get(token, escaped[2])
+    return chr(int(escaped[1], 16)) if escaped[1] else special
 
 
 # --- metadata --------------------------------------------------------------------------------

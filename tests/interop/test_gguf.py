@@ -1,6 +1,8 @@
 """GGUF files: every number and every key as llama.cpp needs it, read back by the package `gguf`."""
 
+import contextlib
 import itertools
+import struct
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fastgpt import GPT, GPTConfig
@@ -239,6 +243,94 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UsageError, match=r"model\.gguf cannot be written: No space left"):
         exported.write(GPT(CONFIG), tmp_path / "model.gguf", CharTokenizer(CHARACTERS))
     assert not [*tmp_path.iterdir()]
+
+
+# --- in --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("characters", [True, False])
+def test_what_is_written_is_read_back_to_the_bit(
+    characters: bool, tie_weights: bool, tmp_path: Path
+) -> None:
+    tokenizer: BaseTokenizer = CharTokenizer(CHARACTERS)
+    if not characters:
+        tokenizer = Tokenizer.train(["a text of some more words, a text"], 266)
+    config = replace(CONFIG, vocab_size=tokenizer.vocab_size + 3, tie_weights=tie_weights)
+    model = random_model(replace(config, layer_norm_eps=1e-6))
+    exported.write(model, tmp_path / "model.gguf", tokenizer)
+    read = GPT.from_pretrained(tmp_path / "model.gguf")
+    assert read.config == model.config
+    weights = model.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in read.state_dict().items())
+    cropped, its_tokenizer = load(tmp_path / "model.gguf")
+    assert its_tokenizer == tokenizer
+    assert cropped.config.vocab_size == tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("precision", ["f16", "bf16", "q8_0"])
+def test_other_types_are_read(precision: exported.Precision, tmp_path: Path) -> None:
+    model = random_model()
+    exported.write(model, tmp_path / "model.gguf", CharTokenizer(CHARACTERS), precision)
+    read = GPT.from_pretrained(tmp_path / "model.gguf").state_dict()
+    for name, tensor in model.state_dict().items():
+        assert read[name].dtype == torch.float32
+        assert (read[name] - tensor).abs().max() <= 0.01 * tensor.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"general.architecture": "llama"}, "architecture 'llama', not 'gpt2'"),
+        ({"gpt2.block_count": 3}, "h.2.ln_1.weight is missing"),
+        ({"gpt2.attention.head_count": 5}, "32 is not a multiple of 5"),
+        ({"tokenizer.ggml.model": "llama"}, "of the kind .'llama', None. is not read"),
+    ],
+)
+def test_what_is_no_gpt2_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = gguf.GGUFWriter.add_key_value
+    monkeypatch.setattr(
+        gguf.GGUFWriter,
+        "add_key_value",
+        lambda self, key, value, *types: add(self, key, change.get(key, value), *types),
+    )
+    exported.write(random_model(), tmp_path / "model.gguf", CharTokenizer(CHARACTERS))
+    with pytest.raises(UsageError, match=message):
+        load(tmp_path / "model.gguf")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("whole") / "model.gguf"
+    exported.write(random_model(replace(CONFIG, n_layer=1)), path, CharTokenizer(CHARACTERS))
+    return path.read_bytes()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(size=st.integers(4, 60_000), flips=st.lists(st.integers(32, 8 * 1600), max_size=3))
+def test_damaged_files_are_refused_or_read(
+    size: int, flips: list[int], whole: bytes, tmp_path: Path
+) -> None:
+    content = bytearray(whole[:size])
+    for flip in flips:
+        if flip // 8 < len(content):
+            content[flip // 8] ^= 1 << flip % 8
+    (tmp_path / "model.gguf").write_bytes(content)
+    with contextlib.suppress(UsageError):  # and nothing else
+        load(tmp_path / "model.gguf")
+
+
+def test_a_damaged_length_does_not_keep_the_reader_busy(whole: bytes, tmp_path: Path) -> None:
+    content = bytearray(whole)
+    key = b"tokenizer.ggml.token_type"
+    at = content.index(key) + len(key) + 4 + 4  # after the types of the value and of its items
+    assert struct.unpack_from("<Q", content, at) == (12,)
+    struct.pack_into("<Q", content, at, 2**60)
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(UsageError, match="within its keys"):
+        load(tmp_path / "model.gguf")
 
 
 # --- llama.cpp itself, where it is installed ---------------------------------------------------

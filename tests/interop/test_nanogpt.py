@@ -183,7 +183,7 @@ REFUSED = [
     ({"model": {}}, "no checkpoint of nanoGPT"),
     ({"model": {}, "model_args": 3}, "no dict of settings"),
     ({"model": [1], "model_args": {}}, "vocab_size must be a whole number, not None"),
-    (changed("model_args", n_layer=10**12), "tensors of 2 layers instead of 1,000,000,000,000"),
+    (changed("model_args", n_layer=10**12), "28 tensors are too few for 1,000,000,000,000 layers"),
     (changed("model_args", n_layer=2.0), "n_layer must be a whole number, not 2.0"),
     (changed("model_args", n_layer=True), "n_layer must be a whole number, not True"),
     (changed("model_args", n_embd=10**15), r"wte.weight is \[10, 8\] instead of"),
