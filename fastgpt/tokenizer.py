@@ -401,13 +401,13 @@ class Tokenizer(BaseTokenizer):
         """
         path = Path(path)
         if path.suffix == ".tiktoken":
-            path.write_bytes(to_rank_file(self._vocabulary))
+            path.write_bytes(to_rank_file(self.vocabulary))
         elif path.name in IDS_FILE:
-            merges, ids = to_merges(self._vocabulary)
+            merges, ids = to_merges(self.vocabulary)
             path.write_bytes(merges.encode())
             _write_json(path.with_name(IDS_FILE[path.name]), ids)
         elif path.suffix == ".json" or path.is_dir():
-            _write_json(path, to_hugging_face(self._vocabulary))
+            _write_json(path, to_hugging_face(self.vocabulary))
         else:
             raise ValueError(
                 f"{path}: name the file *.json, *.tiktoken, {' or '.join(IDS_FILE)}, or give a "
@@ -430,7 +430,7 @@ class Tokenizer(BaseTokenizer):
         return tiktoken.Encoding(
             name,
             pat_str=GPT2_PATTERNS[-1],
-            mergeable_ranks=to_ranks(self._vocabulary),
+            mergeable_ranks=to_ranks(self.vocabulary),
             special_tokens=self._special_tokens,
         )
 
@@ -486,7 +486,7 @@ class Tokenizer(BaseTokenizer):
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) of the tokens, the merges and the special tokens."""
-        tokens, merges, special_tokens = self._vocabulary
+        tokens, merges, special_tokens = self.vocabulary
         digest = hashlib.sha256(b"fastgpt-bpe 1\n")
         digest.update(b"".join(len(token).to_bytes(4, "little") + token for token in tokens))
         digest.update(merges.astype("<u4").tobytes())
@@ -499,7 +499,8 @@ class Tokenizer(BaseTokenizer):
         return np.array([len(token) for token in self._encoder.tokens()], np.int64)
 
     @property
-    def _vocabulary(self) -> Vocabulary:
+    def vocabulary(self) -> Vocabulary:
+        """The tokens, the merges and the special tokens: what makes an equal tokenizer."""
         return Vocabulary(self._encoder.tokens(), self._encoder.merges(), self._special_tokens)
 
     def _special_spans(
@@ -524,7 +525,7 @@ class Tokenizer(BaseTokenizer):
         return f"Tokenizer(vocab_size={self.vocab_size}, special_tokens={self._special_tokens})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer, tuple(self._vocabulary)
+        return Tokenizer, tuple(self.vocabulary)
 
 
 class CharTokenizer(BaseTokenizer):

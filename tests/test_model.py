@@ -1,7 +1,6 @@
 """The network against a trained model's own activations, and against Hugging Face's GPT-2."""
 
 import copy
-import json
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +19,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 
 def nano_sort(backend: str) -> GPT:
     """Load minGPT's sorting model: https://github.com/bbycroft/llm-viz."""
-    shape = json.loads((NANO / "config.json").read_text())
-    names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
-    config = GPTConfig(**{name: shape[name] for name in names}, tie_weights=False)
-    weights = {
-        name.removeprefix("transformer."): torch.from_numpy(value)
-        for name, value in np.load(NANO / "model.npz").items()
-        if not name.endswith(".attn.bias")  # minGPT's causal mask
-    }
-    model = GPT(config, backend)
-    model.load_state_dict(weights)
-    return model.eval()
+    return GPT.from_pretrained(NANO, ops=backend)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,20 @@
 In: `load` opens whatever holds a GPT-2 (a run of our own, a folder or a file of another project, a
 name on the Hugging Face hub) with its tokenizer; `GPT.from_pretrained` gives the model alone. Out:
 `GPT.save_pretrained`, and `fastgpt.convert` for every format.
+
+Each format has a module, which says what it reads and writes, and what differs in what is computed:
+
+=================  ===  ===  ====================================================================
+module             in   out
+=================  ===  ===  ====================================================================
+`run`              yes       a run folder of fastgpt
+`hugging_face`     yes  yes  transformers: `config.json`, `model.safetensors`, `tokenizer.json`
+`hub`              yes       the same, by a name on the Hugging Face hub
+`nanogpt`          yes  yes  nanoGPT: `ckpt.pt`, and `meta.pkl` for characters
+`llmc`             yes       llm.c: `gpt2_124M.bin`, `model_00019560.bin`
+`mingpt`           yes       minGPT: `model.pt` or `model.npz`, with `config.json`
+`gguf`             yes  yes  llama.cpp: one file with model and tokenizer
+=================  ===  ===  ====================================================================
 """
 
 from collections.abc import Callable
@@ -12,7 +26,7 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 
 from fastgpt.errors import UsageError
-from fastgpt.interop import hub, hugging_face, openai, run
+from fastgpt.interop import gguf, hub, hugging_face, llmc, mingpt, nanogpt, openai, run
 from fastgpt.model import GPT
 from fastgpt.tokenizer import BaseTokenizer
 
@@ -43,6 +57,10 @@ class Format(Protocol):
 # In the order in which they are asked whether they know a path.
 FORMATS: dict[str, Format] = {
     "a run folder of fastgpt": run,
+    "a checkpoint of nanoGPT, or its folder (ckpt.pt)": nanogpt,
+    "a file of llm.c (gpt2_124M.bin)": llmc,
+    "a GGUF file of llama.cpp (model.gguf)": gguf,
+    "a file of minGPT, or its folder (model.pt or model.npz)": mingpt,
     "a folder of Hugging Face's transformers (config.json, model.safetensors)": hugging_face,
     "OpenAI's release of GPT-2, or one like it (hparams.json, model.ckpt.index)": openai,
     "a name on the Hugging Face hub (gpt2)": hub,

@@ -6,9 +6,10 @@ is the same for all: every difference from what the shape demands is listed, or 
 there.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,12 +54,29 @@ class Foreign:
 
     def load_model(self, device: torch.device | str = "cpu", ops: str = "auto") -> GPT:
         """Return the model in fp32, for evaluation; UsageError lists what does not fit."""
+        _refuse_sizes(self.path, self.config, self.tensors)
         with torch.device("meta"):
             model = GPT(self.config, ops)
         refuse_differences(self.path, self.tensors, model.state_dict())
         weights = _read_all(self.tensors, torch.device(device))
         model.load_state_dict(weights, assign=True)
         return model.requires_grad_(True).eval()
+
+
+def make_config(path: Path, **settings: Any) -> GPTConfig:
+    """Return the shape that a file states; UsageError names what is missing or cannot be."""
+    for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+        if type(value := settings.get(name)) is not int:
+            raise UsageError(f"{path}: {name} must be a whole number, not {value!r:.40}")
+    try:
+        return GPTConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def count_layers(names: Iterable[str]) -> int:
+    """Return how many layers the tensors of these names (ours: `h.0.ln_1.weight`) are of."""
+    return len({name.split(".")[1] for name in names if name.startswith("h.")})
 
 
 def tokenizer_beside(folder: Path, vocab_size: int) -> BaseTokenizer:
@@ -75,6 +93,25 @@ def tokenizer_beside(folder: Path, vocab_size: int) -> BaseTokenizer:
         ) from None
     except ValueError as error:
         raise NoTokenizerError(str(error)) from None
+
+
+def _refuse_sizes(path: Path, config: GPTConfig, tensors: Mapping[str, LazyTensor]) -> None:
+    """Raise if tensors contradict the sizes of the model, before one of absurd size is made."""
+    stated = {
+        "wte.weight": (config.vocab_size, config.n_embd),
+        "wpe.weight": (config.block_size, config.n_embd),
+    }
+    for name, shape in stated.items():
+        if name in tensors and tensors[name].shape != shape:
+            raise UsageError(
+                f"{path} does not fit the model: {name} is {list(tensors[name].shape)} instead of "
+                f"{list(shape)}"
+            )
+    if config.n_layer > len(tensors):  # each layer has several
+        raise UsageError(
+            f"{path} does not fit the model: {len(tensors)} tensors are too few for "
+            f"{config.n_layer:,} layers"
+        )
 
 
 def _read_all(tensors: Mapping[str, LazyTensor], device: torch.device) -> dict[str, Tensor]:

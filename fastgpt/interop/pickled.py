@@ -1,6 +1,7 @@
 """Files of `torch.save`: tensors and plain values out of them, and no code."""
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,36 @@ def unpickle(path: Path) -> Any:
             f"{path} holds more than tensors and plain values, and is not loaded, because a pickle "
             f"can run any code: {reason}; save its weights as safetensors where they came from"
         ) from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise UsageError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # what a damaged file raises may be anything
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UsageError(f"{path} cannot be read: {reason}") from None
+
+
+def named_tensors(path: Path, content: Any) -> dict[str, Tensor]:
+    """Return `content`, if it maps names to weights, else a UsageError that names `path`."""
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UsageError(f"{path} does not map names to tensors, as a `state_dict` does")
+    for name, tensor in content.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+            raise UsageError(f"{path}: {name} is no plain tensor")
+    return content
+
+
+def mentions(path: Path, word: str) -> bool:
+    """Tell whether a word is among the texts of a file of `torch.save`, which is not loaded."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            return any(word.encode() in archive.read(name) for name in names)
+    except Exception:  # no zip archive, or a damaged one
+        return False
 
 
 def lazy(tensor: Tensor) -> LazyTensor:
     """Return a tensor of such a file as one that is copied when it is asked for.
 
-    Copied, because the file may be overwritten while the model lives.
+    Copied, because the file may be overwritten while the model lives; and in order, which in the
+    file it need not be.
     """
-    return LazyTensor(tuple(tensor.shape), lambda: tensor.detach().clone())
+    in_order = torch.contiguous_format
+    return LazyTensor(tuple(tensor.shape), lambda: tensor.detach().clone(memory_format=in_order))

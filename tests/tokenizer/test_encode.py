@@ -182,7 +182,7 @@ def test_numpy_ids(gpt2, multilingual):
 
 
 def test_more_than_65536_ids_are_uint32(gpt2):
-    tokens, merges, special_tokens = gpt2._vocabulary
+    tokens, merges, special_tokens = gpt2.vocabulary
     extra = {f"<|{i}|>": len(tokens) + i for i in range(70_000 - len(tokens))}
     large = Tokenizer([*tokens, *map(str.encode, extra)], merges, {**special_tokens, **extra})
     ids = large.encode_to_numpy("a<|19742|>", allowed_special="all")

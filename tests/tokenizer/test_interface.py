@@ -62,7 +62,7 @@ def test_identity(tokenizer, tmp_path):
 
 
 def test_fingerprint_sees_every_part(gpt2):
-    tokens, merges, special_tokens = gpt2._vocabulary
+    tokens, merges, special_tokens = gpt2.vocabulary
     swapped = merges[[1, 0, *range(2, len(merges))]]
     others = [
         Tokenizer(tokens, swapped, special_tokens),
@@ -86,7 +86,7 @@ def test_properties(gpt2):
     assert gpt2.vocab_size == 50257
     assert gpt2.eot_token == gpt2.start_token == 50256
     assert gpt2.special_tokens == {EOT: 50256}
-    tokens, merges, _ = gpt2._vocabulary
+    tokens, merges, _ = gpt2.vocabulary
     assert Tokenizer(tokens[:-1], merges, {}).start_token == 198
     assert Tokenizer.gpt2() is gpt2
 
@@ -114,7 +114,7 @@ def test_disallowed_special(gpt2):
 
 
 def test_longest_special_token_first(gpt2):
-    tokens, merges, _ = gpt2._vocabulary
+    tokens, merges, _ = gpt2.vocabulary
     specials = {"<|end": 50257, "<|end|>": 50258}
     longer = Tokenizer([*tokens, *map(str.encode, specials)], merges, specials)
     assert longer.encode("<|end|><|end", allowed_special="all") == [50258, 50257]

@@ -126,7 +126,7 @@ def test_single_characters(text):
 def with_specials():
     """A tokenizer with three special tokens, and tiktoken's of the same."""
     pytest.importorskip("tiktoken")
-    tokens, merges, specials = Tokenizer.gpt2()._vocabulary
+    tokens, merges, specials = Tokenizer.gpt2().vocabulary
     more = {"<|user|>": 50257, "<|bot|>": 50258}
     ours = Tokenizer([*tokens, *map(str.encode, more)], merges, {**specials, **more})
     return ours, ours.to_tiktoken()

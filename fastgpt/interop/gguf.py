@@ -1,0 +1,400 @@
+"""GGUF files of architecture `gpt2`, in and out: what llama.cpp and what is built on it run.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Which tensors and keys a
+GPT-2 needs: https://github.com/ggml-org/llama.cpp, ``src/models/gpt2.cpp``; what a vocabulary
+needs: ``src/llama-vocab.cpp``. Written through the package `gguf`, one tensor at a time.
+
+What is computed differs a little: llama.cpp rounds GELU, and keys and values, to half precision.
+Read are all types of tensors that the package can turn into numbers, some of four bits among them.
+
+llama.cpp has GPT-2's tokenizer, so ids are equal. It has none for single characters, but RWKV's,
+which takes the longest token at every place, does the same for ASCII.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastgpt.errors import UsageError
+from fastgpt.interop.foreign import Foreign, LazyTensor, NoTokenizerError, make_config
+from fastgpt.model import GPT, GPTConfig
+from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer
+from fastgpt.vocabulary import read_hugging_face, to_hugging_face
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+Precision: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
+
+_BLOCK = 32  # numbers of a row that share a scale in q8_0
+_NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # types of tokens
+_STRING, _ARRAY = 8, 9  # types of values, and the bytes of those that have a fixed size
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_NAMES = {  # ours and GGUF's
+    "wte": "token_embd",
+    "wpe": "position_embd",
+    "ln_f": "output_norm",
+    "lm_head": "output",
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+
+
+def recognises(path: Path) -> bool:
+    """Tell whether a path is such a file, by its first four bytes."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def read(path: Path) -> Foreign:
+    """Open such a file; UsageError if it is of another architecture, or damaged."""
+    gguf = _import_gguf(path)
+    try:
+        _check_lengths(path)
+        reader = gguf.GGUFReader(path)
+        keys = {key: field.contents() for key, field in reader.fields.items()}
+    except Exception as error:  # what a damaged file raises may be anything
+        raise UsageError(f"{path} cannot be read: {error!r:.200}") from None
+    if (architecture := keys.get("general.architecture")) != "gpt2":
+        raise UsageError(f"{path} holds a model of architecture {architecture!r:.40}, not 'gpt2'")
+    tensors = {_our_name(path, tensor.name): _lazy(path, tensor) for tensor in reader.tensors}
+    config = make_config(
+        path,
+        vocab_size=len(_list(path, keys, "tokens")),
+        block_size=keys.get("gpt2.context_length"),
+        n_layer=keys.get("gpt2.block_count"),
+        n_head=keys.get("gpt2.attention.head_count"),
+        n_embd=keys.get("gpt2.embedding_length"),
+        tie_weights="lm_head.weight" not in tensors,
+        layer_norm_eps=_shortest(keys.get("gpt2.attention.layer_norm_epsilon", 1e-5)),
+    )
+    return Foreign(path, config, tensors, partial(_read_tokenizer, path, keys))
+
+
+def write(
+    model: GPT, path: Path, tokenizer: BaseTokenizer | None, precision: Precision = "f32"
+) -> None:
+    """Write a model and its tokenizer as one file.
+
+    precision: of the matrices; ``f32`` is exact, ``f16`` and ``bf16`` take half of the space, and
+    ``q8_0`` a quarter. Vectors and the position table are always fp32. A model without biases gets
+    zeros for them. Rows of the vocabulary that the tokenizer has no token for get unused ones.
+
+    Raises: UsageError for a tokenizer that llama.cpp does not have, for a width that the precision
+        does not fit, without the package, or if there is such a file already.
+    """
+    if path.exists():
+        raise UsageError(f"{path} is there already; give another name")
+    gguf = _import_gguf(path)
+    if precision == "q8_0" and model.config.n_embd % _BLOCK:
+        raise UsageError(
+            f"{path}: q8_0 needs a width (n_embd) that is a multiple of {_BLOCK}, not "
+            f"{model.config.n_embd}; f16 and bf16 take any"
+        )
+    vocabulary = _vocabulary(tokenizer, model.config.vocab_size)
+    beside = path.with_name(f".{path.name}.new")
+    writer = gguf.GGUFWriter(None, "gpt2")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _add_metadata(writer, model.config, vocabulary, precision)
+        _write_file(writer, beside, model, precision)
+        beside.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        writer.close()
+        beside.unlink(missing_ok=True)
+
+
+def _import_gguf(path: Path) -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise UsageError(f"{path}: to read or write it, pip install gguf") from None
+    return gguf
+
+
+# --- in --------------------------------------------------------------------------------------
+
+
+def _check_lengths(path: Path) -> None:
+    """Raise if a key's value does not end within the file.
+
+    The package would go on to read nothing, as often as a damaged length says.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+
+        def number(at: int, form: str) -> int:
+            return int(struct.unpack_from(form, content, at)[0])
+
+        def end_of(at: int, kind: int) -> int:
+            if kind == _ARRAY:
+                inner, count, at = number(at, "<I"), number(at + 4, "<Q"), at + 12
+                if inner in _SIZES:
+                    return at + count * _SIZES[inner]
+                for _ in range(count):
+                    at = end_of(at, inner)
+                return at
+            return at + (8 + number(at, "<Q") if kind == _STRING else _SIZES[kind])
+
+        at = 24  # after magic, version, and the numbers of tensors and of keys
+        for _ in range(number(16, "<Q")):
+            at = end_of(at, _STRING)
+            at = end_of(at + 4, number(at, "<I"))
+            if at > len(content):
+                raise ValueError(f"it ends at byte {len(content):,}, within its keys")
+
+
+def _our_name(path: Path, name: str) -> str:
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    ours = {theirs: ours for ours, theirs in _NAMES.items()}
+    if match is None or match[2] not in ours:
+        raise UsageError(f"{path}: {name!r:.80} is no tensor of a GPT-2")
+    layer = f"h.{match[1]}." if match[1] else ""
+    return f"{layer}{ours[match[2]]}.{match[3]}"
+
+
+def _lazy(path: Path, tensor: Any) -> LazyTensor:
+    """Return a tensor that is mapped from the file; its shape stands there turned round."""
+    from gguf import quants
+
+    def read() -> Tensor:
+        try:
+            values = quants.dequantize(np.array(tensor.data), tensor.tensor_type)
+        except Exception as error:  # a type that the package cannot turn into numbers
+            raise UsageError(f"{path}: {tensor.name} cannot be read: {error!r:.200}") from None
+        return torch.from_numpy(np.ascontiguousarray(values, np.float32))
+
+    return LazyTensor(tuple(int(size) for size in reversed(tensor.shape)), read)
+
+
+def _shortest(number: Any) -> float:
+    """Return the number of fewest digits that is this one in fp32: what it was before."""
+    return float(str(np.float32(number))) if isinstance(number, float) else 1e-5
+
+
+def _list(path: Path, keys: Mapping[str, Any], name: str) -> list[Any]:
+    if not isinstance(found := keys.get(f"tokenizer.ggml.{name}"), list):
+        raise UsageError(f"{path} has no list of tokenizer.ggml.{name}")
+    return found
+
+
+def _read_tokenizer(path: Path, keys: Mapping[str, Any]) -> BaseTokenizer:
+    """Return the tokenizer, without the unused tokens at its end; NoTokenizerError if not ours."""
+    tokens, types = _list(path, keys, "tokens"), _list(path, keys, "token_type")
+    while types and types[-1] == _UNUSED:
+        types.pop()
+    ids = {token: token_id for token_id, token in enumerate(tokens[: len(types)])}
+    kind = keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.pre")
+    try:
+        if kind == ("rwkv", None):
+            return CharTokenizer([_unescape(token) for token in ids])
+        if kind == ("gpt2", "gpt-2"):
+            return Tokenizer(*read_hugging_face(path, _as_hugging_face(path, keys, ids, types)))
+    except ValueError as error:
+        raise NoTokenizerError(f"{path}: {error}") from None
+    raise NoTokenizerError(f"{path}: a tokenizer of the kind {kind} is not read")
+
+
+def _as_hugging_face(
+    path: Path, keys: Mapping[str, Any], ids: Mapping[str, int], types: list[int]
+) -> dict[str, Any]:
+    """Return what a ``tokenizer.json`` of the same vocabulary would say."""
+    specials = [name for name, kind in zip(ids, types, strict=True) if kind == _CONTROL]
+    return {
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+        "decoder": {"type": "ByteLevel"},
+        "added_tokens": [{"id": ids[s], "content": s, "special": True} for s in specials],
+        "model": {"vocab": ids, "merges": _list(path, keys, "merges")},
+    }
+
+
+def _unescape(token: str) -> str:
+    r"""Undo `_escape`; ValueError for a token that is not one character."""
+    escaped = re.fullmatch(r"\\x([0-9a-f]{2})|\\?(.)", token, re.DOTALL)
+    if escaped is None:
+        raise ValueError(f"token {token!r:.40} is not one character")
+    special = {"\\n": "\n", "\\t": "\t", "\\r": "\r"}.get(token, escaped[2])
+    return chr(int(escaped[1], 16)) if escaped[1] else special
+
+
+# --- metadata --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """A tokenizer as GGUF's keys hold it; no merges: RWKV's, else GPT-2's."""
+
+    tokens: list[str]  # by id
+    types: list[int]
+    merges: list[str] | None
+    end: int | None  # the id of what ends a text
+
+
+def _vocabulary(tokenizer: BaseTokenizer | None, size: int) -> _Vocabulary:
+    """Return the vocabulary, filled up to `size`; UsageError if llama.cpp would make other ids."""
+    if tokenizer is None:
+        raise UsageError("a GGUF file needs the model's tokenizer")
+    if tokenizer.vocab_size > size:
+        raise UsageError(f"the tokenizer has {tokenizer.vocab_size:,} ids, the model only {size:,}")
+    if isinstance(tokenizer, CharTokenizer):
+        vocabulary = _characters(tokenizer)
+    elif isinstance(tokenizer, Tokenizer):
+        vocabulary = _byte_pairs(tokenizer)
+    else:
+        raise UsageError(f"a GGUF file cannot hold a {type(tokenizer).__name__}")
+    # Names that no text can match: with a space, which byte pairs write as another letter, or with
+    # a byte that UTF-8 does not have.
+    form = r"\xff{}" if vocabulary.merges is None else "<unused {}>"
+    fill = [form.format(token_id) for token_id in range(len(vocabulary.tokens), size)]
+    tokens, types = vocabulary.tokens + fill, vocabulary.types + [_UNUSED] * len(fill)
+    if len(set(tokens)) != size:
+        raise UsageError("a GGUF file cannot hold two tokens of the same name")
+    return _Vocabulary(tokens, types, vocabulary.merges, vocabulary.end)
+
+
+def _byte_pairs(tokenizer: Tokenizer) -> _Vocabulary:
+    if tokenizer.eot_token is None:
+        raise UsageError(
+            "llama.cpp would end every text at token 11, as this tokenizer has no <|endoftext|>; "
+            "train it with that special token"
+        )
+    if tokenizer.vocab_size == len(tokenizer.special_tokens) + 256:
+        raise UsageError("llama.cpp does not read a byte-level vocabulary without merges")
+    model = to_hugging_face(tokenizer.vocabulary)["model"]
+    specials = set(tokenizer.special_tokens.values())
+    types = [_CONTROL if i in specials else _NORMAL for i in range(tokenizer.vocab_size)]
+    return _Vocabulary(list(model["vocab"]), types, model["merges"], tokenizer.eot_token)
+
+
+def _characters(tokenizer: CharTokenizer) -> _Vocabulary:
+    """Return the vocabulary for RWKV's tokenizer, if every character is one byte.
+
+    Its search does not end at a character that it does not have, if that begins with the same byte
+    as one that it has.
+    """
+    characters = tokenizer.characters
+    if not characters.isascii():
+        other = next(character for character in characters if not character.isascii())
+        raise UsageError(
+            f"llama.cpp has no tokenizer for single characters such as {other!r}, only for ASCII; "
+            "export to Hugging Face's format, or train with a tokenizer of byte pairs"
+        )
+    escaped = [_escape(character) for character in characters]
+    return _Vocabulary(escaped, [_NORMAL] * len(escaped), None, None)
+
+
+def _escape(character: str) -> str:
+    r"""Write a character as RWKV's vocabulary does: what is not printable as ``\x..``."""
+    if character == "\\":
+        return "\\\\"
+    return character if character.isprintable() else f"\\x{ord(character):02x}"
+
+
+def _add_metadata(
+    writer: GGUFWriter, config: GPTConfig, vocabulary: _Vocabulary, precision: Precision
+) -> None:
+    from gguf import GGML_QUANT_VERSION, LlamaFileType
+
+    kind = f"MOSTLY_{precision.upper()}" if precision != "f32" else "ALL_F32"
+    writer.add_file_type(LlamaFileType[kind])
+    if precision == "q8_0":
+        writer.add_quantization_version(GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_eps)
+    _add_tokenizer(writer, vocabulary)
+
+
+def _add_tokenizer(writer: GGUFWriter, vocabulary: _Vocabulary) -> None:
+    writer.add_tokenizer_model("rwkv" if vocabulary.merges is None else "gpt2")
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    writer.add_add_bos_token(False)
+    if vocabulary.merges is not None:
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_merges(vocabulary.merges)
+    if vocabulary.end is not None:
+        writer.add_bos_token_id(vocabulary.end)
+        writer.add_eos_token_id(vocabulary.end)
+        writer.add_unk_token_id(vocabulary.end)
+
+
+# --- tensors ---------------------------------------------------------------------------------
+
+
+def _write_file(writer: GGUFWriter, path: Path, model: GPT, precision: Precision) -> None:
+    """Write it all: what there is comes first, so that then one tensor at a time is in memory."""
+    from gguf import GGML_QUANT_SIZES
+
+    tensors = list(_tensors(model))
+    for name, tensor in tensors:
+        kind = _kind(name, tensor, precision)
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        n_bytes = tensor.numel() // block * block_bytes
+        shape = [*tensor.shape[:-1], tensor.shape[-1] // block * block_bytes]
+        # a shape of bytes: the writer divides it by the size of a block
+        writer.add_tensor_info(name, shape, np.dtype(np.uint8), n_bytes, raw_dtype=kind)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, tensor in tensors:
+        writer.write_tensor_data(_encode(tensor, _kind(name, tensor, precision)))
+    writer.flush()
+
+
+def _tensors(model: GPT) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights by GGUF's names; a tied head is left out, which says that it is tied."""
+    weights = model.state_dict()
+    for name, tensor in weights.items():
+        yield _name(name), tensor
+        bias = name.removesuffix("weight") + "bias"
+        has_one = not name.startswith(("wte", "wpe", "lm_head")) and name.endswith("weight")
+        if has_one and bias not in weights:
+            yield _name(bias), torch.zeros(tensor.shape[0])
+
+
+def _name(name: str) -> str:
+    """Return GGUF's name for one of ours: ``h.3.ln_1.bias`` is ``blk.3.attn_norm.bias``."""
+    match = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(weight|bias)", name)
+    assert match is not None
+    layer = f"blk.{match[1]}." if match[1] else ""
+    return f"{layer}{_NAMES[match[2]]}.{match[3]}"
+
+
+def _kind(name: str, tensor: Tensor, precision: Precision) -> GGMLQuantizationType:
+    from gguf import GGMLQuantizationType
+
+    exact = tensor.dim() == 1 or name.startswith("position_embd")
+    return GGMLQuantizationType["F32" if exact else precision.upper()]
+
+
+def _encode(tensor: Tensor, kind: GGMLQuantizationType) -> NDArray[Any]:
+    from gguf import quants
+
+    values = tensor.detach().float().cpu().contiguous().numpy()
+    encoded: NDArray[Any] = quants.quantize(values, kind)
+    return encoded

@@ -1,0 +1,155 @@
+"""minGPT's models: `model.pt`, or the same tensors in a `model.npz`, with a `config.json` beside.
+
+The layers are `nn.Linear` with biases, GELU is the approximation by tanh, the head has weights of
+its own: https://github.com/karpathy/minGPT, ``mingpt/model.py``. The file holds tensors only (its
+`projects` save ``model.state_dict()``), which tell every size but one: the number of heads, which
+is in the `config.json` that minGPT writes into the same folder.
+"""
+
+import zipfile
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgpt.checkpoint import read_json
+from fastgpt.errors import UsageError
+from fastgpt.interop.foreign import (
+    Foreign,
+    LazyTensor,
+    count_layers,
+    make_config,
+    tokenizer_beside,
+)
+from fastgpt.interop.pickled import lazy, named_tensors, unpickle
+from fastgpt.model import GPTConfig
+
+CONFIG = "config.json"
+_FILES = ("model.npz", "model.pt")
+_OTHERS = ("model.safetensors", "pytorch_model.bin")  # in a folder of Hugging Face's
+_PREFIX, _MASK = "transformer.", ".attn.bias"
+_HEADS = {
+    **{"gpt2": 12, "gpt2-medium": 16, "gpt2-large": 20, "gpt2-xl": 25, "openai-gpt": 12},
+    **{"gopher-44m": 16, "gpt-mini": 6, "gpt-micro": 4, "gpt-nano": 3},
+}
+
+
+def recognises(path: Path) -> bool:
+    """Tell whether a path is such a file, or a folder that holds one."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in _FILES) and not any(
+            (path / name).exists() for name in _OTHERS
+        )
+    return path.suffix in (".npz", ".pt") and path.is_file()
+
+
+def read(path: Path) -> Foreign:
+    """Open such a file; UsageError says what is wrong, and how to tell the number of heads."""
+    file = path
+    if path.is_dir():
+        file = next(path / name for name in _FILES if (path / name).is_file())
+    stored = dict(_open_npz(file) if file.suffix == ".npz" else _open_pt(file))
+    tensors = {
+        name.removeprefix(_PREFIX): tensor
+        for name, tensor in stored.items()
+        if not name.endswith(_MASK)
+    }
+    config = _config(file, tensors)
+    return Foreign(file, config, tensors, partial(tokenizer_beside, file.parent, config.vocab_size))
+
+
+def _config(file: Path, tensors: Mapping[str, LazyTensor]) -> GPTConfig:
+    """Return the shape that the tensors have; UsageError if `config.json` says another."""
+    for name in ("wte.weight", "wpe.weight"):
+        if name not in tensors or len(tensors[name].shape) != 2:
+            raise UsageError(f"{file} is no model of minGPT: it has no matrix {_PREFIX}{name}")
+    vocab_size, n_embd = tensors["wte.weight"].shape
+    found = {
+        "vocab_size": vocab_size,
+        "block_size": tensors["wpe.weight"].shape[0],
+        "n_layer": count_layers(tensors),
+        "n_embd": n_embd,
+    }
+    settings = _settings(file.parent / CONFIG)
+    for name, value in found.items():
+        if settings.get(name) not in (None, value):
+            raise UsageError(
+                f"{file} has {name} = {value}, but {CONFIG} beside it says {settings[name]!r:.40}"
+            )
+    n_head, dropout = _n_head(file, settings), settings.get("resid_pdrop", 0.1)
+    return make_config(file, **found, n_head=n_head, dropout=dropout, tie_weights=False)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """Return the model's settings: minGPT writes those of data and training around them."""
+    if not path.is_file():
+        return {}
+    settings = read_json(path)
+    inner = settings.get("model")
+    return inner if isinstance(inner, dict) else settings
+
+
+def _n_head(file: Path, settings: Mapping[str, Any]) -> Any:
+    """Return the number of heads: as it is stated, or that of a model that has a name."""
+    if settings.get("n_head") is not None:
+        return settings["n_head"]
+    if (kind := settings.get("model_type")) in list(_HEADS):
+        return _HEADS[str(kind)]
+    raise UsageError(
+        f"{file} does not say how many heads its attention has: write it beside, into "
+        f'{file.parent / CONFIG}: {{"n_head": 6}} (or whatever it was trained with)'
+    )
+
+
+def _open_pt(file: Path) -> Iterator[tuple[str, LazyTensor]]:
+    for name, tensor in named_tensors(file, unpickle(file)).items():
+        yield name, lazy(tensor)
+
+
+def _open_npz(file: Path) -> Iterator[tuple[str, LazyTensor]]:
+    """Yield what is in an archive of NumPy's, by its headers; the tensors are read later.
+
+    The format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                name = entry.filename.removesuffix(".npy")
+                shape = _shape(file, archive, entry)
+                yield name, LazyTensor(shape, partial(_read_array, file, entry.filename))
+    except UsageError:
+        raise
+    except Exception as error:  # what a damaged archive raises may be anything
+        raise UsageError(f"{file} cannot be read: {error!r:.200}") from None
+
+
+def _shape(file: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[int, ...]:
+    """Return the shape in the header of an array, once it is known to be as large as it says."""
+    with archive.open(entry) as part:
+        version = np.lib.format.read_magic(part)
+        read_header = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read_header(part)
+        left = entry.file_size - part.tell()
+    if dtype.kind != "f" or np.prod(shape, dtype=object) * dtype.itemsize != left:
+        raise UsageError(
+            f"{file}: {entry.filename} says that it holds {list(shape)} of {dtype}, which does not "
+            f"fit its {left:,} bytes, or is no weight"
+        )
+    return tuple(shape)
+
+
+def _read_array(file: Path, name: str) -> Tensor:
+    try:
+        with zipfile.ZipFile(file) as archive, archive.open(name) as part:
+            array = np.lib.format.read_array(part, allow_pickle=False)
+    except Exception as error:  # as above
+        raise UsageError(f"{file}: {name} cannot be read: {error!r:.200}") from None
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
