@@ -387,8 +387,9 @@ def _kept_by_lora(setup: Setup, lora: Lora) -> int:
             kept += width * 4 * lora.of_mlp * (FP32 - e)
     else:
         kept -= width * (1 * (not lora.of_attention) + 5 * (not lora.of_mlp)) * e
-    if lora.dropout:
-        kept += width * (2 * lora.of_attention + 5 * lora.of_mlp) * (_mask_bytes(setup) + e)
+    if lora.dropout:  # masks, and, for nothing else keeps it, what is left of attention's result
+        kept += width * (2 * lora.of_attention + 5 * lora.of_mlp) * _mask_bytes(setup)
+        kept += width * lora.of_attention * e
     return kept
 
 

@@ -22,7 +22,7 @@ def settle_length(recipe: Recipe, n_windows: int) -> tuple[Recipe, str | None]:
         steps = max(1, round(recipe.epochs * n_windows / sequences))
         warmup_steps = min(warmup_steps, steps // 10)
     interval = recipe.eval_interval or _interval(steps, n_windows // sequences)
-    asked = f"{recipe.epochs:g} epochs are " if recipe.epochs is not None else ""
+    asked = "" if recipe.epochs is None else f"--epochs {recipe.epochs:g}: "
     note = f"{asked}{steps:,} steps ({warmup_steps:,} of warm-up), evaluated every {interval:,}"
     settled = replace(
         recipe, max_steps=steps, warmup_steps=warmup_steps, eval_interval=interval, epochs=None
@@ -32,5 +32,5 @@ def settle_length(recipe: Recipe, n_windows: int) -> tuple[Recipe, str | None]:
 
 def _interval(steps: int, steps_of_an_epoch: int) -> int:
     """Return the steps between evaluations: a twentieth of the run, or an epoch if it is less."""
-    shortest = max(1, -(-steps // MOST_EVALUATIONS))
-    return min(max(1, steps // EVALUATIONS), max(shortest, steps_of_an_epoch))
+    shortest = -(-steps // MOST_EVALUATIONS)
+    return min(-(-steps // EVALUATIONS), max(shortest, steps_of_an_epoch))

@@ -392,7 +392,9 @@ class Trainer:
             self.recipe.max_steps,
             seconds=self.standing.seconds,
             flops_per_token=flops_per_token(
-                self.model.config, self.model.num_params(embeddings=False)
+                self.model.config,
+                self.model.num_params(embeddings=False),
+                frozen=self.learner.lora is not None,
             ),
             peak=peak.flops * self.world.size if peak else None,
             memory=lambda: used(self.device),
@@ -410,7 +412,7 @@ class Trainer:
         several = f", {self.world.size} processes" if self.world.size > 1 else ""
         mfu = f"; MFU is of the {self.peak}" if self.peak else ""
         lora = self.learner.lora
-        trained = f" ({lora.n_params(self.model.config) / 1e6:.2f}M are trained)" if lora else ""
+        trained = f" ({lora.n_params(self.model.config):,} trained)" if lora else ""
         vocab_size = corpus.tokenizer.vocab_size
         lines = [
             f"{parameters:.2f}M parameters{trained}, vocabulary of {vocab_size:,}, "
