@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "bpe.hpp"
+#include "crc32c.hpp"
 #include "gelu.hpp"
 #include "merges_file.hpp"
 #include "pretokenizer.hpp"
@@ -252,6 +253,29 @@ std::vector<std::size_t> piece_ends(const py::object& text, bool vectorized) {
   return all;
 }
 
+// The bytes of an object that has them in one piece, for as long as this lives.
+class ByteView {
+ public:
+  explicit ByteView(const py::object& owner) {
+    if (PyObject_GetBuffer(owner.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  }
+  ~ByteView() { PyBuffer_Release(&view_); }
+  ByteView(const ByteView&) = delete;
+  ByteView& operator=(const ByteView&) = delete;
+
+  const unsigned char* data() const { return static_cast<const unsigned char*>(view_.buf); }
+  std::size_t size() const { return static_cast<std::size_t>(view_.len); }
+
+ private:
+  Py_buffer view_{};
+};
+
+std::uint32_t crc32c_of(const py::object& data, std::uint32_t initial, bool hardware) {
+  const ByteView bytes(data);
+  const py::gil_scoped_release unlocked;
+  return crc32c(bytes.data(), bytes.size(), initial, hardware);
+}
+
 using Floats = py::array_t<float, py::array::c_style>;
 
 void require_size(const Floats& array, py::ssize_t size) {
@@ -317,6 +341,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("valid_utf8", &fastgpt::valid_utf8_of, py::arg("text"));
   m.def("unix_newlines", &fastgpt::unix_newlines_of, py::arg("text"));
   m.def("piece_ends", &fastgpt::piece_ends, py::arg("text"), py::arg("vectorized") = true);
+  m.def("crc32c", &fastgpt::crc32c_of, py::arg("data"), py::arg("initial") = 0,
+        py::arg("hardware") = true);
   fastgpt::bind_bpe_trainer(m);
   fastgpt::bind_gemm(m);
   fastgpt::bind_training(m);

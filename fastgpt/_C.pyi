@@ -4,6 +4,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import Buffer
 
 source_hash: str
 """SHA-256 over csrc/, as CMakeLists.txt computes it."""
@@ -81,6 +82,13 @@ def unix_newlines(text: bytes) -> bytes:
 
 def piece_ends(text: str | bytes, vectorized: bool = ...) -> list[int]:
     """Return the byte offsets where the pieces end that GPT-2's pattern cuts the text into."""
+
+def crc32c(data: Buffer, initial: int = ..., hardware: bool = ...) -> int:
+    """Return the CRC-32C (RFC 3720, section 12.1) of the bytes of a contiguous buffer.
+
+    initial: that of the bytes before them. hardware: use the processor's instruction for it, where
+    it has one. Leaves Python's lock to others.
+    """
 
 def gelu_forward(x: NDArray[np.float32], y: NDArray[np.float32], threads: int) -> None:
     """Write gelu(x) into `y`; both C-contiguous and of one size."""

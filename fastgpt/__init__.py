@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastgpt.fused_adamw import FusedAdamW as FusedAdamW
+    from fastgpt.interop import load as load
     from fastgpt.model import GPT as GPT
     from fastgpt.model import GPTConfig as GPTConfig
     from fastgpt.patching import patch as patch
@@ -37,6 +38,7 @@ _HOME = {
     "StreamDecoder": "tokenizer",
     "Tokenizer": "tokenizer",
     "Trainer": "trainer",
+    "load": "interop",
     "load_tokenizer": "tokenizer",
     "patch": "patching",
     "unpatch": "patching",

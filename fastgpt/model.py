@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from fastgpt import ops as backends
 
 if TYPE_CHECKING:
-    from fastgpt.generation import KVCache
+    from fastgpt.kv_cache import KVCache
     from fastgpt.tokenizer import BaseTokenizer
 
 

@@ -38,6 +38,7 @@ from fastgpt.vocabulary import (
     IDS_FILE,
     Vocabulary,
     naming,
+    read_characters,
     read_hugging_face,
     read_json,
     read_merges,
@@ -586,6 +587,11 @@ class CharTokenizer(BaseTokenizer):
         return points.tobytes().decode("utf-32-le").encode()
 
     @property
+    def characters(self) -> str:
+        """The characters, by id."""
+        return self._characters
+
+    @property
     def vocab_size(self) -> int:
         """How many characters there are."""
         return len(self._characters)
@@ -652,8 +658,9 @@ def load_tokenizer(
 ) -> BaseTokenizer:
     """Read a tokenizer of either class from a file, or from a folder that holds such files.
 
-    - ``tokenizer.json`` (or any name ending in ``.json``), as :meth:`BaseTokenizer.save` writes it
-      or Hugging Face's tokenizers do for a byte-level BPE that splits words as GPT-2 does;
+    - ``tokenizer.json`` (or any name ending in ``.json``), as :meth:`BaseTokenizer.save` and
+      :meth:`GPT.save_pretrained <fastgpt.GPT.save_pretrained>` write it, or Hugging Face's
+      tokenizers do for a byte-level BPE that splits words as GPT-2 does;
     - ``vocab.bpe`` (Hugging Face: ``merges.txt``), OpenAI's format. Ids come from ``encoder.json``
       (``vocab.json``) in the same folder; without one they are the 256 bytes in GPT-2's order, the
       merges in theirs, and ``<|endoftext|>``;
@@ -677,6 +684,8 @@ def load_tokenizer(
     data = read_json(path)
     if "type" in data:
         return _from_char_json(path, data)
+    if (characters := read_characters(path, data)) is not None:
+        return CharTokenizer(characters)
     return _from_vocabulary(path, read_hugging_face(path, data))
 
 

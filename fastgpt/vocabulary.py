@@ -42,6 +42,15 @@ LETTER_OF_BYTE = "".join(
 BYTE_OF_LETTER = codecs.charmap_build(LETTER_OF_BYTE)
 
 
+# A step of tokenizer.json that splits a text into its characters.
+_EACH_CHARACTER = {
+    "type": "Split",
+    "pattern": {"Regex": r"[\s\S]"},
+    "behavior": "Isolated",
+    "invert": False,
+}
+
+
 class Vocabulary(NamedTuple):
     """What a file says: all that makes a Tokenizer, whose arguments these are."""
 
@@ -109,6 +118,33 @@ def to_hugging_face(vocabulary: Vocabulary) -> dict[str, Any]:
             "merges": [f"{names[left]} {names[right]}" for left, right, _ in merges.tolist()],
         },
     }
+
+
+def characters_to_hugging_face(characters: str) -> dict[str, Any]:
+    """Return a ``tokenizer.json`` that has one token for each of some characters, and no other."""
+    return {
+        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": _EACH_CHARACTER,
+        "decoder": {"type": "Fuse"},  # without it, spaces come between the characters
+        "model": {
+            "type": "WordLevel",
+            "vocab": {character: token_id for token_id, character in enumerate(characters)},
+            "unk_token": "<|unknown|>",  # not in the vocabulary: so other characters are an error
+        },
+    }
+
+
+def read_characters(path: Path, data: dict[str, Any]) -> str | None:
+    """Return the characters of such a ``tokenizer.json``, by id; None if it is of another kind."""
+    if _item(data, "model.type") != "WordLevel" or data.get("pre_tokenizer") != _EACH_CHARACTER:
+        return None
+    with naming(path):
+        ids = _check_ids(_item(data, "model.vocab"))
+        if long := [name for name in ids if len(name) != 1]:
+            raise ValueError(f"token {long[0]!r} is not one character")
+        return "".join(sorted(ids, key=ids.__getitem__))
 
 
 def to_merges(vocabulary: Vocabulary) -> tuple[str, dict[str, int]]:

@@ -12,6 +12,8 @@ if not torch.cuda.is_available():
     # its own library is made of `@triton.jit` functions too, and transformers imports it.
     os.environ["TRITON_INTERPRET"] = "1"
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network
+
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 
 # How long an example takes says more of what else the machine does than of the code.

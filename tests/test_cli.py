@@ -1,5 +1,7 @@
 """The commands as a person types them: what they print, and how mistakes end."""
 
+import io
+import json
 import os
 import shutil
 import signal
@@ -73,6 +75,42 @@ def test_a_prompt_is_continued(trained: Path, capfd) -> None:
     assert len(out) == 6 + 10 + 1
 
 
+def test_prompts_from_a_file_as_lines_of_json(trained: Path, workplace: Path, capfd) -> None:
+    (workplace / "prompts.txt").write_text("JULIET:\nNight", encoding="utf-8")
+    batch = ["--prompt", "ROMEO:", "Day", "--prompts", "prompts.txt", "--n", "2", "--seed", "7"]
+    short = ["--max-new-tokens", "12", "--stop", "e", "--batch-size", "3"]
+    assert run(generate.main, str(trained), *batch, *short, "--json") == 0
+    out, err = capfd.readouterr()
+    lines = [json.loads(line) for line in out.splitlines()]
+    prompts = ["ROMEO:", "Day", "JULIET:", "Night"]
+    assert [line["prompt"] for line in lines] == [name for name in prompts for _ in range(2)]
+    for row, line in enumerate(lines):
+        assert "e" not in line["text"]
+        assert line["logprob"] < 0 < line["tokens"] <= 12
+        assert (
+            run(
+                generate.main,
+                str(trained),
+                "--prompt",
+                line["prompt"],
+                *short,
+                "--seed",
+                str(7 + row),
+            )
+            == 0
+        )
+        assert capfd.readouterr().out == line["prompt"] + line["text"] + "\n"
+    total = sum(line["tokens"] for line in lines)
+    assert err.startswith(f"{total} tokens, ")
+
+
+def test_prompts_from_standard_input(trained: Path, capfd, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"A\nB\n")))
+    assert run(generate.main, str(trained), "--prompts", "-", "--max-new-tokens", "3") == 0
+    texts = capfd.readouterr().out.split("\n\n")
+    assert [text[0] for text in texts if text] == ["A", "B"]
+
+
 @pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
 def test_a_plain_text_file_just_works(verse: Path, workplace: Path, tokenizer: str, capfd) -> None:
     data = ["--data", str(verse), "--tokenizer", tokenizer]
@@ -105,8 +143,14 @@ def wrong_uses() -> dict[str, tuple[object, list[str], str]]:
         "resume of nothing": (train.main, ["--resume", "none"], "none does not exist"),
         "resume without a folder": (train.main, ["--resume"], "--resume needs the run folder"),
         "no runs yet": (generate.main, ["runs/latest"], "no runs in runs/ yet"),
-        "not a run": (generate.main, ["."], ". is not a run folder"),
-        "no run": (generate.main, ["none"], "none does not exist"),
+        "not a run": (generate.main, ["."], ". is none of what can be read; give a run folder"),
+        "no prompts": (generate.main, ["x", "--prompts", "none.txt"], "none.txt cannot be read"),
+        "an empty batch": (
+            generate.main,
+            ["x", "--batch-size", "0"],
+            "batch_size must be at least",
+        ),
+        "no run": (generate.main, ["none"], "none is no file or folder here"),
         "unknown command": (fastgpt_main.dispatch, ["trian"], "there are train, prepare"),
     }
 

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.generation import KVCache, Sampler, generate, stream, window_start
+from fastgpt.generation import complete, generate, stream
+from fastgpt.kv_cache import KVCache, window_start
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,12 @@ def test_fault_63_a_seed_gives_the_same_text_in_any_batch(model: GPT) -> None:
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], not 1.5"),
         ({"top_p": math.nan}, r"top_p must be in \(0, 1\], not nan"),
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, not -1"),
+        ({"min_p": 1.5}, r"min_p must be in \[0, 1\], not 1.5"),
+        ({"min_p": math.nan}, r"min_p must be in \[0, 1\], not nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0, not 0.0"),
+        ({"presence_penalty": 2.5}, "presence_penalty must be from -2 to 2, not 2.5"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty must be from -2 to 2, not nan"),
+        ({"n": 0}, "n must be at least 1, not 0"),
         ({"seed": [1, 2, 3]}, "3 seeds for 2 rows"),
         ({"seed": -1}, r"a seed must be from 0 to 2\^63 - 1, not -1"),
     ],
@@ -148,45 +155,6 @@ def test_writing_leaves_the_model_as_it_was(model: GPT) -> None:
     model.eval()
 
 
-def test_draws_follow_the_probabilities() -> None:
-    logits = torch.tensor([[0.0, 1.0, -math.inf, 2.0, 0.5]]).expand(20_000, 5)
-    generators = [torch.Generator().manual_seed(i) for i in range(len(logits))]
-    sampler = Sampler(temperature=0.7)
-    counts = torch.bincount(sampler.draw(logits, generators), minlength=5).double()
-    expected = (logits[0].double() / 0.7).softmax(-1)
-    assert counts[2] == 0
-    spread = (expected * (1 - expected) * len(logits)).sqrt().clamp(min=1e-9)
-    assert ((counts - expected * len(logits)).abs() / spread)[expected > 0].max() < 4.5
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 15), st.floats(0.01, 1.0), st.integers(0, 10**6))
-def test_top_k_and_top_p_keep_what_they_should(size: int, k: int, p: float, seed: int) -> None:
-    logits = torch.randn(1, size, generator=torch.Generator().manual_seed(seed)) * 2
-    kept_k = Sampler(top_k=k).probabilities(logits)[0] > 0
-    assert kept_k.sum() == min(k, size)
-    assert logits[0][kept_k].min() >= logits[0][~kept_k].max() if k < size else True
-    kept_p = Sampler(top_p=p).probabilities(logits)[0] > 0
-    full = logits[0].softmax(-1)
-    order = full.argsort(descending=True)
-    n_kept = int(kept_p.sum())
-    assert kept_p[order[:n_kept]].all()
-    assert full[order[: n_kept - 1]].sum() < p + 1e-6
-    assert n_kept == size or full[order[:n_kept]].sum() >= p - 1e-6
-
-
-def test_a_tiny_temperature_is_greedy_and_finite() -> None:
-    logits = torch.tensor([[1e4, 1e4 - 1, -1e4]])
-    probabilities = Sampler(temperature=1e-8).probabilities(logits)
-    assert torch.equal(probabilities, torch.tensor([[1.0, 0.0, 0.0]]))
-
-
-def test_top_k_one_is_greedy(model: GPT) -> None:
-    greedy = generate(model, prompt(), 20, temperature=0)
-    assert torch.equal(generate(model, prompt(), 20, top_k=1), greedy)
-    assert torch.equal(generate(model, prompt(), 20, top_p=1e-9), greedy)
-
-
 def test_a_full_cache_says_so(model: GPT) -> None:
     cache = KVCache(model, 1, capacity=4)
     model.hidden(prompt(1, 3), cache)
@@ -198,3 +166,90 @@ def test_tokens_come_one_by_one(model: GPT) -> None:
     whole = generate(model, prompt(), 9, seed=4)[:, 5:]
     steps = list(stream(model, prompt(), 9, seed=4))
     assert torch.equal(torch.stack(steps, 1), whole)
+
+
+# --- prompts of different lengths, several texts of each ---------------------------------------
+
+
+def prompts() -> list[torch.Tensor]:
+    """From one token to far past the context of 16, in no order."""
+    generator = torch.Generator().manual_seed(9)
+    return [torch.randint(61, (n,), generator=generator) for n in (5, 1, 16, 17, 40, 2, 9)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_fault_63_prompts_of_any_lengths_write_what_they_would_alone(
+    model: GPT, backend: str, use_cache: bool, temperature: float
+) -> None:
+    """Each slides its window at another time."""
+    model.use_ops(backend)
+    sampling = {"temperature": temperature, "use_cache": use_cache}
+    together = complete(model, prompts(), 30, seed=4, **sampling)
+    for row, ids in enumerate(prompts()):
+        alone = generate(model, ids[None], 30, seed=4 + row, **sampling)[0, len(ids) :]
+        assert together[row][0].ids == alone.tolist()
+        assert together[row][0].finish == "length"
+
+
+def test_several_texts_of_one_prompt(model: GPT) -> None:
+    ids = prompt(2, 5)
+    found = generate(model, ids, 20, n=3, seed=8)
+    assert torch.equal(found, generate(model, ids.repeat_interleave(3, 0), 20, seed=8))
+    assert len({tuple(row.tolist()) for row in found[:3]}) == 3
+    rows = complete(model, prompts(), 20, n=2, seed=list(range(14)))
+    single = complete(model, [row for row in prompts() for _ in range(2)], 20, seed=0)
+    assert [c.ids for of_prompt in rows for c in of_prompt] == [c[0].ids for c in single]
+
+
+def test_a_prompt_is_read_once_for_all_its_texts(model: GPT, monkeypatch) -> None:
+    read = []
+    hidden = GPT.hidden
+    monkeypatch.setattr(
+        GPT,
+        "hidden",
+        lambda self, ids, cache=None: read.append(ids.shape) or hidden(self, ids, cache),
+    )
+    generate(model, prompt(2, 7), 3, n=4)
+    assert read == [(2, 7), (8, 1), (8, 1)]
+
+
+def test_logprobs_are_the_models_own(model: GPT) -> None:
+    settings = {"temperature": 0.7, "top_k": 5, "repetition_penalty": 1.3, "seed": 3}
+    for of_prompt, ids in zip(complete(model, prompts(), 9, **settings), prompts(), strict=True):
+        text = ids.tolist()
+        for token, logprob in zip(of_prompt[0].ids, of_prompt[0].logprobs, strict=True):
+            window = torch.tensor([text[window_start(len(text), 16) :]])
+            assert logprob == pytest.approx(
+                model(window)[0, -1].log_softmax(-1)[token].item(), abs=1e-4
+            )
+            text.append(token)
+
+
+def test_what_ends_a_completion(model: GPT) -> None:
+    free = [of_prompt[0].ids for of_prompt in complete(model, prompts(), 30, seed=2)]
+    ends = {free[0][4], free[3][7]}
+    ended = complete(model, prompts(), 30, seed=2, stop_tokens=ends)
+    for whole, (completion,) in zip(free, ended, strict=True):
+        cut = next((at for at, token in enumerate(whole) if token in ends), 30)
+        assert completion.ids == whole[:cut]
+        assert len(completion.logprobs) == cut
+        assert completion.finish == ("stop" if cut < 30 else "length")
+    told: dict[int, list[int]] = {}
+
+    def after_three(row: int, token: int) -> bool:
+        told.setdefault(row, []).append(token)
+        return len(told[row]) == 3
+
+    three = complete(model, prompts(), 30, seed=2, stop=after_three)
+    assert [c.ids for (c,) in three] == list(told.values()) == [ids[:3] for ids in free]
+
+
+def test_nothing_asked_for_is_nothing_written(model: GPT) -> None:
+    assert complete(model, [], 5) == []
+    assert [c.ids for (c,) in complete(model, prompts(), 0)] == [[]] * 7
+    with pytest.raises(ValueError, match="at least one token, not"):
+        complete(model, [[1], []], 5)
+    with pytest.raises(ValueError, match="token id 61 is outside"):
+        complete(model, [[1], [61]], 5)

@@ -1,19 +1,22 @@
 """Other projects' GPT-2 models, in and out.
 
 In: `load` opens whatever holds a GPT-2 (a run of our own, a folder or a file of another project, a
-name on the Hugging Face hub); `GPT.from_pretrained` is the model alone. Out: `fastgpt.convert`.
+name on the Hugging Face hub) with its tokenizer; `GPT.from_pretrained` gives the model alone. Out:
+`GPT.save_pretrained`, and `fastgpt.convert` for every format.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 
 from fastgpt.errors import UsageError
-from fastgpt.interop import hugging_face, run
+from fastgpt.interop import hub, hugging_face, openai, run
 from fastgpt.model import GPT
 from fastgpt.tokenizer import BaseTokenizer
+
+Which: TypeAlias = Literal["best", "newest"]
 
 
 class Source(Protocol):
@@ -41,27 +44,39 @@ class Format(Protocol):
 FORMATS: dict[str, Format] = {
     "a run folder of fastgpt": run,
     "a folder of Hugging Face's transformers (config.json, model.safetensors)": hugging_face,
+    "OpenAI's release of GPT-2, or one like it (hparams.json, model.ckpt.index)": openai,
+    "a name on the Hugging Face hub (gpt2)": hub,
 }
 
 
-def open_source(source: str | Path) -> Source:
-    """Open a model, whatever made it; UsageError says what is understood."""
+def open_source(source: str | Path, checkpoint: Which = "best") -> Source:
+    """Open a model, whatever made it; UsageError says what is understood.
+
+    checkpoint: which one of a run.
+    """
     path = Path(source)
-    for module in FORMATS.values():
-        if module.recognises(path):
-            return module.read(path)
-    raise UsageError(f"{path} is none of: {'; '.join(FORMATS)}")
+    if run.recognises(path):
+        return run.read(path, checkpoint)
+    for known in FORMATS.values():
+        if known.recognises(path):
+            return known.read(path)
+    what = "none of what can be read" if path.exists() else "not there"
+    raise UsageError(f"{path} is {what}; give {'; or '.join(FORMATS)}")
 
 
 def load(
-    source: str | Path, device: torch.device | str = "cpu", ops: str = "auto"
+    source: str | Path,
+    device: torch.device | str = "cpu",
+    ops: str = "auto",
+    checkpoint: Which = "best",
 ) -> tuple[GPT, BaseTokenizer]:
     """Return the model of a source, for evaluation, and its tokenizer.
 
     Rows of the vocabulary that no token of the tokenizer has (some pad it to a round number) are
-    left out: the model never writes them. UsageError if the two do not belong together.
+    left out: the model could only write what nobody can decode. checkpoint: which one of a run.
+    UsageError if model and tokenizer do not belong together.
     """
-    opened = open_source(source)
+    opened = open_source(source, checkpoint)
     tokenizer = opened.read_tokenizer()
     model = opened.load_model(device, ops)
     if tokenizer.vocab_size > model.config.vocab_size:

@@ -19,6 +19,10 @@ from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer, Tokenizer, load_tokenizer
 
 
+class NoTokenizerError(UsageError):
+    """Nobody knows what the ids of a model stand for; the message says what to do."""
+
+
 @dataclass(frozen=True)
 class LazyTensor:
     """A tensor in a file, in our orientation.
@@ -29,16 +33,17 @@ class LazyTensor:
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    turned: bool = False  # what is read must be copied to lie in order
 
     def transposed(self) -> "LazyTensor":
         """Return a matrix the other way round: for those that hold `[in, out]`."""
-        return LazyTensor(self.shape[::-1], lambda: self.read().T)
+        return LazyTensor(self.shape[::-1], lambda: self.read().T, not self.turned)
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """Another project's model. `tensors` are by our names; `read_tokenizer` raises UsageError
-    where nobody knows what the ids stand for.
+    """Another project's model. `tensors` are by our names; `read_tokenizer` raises
+    NoTokenizerError where nobody knows what the ids stand for.
     """
 
     path: Path
@@ -51,8 +56,7 @@ class Foreign:
         with torch.device("meta"):
             model = GPT(self.config, ops)
         refuse_differences(self.path, self.tensors, model.state_dict())
-        # One at a time: beside the weights there is never more than one tensor's original.
-        weights = {name: _as_ours(tensor, device) for name, tensor in self.tensors.items()}
+        weights = _read_all(self.tensors, torch.device(device))
         model.load_state_dict(weights, assign=True)
         return model.requires_grad_(True).eval()
 
@@ -65,14 +69,24 @@ def tokenizer_beside(folder: Path, vocab_size: int) -> BaseTokenizer:
         gpt2 = Tokenizer.gpt2()
         if vocab_size == gpt2.vocab_size:
             return gpt2
-        raise UsageError(
+        raise NoTokenizerError(
             f"{folder} does not say what its {vocab_size:,} token ids stand for: put the "
             f"tokenizer's files (tokenizer.json, or vocab.bpe and encoder.json) into it"
         ) from None
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise NoTokenizerError(str(error)) from None
 
 
-def _as_ours(tensor: LazyTensor, device: torch.device | str) -> Tensor:
-    """Read a tensor as a parameter has it: fp32, its elements in order."""
-    return tensor.read().to(device, torch.float32).contiguous()
+def _read_all(tensors: Mapping[str, LazyTensor], device: torch.device) -> dict[str, Tensor]:
+    """Return the tensors as parameters are: fp32, their elements in order.
+
+    One is read at a time. Those that must be copied come last, to memory that is there already:
+    then what was read can go where the one before it was, and nothing else is in the way.
+    """
+    as_read = {name: tensor for name, tensor in tensors.items() if not tensor.turned}
+    turned = {name: tensor for name, tensor in tensors.items() if tensor.turned}
+    weights = {name: tensor.read().to(device, torch.float32) for name, tensor in as_read.items()}
+    weights |= {name: torch.empty(tensor.shape, device=device) for name, tensor in turned.items()}
+    for name, tensor in turned.items():
+        weights[name].copy_(tensor.read())
+    return weights

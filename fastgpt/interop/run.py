@@ -29,9 +29,9 @@ class Run:
 
 
 def recognises(path: Path) -> bool:
-    """Tell whether a path is a run folder, or stands for the newest one (``runs/latest``)."""
-    if path.name == "latest" and not path.exists():
-        return True
+    """Tell whether a path is a run folder, or stands for one (``runs/latest``)."""
+    if not path.exists():  # `read` says so of what is meant to be a run
+        return path.name == "latest" or path.parts[:1] == ("runs",)
     try:
         config = json.loads((path / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -1,16 +1,24 @@
 """A tokenizer as transformers' `AutoTokenizer` finds it beside a model."""
 
 from pathlib import Path
+from typing import Any
 
 from fastgpt.checkpoint import write_json
-from fastgpt.tokenizer import BaseTokenizer
+from fastgpt.tokenizer import BaseTokenizer, CharTokenizer
+from fastgpt.vocabulary import END_OF_TEXT, characters_to_hugging_face
 
 
 def write_tokenizer(tokenizer: BaseTokenizer, folder: Path, block_size: int) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`; block_size: the model's context."""
-    tokenizer.save(folder / "tokenizer.json")
-    names = [name for name in tokenizer.special_tokens if tokenizer.eot_token is not None]
-    write_json(
-        folder / "tokenizer_config.json",
-        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size, "x": names},
-    )
+    if isinstance(tokenizer, CharTokenizer):
+        write_json(folder / "tokenizer.json", characters_to_hugging_face(tokenizer.characters))
+    else:
+        tokenizer.save(folder / "tokenizer.json")
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,  # it would take spaces out of the text
+    }
+    if tokenizer.eot_token is not None:
+        settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    write_json(folder / "tokenizer_config.json", settings)

@@ -1,0 +1,180 @@
+"""The key/value cache, and reading a text with it: only what is new is computed.
+
+When prompt and new tokens outgrow the model's context (`block_size` S), the oldest tokens fall away
+half a context at a time: the model then sees the last S/2 to S tokens, numbered from position 0
+again. Moving in half-context strides means the cache is refilled once every S/2 tokens.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fastgpt.model import GPT
+from fastgpt.ops.reference import merge_heads, split_heads
+
+
+class KVCache:
+    """The keys and values of what a model has read so far, for every layer.
+
+    Preallocated for `capacity` positions (the model's context unless given): two tensors
+    `[n_layer, B, n_head, capacity, D]`. `held` says how many positions each row holds, and
+    `lengths` says the same on the device, int64 `[B]`.
+    """
+
+    def __init__(self, model: GPT, batch_size: int, capacity: int | None = None) -> None:
+        config = model.config
+        self.capacity = capacity or config.block_size
+        shape = (config.n_layer, batch_size, config.n_head, self.capacity)
+        head_dim = config.n_embd // config.n_head
+        self.k = model.wte.weight.new_empty(*shape, head_dim)
+        self.v = torch.empty_like(self.k)
+        self.hold([0] * batch_size)
+
+    def hold(self, held: Sequence[int]) -> None:
+        """Say how many positions each row holds; the rest of it counts for nothing."""
+        self.held = list(held)
+        self.lengths = torch.tensor(self.held, device=self.k.device)
+
+    def advance(self, n_new: int) -> Tensor:
+        """Make room for `n_new` positions; return where they start in each row, int64 `[B]`."""
+        if max(self.held) + n_new > self.capacity:
+            raise ValueError(
+                f"the cache holds {max(self.held)} of {self.capacity} positions: "
+                f"{n_new} more do not fit; clear it and read the last part of the text again"
+            )
+        start = self.lengths
+        self.held = [length + n_new for length in self.held]
+        self.lengths = start + n_new
+        return start
+
+    def layer(self, index: int) -> "LayerCache":
+        """Return the part that belongs to one layer."""
+        end = self.held[0] if len(set(self.held)) == 1 else None
+        return LayerCache(self.k[index], self.v[index], end, self.lengths)
+
+    def take(self, other: "KVCache", rows: Sequence[int], sources: Sequence[int]) -> None:
+        """Take into `rows` what `sources`, rows of another cache, hold there."""
+        filled = max(other.held)
+        to = torch.tensor(rows, device=self.k.device)
+        of = torch.tensor(sources, device=self.k.device)
+        self.k[:, to, :, :filled] = other.k[:, of, :, :filled]
+        self.v[:, to, :, :filled] = other.v[:, of, :, :filled]
+        held = dict(zip(rows, (other.held[source] for source in sources), strict=True))
+        self.hold([held.get(row, length) for row, length in enumerate(self.held)])
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's keys and values `[B, H, S, D]`, with room made for the newest positions.
+
+    end: where they end, if that is the same in all rows.
+    """
+
+    k: Tensor
+    v: Tensor
+    end: int | None
+    lengths: Tensor
+
+    def attend(self, qkv: Tensor, n_head: int, ops: ModuleType) -> Tensor:
+        """Add the keys and values of packed `qkv` `[B, T, 3C]`, then attend: `[B, T, C]`."""
+        q, k, v = split_heads(qkv, n_head)
+        if self.end is not None:
+            new = slice(self.end - q.size(2), self.end)
+            self.k[:, :, new] = k
+            self.v[:, :, new] = v
+        else:
+            rows = torch.arange(q.size(0), device=q.device)[:, None]
+            steps = torch.arange(q.size(2), device=q.device)
+            positions = self.lengths[:, None] - q.size(2) + steps  # [B, T]
+            self.k[rows, :, positions] = k.transpose(1, 2)
+            self.v[rows, :, positions] = v.transpose(1, 2)
+        return merge_heads(ops.cached_attention(q, self.k, self.v, self.lengths))
+
+
+class Reader:
+    """Gives the logits of the next token of each row, reading only what is new.
+
+    With `use_cache` False it reads everything each time: the twin. copies: how many rows, one after
+    the other, begin with the same text, which is then read once.
+    """
+
+    def __init__(self, model: GPT, n_rows: int, use_cache: bool = True, copies: int = 1) -> None:
+        self.model, self.copies = model, copies
+        self.cache = KVCache(model, n_rows) if use_cache else None
+        self.starts: list[int | None] = [None] * n_rows  # of what the cache holds of each row
+
+    @torch.no_grad()
+    def logits(self, history: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Return the logits `[B, V]` behind the first `lengths[b]` tokens of row b of `history`."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            return self.model.logits(self._last_hidden(history, lengths))
+        finally:
+            self.model.train(training)
+
+    def _last_hidden(self, history: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Return the hidden states `[B, C]` of each row's last token."""
+        starts = [window_start(length, self.model.config.block_size) for length in lengths]
+        windows = [
+            row[start:length] for row, start, length in zip(history, starts, lengths, strict=True)
+        ]
+        if self.cache is None:
+            hidden = self.model.hidden(pad_sequence(windows, batch_first=True))
+            return _at_ends(hidden, windows)
+        moved = [row for row, start in enumerate(starts) if start != self.starts[row]]
+        self.starts = [*starts]
+        if len(moved) == len(windows):
+            return self._read_all(windows, self.cache)
+        if moved:  # up to the last token, which is read with the others' new one
+            rows = [row for row in moved if len(windows[row]) > 1]
+            held = dict.fromkeys(moved, 0)
+            self.cache.hold([held.get(row, length) for row, length in enumerate(self.cache.held)])
+            if rows:
+                part, _ = self._read([windows[row][:-1] for row in rows])
+                self.cache.take(part, rows, range(len(rows)))
+        return self.model.hidden(_last(history, lengths), self.cache)[:, -1]
+
+    def _read_all(self, windows: Sequence[Tensor], cache: KVCache) -> Tensor:
+        """Read every row's window into the cache; return the hidden states of the last tokens."""
+        copies, self.copies = self.copies, 1  # they go their own ways from here on
+        if copies == 1 and len({len(window) for window in windows}) == 1:
+            cache.hold([0] * len(windows))
+            return self.model.hidden(torch.stack(list(windows)), cache)[:, -1]
+        part, hidden = self._read(windows[::copies])
+        sources = [row // copies for row in range(len(windows))]
+        cache.take(part, range(len(windows)), sources)
+        return hidden[sources]
+
+    def _read(self, windows: Sequence[Tensor]) -> tuple[KVCache, Tensor]:
+        """Read windows of any lengths; return a cache of them and their last hidden states."""
+        longest = max(map(len, windows))
+        cache = KVCache(self.model, len(windows), longest)
+        hidden = self.model.hidden(pad_sequence(list(windows), batch_first=True), cache)
+        cache.hold([len(window) for window in windows])
+        return cache, _at_ends(hidden, windows)
+
+
+def window_start(length: int, block_size: int) -> int:
+    """Return where the visible part of a text of `length` tokens begins: see the module's text."""
+    stride = (block_size + 1) // 2
+    return max(0, math.ceil((length - block_size) / stride) * stride)
+
+
+def _last(history: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return the last token `[B, 1]` of each row."""
+    if len(set(lengths)) == 1:
+        return history[:, lengths[0] - 1 : lengths[0]]
+    return history.gather(1, torch.tensor(lengths, device=history.device)[:, None] - 1)
+
+
+def _at_ends(hidden: Tensor, windows: Sequence[Tensor]) -> Tensor:
+    """Return the hidden states `[B, C]` where each window ends, of `[B, T, C]` for padded ones."""
+    rows = torch.arange(len(windows), device=hidden.device)
+    ends = torch.tensor([len(window) - 1 for window in windows], device=hidden.device)
+    return hidden[rows, ends]
