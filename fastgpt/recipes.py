@@ -286,7 +286,7 @@ DESCRIPTIONS: dict[str, str] = {
     "story-300k": "GPT-2 with 124M parameters and a short context on some 300,000 tokens (--data)",
     "bedtime-512": "the same on some 30,000 tokens (--data), with a context of 512; on a CPU",
     "finetune": "GPT-2's released weights (or --init MODEL), trained on with your text (--data)",
-    "finetune-lora": "the same in a quarter of the memory: small matrices beside frozen weights",
+    "finetune-lora": "the same by small matrices beside frozen weights (LoRA); less memory",
     "gpt2": "GPT-2 with 124M parameters on your own text (--data); needs a GPU",
     "gpt2-medium": "GPT-2 with 355M parameters",
     "gpt2-large": "GPT-2 with 774M parameters",
