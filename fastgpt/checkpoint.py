@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastgpt.errors import UsageError
+from fastgpt.lora import Lora, merged
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer, load_tokenizer
 
@@ -72,10 +73,15 @@ class Checkpoint:
     def load_model(
         self, device: torch.device | str = "cpu", ops: str = "auto", *, ema: bool = False
     ) -> GPT:
-        """Return the model with these weights, or with their average (`ema`), on `device`."""
+        """Return the model with these weights, or with their average (`ema`), on `device`.
+
+        Matrices that were trained beside the weights (LoRA) are added to them: it is a plain GPT.
+        """
         with torch.device("meta"):
             model = GPT(self.config, ops)
         tensors = self.model_tensors(ema=ema)
+        if self.lora is not None:
+            tensors = merged(tensors, self.lora)
         refuse_differences(self.path / (EMA if ema else MODEL), tensors, model.state_dict())
         on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
         model.load_state_dict(on_device, assign=True)
@@ -97,17 +103,36 @@ class Checkpoint:
         weights, state = self.model_tensors(), self.optimizer_tensors()
         refuse_differences(self.path / MODEL, weights, model.state_dict())
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-        refuse_differences(self.path / OPTIMIZER, state, _expected_state(names, optimizer))
+        if self.step:  # before the first there is none
+            refuse_differences(self.path / OPTIMIZER, state, _expected_state(names, optimizer))
         for p, name in names.items():
             p.copy_(part(weights[name], p))
+            if f"{name}.{MOMENTS[0]}" not in state:  # frozen, or not trained yet
+                continue
             saved = {moment: part(state[f"{name}.{moment}"], p) for moment in MOMENTS}
             optimizer.state[p] = {moment: _beside(p, moment, t) for moment, t in saved.items()}
 
+    @property
+    def lora(self) -> Lora | None:
+        """The matrices that are trained beside the weights, if there are any."""
+        saved = self.extra.get("lora")
+        if saved is None:
+            return None
+        try:
+            return Lora(**saved)
+        except TypeError as error:
+            raise CheckpointError(f"{self.path / MANIFEST}: lora is {saved!r}: {error}") from None
+
     def model_tensors(self, *, ema: bool = False) -> dict[str, Tensor]:
         """Return the weights by name, or their average, mapped from the file: read when used."""
-        if ema and not self.has_ema:
+        if not ema:
+            return _load(self.path / MODEL)
+        if not self.has_ema:
             raise CheckpointError(f"{self.path} has no averaged weights: the run kept none")
-        return _load(self.path / (EMA if ema else MODEL))
+        average = _load(self.path / EMA)
+        if self.lora is None:
+            return average
+        return _load(self.path / MODEL) | average  # what is frozen is its own average
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Return the optimizer's state, mapped from the file: `wte.weight.exp_avg`, and so on."""

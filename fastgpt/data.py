@@ -63,13 +63,17 @@ def load_corpus(
     val_fraction: float = 0.1,
     sha256: str | None = None,
     check: bool = True,
+    *,
+    val_data: str | None = None,
+    vocab_size: int = 10_000,
 ) -> Corpus:
     """Read a text (a path, or the name of a packaged one) and tokenize its two parts.
 
-    tokenizer: ``"char"`` (one token per different character of the text), ``"gpt2"``, or one that
-    is given. The last `val_fraction` of the characters is for validation. sha256: the text's, if it
-    must be a certain one. Lines of ``<|endoftext|>`` part the text into documents, if the tokenizer
-    has a token for that.
+    tokenizer: ``"char"`` (one token per different character of the text), ``"gpt2"``, ``"bpe"``
+    (one of `vocab_size` ids, learned from the training part), the path of one, or one that is
+    given. The last `val_fraction` of the characters is for validation, or, if it is given,
+    `val_data`, another text. sha256: the text's, if it must be a certain one. Lines of
+    ``<|endoftext|>`` part the text into documents, if the tokenizer has a token for that.
 
     A folder that :func:`prepare` made, or one of nanoGPT's or llm.c's token files
     (:mod:`fastgpt.foreign_tokens`), is tokenized and split already: `val_fraction` says nothing of
@@ -86,7 +90,17 @@ def load_corpus(
             f"{shlex.quote(str(Path(data).parent))}), which holds the validation part, too"
         )
     if data in PACKAGED or not Path(data).is_dir():
-        return _load_text(PACKAGED.get(data, Path(data)), tokenizer, val_fraction, sha256)
+        text = _Text.read(data, val_data, val_fraction)
+        if sha256 not in (None, text.sha256):
+            raise UsageError(
+                f"{text.names} is not the text that the run was trained on: its SHA-256 differs"
+            )
+        return _encode_text(text, _find_tokenizer(tokenizer, text, vocab_size))
+    if val_data is not None:
+        raise UsageError(
+            f"val_data goes with a text to train on; {data} is a folder, and has its own "
+            "validation part (python -m fastgpt.prepare takes --val)"
+        )
     folder = Path(data)
     if not (folder / META).is_file() and is_foreign(folder):
         corpus = _load_foreign(folder, sha256, check)
@@ -102,25 +116,52 @@ def load_corpus(
     return corpus
 
 
-def _load_text(
-    path: Path, tokenizer: str | BaseTokenizer, val_fraction: float, sha256: str | None
-) -> Corpus:
-    text = read_text(path)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    if sha256 not in (None, digest):
-        raise UsageError(f"{path} is not the text that the run was trained on: its SHA-256 differs")
+@dataclass(frozen=True)
+class _Text:
+    """The two parts of a text, and what to call it in a message."""
+
+    train: str
+    val: str
+    sha256: str
+    names: str
+
+    @classmethod
+    def read(cls, data: str, val_data: str | None, val_fraction: float) -> "_Text":
+        """Read a text, cut in two, or two texts."""
+        paths = [PACKAGED.get(name, Path(name)) for name in (data, val_data) if name is not None]
+        texts = [read_text(path) for path in paths]
+        names = " with ".join(map(str, paths))
+        digests = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+        if len(texts) == 2:
+            both = hashlib.sha256("".join(digests).encode()).hexdigest()
+            return cls(texts[0], texts[1], both, names)
+        text = texts[0]
+        cut = len(text) - int(len(text) * val_fraction)
+        return cls(text[:cut], text[cut:], digests[0], names)
+
+
+def _find_tokenizer(tokenizer: str | BaseTokenizer, text: _Text, vocab_size: int) -> BaseTokenizer:
+    """Return the tokenizer that is meant; where it comes from the text, make it."""
+    if isinstance(tokenizer, BaseTokenizer):
+        return tokenizer
     if tokenizer == "char":
-        tokenizer = CharTokenizer.from_text(text)
-    elif tokenizer == "gpt2":
-        tokenizer = Tokenizer.gpt2()
-    elif isinstance(tokenizer, str):
-        raise UsageError(f"tokenizer must be char, gpt2 or a tokenizer, not {tokenizer!r}")
-    cut = len(text) - int(len(text) * val_fraction)
+        return CharTokenizer.from_text(text.train + text.val)
+    if tokenizer == "gpt2":
+        return Tokenizer.gpt2()
     try:
-        train, val = (_encode(tokenizer, part) for part in (text[:cut], text[cut:]))
+        if tokenizer == "bpe":
+            return Tokenizer.train(split_documents(text.train), vocab_size)
+        return load_tokenizer(tokenizer)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"tokenizer {tokenizer}: {error}") from None
+
+
+def _encode_text(text: _Text, tokenizer: BaseTokenizer) -> Corpus:
+    try:
+        train, val = (_encode(tokenizer, part) for part in (text.train, text.val))
     except ValueError as error:
-        raise UsageError(f"{path}: {error}") from None
-    return Corpus(train, val, tokenizer, digest)
+        raise UsageError(f"{text.names}: {error}") from None
+    return Corpus(train, val, tokenizer, text.sha256)
 
 
 def _encode(tokenizer: BaseTokenizer, text: str) -> Ids:

@@ -7,7 +7,7 @@ process is a world of one, and every call here is free of cost.
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -88,6 +88,12 @@ class World:
         box = [thing if self.is_main else None]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Have all processes hold what the main one has in these tensors; all must call."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), src=0)
 
     @contextlib.contextmanager
     def only_main(self) -> Iterator[bool]:

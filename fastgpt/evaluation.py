@@ -3,6 +3,7 @@
 Nothing here changes what training computes. All processes must call, unless it says otherwise.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,9 +13,11 @@ from fastgpt.data import gather
 from fastgpt.distributed import settle
 from fastgpt.generation import generate
 from fastgpt.learner import Learner
+from fastgpt.lora import merged
 from fastgpt.model import GPT
 from fastgpt.tokenizer import BaseTokenizer
 
+MOST_EXPONENT = 700.0  # e to more is beyond fp64
 VALIDATION_TOKENS = 8192  # evaluated at once, on each process
 
 
@@ -52,13 +55,26 @@ def mean_loss(learner: Learner) -> float:
     return world.sums(total)[0] / len(starts)
 
 
+def perplexity(loss: float) -> float:
+    """Return e to a loss in nats per token: among how many tokens the model is at a loss."""
+    return math.exp(loss) if loss < MOST_EXPONENT else math.inf
+
+
+def told(loss: float, with_perplexity: bool) -> str:
+    """Write a validation loss, with the perplexity where that says something."""
+    return f"{loss:.4f}" + (f", perplexity {perplexity(loss):,.1f}" if with_perplexity else "")
+
+
 def whole_model(learner: Learner) -> GPT:
-    """Return the model, or with fsdp a copy of it that is whole."""
+    """Return the model, or with fsdp a copy of it that is whole, LoRA's matrices added to it."""
     if learner.recipe.parallel != "fsdp" or learner.world.size == 1:
         return learner.model
     with torch.device("meta"):
         model = GPT(learner.config, learner.recipe.ops)
-    model.load_state_dict(learner.model_tensors(), assign=True)
+    tensors = learner.model_tensors()
+    if learner.lora:
+        tensors = merged(tensors, learner.lora)
+    model.load_state_dict(tensors, assign=True)
     return model
 
 

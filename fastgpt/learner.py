@@ -4,9 +4,10 @@ A `Learner` does single steps. It knows nothing of evaluations, files and stoppi
 are `fastgpt.trainer`'s. What a step computes is a function of the recipe and of its number alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fastgpt.distributed import World, accumulating, part_like, share_out, whole
 from fastgpt.errors import UsageError
 from fastgpt.feeder import Feeder
 from fastgpt.host_memory import give_back, keep_freed_memory
+from fastgpt.lora import Lora, add_lora
 from fastgpt.memory import (
     MemoryEstimate,
     available,
@@ -32,9 +34,10 @@ from fastgpt.memory import (
 )
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.optim import Updater, learning_rate
+from fastgpt.origin import Origin, begin_from
 from fastgpt.precision import Precision, choose_precision, fastest
 from fastgpt.recipes import Recipe
-from fastgpt.tokenizer import BaseTokenizer
+from fastgpt.run_length import settle_length
 
 TRIAL_TOKENS = 1024  # to see which precision is the fastest
 
@@ -43,12 +46,12 @@ class Learner:
     """A model, and all that trains it on this device.
 
     Args:
-        recipe: see `fastgpt.recipes`. What it leaves open (precision, batch) is settled in
-            `self.recipe`.
+        recipe: see `fastgpt.recipes`. What it leaves open (precision, batch, steps, the shape of
+            a model to begin with) is settled in `self.recipe`.
         device: where to train.
         world: the processes that share each step.
-        tokenizer: of a run that goes on; by default the recipe's.
-        data_sha256: of the data that such a run began with.
+        origin: what a run that goes on takes over from itself.
+        given: names of settings that what the recipe begins with (`init`) must not change.
 
     Attributes: `model`; `module`, which is the model as training calls it (spread, compiled);
     `updater`, with the optimizer; `corpus`; `val_starts`, the windows to validate on;
@@ -61,25 +64,28 @@ class Learner:
         recipe: Recipe,
         device: torch.device,
         world: World,
-        tokenizer: BaseTokenizer | None = None,
-        data_sha256: str | None = None,
+        origin: Origin | None = None,
+        given: Collection[str] = (),
     ) -> None:
-        self.recipe, self.device, self.world = recipe, device, world
+        self.device, self.world = device, world
         self.notes: list[str] = []
         self._precisions = choose_precision(recipe.dtype, device)
         self.precision = self._precisions[0]
-        self.corpus = _load(recipe, world, tokenizer, data_sha256)
-        self.config = _model_config(recipe, self.corpus)
+        if origin is None and recipe.init is not None:
+            recipe, origin, note = begin_from(recipe, world, given)
+            self.notes.append(note)
+        self.corpus = _load(recipe, world, origin)
+        self.config = origin.config if origin else _model_config(recipe, self.corpus)
+        self.lora = Lora.of(recipe)
         self.backend = _backend_name(recipe.ops, device, self.config)
         self.batches = Batches(self.corpus.train, recipe.block_size, recipe.seed)
         self.val_starts = validation_windows(self.corpus.val, recipe.block_size, recipe.eval_tokens)
+        self.recipe, length = settle_length(recipe, self.batches.n_windows)
+        self.notes += filter(None, [length])
         torch.manual_seed(recipe.seed)
         self.free = available(device)
         with self.enough_memory():
-            self.model = GPT(self.config, recipe.ops).to(device)
-        self.model.recompute = recipe.recompute
-        if device.type == "cpu":
-            keep_freed_memory()
+            self._make_model(origin.weights if origin else None)
         self._spread()
 
     @property
@@ -162,10 +168,15 @@ class Learner:
         with self.enough_memory():
             checkpoint.restore(self.model, self.updater.optimizer, part_like)
             if self.updater.average:
-                for name, tensor in checkpoint.model_tensors(ema=True).items():
-                    average = self.updater.average[name]
-                    average.copy_(part_like(tensor, average))
+                saved = checkpoint.model_tensors(ema=True)
+                for name, average in self.updater.average.items():
+                    average.copy_(part_like(saved[name], average))
         self.updater.restore_extra(checkpoint.extra)
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold besides tensors."""
+        lora = {"lora": self.lora.as_dict()} if self.lora else {}
+        return {**self.updater.extra_state(), **lora}
 
     # --- memory --------------------------------------------------------------------------------
 
@@ -186,9 +197,28 @@ class Learner:
             world_size=self.world.size,
             fsdp=recipe.parallel == "fsdp" and self.world.size > 1,
             recompute=recipe.recompute,
+            lora=self.lora,
         )
 
     # --- making it -----------------------------------------------------------------------------
+
+    def _make_model(self, weights: Mapping[str, Tensor] | None) -> None:
+        """Make the model, new, or with weights that the main process has."""
+        if weights is None:
+            self.model = GPT(self.config, self.recipe.ops).to(self.device)
+        else:
+            with torch.device("meta"):
+                model = GPT(self.config, self.recipe.ops)
+            self.model = model.to_empty(device=self.device)
+            if self.world.is_main:
+                self.model.load_state_dict(weights)
+        if self.lora:
+            add_lora(self.model, self.lora)
+        if weights is not None:
+            self.world.share(self.model.parameters())
+        self.model.recompute = self.recipe.recompute
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def _spread(self) -> None:
         """Make what trains the model: spread over the processes, with an optimizer, compiled."""
@@ -238,17 +268,23 @@ class Learner:
             self.model.zero_grad()
 
 
-def _load(
-    recipe: Recipe, world: World, tokenizer: BaseTokenizer | None, sha256: str | None
-) -> Corpus:
-    """Load the data; the main process checks it, for all."""
+def _load(recipe: Recipe, world: World, origin: Origin | None) -> Corpus:
+    """Load the data; the main process checks it, for all, and makes the tokenizer."""
     if not recipe.data:
         raise UsageError("this recipe needs a text to train on: add --data my.txt")
-    source = recipe.data, tokenizer or recipe.tokenizer, recipe.val_fraction
+    load = partial(
+        load_corpus,
+        recipe.data,
+        val_fraction=recipe.val_fraction,
+        val_data=recipe.val_data,
+        vocab_size=recipe.vocab_size,
+    )
+    tokenizer = origin.tokenizer if origin else recipe.tokenizer
+    sha256 = origin.data_sha256 if origin else None
     with world.only_main() as main:
-        corpus = load_corpus(*source, sha256) if main else None
-    sha256 = world.tell(corpus and corpus.sha256)
-    return corpus or load_corpus(*source, sha256, check=False)
+        corpus = load(tokenizer=tokenizer, sha256=sha256) if main else None
+    tokenizer, sha256 = world.tell(corpus and (corpus.tokenizer, corpus.sha256))
+    return corpus or load(tokenizer=tokenizer, sha256=sha256, check=False)
 
 
 def _model_config(recipe: Recipe, corpus: Corpus) -> GPTConfig:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from fastgpt.errors import UsageError
+from fastgpt.lora import Lora
 from fastgpt.model import GPTConfig
 from fastgpt.ops import cpu, products
 from fastgpt.ops.native import MAX_LOGITS
@@ -39,6 +40,7 @@ class Setup:
     world_size: int = 1
     fsdp: bool = False
     recompute: bool = False
+    lora: Lora | None = None
 
     @property
     def sequences(self) -> int:
@@ -99,6 +101,7 @@ def estimate(
     world_size: int = 1,
     fsdp: bool = False,
     recompute: bool = False,
+    lora: Lora | None = None,
 ) -> MemoryEstimate:
     """Return the memory that a step of training takes on one device.
 
@@ -106,7 +109,8 @@ def estimate(
     `world_size` processes. dtype: of the products, as autocast has it; weights, gradients and
     optimizer are fp32. backend: that of `fastgpt.ops` which computes ("native", "triton",
     "reference"). fsdp: weights, gradients and optimizer are shared by the processes too; without
-    it each has all. recompute: activations of a block are computed again in the backward.
+    it each has all. recompute: activations of a block are computed again in the backward. lora:
+    small matrices are trained, and all else is frozen, with neither gradients nor moments.
     ValueError if a name is unknown.
     """
     setup = Setup(
@@ -120,6 +124,7 @@ def estimate(
         world_size,
         fsdp,
         recompute,
+        lora,
     )
     return _estimate(setup)
 
@@ -276,7 +281,7 @@ def _estimate(setup: Setup) -> MemoryEstimate:
         raise ValueError(f"optimizer must be one of {', '.join(STATES)}, not {setup.optimizer!r}")
     if setup.backend not in ("native", "triton", "reference"):
         raise ValueError(f"backend must be native, triton or reference, not {setup.backend!r}")
-    model = _Parameters.of(setup.config)
+    model = _Parameters.of(setup.config, setup.lora)
     e = setup.dtype.itemsize
     # Autocast's copies, kept until the backward is through; the loops' products need none.
     casts = model.products * e if e < FP32 and not _by_loops(setup) else 0
@@ -284,7 +289,7 @@ def _estimate(setup: Setup) -> MemoryEstimate:
     weights = _split(model.total, share) * FP32
     if setup.fsdp:  # what is gathered from the others: two blocks, and the tables throughout
         weights += (2 * model.block + model.rest) * e
-    optimizer = _split(model.total, share) * FP32 * STATES[setup.optimizer]
+    optimizer = _split(model.trained, share) * FP32 * STATES[setup.optimizer]
 
     def at(gradients: int, activations: int, loss: int, casts: int) -> MemoryEstimate:
         return MemoryEstimate(setup, weights + casts, gradients, optimizer, activations, loss)
@@ -299,11 +304,13 @@ def _moments(
     """Yield (gradients, activations, loss, casts) of the moments that may be the worst."""
     config, n = setup.config, setup.micro_batch * setup.config.block_size
     e = setup.dtype.itemsize
-    table = model.table * FP32
+    table = 0 if setup.lora else model.table * FP32
     # DDP's buckets, and what earlier micro-batches added, are there from the start; otherwise each
     # gradient appears in the backward. The head's waits for the embedding's, to be added to it.
-    all_gradients = _split(model.total, share) * FP32
-    if setup.fsdp:  # those of a block and of the tables, before they are shared out
+    all_gradients = _split(model.trained, share) * FP32
+    if (
+        setup.fsdp and not setup.lora
+    ):  # those of a block and of the tables, before they are shared out
         all_gradients += (model.block + model.rest) * FP32
     early = setup.world_size > 1 or setup.sequences > setup.micro_batch
     before = all_gradients if early else 0
@@ -325,8 +332,9 @@ def _moments(
     yield before, n_layer * kept + ends, forward, casts
     yield before, n_layer * kept + ends, backward, 0 if setup.recompute else casts
     # The backward of the last block: of the MLP's first product, the largest of its tensors ...
-    gradients = (before or model.table * FP32) + (waiting if early else 0)
-    gradients += 4 * config.n_embd**2 * e
+    gradients = (before or table) + (waiting if early else 0)
+    if not setup.lora:
+        gradients += 4 * config.n_embd**2 * e
     yield gradients, n_layer * kept + redone + ends + inside, 0, one_cast
     # ... and of the first: all other blocks' gradients are there, and none of their activations.
     gradients = all_gradients + (waiting if early else 0)
@@ -352,12 +360,36 @@ def _kept_by_block(setup: Setup) -> int:
     kept = width * (2 * FP32 + 14 * e) + 2 * 2 * FP32 + heads * FP32
     if _by_loops(setup):  # which compute what the norms and GELU put out again
         kept -= 6 * width * e
+    if setup.lora:
+        kept += _kept_by_lora(setup, setup.lora)
     if config.dropout:
         kept += 2 * width * _mask_bytes(setup)
         if setup.device == "cpu" and setup.backend == "native":
             # PyTorch has no fused attention with dropout there: scores, mask and product are kept
             # in fp32, and copies of q, k and v.
             kept += 3 * heads * config.block_size * FP32 + 3 * width * FP32
+    return kept
+
+
+def _kept_by_lora(setup: Setup, lora: Lora) -> int:
+    """Return the bytes per token that the matrices beside a block's weights keep.
+
+    What they are multiplied with, which without them the loops compute again (the norms' results,
+    and GELU's) or nobody asks for, the weights being frozen; and the `rank` numbers between each
+    pair of matrices.
+    """
+    width, e = setup.config.n_embd, setup.dtype.itemsize
+    n_layers = 2 * lora.of_attention + 2 * lora.of_mlp
+    kept = n_layers * lora.rank * e
+    if _by_loops(setup):
+        kept += width * (lora.of_attention + 5 * lora.of_mlp) * e
+        if e < FP32:  # what the norms and GELU work on stays in fp32
+            kept += width * 4 * lora.of_mlp * (FP32 - e)
+    else:
+        kept -= width * (1 * (not lora.of_attention) + 5 * (not lora.of_mlp)) * e
+    if lora.dropout:  # masks, and, for nothing else keeps it, what is left of attention's result
+        kept += width * (2 * lora.of_attention + 5 * lora.of_mlp) * _mask_bytes(setup)
+        kept += width * lora.of_attention * e
     return kept
 
 
@@ -406,29 +438,34 @@ def _loss(setup: Setup, n: int) -> tuple[int, int]:
     """Return the bytes of the loss's forward, and of the start of its backward."""
     vocab, width, e = setup.config.vocab_size, setup.config.n_embd, setup.dtype.itemsize
     if setup.backend == "triton":
-        return _loss_of_kernels(n, vocab, width, e)
+        return _loss_of_kernels(n, vocab, width, e, frozen=setup.lora is not None)
     if setup.backend == "reference":
         return n * vocab * (2 * FP32 + e % FP32), n * vocab * 5 * FP32
+    trained = 0 if setup.lora else vocab  # rows of the head
     if _by_loops(setup):  # one chunk, and the gradients at once
-        return (cpu.rows_at_once(n, vocab) * vocab + (n + vocab) * width) * FP32, 0
+        return (cpu.rows_at_once(n, vocab) * vocab + (n + trained) * width) * FP32, 0
     if n * vocab <= MAX_LOGITS:
         # The logits (rounded, then in fp32), and their logarithms; then the gradients of both.
         logits = FP32 if e == FP32 else e + FP32
         return n * vocab * (logits + FP32), n * vocab * 3 * FP32
     # Chunks: the last logits and their gradient are there while the next are made. The gradients
     # are ready before the backward, which multiplies them by a factor.
-    gradients = n * width * e + vocab * width * FP32
+    gradients = n * width * e + trained * width * FP32
     inputs = (n + vocab) * width * e if e < FP32 else 0  # cast for the products
     return MAX_LOGITS * 3 * FP32 + gradients + inputs, 2 * gradients
 
 
-def _loss_of_kernels(n: int, vocab: int, width: int, e: int) -> tuple[int, int]:
-    """Return the same of the Triton kernels: one chunk's logits, gradients in fp32 at once."""
+def _loss_of_kernels(n: int, vocab: int, width: int, e: int, frozen: bool) -> tuple[int, int]:
+    """Return the same of the Triton kernels: one chunk's logits, gradients in fp32 at once.
+
+    frozen: the head needs no gradient.
+    """
     padded = -(-vocab // 128) * 128
     logits = n * padded * e
-    head = padded * width * (e + (FP32 if logits > KERNELS_LOGITS and e < FP32 else 0))
-    gradients = (n + padded) * width * FP32
-    rounded = n * width * e + vocab * width * FP32
+    summed = logits > KERNELS_LOGITS and e < FP32 and not frozen
+    head = padded * width * (e + (FP32 if summed else 0))
+    gradients = (n + (0 if frozen else padded)) * width * FP32
+    rounded = n * width * e + (0 if frozen else vocab * width * FP32)
     return min(logits, KERNELS_LOGITS) + head + gradients, gradients + rounded
 
 
@@ -441,9 +478,10 @@ class _Parameters:
     rest: int  # all outside of the blocks
     products: int  # those in matrices that something is multiplied with
     total: int
+    trained: int
 
     @classmethod
-    def of(cls, config: GPTConfig) -> "_Parameters":
+    def of(cls, config: GPTConfig, lora: Lora | None = None) -> "_Parameters":
         """Count them."""
         width = config.n_embd
         table = config.vocab_size * width
@@ -452,8 +490,9 @@ class _Parameters:
         block = matrices + 2 * norm + (9 * width if config.bias else 0)
         heads = 1 if config.tie_weights else 2
         rest = heads * table + config.block_size * width + norm
-        total = config.n_layer * block + rest
-        return cls(table, block, rest, config.n_layer * matrices + table, total)
+        products, total = config.n_layer * matrices + table, config.n_layer * block + rest
+        added = lora.n_params(config) if lora else 0
+        return cls(table, block, rest, products, total + added, added or total)
 
 
 def _split(count: int, parts: int) -> int:

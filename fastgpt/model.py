@@ -145,6 +145,13 @@ class GPT(nn.Module):
             self.lm_head.weight = nn.Parameter(self.lm_head.weight[:size].clone())
             self.lm_head.out_features = size
 
+    @torch.no_grad()
+    def crop_context(self, size: int) -> None:
+        """Leave out the positions from `size` on; what is shorter stays."""
+        if size < self.config.block_size:
+            self.config = replace(self.config, block_size=size)
+            self.wpe = _embedding(size, self.config.n_embd, self.wpe.weight[:size])
+
     def use_ops(self, name: str) -> "GPT":
         """Compute with another backend from now on; the weights stay. Returns the model."""
         self.ops = backends.check(name)

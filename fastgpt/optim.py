@@ -20,19 +20,28 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """
     groups = parameter_groups(model, recipe.weight_decay)
     betas = (recipe.beta1, recipe.beta2)
-    if all(_is_plain(p) for p in model.parameters()) and _has_fused(model, recipe):
+    if all(_is_plain(p) for group in groups for p in group["params"]) and _has_fused(model, recipe):
         return FusedAdamW(groups, recipe.lr, betas, max_norm=recipe.grad_clip or None)
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=betas, fused=True)
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split parameters for AdamW: decay pulls on matrices and embeddings, not biases and norms."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    """Split parameters for AdamW: decay pulls on matrices and embeddings, not biases and norms.
+
+    Frozen ones are in neither group.
+    """
+    parameters = list(trainable(model).values())
+    matrices = [p for p in parameters if p.dim() >= 2]
+    vectors = [p for p in parameters if p.dim() < 2]
     return [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters that are not frozen, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -80,13 +89,14 @@ class Updater:
 
     def __init__(self, model: GPT, recipe: Recipe, dtype: torch.dtype) -> None:
         self.model, self.recipe = model, recipe
-        self.parameters = list(model.parameters())
+        parameters = trainable(model)
+        self.parameters = list(parameters.values())
         self.optimizer = make_optimizer(model, recipe)
         self.scale = LossScale(model.device) if dtype == torch.float16 else None
         self.skipped = torch.zeros((), device=model.device)
         self.average: dict[str, Tensor] = {}
         if recipe.ema:
-            self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+            self.average = {name: p.detach().clone() for name, p in parameters.items()}
 
     def scaled(self, loss: Tensor) -> Tensor:
         """Return the loss to take the gradient of."""

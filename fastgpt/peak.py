@@ -27,10 +27,11 @@ class Peak:
         return f"{source} peak of {_tera(self.flops)} TFLOP/s"
 
 
-def flops_per_token(config: GPTConfig, n_params: int) -> int:
+def flops_per_token(config: GPTConfig, n_params: int, frozen: bool = False) -> int:
     """Return the operations that training on one token needs: 6·N + 12·L·C·T.
 
     n_params: all parameters but the position table, as `GPT.num_params(embeddings=False)` counts.
+    frozen: next to all of them are, and need no gradients of their own: 4·N.
     The forward multiplies and adds once with each weight of a matrix, the backward twice that: 6·N.
     Attention's two products of C numbers by T positions a layer are 4·C·T, three times with the
     backward: 12·L·C·T; that half of the scores are masked is not counted off, as in PaLM and
@@ -39,7 +40,7 @@ def flops_per_token(config: GPTConfig, n_params: int) -> int:
     """
     if not config.tie_weights:
         n_params -= config.vocab_size * config.n_embd
-    return 6 * n_params + 12 * config.n_layer * config.n_embd * config.block_size
+    return (4 if frozen else 6) * n_params + 12 * config.n_layer * config.n_embd * config.block_size
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> Peak | None:

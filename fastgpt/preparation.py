@@ -78,6 +78,7 @@ def prepare(
     tokenizer: str | Path | BaseTokenizer = "gpt2",
     train_vocab: int | None = None,
     field: str = "text",
+    val: str | Path | Sequence[str | Path] = (),
     val_fraction: float = 0.01,
     tokens_per_shard: int = TOKENS_PER_SHARD,
     threads: int | None = None,
@@ -93,8 +94,10 @@ def prepare(
         tokenizer: ``"gpt2"``, a file or folder to load one from, or one that is given.
         train_vocab: instead, train a tokenizer of so many ids on the texts.
         field: where JSON objects and parquet tables hold the text.
-        val_fraction: share of the documents for validation, drawn by their number; if that would
-            be fewer than ten documents, the last such part of the whole text instead.
+        val: texts for validation, of the same kinds; then all of `inputs` is for training.
+        val_fraction: without such texts, share of the documents for validation, drawn by their
+            number; if that would be fewer than ten documents, the last such part of the whole text
+            instead.
         tokens_per_shard: how many ids a file holds at most.
         threads: how many batches to encode at once; by default one for each CPU.
         overwrite: replace a folder that this function made.
@@ -107,24 +110,25 @@ def prepare(
     if train_vocab is not None and tokenizer != "gpt2":
         raise UsageError("give --tokenizer or --train-vocab, not both")
     _refuse_to_overwrite(folder, overwrite)
-    reading = _Reading([inputs] if isinstance(inputs, str | Path) else inputs, field, progress)
-    n_characters = reading.survey(most_documents=math.ceil(ENOUGH_DRAWN / val_fraction))
+    reading = _Reading(_listed(inputs), field, progress)
+    if not reading.sources:
+        raise UsageError("nothing to prepare: name a text file, or a folder of some")
+    val_reading = _Reading(_listed(val), field, progress)
     chosen = _choose_tokenizer(tokenizer, train_vocab, reading)
     try:
         with _written_beside(folder) as beside:
             with (
-                closing(reading.pieces("tokenizing")) as pieces,
+                closing(_parts(reading, val_reading, val_fraction)) as split,
                 ShardWriter(beside / "train", chosen, tokens_per_shard) as train_writer,
                 ShardWriter(beside / "val", chosen, tokens_per_shard) as val_writer,
             ):
                 sinks = {"train": _Sink(train_writer), "val": _Sink(val_writer)}
-                split = _split(pieces, val_fraction, n_characters)
                 for batch in map_in_order(partial(_encode, chosen), _batches(split), threads):
                     sinks[batch.split].take(batch)
-                _refuse_empty(sinks, val_fraction)
+                _refuse_empty(sinks, None if val_reading.sources else val_fraction)
             prepared = Prepared(folder, chosen, sinks["train"].part(), sinks["val"].part())
             chosen.save(beside / "tokenizer.json")
-            _write_meta(beside / META, prepared, reading.sources, val_fraction)
+            _write_meta(beside / META, prepared, reading, val_reading, val_fraction)
     except OSError as error:
         raise UsageError(f"{folder} cannot be written: {error.strerror}") from None
     return prepared
@@ -135,8 +139,6 @@ class _Reading:
 
     def __init__(self, inputs: Sequence[str | Path], field: str, progress: bool) -> None:
         self.sources = find_sources(inputs)
-        if not self.sources:
-            raise UsageError("nothing to prepare: name a text file, or a folder of some")
         self._field, self._progress = field, progress
 
     def pieces(self, what: str) -> Generator[Piece, None, None]:
@@ -184,6 +186,27 @@ def _choose_tokenizer(
     if tokenizer.eot_token is None:
         raise UsageError(f"{tokenizer!r:.60} has no {_EOT}, which ends every document")
     return tokenizer
+
+
+def _listed(inputs: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    return [inputs] if isinstance(inputs, str | Path) else inputs
+
+
+def _parts(
+    reading: _Reading, val_reading: _Reading, val_fraction: float
+) -> Generator[tuple[str, Piece], None, None]:
+    """Yield all pieces and where they belong; to be closed.
+
+    Texts for validation, if there are any, come first: what is wrong with them is told at once.
+    """
+    if not val_reading.sources:
+        n_characters = reading.survey(most_documents=math.ceil(ENOUGH_DRAWN / val_fraction))
+        with closing(reading.pieces("tokenizing")) as pieces:
+            yield from _split(pieces, val_fraction, n_characters)
+        return
+    for split, texts in (("val", val_reading), ("train", reading)):
+        with closing(texts.pieces("tokenizing")) as pieces:
+            yield from ((split, piece) for piece in pieces)
 
 
 def _split(
@@ -308,20 +331,24 @@ def _refuse_to_overwrite(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _refuse_empty(sinks: dict[str, _Sink], val_fraction: float) -> None:
+def _refuse_empty(sinks: dict[str, _Sink], val_fraction: float | None) -> None:
     for name, sink in sinks.items():
-        if not sink.writer.n_tokens:
-            what = {"train": "training", "val": "validation"}[name]
-            raise UsageError(
-                f"nothing is left for {what}: bring more text, or choose another --val-fraction "
-                f"(now {val_fraction})"
-            )
+        if sink.writer.n_tokens:
+            continue
+        what = {"train": "training", "val": "validation"}[name]
+        if val_fraction is None:
+            raise UsageError(f"the texts for {what} hold no text")
+        raise UsageError(
+            f"nothing is left for {what}: bring more text, or choose another --val-fraction "
+            f"(now {val_fraction})"
+        )
 
 
 def _write_meta(
-    path: Path, prepared: Prepared, sources: Sequence[Path], val_fraction: float
+    path: Path, prepared: Prepared, reading: _Reading, val_reading: _Reading, val_fraction: float
 ) -> None:
     tokenizer = prepared.tokenizer
+    has_val = bool(val_reading.sources)
     content = {
         "format": 1,
         "fastgpt": fastgpt.__version__,
@@ -329,14 +356,19 @@ def _write_meta(
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "sha256": tokenizer.fingerprint},
         "train": asdict(prepared.train),
         "val": asdict(prepared.val),
-        "val_fraction": val_fraction,
+        "val_fraction": None if has_val else val_fraction,
         "bytes_per_token": prepared.bytes_per_token,
-        "sources": [
-            {"path": str(source), "bytes": source.stat().st_size, "sha256": _sha256(source)}
-            for source in sources
-        ],
+        "sources": _described(reading.sources),
+        **({"val_sources": _described(val_reading.sources)} if has_val else {}),
     }
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _described(sources: Sequence[Path]) -> list[dict[str, str | int]]:
+    return [
+        {"path": str(source), "bytes": source.stat().st_size, "sha256": _sha256(source)}
+        for source in sources
+    ]
 
 
 def _sha256(path: Path) -> str:

@@ -27,8 +27,11 @@ class Options:
     """Train a tokenizer with so many tokens on these texts instead."""
     field: str = "text"
     """Where JSON objects and parquet tables hold the text."""
+    val: tuple[Path, ...] = ()
+    """Texts for validation; then all of the others are for training."""
     val_fraction: float = 0.01
-    """Share of the documents kept for validation; of few documents, the last part of the text."""
+    """Without --val, share of the documents kept for validation; of few documents, the last part of
+    the text."""
     tokens_per_shard: int = 100_000_000
     """Tokens per file at most."""
     threads: int | None = None
@@ -48,6 +51,7 @@ def main(args: Sequence[str]) -> None:
         tokenizer=options.tokenizer,
         train_vocab=options.train_vocab,
         field=options.field,
+        val=options.val,
         val_fraction=options.val_fraction,
         tokens_per_shard=options.tokens_per_shard,
         threads=options.threads,

@@ -128,12 +128,12 @@ class Progress:
             pause = time.perf_counter() - began
             self._pauses += pause
 
-    def evaluated(self, val_loss: float) -> None:
-        """Print the line of an evaluation."""
+    def evaluated(self, val_loss: str) -> None:
+        """Print the line of an evaluation, with its loss in words."""
         mfu = "" if self.mfu is None else f"  MFU {self.mfu:.1%}"
         self.say(
             f"step {self.step:>6,}/{self.max_steps:,}  train loss {self.loss:.4f}  "
-            f"validation loss {val_loss:.4f}  {self.tokens_per_s:>7,.0f} tokens/s{mfu}  "
+            f"validation loss {val_loss}  {self.tokens_per_s:>7,.0f} tokens/s{mfu}  "
             f"{duration(time.perf_counter() - self._began)}"
         )
 

@@ -5,10 +5,12 @@ This module imports nothing heavy, so that help and mistakes are answered at onc
 """
 
 import difflib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin
 
 from fastgpt.errors import UsageError
+
+TOKENIZERS = ("char", "gpt2", "bpe")  # those that have a name; others are in files
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,19 @@ class Recipe:
     """Text to train on: the path of a UTF-8 text file, a folder that fastgpt.prepare made or one of
     nanoGPT's or llm.c's token files (these bring their own tokenizer and validation part), or
     "shakespeare", the packaged text."""
-    tokenizer: Literal["char", "gpt2"] = "char"
-    """One token per character of the text ("char"), or GPT-2's byte-pair encoding ("gpt2")."""
+    val_data: str | None = None
+    """Another text file to validate on; then all of `data` is for training."""
+    tokenizer: str = "char"
+    """One token per character of the text ("char"), GPT-2's byte-pair encoding ("gpt2"), one
+    learned from the text ("bpe"), or the path of a tokenizer's file or folder (./mine)."""
+    vocab_size: int = 10_000
+    """How many tokens "bpe" learns."""
     val_fraction: float = 0.1
-    """The last part of the text, kept for validation."""
+    """The last part of the text, kept for validation if there is no `val_data`."""
+    init: str | None = None
+    """Begin with the weights and the tokenizer of another model: a run folder, a folder or file of
+    another project (see fastgpt.interop), or a name on the Hugging Face hub, say gpt2. It brings
+    its shape, of which block_size alone may be made smaller."""
     out: str | None = None
     """Run folder to create; by default runs/RECIPE-DATE-TIME."""
 
@@ -39,6 +50,16 @@ class Recipe:
     bias: bool = False
     """Biases in the linear layers and norms (GPT-2 has them)."""
 
+    lora_rank: int = 0
+    """Train small matrices of this rank beside the weights of `init`, which stay as they are (LoRA,
+    Hu et al. 2021); 0 to train all weights."""
+    lora_alpha: float = 16.0
+    """How much they count: their product is multiplied by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Share of their inputs dropped while training."""
+    lora_targets: Literal["all", "attention", "mlp"] = "all"
+    """Which linear layers get them: those of attention, those of the MLPs, or all."""
+
     batch_size: int = 12
     """Sequences per micro-batch: what a process holds in memory at once."""
     grad_accum: int = 1
@@ -49,6 +70,9 @@ class Recipe:
     """Take the largest micro-batch that fits the memory; a step's sequences stay the same."""
     max_steps: int = 4500
     """Optimizer steps."""
+    epochs: float | None = None
+    """Go through the training text so often, instead of max_steps; the warm-up is then a tenth of
+    the steps at most."""
     lr: float = 6e-3
     """Peak learning rate."""
     min_lr: float | None = None
@@ -75,7 +99,8 @@ class Recipe:
     sample and offer that one; 0 for none."""
 
     eval_interval: int = 500
-    """Steps between evaluations; each saves a checkpoint (the best and the newest are kept)."""
+    """Steps between evaluations; each saves a checkpoint (the best and the newest are kept). 0 for
+    about twenty in the run, and one an epoch at least, where that is not over a hundred."""
     eval_tokens: int = 1_000_000
     """Validation tokens per evaluation at most, the same ones each time."""
     patience: int = 0
@@ -120,9 +145,20 @@ class Recipe:
         for name in _AT_LEAST_ZERO:
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        for name in ("beta1", "beta2", "ema"):
+        for name in ("beta1", "beta2", "ema", "lora_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UsageError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        if not (self.tokenizer in TOKENIZERS or is_path(self.tokenizer)):
+            raise UsageError(
+                f"tokenizer must be one of {', '.join(TOKENIZERS)} or the path of a file or folder "
+                f"(./{self.tokenizer}), not {self.tokenizer!r}"
+            )
+        if self.epochs is not None and not 0.0 < self.epochs < float("inf"):
+            raise UsageError(f"epochs must be more than 0, not {self.epochs}")
+        if self.lora_rank and not self.init:
+            raise UsageError("lora_rank is for the weights of another model: give it with --init")
+        if not 0.0 < self.lora_alpha < float("inf"):
+            raise UsageError(f"lora_alpha must be more than 0, not {self.lora_alpha}")
         if self.min_lr is not None and not 0.0 <= self.min_lr <= self.lr:
             raise UsageError(f"min_lr must be from 0 to lr ({self.lr}), not {self.min_lr}")
         if not 0 <= self.seed < 2**63:
@@ -137,13 +173,18 @@ class Recipe:
 
 _AT_LEAST_ONE = (
     *("n_layer", "n_head", "n_embd", "block_size"),
-    *("batch_size", "grad_accum", "max_steps", "max_skipped", "eval_interval", "eval_tokens"),
-    "keep",
+    *("batch_size", "grad_accum", "max_steps", "max_skipped", "eval_tokens", "keep"),
+    "vocab_size",
 )
 _AT_LEAST_ZERO = (
     *("lr", "weight_decay", "grad_clip", "warmup_steps", "patience"),
-    *("sample_tokens", "sample_interval"),
+    *("sample_tokens", "sample_interval", "eval_interval", "lora_rank"),
 )
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is meant for a path, by its looks alone: a run may outlive the file."""
+    return any(sign in name for sign in "./\\")
 
 
 def _gpt2(n_layer: int, n_head: int, n_embd: int) -> Recipe:
@@ -167,16 +208,85 @@ def _gpt2(n_layer: int, n_head: int, n_embd: int) -> Recipe:
     )
 
 
+_TINYSTORIES = Recipe(
+    data="",
+    tokenizer="bpe",
+    vocab_size=10_000,
+    val_fraction=0.01,
+    n_layer=6,
+    n_head=8,
+    n_embd=512,
+    block_size=256,
+    dropout=0.1,
+    bias=True,
+    batch_size=64,
+    epochs=1.0,
+    lr=6e-4,
+    warmup_steps=1000,
+    beta2=0.95,
+    eval_interval=0,
+    sample_tokens=200,
+)
+_STORY_300K = Recipe(
+    data="",
+    tokenizer="gpt2",
+    n_layer=12,
+    n_head=12,
+    n_embd=768,
+    block_size=256,
+    dropout=0.1,
+    bias=True,
+    batch_size=8,
+    epochs=10.0,
+    lr=5e-4,
+    warmup_steps=100,
+    beta2=0.95,
+    eval_interval=0,
+    patience=5,
+    sample_tokens=200,
+)
+_BEDTIME_512 = replace(_STORY_300K, block_size=512, batch_size=4)
+_FINETUNE = Recipe(
+    data="",
+    tokenizer="gpt2",
+    init="gpt2",
+    n_layer=12,
+    n_head=12,
+    n_embd=768,
+    block_size=256,
+    dropout=0.1,
+    bias=True,
+    batch_size=8,
+    epochs=5.0,
+    lr=3e-5,
+    warmup_steps=100,
+    beta2=0.999,
+    eval_interval=0,
+    patience=4,
+    sample_tokens=200,
+)
+
 RECIPES: dict[str, Recipe] = {
     "shakespeare-char": Recipe(),
+    "tinystories": _TINYSTORIES,
+    "story-300k": _STORY_300K,
+    "bedtime-512": _BEDTIME_512,
+    "finetune": _FINETUNE,
+    "finetune-lora": replace(_FINETUNE, lora_rank=8, lr=3e-4),
     "gpt2": _gpt2(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": _gpt2(n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": _gpt2(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": _gpt2(n_layer=48, n_head=25, n_embd=1600),
 }
 
+# What to expect of each: figures are measured, or called estimates.
 DESCRIPTIONS: dict[str, str] = {
     "shakespeare-char": "a small character-level model of Shakespeare's plays; minutes on a CPU",
+    "tinystories": "24M parameters, a tokenizer of its own, TinyStories (--data); needs a GPU",
+    "story-300k": "GPT-2 with 124M parameters and a short context on some 300,000 tokens (--data)",
+    "bedtime-512": "the same on some 30,000 tokens (--data), with a context of 512; on a CPU",
+    "finetune": "GPT-2's released weights (or --init MODEL), trained on with your text (--data)",
+    "finetune-lora": "the same by small matrices beside frozen weights (LoRA); less memory",
     "gpt2": "GPT-2 with 124M parameters on your own text (--data); needs a GPU",
     "gpt2-medium": "GPT-2 with 355M parameters",
     "gpt2-large": "GPT-2 with 774M parameters",

@@ -20,7 +20,7 @@ from fastgpt.run_lock import NAME as LOCK
 # What a run is: changed at a resume, it would be another run.
 FIXED_SETTINGS = (
     *("n_layer", "n_head", "n_embd", "block_size", "bias", "tokenizer", "val_fraction"),
-    *("seed", "out", "ema"),
+    *("vocab_size", "init", "lora_rank", "lora_alpha", "lora_targets", "seed", "out", "ema"),
 )
 
 
@@ -82,17 +82,23 @@ def read_run(run: Path) -> tuple[str, Recipe]:
     return str(config.get("name", "run")), recipe_from_dict(config["recipe"], str(path))
 
 
-def find_data(run: Path, recipe: Recipe) -> str:
-    """Return a run's `data`; a relative path begins where the run was started, if it still does."""
+def find_data(run: Path, recipe: Recipe) -> dict[str, str | None]:
+    """Return a run's `data` and `val_data`.
+
+    A relative path begins where the run was started, if it still does.
+    """
     directory = read_json(run / "config.json").get("directory")
-    if recipe.data in PACKAGED or not recipe.data or not isinstance(directory, str):
-        return recipe.data
-    there = Path(directory) / recipe.data
-    return str(there) if Path.cwd() != Path(directory) and there.exists() else recipe.data
+    found = {"data": recipe.data, "val_data": recipe.val_data}
+    if not isinstance(directory, str) or Path.cwd() == Path(directory):
+        return found
+    for name, path in found.items():
+        if path and path not in PACKAGED and (Path(directory) / path).exists():
+            found[name] = str(Path(directory) / path)
+    return found
 
 
-def refuse_changes(before: Recipe, after: Recipe, step: int) -> None:
-    """Refuse to continue a run at `step` as another run: another model, data split or order."""
+def refuse_changes(before: Recipe, after: Recipe) -> None:
+    """Refuse to continue a run as another run: another model, data split or order."""
     names = list(FIXED_SETTINGS)
     if before.batch_size * before.grad_accum != after.batch_size * after.grad_accum:
         names += ["batch_size", "grad_accum"]  # other sequences a step: data would come twice
@@ -103,6 +109,10 @@ def refuse_changes(before: Recipe, after: Recipe, step: int) -> None:
     ]
     if changed:
         raise CheckpointError(f"cannot resume with changes: {', '.join(changed)}")
+
+
+def refuse_end_before(step: int, after: Recipe) -> None:
+    """Refuse to continue a run at a step behind its end."""
     if after.max_steps < step:
         raise CheckpointError(f"the run is at step {step:,} already: raise --max-steps above it")
 

@@ -24,18 +24,22 @@ def main(args: Sequence[str]) -> None:
         _fit(run=run, changes=_changes(args, run))
         return
     name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_RECIPE
-    _fit(recipe=_parse(get_recipe(name), args), name=name)
+    recipe = _parse(get_recipe(name), args)
+    _fit(recipe=recipe, name=name, changes=_different(get_recipe(name), recipe))
 
 
 def _fit(
-    *, recipe: Recipe | None = None, name: str = "", run: Path | None = None, changes: Any = None
+    *, changes: dict[str, Any], recipe: Recipe | None = None, name: str = "", run: Path = Path()
 ) -> None:
-    """Do the work; torch is imported here, after every mistake in the arguments was answered."""
+    """Train a recipe, or go on with a run; `changes`: what was set at the command line.
+
+    Torch is imported here, after every mistake in the arguments was answered.
+    """
     from fastgpt.plot import loss_in_text
     from fastgpt.signals import Stopped
     from fastgpt.trainer import Trainer
 
-    trainer = Trainer(recipe, name) if recipe else Trainer.resume(run or Path(), **changes)
+    trainer = Trainer(recipe, name, changes) if recipe else Trainer.resume(run, **changes)
     try:
         result = trainer.fit()
     except Stopped as stopped:
@@ -46,8 +50,8 @@ def _fit(
         return
     print(f"\n{loss_in_text(result.run)}\n\n{result.sample}\n")
     print(
-        f"best validation loss {result.best_val_loss:.4f} at step {result.best_step:,}, "
-        f"after {result.seconds / 60:.1f} minutes; loss curve: {result.run / 'loss.png'}"
+        f"{result.losses}, after {result.seconds / 60:.1f} minutes; "
+        f"loss curve: {result.run / 'loss.png'}"
     )
     print(f"write more:  python -m fastgpt.generate {shlex.quote(str(result.run))}")
 
@@ -90,8 +94,13 @@ def _changes(args: Sequence[str], run: Path) -> dict[str, Any]:
     from fastgpt.run_folder import read_run
 
     _, before = read_run(resolve_run(run))
-    after = dataclasses.asdict(_parse(before, args))
-    return {name: value for name, value in after.items() if value != getattr(before, name)}
+    return _different(before, _parse(before, args))
+
+
+def _different(before: Recipe, after: Recipe) -> dict[str, Any]:
+    """Return the settings of `after` that are not as before."""
+    settings = dataclasses.asdict(after)
+    return {name: value for name, value in settings.items() if value != getattr(before, name)}
 
 
 if __name__ == "__main__":

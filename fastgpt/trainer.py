@@ -10,7 +10,7 @@ what is written in `fastgpt.run_writer`.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,21 @@ from fastgpt.checkpointer import TrainingState
 from fastgpt.device import find_device
 from fastgpt.distributed import World
 from fastgpt.errors import UsageError
-from fastgpt.evaluation import averaged, mean_loss, whole_model, write_sample
+from fastgpt.evaluation import averaged, mean_loss, perplexity, told, whole_model, write_sample
 from fastgpt.feeder import Feeder
 from fastgpt.learner import Learner
 from fastgpt.loggers import check_loggers
 from fastgpt.memory import gigabytes, used
 from fastgpt.model import GPT
+from fastgpt.origin import Origin
 from fastgpt.peak import device_peak, flops_per_token
 from fastgpt.progress import Progress
 from fastgpt.recipes import Recipe
-from fastgpt.run_folder import find_data, read_run, refuse_changes, writing
+from fastgpt.run_folder import find_data, read_run, refuse_changes, refuse_end_before, writing
 from fastgpt.run_writer import RunWriter
 from fastgpt.signals import Stopped, StopSignal
 from fastgpt.skipped import SkippedUpdates
+from fastgpt.tokenizer import CharTokenizer
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,24 @@ class Result:
     best_val_loss: float
     sample: str
     seconds: float
+    val_loss_before: float | None = None
+    """Of the model that the run began with, if it began with one."""
+    shows_perplexity: bool = True
+    """Whether a token is more than a character, so that the perplexity says something."""
+
+    @property
+    def losses(self) -> str:
+        """What it came to, in words."""
+        best = self._told(self.best_val_loss)
+        if self.val_loss_before is None:
+            return f"best validation loss {best} at step {self.best_step:,}"
+        before = self._told(self.val_loss_before)
+        if not self.best_step:
+            return f"validation loss before: {before}; nothing was better, so that is the best"
+        return f"validation loss before: {before}; after: {best} at step {self.best_step:,}"
+
+    def _told(self, loss: float) -> str:
+        return told(loss, self.shows_perplexity)
 
 
 @dataclass
@@ -57,6 +77,7 @@ class Standing:
     best_step: int = 0
     best_val_loss: float = math.inf
     evaluations_since: int = 0  # the best one
+    val_loss_before: float | None = None  # of the model that the run began with
     seconds: float = 0.0  # of training, in all the sessions that the run took
 
     def evaluated(self, val_loss: float) -> None:
@@ -69,19 +90,20 @@ class Standing:
 class Trainer:
     """Trains one recipe into one run folder.
 
-    recipe: see `fastgpt.recipes`. name: goes into the run folder's name. `Trainer.resume(run)`
-    continues a run from its newest good checkpoint. Started by `torchrun`, the processes share the
-    work of each step; started again by it after a failure, they continue the run they were at.
-    Wrong settings, data or folders raise UsageError before the first step. On a CPU the process
-    keeps freed memory from then on.
+    recipe: see `fastgpt.recipes`. name: goes into the run folder's name. given: names of settings
+    that what the recipe begins with (`init`) must not change. `Trainer.resume(run)` continues a run
+    from its newest good checkpoint. Started by `torchrun`, the processes share the work of each
+    step; started again by it after a failure, they continue the run they were at. Wrong settings,
+    data or folders raise UsageError before the first step. On a CPU the process keeps freed memory
+    from then on.
     """
 
-    def __init__(self, recipe: Recipe, name: str = "run") -> None:
+    def __init__(self, recipe: Recipe, name: str = "run", given: Collection[str] = ()) -> None:
         with self._joined(recipe):
             if run := self.writer.interrupted(recipe):
                 self._continue(run, {})
             else:
-                self._begin(recipe, name)
+                self._begin(recipe, name, given)
 
     @classmethod
     def resume(cls, run: str | Path, **changes: Any) -> "Trainer":
@@ -167,10 +189,10 @@ class Trainer:
             self.close()
             raise
 
-    def _begin(self, recipe: Recipe, name: str) -> None:
+    def _begin(self, recipe: Recipe, name: str, given: Collection[str]) -> None:
         """Start a new run."""
         self.writer.refuse_occupied(recipe)  # before the data are read
-        self.learner = Learner(recipe, self.device, self.world)
+        self.learner = Learner(recipe, self.device, self.world, given=given)
         self._notes += self.learner.notes
         tokenizer = self.learner.corpus.tokenizer
         self.writer.begin(name, self.recipe, self.learner.config, tokenizer)
@@ -178,11 +200,14 @@ class Trainer:
     def _continue(self, run: Path, changes: dict[str, Any]) -> None:
         """Go on with the run in a folder, from its newest good checkpoint."""
         name, before = read_run(run)
-        recipe = replace(before, **{"data": find_data(run, before), **changes})
+        recipe = replace(before, **{**find_data(run, before), **changes})
         checkpoint = self.writer.take(run, recipe.keep, self._notes)
-        refuse_changes(before, recipe, checkpoint.step)
+        refuse_changes(before, recipe)
         tokenizer = load_run_tokenizer(run, checkpoint)
-        self.learner = Learner(recipe, self.device, self.world, tokenizer, checkpoint.data_sha256)
+        config = replace(checkpoint.config, dropout=recipe.dropout)
+        origin = Origin(tokenizer, config, checkpoint.data_sha256)
+        self.learner = Learner(recipe, self.device, self.world, origin)
+        refuse_end_before(checkpoint.step, self.recipe)
         self._notes += self.learner.notes
         self.learner.restore(checkpoint)
         self._stand_at(checkpoint)
@@ -199,6 +224,8 @@ class Trainer:
     def _train(self, progress: Progress, stop: StopSignal) -> None:
         """Do the steps, and what is due between them."""
         progress.say(self._summary())
+        if self.recipe.init is not None and self.step == 0 and not self._evaluated:
+            self._evaluate(progress)  # what there is to lose
         if self._evaluation_due() and not self._evaluated:  # stopped just before it
             self._evaluate(progress)
         while not self._finished():
@@ -268,16 +295,29 @@ class Trainer:
         self._evaluated = True
         with progress.paused():
             val_loss = self.validation_loss()
-            self._record(val_loss=val_loss, seconds=progress.seconds())
+            self._record_evaluation(val_loss, progress.seconds())
             if not math.isfinite(val_loss):
                 raise self._diverged(f"validation loss {val_loss}")
-            progress.evaluated(val_loss)
+            if self.step:
+                progress.evaluated(told(val_loss, self._shows_perplexity))
+            else:
+                progress.say(f"before: validation loss {told(val_loss, self._shows_perplexity)}")
+                self.standing.val_loss_before = val_loss
             self.standing.evaluated(val_loss)
             self.standing.seconds = progress.seconds()
             self._save(val_loss)
             if self._finished() and not self._last_step():
                 patience = self.recipe.patience
                 progress.say(f"no better loss for {patience} evaluations: stopped early")
+
+    def _record_evaluation(self, val_loss: float, seconds: float) -> None:
+        words = {"val_perplexity": perplexity(val_loss)} if self._shows_perplexity else {}
+        self._record(val_loss=val_loss, **words, seconds=seconds)
+
+    @property
+    def _shows_perplexity(self) -> bool:
+        """Whether a token is more than a character."""
+        return not isinstance(self.learner.corpus.tokenizer, CharTokenizer)
 
     def _diverged(self, what: str) -> UsageError:
         return UsageError(
@@ -300,7 +340,7 @@ class Trainer:
             learner.corpus.tokenizer.fingerprint,
             learner.corpus.sha256,
             learner.average_tensors(),
-            {**asdict(self.standing), **learner.updater.extra_state()},
+            {**asdict(self.standing), **learner.extra_state()},
         )
 
     def _show_sample(self, progress: Progress) -> None:
@@ -335,8 +375,12 @@ class Trainer:
         sample = self._sample(model)
         with writing(self.run):
             (self.run / "sample.txt").write_text(sample + "\n", encoding="utf-8")
-        seconds = self.standing.seconds
-        return Result(self.run, self.step, best.step, best.val_loss, sample, seconds)
+        standing = self.standing
+        return Result(
+            *(self.run, self.step, best.step, best.val_loss, sample, standing.seconds),
+            standing.val_loss_before,
+            self._shows_perplexity,
+        )
 
     # --- what a person sees --------------------------------------------------------------------
 
@@ -348,7 +392,9 @@ class Trainer:
             self.recipe.max_steps,
             seconds=self.standing.seconds,
             flops_per_token=flops_per_token(
-                self.model.config, self.model.num_params(embeddings=False)
+                self.model.config,
+                self.model.num_params(embeddings=False),
+                frozen=self.learner.lora is not None,
             ),
             peak=peak.flops * self.world.size if peak else None,
             memory=lambda: used(self.device),
@@ -365,8 +411,11 @@ class Trainer:
         kernels = ", Triton kernels" if self.learner.backend == "triton" else ""
         several = f", {self.world.size} processes" if self.world.size > 1 else ""
         mfu = f"; MFU is of the {self.peak}" if self.peak else ""
+        lora = self.learner.lora
+        trained = f" ({lora.n_params(self.model.config):,} trained)" if lora else ""
+        vocab_size = corpus.tokenizer.vocab_size
         lines = [
-            f"{parameters:.2f}M parameters, vocabulary of {corpus.tokenizer.vocab_size:,}, "
+            f"{parameters:.2f}M parameters{trained}, vocabulary of {vocab_size:,}, "
             f"{len(corpus.train):,} training and {len(corpus.val):,} validation tokens",
             f"{self.device.type}{kernels}{threads}{several}; {self.learner.precision}; "
             f"a step's tensors: about {gigabytes(self.learner.memory().total)}{mfu}",

@@ -130,7 +130,11 @@ def test_resume_with_a_change(verse: Path, workplace: Path, capfd) -> None:
 def wrong_uses() -> dict[str, tuple[object, list[str], str]]:
     return {
         "unknown recipe": (train.main, ["shakspeare-char"], "did you mean shakespeare-char"),
-        "unknown recipe, nothing near": (train.main, ["zzz"], "there are: shakespeare-char, gpt2"),
+        "unknown recipe, nothing near": (
+            train.main,
+            ["zzz"],
+            "there are: shakespeare-char, tinystories",
+        ),
         "missing data": (train.main, ["--data", "no.txt"], "no.txt does not exist"),
         "no data": (train.main, ["gpt2"], "add --data my.txt"),
         "short text": (train.main, ["--data", "short.txt"], "9 tokens, but block_size="),

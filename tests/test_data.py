@@ -272,3 +272,43 @@ def test_fault_33_the_text_has_changed(verse: Path) -> None:
     verse.write_text(verse.read_text("utf-8").replace("Before", "before", 1), "utf-8")
     with pytest.raises(UsageError, match=r"verse\.txt is not the text that the run was trained on"):
         load_corpus(str(verse), sha256=digest)
+
+
+STORIES = "<|endoftext|>\n".join(f"Once upon a time there were {n} cats.\n" for n in range(200))
+
+
+def test_a_tokenizer_is_learned_from_the_training_part(tmp_path: Path) -> None:
+    path = tmp_path / "stories.txt"
+    path.write_text(STORIES + "<|endoftext|>\n" + "zyzzyva " * 50)
+    corpus = load_corpus(str(path), "bpe", 0.05, vocab_size=300)
+    assert corpus.tokenizer.vocab_size == 300
+    assert corpus.tokenizer.eot_token in corpus.train
+    assert corpus.tokenizer.count(" upon") == 1
+    assert corpus.tokenizer.count("zyzzyva") > 4  # of the validation part alone
+    with pytest.raises(UsageError, match="tokenizer bpe: vocab_size 100 is too small"):
+        load_corpus(str(path), "bpe", vocab_size=100)
+
+
+def test_a_tokenizer_in_a_file_or_folder(verse: Path, tmp_path: Path) -> None:
+    learned = load_corpus(str(verse), "bpe", vocab_size=300).tokenizer
+    learned.save(tmp_path / "mine.json")
+    (tmp_path / "folder").mkdir()
+    learned.save(tmp_path / "folder")
+    for name in ("mine.json", "folder"):
+        assert load_corpus(str(verse), str(tmp_path / name)).tokenizer == learned
+    with pytest.raises(UsageError, match=r"tokenizer .*none\.json: .*No such file"):
+        load_corpus(str(verse), str(tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2", "bpe"])
+def test_another_text_to_validate_on(verse: Path, tmp_path: Path, tokenizer: str) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("O brave new world, naïve one.\n" * 9, encoding="utf-8")
+    corpus = load_corpus(str(verse), tokenizer, val_data=str(other), vocab_size=300)
+    assert corpus.tokenizer.decode(corpus.train) == verse.read_text()
+    assert corpus.tokenizer.decode(corpus.val) == other.read_text(encoding="utf-8")
+    other.write_text("Another one.\n" * 9)
+    with pytest.raises(UsageError, match=r"verse\.txt with .*other\.txt is not the text"):
+        load_corpus(str(verse), tokenizer, sha256=corpus.sha256, val_data=str(other))
+    with pytest.raises(UsageError, match="val_data goes with a text to train on"):
+        load_corpus(str(tmp_path), val_data=str(other))

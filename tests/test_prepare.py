@@ -316,3 +316,22 @@ def test_the_command_does_not_import_torch(verse: Path, tmp_path: Path) -> None:
     root = str(Path(prepare.__file__).parents[1])
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root})
     assert done.returncode == 0
+
+
+def test_texts_for_validation(stories, workplace, capfd) -> None:
+    """As TinyStories come: two texts, of which the first alone teaches the tokenizer."""
+    Path("valid.txt").write_text("A dog.\n<|endoftext|>\nzyzzyva zyzzyva zyzzyva\n")
+    args = ["stories.jsonl", "--val", "valid.txt", "--train-vocab", "300", "--out", "d"]
+    assert run(prepare.main, *args) == 0
+    tokenizer = Tokenizer.load("d")
+    assert documents(Path("d"), "val", tokenizer) == ["A dog.", "zyzzyva zyzzyva zyzzyva"]
+    texts = [json.loads(line)["text"] for line in stories.read_text("utf-8").splitlines()]
+    assert documents(Path("d"), "train", tokenizer) == texts
+    meta = json.loads(Path("d/meta.json").read_text())
+    assert meta["val_fraction"] is None
+    assert [source["path"] for source in meta["val_sources"]] == ["valid.txt"]
+    Path("empty.txt").touch()
+    capfd.readouterr()
+    assert run(prepare.main, "stories.jsonl", "--val", "empty.txt", "--out", "e") == 2
+    assert "the texts for validation hold no text" in capfd.readouterr().err
+    assert not Path("e").exists()

@@ -90,7 +90,7 @@ def test_elsewhere_there_are_plain_lines_alone(capsys: pytest.CaptureFixture[str
         progress.stepped(1, 100)
         progress.show(1.0, 1e-3, 1.0)
         assert capsys.readouterr().out == ""
-        progress.evaluated(2.0)
+        progress.evaluated("2.0000")
     out = capsys.readouterr().out
     assert out.startswith("step      1/10  train loss 1.0000  validation loss 2.0000")
     assert "\r" not in out
@@ -100,7 +100,7 @@ def test_other_processes_count_and_say_nothing(terminal: Terminal) -> None:
     with Progress(0, 10, shown=False) as progress:
         progress.stepped(1, 100)
         progress.show(1.0, 1e-3)
-        progress.evaluated(2.0)
+        progress.evaluated("2.0000")
         progress.say("hello")
     assert terminal.getvalue() == ""
     assert progress.tokens_per_s > 0

@@ -12,6 +12,7 @@ stream, all sums, and the gradients of the weights stay fp32. Weights have no co
 product rounds them as it reads them.
 """
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -180,7 +181,7 @@ class _AddLayerNorm(torch.autograd.Function):
             return grad_total, grad_total if has_residual else None, None, None, None
         total, stats, weight = ctx.saved_tensors
         grad_x, grad_weight, grad_bias = _norm_backward(
-            _rows(grad_y), grad_total, total, stats, weight, has_bias
+            _rows(grad_y), grad_total, total, stats, weight, has_bias, ctx.needs_input_grad[2:4]
         )
         return grad_x, grad_x if has_residual else None, grad_weight, grad_bias, None
 
@@ -215,8 +216,9 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, bf16: bool) -> Tensor:
         rows = _rows(x)
         weight, bias = _packed(weight, bias)
-        ctx.save_for_backward(rows, weight)
-        ctx.has_bias, ctx.bf16 = bias is not None, bf16
+        trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.save_for_backward(rows if trains else None, weight)
+        ctx.has_bias, ctx.bf16, ctx.dtype = bias is not None, bf16, x.dtype
         return products.linear(rows, weight, bias, bf16).view(*x.shape[:-1], weight.size(0))
 
     @staticmethod
@@ -228,8 +230,8 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             grad_weight, grad_bias = products.weight_gradient(grad, x, ctx.has_bias, ctx.bf16)
         if ctx.needs_input_grad[0]:
-            grad_x = products.input_gradient(grad, weight, ctx.bf16, x.dtype)
-            grad_x = grad_x.view(*shape, x.size(-1))
+            grad_x = products.input_gradient(grad, weight, ctx.bf16, ctx.dtype)
+            grad_x = grad_x.view(*shape, weight.size(1))
         return grad_x, grad_weight, grad_bias, None
 
 
@@ -269,7 +271,8 @@ class _NormLinear(torch.autograd.Function):
             del normed
         grad_normed = products.input_gradient(grad_y, weight, bf16)
         grad_x, grad_norm_weight, grad_norm_bias = _norm_backward(
-            grad_normed, grad_total, total, stats, norm_weight, norm_bias is not None
+            *(grad_normed, grad_total, total, stats, norm_weight, norm_bias is not None),
+            ctx.needs_input_grad[2:4],
         )
         return (
             grad_x,
@@ -328,7 +331,8 @@ class _NormMlp(torch.autograd.Function):
         grad_normed = products.input_gradient(grad_pre, weight_in, bf16)
         del grad_pre
         grad_x, grad_norm_weight, grad_norm_bias = _norm_backward(
-            grad_normed, grad_total, total, stats, norm_weight, norm_bias is not None
+            *(grad_normed, grad_total, total, stats, norm_weight, norm_bias is not None),
+            need[2:4],
         )
         return (
             grad_x,
@@ -451,10 +455,15 @@ def _norm_backward(
     stats: Tensor,
     weight: Tensor,
     has_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the gradients of the sum, with `grad_total` in it, and of weight and bias."""
-    grad_x, grad_weight = empty_like(total), empty_like(weight)
-    grad_bias = empty_like(weight) if has_bias else None
+    need: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of the sum, with `grad_total` in it, and of weight and bias.
+
+    need: whether weight and bias need theirs.
+    """
+    grad_x = empty_like(total)
+    grad_weight = empty_like(weight) if need[0] else None
+    grad_bias = empty_like(weight) if has_bias and need[1] else None
     passed = None if grad_total is None else grad_total.contiguous()
     _C.norm_backward(
         *(grad_y, passed, total, weight, stats[0], stats[1]),

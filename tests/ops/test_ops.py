@@ -558,3 +558,57 @@ def test_faults_of_triton_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ops, "import_module", fail)
     assert "RuntimeError: Failed to find C compiler" in str(ops._fault_of_triton())
+
+
+def _inputs_of(name: str) -> list[Any]:
+    """Return arguments for an operation, tensors of a size at which the fast products work."""
+    x, residual, norm = torch.randn(4, 8, 16), torch.randn(4, 8, 16), torch.randn(2, 16)
+    weight, bias, back = torch.randn(32, 16), torch.randn(32), torch.randn(16, 32)
+    known: dict[str, list[Any]] = {
+        "layer_norm": [x, norm[0], norm[1]],
+        "add_layer_norm": [x, residual, norm[0], norm[1]],
+        "linear": [x, weight, bias],
+        "norm_linear": [x, residual, norm[0], norm[1], weight, bias],
+        "norm_mlp": [x, residual, norm[0], norm[1], weight, bias, back, norm[0]],
+        "linear_cross_entropy": [x, weight, torch.randint(32, (4, 8))],
+        "tied_embedding": [torch.randint(32, (4, 8)), weight],
+    }
+    return known[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("layer_norm", "add_layer_norm", "linear", "norm_linear", "norm_mlp"),
+        *("linear_cross_entropy", "tied_embedding"),
+    ],
+)
+@given(st.data())
+@settings(max_examples=15)
+def test_what_is_frozen_has_no_gradient_and_changes_no_other(name: str, data: Any) -> None:
+    inputs = _inputs_of(name)
+    some = data.draw(st.lists(st.booleans(), min_size=len(inputs), max_size=len(inputs)))
+    assert_same_gradients(getattr(native, name), inputs, some)
+
+
+def assert_same_gradients(
+    operation: Callable[..., Any], inputs: list[Any], wanted: list[bool]
+) -> None:
+    """Hold the gradients of some inputs against those where all have one."""
+    found = []
+    for needs in ([True] * len(inputs), wanted):
+        leaves = [
+            t.clone().requires_grad_(need) if t.is_floating_point() else t
+            for t, need in zip(inputs, needs, strict=True)
+        ]
+        results = operation(*leaves)
+        results = results if isinstance(results, tuple) else (results,)
+        loss = sum(r.square().sum() for r in results)
+        if loss.requires_grad:
+            loss.backward()
+        found.append([leaf.grad for leaf in leaves])
+    for all_grad, grad, need, t in zip(*found, wanted, inputs, strict=True):
+        if need and t.is_floating_point():
+            assert torch.equal(grad, all_grad)
+        else:
+            assert grad is None

@@ -1,0 +1,172 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): small matrices that are trained beside frozen weights.
+
+A linear layer with the weight W `[out, in]` computes ``x W' + scale · (x A') B'``, where A is
+`[rank, in]`, B is `[out, rank]`, and W is as it was. B begins as zeros, so the model begins as it
+was. Afterwards ``W + scale · B A`` is one weight again, and the model a plain GPT.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt.model import GPT, MLP, Attention, Block, GPTConfig, Norm
+from fastgpt.recipes import Recipe
+
+A, B = "lora_a", "lora_b"  # parameters of a linear layer, beside its `weight`
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Which matrices there are. alpha: their product counts ``alpha / rank`` times."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    targets: Literal["all", "attention", "mlp"] = "all"
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Lora | None":
+        """Return what a recipe asks for."""
+        if not recipe.lora_rank:
+            return None
+        return cls(recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout, recipe.lora_targets)
+
+    @property
+    def scale(self) -> float:
+        """How often the product of the two matrices counts."""
+        return self.alpha / self.rank
+
+    @property
+    def of_attention(self) -> bool:
+        """Whether attention's layers have them."""
+        return self.targets != "mlp"
+
+    @property
+    def of_mlp(self) -> bool:
+        """Whether the MLPs' layers have them."""
+        return self.targets != "attention"
+
+    def params_of_block(self, width: int) -> int:
+        """Return how many parameters they are in a block of a width."""
+        attention = (width + 3 * width) + (width + width)
+        mlp = 2 * (width + 4 * width)
+        return self.rank * (attention * self.of_attention + mlp * self.of_mlp)
+
+    def n_params(self, config: GPTConfig) -> int:
+        """Return how many parameters they are in a model."""
+        return config.n_layer * self.params_of_block(config.n_embd)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as a checkpoint holds it; `Lora(**values)` is the way back."""
+        return asdict(self)
+
+
+def add_lora(model: GPT, lora: Lora) -> None:
+    """Freeze a model and put trainable matrices beside its weights; it computes as before.
+
+    A is drawn from N(0, 1/in), by the generator of the CPU.
+    """
+    model.requires_grad_(False)
+    for block in model.h:
+        assert isinstance(block, Block)
+        if lora.of_attention:
+            block.attn = LoraAttention(block.attn, lora)
+        if lora.of_mlp:
+            block.mlp = LoraMLP(block.mlp, lora)
+
+
+def merged(tensors: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
+    """Return the weights of the plain model, by name, of those of a model with LoRA."""
+    plain = dict(tensors)
+    for layer in [name.removesuffix(f".{A}") for name in tensors if name.endswith(f".{A}")]:
+        product = plain.pop(f"{layer}.{B}") @ plain.pop(f"{layer}.{A}")
+        plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + lora.scale * product
+    return plain
+
+
+class LoraAttention(Attention):
+    """`Attention` whose two linear layers have matrices beside them."""
+
+    def __init__(self, plain: Attention, lora: Lora) -> None:
+        nn.Module.__init__(self)
+        self.n_head, self.dropout, self.lora = plain.n_head, plain.dropout, lora
+        self.c_attn = _with_matrices(plain.c_attn, lora)
+        self.c_proj = _with_matrices(plain.c_proj, lora)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, norm: Norm, ops: ModuleType, cache: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Attention`."""
+        normed, total = norm(x, residual, ops)
+        qkv = _rounded(self._linear(normed, self.c_attn, ops))  # [B, T, 3C]
+        if cache is None:
+            y = ops.causal_attention(qkv, self.n_head, self.dropout if self.training else 0.0)
+        else:
+            y = cache.attend(qkv, self.n_head, ops)
+        y = self._linear(y, self.c_proj, ops)
+        return F.dropout(y, self.dropout, self.training), total
+
+    def _linear(self, x: Tensor, layer: nn.Linear, ops: ModuleType) -> Tensor:
+        return _linear(x, layer, self.lora, self.training, ops)
+
+
+class LoraMLP(MLP):
+    """`MLP` whose two linear layers have matrices beside them."""
+
+    def __init__(self, plain: MLP, lora: Lora) -> None:
+        nn.Module.__init__(self)
+        self.dropout, self.lora = plain.dropout, lora
+        self.c_fc = _with_matrices(plain.c_fc, lora)
+        self.c_proj = _with_matrices(plain.c_proj, lora)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, norm: Norm, ops: ModuleType
+    ) -> tuple[Tensor, Tensor]:
+        """See `MLP`."""
+        normed, total = norm(x, residual, ops)
+        y = ops.gelu(self._linear(normed, self.c_fc, ops))  # [B, T, 4C]
+        y = self._linear(y, self.c_proj, ops)
+        return F.dropout(y, self.dropout, self.training), total
+
+    def _linear(self, x: Tensor, layer: nn.Linear, ops: ModuleType) -> Tensor:
+        return _linear(x, layer, self.lora, self.training, ops)
+
+
+def _with_matrices(layer: nn.Linear, lora: Lora) -> nn.Linear:
+    """Register a layer's two matrices with it."""
+    weight = layer.weight
+    for name, matrix in _matrices(layer, lora):
+        layer.register_parameter(name, nn.Parameter(matrix.to(weight.device, weight.dtype)))
+    return layer
+
+
+def _matrices(layer: nn.Linear, lora: Lora) -> Iterator[tuple[str, Tensor]]:
+    device = "meta" if layer.weight.device.type == "meta" else "cpu"
+    wide = torch.randn(lora.rank, layer.in_features, device=device)
+    yield A, wide * layer.in_features**-0.5
+    yield B, torch.zeros(layer.out_features, lora.rank, device=device)
+
+
+def _linear(x: Tensor, layer: nn.Linear, lora: Lora, training: bool, ops: ModuleType) -> Tensor:
+    """Return what a layer with matrices makes of `x`: `[..., in]` to `[..., out]`."""
+    x = _rounded(x)
+    narrow = ops.linear(F.dropout(x, lora.dropout, training), layer.lora_a, None)  # [..., rank]
+    added = ops.linear(_rounded(narrow), layer.lora_b, None)
+    y: Tensor = ops.linear(x, layer.weight, layer.bias) + lora.scale * added
+    return y
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """Return what goes into a product, under autocast in its dtype: once for all who multiply it.
+
+    It is also what the loops of a CPU take for their own.
+    """
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
