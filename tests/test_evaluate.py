@@ -16,7 +16,7 @@ from fastgpt import __main__ as fastgpt_main
 from fastgpt import cli, evaluate, train
 from fastgpt.data import load_corpus
 from fastgpt.errors import UsageError
-from fastgpt.evaluate import Scores, evaluate_text, perplexity
+from fastgpt.evaluate import evaluate_text, perplexity
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.preparation import prepare
 from fastgpt.scored_text import load_text
