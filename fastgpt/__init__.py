@@ -45,7 +45,8 @@ _HOME = {
 }
 
 _MODULES = {
-    *("bpe", "checkpoint", "data", "documents", "generation", "interop", "ops", "optim", "shards"),
+    *("bpe", "checkpoint", "data", "documents", "evaluate", "generation", "hellaswag", "interop"),
+    *("lambada", "ops", "optim", "scoring", "shards"),
     *_HOME.values(),
 }
 

@@ -11,6 +11,8 @@ COMMANDS = {
     "train": "train a model; with no arguments, on the packaged Shakespeare",
     "prepare": "turn texts into token shards to train on",
     "generate": "write text with a trained model",
+    "evaluate": "measure a model: loss and perplexity on a text, HellaSwag, LAMBADA",
+    "lm_eval": "run EleutherAI's lm-evaluation-harness on a model",
     "convert": "take a model to another tool: Hugging Face's transformers, llama.cpp, nanoGPT",
     "plot": "compare runs: a picture of their losses, and a table",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import tyro
 
@@ -13,9 +13,23 @@ from fastgpt import cli
 from fastgpt.errors import UsageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fastgpt.interop.foreign import Foreign
     from fastgpt.model import GPT
     from fastgpt.tokenizer import BaseTokenizer
+
+
+Kind: TypeAlias = Literal["hf", "gguf", "nanogpt"]
+Precision: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
+
+# How far a number may be from the one that was to be written, in shares of its row's largest.
+ROUNDING = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8, "q8_0": 1 / 254 + 2.0**-11}
+USE = {
+    "hf": "transformers.AutoModelForCausalLM.from_pretrained({!r})",
+    "gguf": "llama-cli -m {}",
+    "nanogpt": "python sample.py --out_dir={}",
+}
 
 
 @dataclass(frozen=True)
@@ -25,28 +39,34 @@ class Options:
     source: Annotated[str, tyro.conf.Positional]
     """A run folder (runs/latest is the newest one), another project's model, or a name on the
     Hugging Face hub."""
-    to: Literal["hf"]
-    """hf: a folder for Hugging Face's transformers."""
+    to: Kind
+    """hf: a folder for Hugging Face's transformers; gguf: a file for llama.cpp; nanogpt: a folder
+    with its ckpt.pt."""
     out: Path
     """What to make."""
+    precision: Precision = "f32"
+    """Of the matrices in a GGUF file: f32 is exact, f16 and bf16 take half the space, q8_0 a
+    quarter."""
 
 
 def main(args: Sequence[str]) -> None:
     """Convert, and say what came of it and how to use it."""
     options = tyro.cli(Options, args=args, prog="python -m fastgpt.convert")
-    for line in convert(options.source, options.to, options.out):
+    for line in convert(options.source, options.to, options.out, options.precision):
         print(line)
 
 
-def convert(source: str | Path, to: Literal["hf"], out: Path) -> list[str]:
+def convert(source: str | Path, to: Kind, out: Path, precision: Precision = "f32") -> list[str]:
     """Write the model of a source at `out`, in a format; return what there is to say of it.
 
     UsageError if the source cannot be read, if the format cannot hold it, if there is something at
     `out` already, or if what was written is not what was to be.
     """
-    from fastgpt.interop import hugging_face, load, open_source
+    from fastgpt.interop import load, open_source
     from fastgpt.interop.foreign import NoTokenizerError
 
+    if precision != "f32" and to != "gguf":
+        raise UsageError(f"precision is for GGUF files: {to} holds float32")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UsageError(f"{out} is there already; give another --out")
     notes: list[str] = []
@@ -56,21 +76,40 @@ def convert(source: str | Path, to: Literal["hf"], out: Path) -> list[str]:
     except NoTokenizerError as error:
         model, tokenizer = open_source(source).load_model(), None
         notes.append(f"without a tokenizer: {error}")
+    refuse_unequal(out, _write(model, tokenizer, to, out, precision), model, tokenizer, precision)
+    found = (
+        "it is equal" if precision == "f32" else f"it is equal, but for the rounding of {precision}"
+    )
+    return [*notes, f"wrote {out}; read back, {found}", f"use it:  {USE[to].format(str(out))}"]
+
+
+def _write(
+    model: GPT, tokenizer: BaseTokenizer | None, to: Kind, out: Path, precision: Precision
+) -> Foreign:
+    """Write a model, and open what was written."""
+    from fastgpt.interop import gguf, hugging_face, nanogpt
+
+    if to == "gguf":
+        gguf.write(model, out, tokenizer, precision)
+        return gguf.read(out)
+    if to == "nanogpt":
+        nanogpt.write(model, out, tokenizer)
+        return nanogpt.read(out)
     hugging_face.write(model, out, tokenizer)
-    refuse_unequal(out, hugging_face.read(out), model, tokenizer)
-    return [
-        *notes,
-        f"wrote {out}; read back, it is equal",
-        f"use it:  transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})",
-    ]
+    return hugging_face.read(out)
 
 
 def refuse_unequal(
-    path: Path, written: Foreign, model: GPT, tokenizer: BaseTokenizer | None
+    path: Path,
+    written: Foreign,
+    model: GPT,
+    tokenizer: BaseTokenizer | None,
+    precision: Precision = "f32",
 ) -> None:
-    """Raise UsageError unless what was written is the model, to the bit, and the tokenizer.
+    """Raise UsageError unless what was written is the model and the tokenizer.
 
-    Biases that the model does not have must be zeros there.
+    To the bit, but for the rounding of another precision. Biases that the model does not have must
+    be zeros there.
     """
     import torch
 
@@ -79,14 +118,23 @@ def refuse_unequal(
     for name, tensor in written.tensors.items():
         found = tensor.read()
         like = expected[name].cpu() if name in expected else torch.zeros_like(found)
-        if not torch.equal(found, like):
+        if not _close(found, like, ROUNDING[precision]):
             unequal.append(f"{name} differs")
-    wanted = replace(model.config, bias=written.config.bias)
+    # The formats give every model biases, and some have no place for dropout.
+    wanted = replace(model.config, bias=written.config.bias, dropout=written.config.dropout)
     unequal += [f"the settings are {written.config}"] if written.config != wanted else []
     if tokenizer is not None and written.read_tokenizer() != tokenizer:
         unequal.append("the tokenizer differs")
     if unequal:
         raise UsageError(f"{path} is not what was written: {'; '.join(unequal)}; is the disk good?")
+
+
+def _close(found: Tensor, expected: Tensor, rounding: float) -> bool:
+    """Whether two tensors are equal, or as near to each other as a rounding leaves them."""
+    if found.shape != expected.shape:
+        return False
+    largest = expected.abs().amax(-1, keepdim=True)
+    return bool(((found - expected).abs() <= rounding * largest).all())
 
 
 if __name__ == "__main__":

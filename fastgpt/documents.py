@@ -77,6 +77,20 @@ def read_documents(path: Path, field: str, advance: Advance = lambda n: None) ->
     return _text(path, advance)
 
 
+def read_json_lines(path: Path, advance: Advance = lambda n: None) -> Iterator[tuple[str, Any]]:
+    """Yield what each line of a ``.jsonl`` file holds (also with ``.gz``), and its place in words.
+
+    Empty lines are left out. Raises: UsageError that names the place.
+    """
+    with _opened(path, advance) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                place = f"{path}, line {number}"
+                yield place, _parse_json(line, place)
+
+
 def split_documents(text: str) -> list[str]:
     """Return the documents of a text, as :func:`read_documents` parts it.
 
@@ -197,14 +211,9 @@ def _text(path: Path, advance: Advance) -> Iterator[Piece]:
 
 
 def _json_lines(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
-    with _opened(path, advance) as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                place = f"{path}, line {number}"
-                if text := _field_of(_parse_json(line, place), field, place):
-                    yield text, True
+    for place, item in read_json_lines(path, advance):
+        if text := _field_of(item, field, place):
+            yield text, True
 
 
 def _json_list(path: Path, field: str, advance: Advance) -> Iterator[Piece]:

@@ -128,6 +128,14 @@ class GPT(nn.Module):
         """Return the logits `[..., vocab_size]` of last hidden states `[..., C]`."""
         return F.linear(hidden, self.head_weight)
 
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss of last hidden states `[..., C]` against `targets` `[...]`.
+
+        As `forward` computes it, for who needs it of some positions only.
+        """
+        head = self.head_weight
+        return self._backend.linear_cross_entropy(hidden, head, targets)  # type: ignore[no-any-return]
+
     def generate(self, ids: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
         """Continue `ids` `[B, T]` by sampling: see `fastgpt.generation.generate`."""
         from fastgpt.generation import generate  # above this module: imported when used

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -193,13 +195,14 @@ def duration(seconds: float) -> str:
 class FileProgress:
     """A bar of the bytes read of `total`, on a terminal only (it goes to standard error)."""
 
+    columns: tuple[type[ProgressColumn], ...] = (DownloadColumn, TransferSpeedColumn)
+
     def __init__(self, what: str, total: int, shown: bool = True) -> None:
         console = Console(stderr=True)
         self._bar = Bar(
             TextColumn(what),
             BarColumn(bar_width=24),
-            DownloadColumn(),
-            TransferSpeedColumn(),
+            *(column() for column in self.columns),
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -214,6 +217,12 @@ class FileProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def advance(self, n_bytes: int) -> None:
-        """Count so many bytes more."""
-        self._bar.advance(self._task, n_bytes)
+    def advance(self, count: int) -> None:
+        """Count so many more."""
+        self._bar.advance(self._task, count)
+
+
+class CountProgress(FileProgress):
+    """A bar of things done, of `total`, on a terminal only."""
+
+    columns = (MofNCompleteColumn,)

@@ -4,7 +4,7 @@
 with a sample. What happens at a step is a function of the recipe and the step alone, so a run that
 was stopped and resumed computes the same as one that was not, on any number of processes.
 
-The step itself is in `fastgpt.learner`, what is measured between steps in `fastgpt.evaluation`,
+The step itself is in `fastgpt.learner`, what is measured between steps in `fastgpt.validation`,
 what is written in `fastgpt.run_writer`.
 """
 
@@ -22,7 +22,6 @@ from fastgpt.checkpointer import TrainingState
 from fastgpt.device import find_device
 from fastgpt.distributed import World
 from fastgpt.errors import UsageError
-from fastgpt.evaluation import averaged, mean_loss, perplexity, told, whole_model, write_sample
 from fastgpt.feeder import Feeder
 from fastgpt.learner import Learner
 from fastgpt.loggers import check_loggers
@@ -37,6 +36,7 @@ from fastgpt.run_writer import RunWriter
 from fastgpt.signals import Stopped, StopSignal
 from fastgpt.skipped import SkippedUpdates
 from fastgpt.tokenizer import CharTokenizer
+from fastgpt.validation import averaged, mean_loss, perplexity, told, whole_model, write_sample
 
 
 @dataclass(frozen=True)

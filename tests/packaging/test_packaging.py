@@ -56,7 +56,9 @@ def test_transformers_works_in_the_checkout():
     assert available is False or origin is not None
 
 
-@pytest.mark.parametrize("statement", ["import fastgpt", "import fastgpt.train, fastgpt.generate"])
+@pytest.mark.parametrize(
+    "statement", ["import fastgpt", "import fastgpt.train, fastgpt.generate, fastgpt.evaluate"]
+)
 def test_nothing_heavy_is_imported_unasked(statement, tmp_path):
     code = f"""if True:
         {statement}, json, sys
@@ -77,7 +79,7 @@ def test_model_needs_no_kernels_until_they_are_asked_for(tmp_path):
     assert run_python(code, tmp_path) == [False, True]
 
 
-@pytest.mark.parametrize("command", ["train", "generate"])
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate"])
 def test_help_does_not_wait_for_torch(command, tmp_path):
     code = f"""if True:
         import json, runpy, sys

@@ -1,0 +1,256 @@
+"""`python -m fastgpt.evaluate RUN --data my.txt`: how well a model predicts a text, or does a task.
+
+In Python: `perplexity` scores tokens, `evaluate_text` a text (:mod:`fastgpt.scoring` and
+:mod:`fastgpt.scored_text`, where it says what is counted).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from fastgpt import cli
+from fastgpt.errors import UsageError
+
+if TYPE_CHECKING:
+    from fastgpt.model import GPT
+    from fastgpt.precision import Precision
+    from fastgpt.scored_text import ScoredText
+    from fastgpt.scored_text import evaluate_text as evaluate_text
+    from fastgpt.scoring import Scores as Scores
+    from fastgpt.scoring import perplexity as perplexity
+    from fastgpt.tokenizer import BaseTokenizer
+
+_HOME = {"Scores": "scoring", "perplexity": "scoring", "evaluate_text": "scored_text"}
+TRIAL_TOKENS = 2048  # to see which precision is the fastest
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:  # torch is imported when they are used
+        return getattr(import_module(f"fastgpt.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'fastgpt.evaluate' has no attribute {name!r}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure a model: its loss on a text, or its answers to the questions of a task."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A run folder (runs/latest is the newest), a folder or file of another project, or a name on
+    the Hugging Face hub."""
+    data: str | None = None
+    """What to measure it on: a file of text (also .jsonl, .json, .parquet, and with .gz), a folder
+    of tokens (its validation part), "shakespeare" (the last tenth of it), or the questions of the
+    task. By default, the validation part of what a run was trained on."""
+    task: Literal["text", "hellaswag", "lambada"] = "text"
+    """text: loss, perplexity and bits per byte; hellaswag: hellaswag_val.jsonl; lambada:
+    lambada_test.jsonl or a passage a line."""
+    part: Literal["train", "val"] | None = None
+    """Which part of a folder or a packaged text; of a file, the first nine tenths of the text or
+    the last, instead of all."""
+    context: int | None = None
+    """Tokens read at once; by default, as many as the model can."""
+    stride: int | None = None
+    """How far the window moves on. Each token after the first window is scored from at least
+    context - stride tokens before it; by default, half the context."""
+    batch_size: int = 8
+    """Windows, or answers to a question, read at once."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """What products are computed in; auto: what training would take on this device."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+    max_tokens: int | None = None
+    """Score so many tokens of the text only, the first ones."""
+    limit: int | None = None
+    """Ask so many questions of the task only, the first ones."""
+    skip_unknown: bool = False
+    """Leave out characters that the model has never seen, instead of refusing."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Measure the model, and print what came of it."""
+    options = tyro.cli(Options, args=args, prog="python -m fastgpt.evaluate")
+    _refuse_contradictions(options)
+    found = evaluate(options)
+    print(json.dumps(_finite(found)) if options.json else describe(found))
+
+
+def evaluate(options: Options) -> dict[str, Any]:
+    """Measure a model as the options say; return the figures by name.
+
+    Raises: UsageError for all that the user can mend.
+    """
+    from fastgpt import interop  # these load torch: after mistakes in the arguments are answered
+    from fastgpt.device import find_device
+
+    device = find_device(options.device)
+    model, tokenizer = interop.load(options.model, device)
+    try:
+        if options.task == "text":
+            return _evaluate_text(options, model, tokenizer)
+        return _evaluate_task(options, model, tokenizer)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def describe(found: dict[str, Any]) -> str:
+    """Return the figures of `evaluate` as text."""
+    head = f"{found['model']} on {found['data']}"
+    where = f"{found['dtype']} on {found['device']}"
+    if found["task"] != "text":
+        rows = [f"{name:<16}{found[name]:.4f}" for name in _figures(found)]
+        seconds = f"{found['questions']:,} questions in {found['seconds']:.1f} s ({where})"
+        return "\n".join([f"{found['task']}: {head}", *rows, seconds])
+    return "\n".join(
+        [
+            head,
+            f"loss            {found['loss']:.4f} nats per token",
+            f"perplexity      {found['perplexity']:,.2f}",
+            f"bits per byte   {found['bits_per_byte']:.4f}",
+            f"scored          {found['tokens']:,} tokens, {found['bytes']:,} bytes of text",
+            f"window          context {found['context']:,}, stride {found['stride']:,}",
+            f"speed           {found['tokens_per_s']:,.0f} tokens/s ({where})",
+        ]
+    )
+
+
+# --- helpers ---------------------------------------------------------------------------------
+
+
+def _refuse_contradictions(options: Options) -> None:
+    """Refuse settings that say nothing of what is asked for."""
+    names = ("limit",) if options.task == "text" else ("part", "context", "stride", "max_tokens")
+    for name in names:
+        if getattr(options, name) is not None:
+            what = "questions" if name == "limit" else "texts"
+            raise UsageError(
+                f"--{name.replace('_', '-')} is for {what}, not for --task {options.task}"
+            )
+    if options.task != "text" and options.data is None:
+        raise UsageError(f"--task {options.task} needs its questions: --data FILE")
+    if options.batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, not {options.batch_size}")
+
+
+def _evaluate_text(options: Options, model: GPT, tokenizer: BaseTokenizer) -> dict[str, Any]:
+    from fastgpt.progress import CountProgress
+    from fastgpt.scoring import check_window
+
+    text = _load_text(options, tokenizer)
+    context, stride = check_window(model, options.context, options.stride)
+    precision = _precision(options, model)
+    with precision.autocast(), CountProgress("tokens", text.n_scored) as bar:
+        scores = text.score(
+            model,
+            context=context,
+            stride=stride,
+            batch_size=options.batch_size,
+            advance=bar.advance,
+        )
+    return {
+        **_head(options, text.name),
+        "loss": scores.loss,
+        "perplexity": scores.perplexity,
+        "bits_per_byte": scores.bits_per_byte,
+        "tokens": scores.n_tokens,
+        "bytes": scores.n_bytes,
+        "context": context,
+        "stride": stride,
+        "tokens_per_s": scores.tokens_per_s,
+        "seconds": scores.seconds,
+        **_tail(options, precision),
+    }
+
+
+def _load_text(options: Options, tokenizer: BaseTokenizer) -> ScoredText:
+    """Return what the options name, or what the run keeps for validation."""
+    from fastgpt.interop import run
+    from fastgpt.scored_text import load_run_text, load_text
+
+    if options.data is not None:
+        return load_text(
+            options.data,
+            tokenizer,
+            options.part,
+            skip_unknown=options.skip_unknown,
+            max_tokens=options.max_tokens,
+        )
+    path = Path(options.model)
+    if not run.recognises(path):
+        raise UsageError(f"{path} is no run, which would know its text: name one with --data")
+    return load_run_text(run.read(path), tokenizer, options.part, options.max_tokens)
+
+
+def _evaluate_task(options: Options, model: GPT, tokenizer: BaseTokenizer) -> dict[str, Any]:
+    from fastgpt.tasks import TASKS, ask
+
+    path = Path(options.data or "")
+    questions = TASKS[options.task].read(path, options.limit)
+    precision, began = _precision(options, model), time.perf_counter()
+    with precision.autocast():
+        figures = ask(
+            options.task,
+            questions,
+            model,
+            tokenizer,
+            batch_size=options.batch_size,
+            skip_unknown=options.skip_unknown,
+            progress=True,
+        )
+    return {
+        **_head(options, str(path)),
+        **figures,
+        "questions": len(questions),
+        "seconds": time.perf_counter() - began,
+        **_tail(options, precision),
+    }
+
+
+def _precision(options: Options, model: GPT) -> Precision:
+    """Return the precision asked for; where only a trial can tell the faster, by one."""
+    from fastgpt.precision import choose_precision, fastest
+    from fastgpt.scoring import perplexity
+
+    size = model.config.block_size
+    tokens = [0] * max(2, size * max(1, TRIAL_TOKENS // size))
+
+    def trial(precision: Precision) -> None:
+        with precision.autocast():
+            perplexity(model, tokens, stride=size)
+
+    return fastest(choose_precision(options.dtype, model.device), trial)
+
+
+def _head(options: Options, data: str) -> dict[str, Any]:
+    return {"task": options.task, "model": options.model, "data": data}
+
+
+def _tail(options: Options, precision: Precision) -> dict[str, Any]:
+    device = str(precision.device)
+    return {"batch_size": options.batch_size, "dtype": precision.name, "device": device}
+
+
+def _figures(found: dict[str, Any]) -> list[str]:
+    return [name for name in found if name.startswith(("acc", "perplexity"))]
+
+
+def _finite(found: dict[str, Any]) -> dict[str, Any]:
+    """Put None for what JSON has no number for."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in found.items()
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)
