@@ -12,6 +12,7 @@ module             in   out
 `run`              yes       a run folder of fastgpt
 `hugging_face`     yes  yes  transformers: `config.json`, `model.safetensors`, `tokenizer.json`
 `hub`              yes       the same, by a name on the Hugging Face hub
+`openai`           yes       OpenAI's release: a TensorFlow checkpoint, read without TensorFlow
 `nanogpt`          yes  yes  nanoGPT: `ckpt.pt`, and `meta.pkl` for characters
 `llmc`             yes       llm.c: `gpt2_124M.bin`, `model_00019560.bin`
 `mingpt`           yes       minGPT: `model.pt` or `model.npz`, with `config.json`
