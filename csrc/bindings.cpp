@@ -318,6 +318,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("unix_newlines", &fastgpt::unix_newlines_of, py::arg("text"));
   m.def("piece_ends", &fastgpt::piece_ends, py::arg("text"), py::arg("vectorized") = true);
   fastgpt::bind_bpe_trainer(m);
+  fastgpt::bind_engine(m);
   fastgpt::bind_gemm(m);
   fastgpt::bind_training(m);
 
