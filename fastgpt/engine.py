@@ -117,7 +117,7 @@ class Engine:
         for name in names.matrices:
             found = self._core.matrix(name)
             weights[name] = (
-                (torch.from_numpy(found[0]), torch.from_numpy(found[1]))
+                quantization.as_tensors(found, quantization.bits(name, self.dtype))
                 if isinstance(found, tuple)
                 else torch.from_numpy(found)
             )
@@ -131,7 +131,10 @@ class Engine:
         """Read what `save` wrote; QuantizationError says what is wrong with the file."""
         config, dtype, group, weights = quantization.load(path)
         engine = cls.__new__(cls)
-        engine._start(config, dtype, group, threads or torch.get_num_threads(), code, weights)
+        try:
+            engine._start(config, dtype, group, threads or torch.get_num_threads(), code, weights)
+        except ValueError as error:
+            raise quantization.QuantizationError(f"{path}: {error}") from None
         return engine
 
     def prefill(self, ids: Tensor) -> Tensor:
@@ -164,9 +167,7 @@ class Engine:
         on_tokens: is called with the new tokens of all rows, one position at a time; what it has
         returned true for is the last. Ctrl-C stops within a token.
         """
-        generation = self._generation(
-            ids, max_new_tokens, _sampling_of(sampling), seed, stop_token
-        )
+        generation = self._generation(ids, max_new_tokens, _sampling_of(sampling), seed, stop_token)
         new = torch.tensor(generation.run(on_tokens), dtype=torch.int64)
         return torch.cat([ids, new.view(-1, ids.size(0)).T.to(ids.device)], dim=1)
 
@@ -180,9 +181,7 @@ class Engine:
         **sampling: float | None,
     ) -> Iterator[Tensor]:
         """Yield the new tokens one position at a time, int64 `[B]`; arguments as for `generate`."""
-        generation = self._generation(
-            ids, max_new_tokens, _sampling_of(sampling), seed, stop_token
-        )
+        generation = self._generation(ids, max_new_tokens, _sampling_of(sampling), seed, stop_token)
         return _steps(generation, ids.device)
 
     def _generation(

@@ -22,7 +22,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -55,7 +57,7 @@ def weight_names(config: GPTConfig) -> Names:
         shapes = {name: tuple(t.shape) for name, t in GPT(config).state_dict().items()}
     matrices = {n: s for n, s in shapes.items() if len(s) == 2 and n != "wpe.weight"}
     vectors = {n: s for n, s in shapes.items() if n not in matrices}
-    return Names(matrices, vectors)  # type: ignore[arg-type]
+    return Names(matrices, vectors)
 
 
 def round_weights(model: GPT, dtype: str, group: int, threads: int) -> Weights:
@@ -91,13 +93,21 @@ def quantize(
     8 bits: int8 `[N, K]` and `[N]`. 4 bits: uint8 `[N, G · group / 2]` and `[N, G]`, where G is
     K / group, rounded up.
     """
-    rows, scales = _C.quantize(
-        weight.contiguous(), weight.size(0), "int8" if n_bits == 8 else "int4", group, threads
+    dtype = "int8" if n_bits == 8 else "int4"
+    rounded = _C.quantize(weight.contiguous(), weight.size(0), dtype, group, threads)
+    return as_tensors(rounded, n_bits)
+
+
+def as_tensors(
+    rounded: tuple[NDArray[np.uint8], NDArray[np.float32]], n_bits: int
+) -> tuple[Tensor, Tensor]:
+    """Return what the compiled module gives for a rounded matrix as `quantize` describes it."""
+    integers, scales = map(torch.from_numpy, rounded)
+    return (
+        (integers.view(torch.int8), scales[:, 0].contiguous())
+        if n_bits == 8
+        else (integers, scales)
     )
-    integers = torch.from_numpy(rows)
-    if n_bits == 8:
-        return integers.view(torch.int8), torch.from_numpy(scales)[:, 0].contiguous()
-    return integers, torch.from_numpy(scales)
 
 
 def dequantize(integers: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -198,4 +208,3 @@ def _expected(
             expected[name] = (torch.uint8, (rows, groups * group // 2))
             expected[f"{name}.scales"] = (torch.float32, (rows, groups))
     return expected
-
