@@ -77,10 +77,6 @@ void add_up_integers(const Product& p, std::size_t row, const std::uint32_t* wei
   constexpr std::size_t kVectors = kPanel / Vector::kWidth;
   constexpr std::int32_t kZero = kNibbles ? kInt4Zero : Vector::kZeroOfDot8;
   const std::size_t quads = p.group_depth / 4;
-  typename Vector::Register total[kRows][kVectors];
-  repeat<kRows>([&](auto r) FASTGPT_INLINE {
-    repeat<kVectors>([&](auto v) FASTGPT_INLINE { total[r][v] = Vector::zero(); });
-  });
   for (std::size_t group = 0; group < p.groups; ++group) {
     const std::int32_t* x = p.x.quads + row * p.x.stride + group * quads;
     const std::size_t at = row * p.groups + group;
@@ -115,6 +111,7 @@ void add_up_integers(const Product& p, std::size_t row, const std::uint32_t* wei
         });
       }
     }
+    // The totals stay in memory: a tile takes all registers.
     repeat<kRows>([&](auto r) FASTGPT_INLINE {
       const auto input_scale = Vector::broadcast(p.x.scales[at + r * p.groups]);
       repeat<kVectors>([&](auto v) FASTGPT_INLINE {
@@ -122,15 +119,12 @@ void add_up_integers(const Product& p, std::size_t row, const std::uint32_t* wei
         if constexpr (kNibbles) {
           scale = Vector::multiply(scale, Vector::load_narrow(scales + v * Vector::kWidth / 2));
         }
-        total[r][v] = Vector::multiply_add(Vector::to_floats(tile[r][v]), scale, total[r][v]);
+        float* to = sums.of[r] + v * Vector::kWidth;
+        const auto before = group == 0 ? Vector::zero() : Vector::load(to);
+        Vector::store(to, Vector::multiply_add(Vector::to_floats(tile[r][v]), scale, before));
       });
     });
   }
-  repeat<kRows>([&](auto r) FASTGPT_INLINE {
-    repeat<kVectors>([&](auto v) FASTGPT_INLINE {
-      Vector::store(sums.of[r] + v * Vector::kWidth, total[r][v]);
-    });
-  });
 }
 
 inline void finish(const Product& p, std::size_t panel, const float* sums, float* y) {
