@@ -344,6 +344,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("crc32c", &fastgpt::crc32c_of, py::arg("data"), py::arg("initial") = 0,
         py::arg("hardware") = true);
   fastgpt::bind_bpe_trainer(m);
+  fastgpt::bind_engine(m);
   fastgpt::bind_gemm(m);
   fastgpt::bind_training(m);
 

@@ -18,6 +18,9 @@ IdArray to_rows(const std::vector<Merge>& merges);
 // Adds what bpe_trainer.hpp offers to the module.
 void bind_bpe_trainer(pybind11::module_& m);
 
+// Adds what engine/ offers to the module.
+void bind_engine(pybind11::module_& m);
+
 // Adds what gemm.hpp offers to the module.
 void bind_gemm(pybind11::module_& m);
 

@@ -19,7 +19,7 @@ struct DlTensor {
 };
 
 constexpr std::int32_t kDlCpu = 1;
-constexpr std::uint8_t kDlInt = 0, kDlFloat = 2, kDlBfloat = 4;
+constexpr std::uint8_t kDlInt = 0, kDlUnsigned = 1, kDlFloat = 2, kDlBfloat = 4;
 
 // In the capsule called "dlpack_exchange_api", an attribute of the tensors' type.
 struct DlExchange {

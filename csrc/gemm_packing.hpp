@@ -4,33 +4,15 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <utility>
 
 #include "gelu_formula.hpp"
 #include "gemm_kernels.hpp"
-
-#if defined(__GNUC__)
-#define FASTGPT_INLINE __attribute__((always_inline))
-#else
-#define FASTGPT_INLINE
-#endif
+#include "repeat.hpp"
 
 namespace fastgpt {
 namespace {
 
 inline std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
-
-template <typename Body, std::size_t... kIndex>
-FASTGPT_INLINE inline void repeat(std::index_sequence<kIndex...> /*indices*/, const Body& body) {
-  (body(std::integral_constant<std::size_t, kIndex>{}), ...);
-}
-
-// Calls body(0) to body(n - 1) without a loop: only then do compilers keep arrays of registers in
-// registers.
-template <std::size_t n, typename Body>
-FASTGPT_INLINE inline void repeat(const Body& body) {
-  repeat(std::make_index_sequence<n>{}, body);
-}
 
 // Turns rows into panels, four words of eight indices at a time, by `transpose(rows, depth, to)`;
 // `rest(word)` is to pack the words after the last four. Where kWidth is no multiple of 8, what is

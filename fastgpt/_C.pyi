@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -256,3 +256,79 @@ def pool_usage() -> tuple[int, int]:
 
 def trim_pool() -> None:
     """Give the system back what of the pool nobody uses."""
+
+class Generation:
+    """Prompts, and what an engine writes behind them."""
+
+    def read(self, vocab_size: int) -> NDArray[np.float32]:
+        """Read what is not yet read; return the logits [rows, vocab_size] of what follows."""
+
+    def step(self) -> list[int] | None:
+        """Return the next token of each row, or None when all is written."""
+
+    def run(self, on_tokens: Callable[[list[int]], bool | None] | None) -> list[list[int]]:
+        """Take all steps, looking for Ctrl-C after each; `on_tokens` stops them by returning true.
+
+        Returns what they returned. Python's lock is free while a step is computed.
+        """
+
+class Engine:
+    """GPT-2 on a CPU, without PyTorch: see fastgpt/engine.py."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        dtype: str,
+        group: int,
+        threads: int,
+        code: str,
+        weights: Mapping[str, Tensor | tuple[Tensor, Tensor]],
+    ) -> None:
+        """Copy the weights: fp32, or pairs of integers and scales as `quantize` makes them.
+
+        dtype: "float32", "bfloat16", "int8" or "int4". group: 32 or 64 weights that share a scale
+        in "int4". code: "best" or one of `engine_codes`. Missing biases are zeros. Raises
+        ValueError, naming the weight, for one that is missing, unknown, of another shape or dtype,
+        or not finite.
+        """
+
+    def generation(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        settings: dict[str, float],
+        seeds: Sequence[int],
+        stop: int | None,
+    ) -> Generation:
+        """Begin to write behind prompts, which may differ in length.
+
+        settings: temperature, top_k (0: all), top_p, min_p, repetition_penalty, presence_penalty,
+        frequency_penalty.
+        """
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Return the logits [tokens, vocab_size] behind each token."""
+
+    def matrix(
+        self, name: str
+    ) -> NDArray[np.float32] | tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """Return a matrix as it is in here: floats, or integers and scales (two dimensions)."""
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """Return a bias (with zeros up to a multiple of 32), a norm's weights, or positions."""
+
+    def multiply(self, name: str, x: Tensor, rows: int) -> NDArray[np.float32]:
+        """Return the product of x [rows, K] and a matrix, plus its bias: one kernel, for tests."""
+
+    @property
+    def threads(self) -> int: ...
+    @property
+    def bytes_per_token(self) -> int: ...
+
+def quantize(
+    weights: Tensor, outputs: int, dtype: str, group: int, threads: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Round weights [outputs, K] to "int8" or "int4": integers (as bytes) and scales, in rows."""
+
+def engine_codes() -> list[str]:
+    """Return the names of the instructions that engines can use on this processor."""

@@ -8,11 +8,16 @@ from pathlib import Path
 import fastgpt._C
 
 CSRC = Path(__file__).parents[2] / "csrc"
+SUFFIXES = {".cpp", ".hpp", ".inc"}
 
 
 def test_module_is_not_older_than_its_sources():
-    files = sorted(p for p in CSRC.iterdir() if p.suffix in {".cpp", ".hpp", ".inc"})
-    lines = [f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}\n" for p in files]
+    paths = [p for folder in (CSRC, CSRC / "engine") for p in folder.iterdir()]
+    files = {p.relative_to(CSRC).as_posix(): p for p in paths if p.suffix in SUFFIXES}
+    lines = [
+        f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+        for name, path in sorted(files.items())
+    ]
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()
     assert digest == fastgpt._C.source_hash, (
         "the compiled module is older than csrc/: run: pip install ."

@@ -1,0 +1,148 @@
+#include "generation.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+#include <utility>
+
+namespace fastgpt::engine {
+namespace {
+
+std::size_t longest(const std::vector<Generation::Ids>& prompts) {
+  std::size_t most = 0;
+  for (const auto& prompt : prompts) most = std::max(most, prompt.size());
+  return most;
+}
+
+std::size_t logits_per_row(const Network& network) {
+  return network.head().weight.panels() * kPanel;
+}
+
+}  // namespace
+
+std::size_t window_start(std::size_t length, std::size_t block_size) {
+  if (length <= block_size) return 0;
+  const std::size_t stride = (block_size + 1) / 2;
+  return (length - block_size + stride - 1) / stride * stride;
+}
+
+Generation::Generation(std::shared_ptr<Engine> engine, std::vector<Ids> prompts,
+                       std::size_t max_new_tokens, const Sampling& sampling,
+                       const std::vector<std::uint64_t>& seeds, std::optional<std::uint32_t> stop)
+    : engine_(std::move(engine)),
+      left_(max_new_tokens),
+      sampling_(sampling),
+      stop_(stop),
+      stride_(logits_per_row(engine_->network)),
+      cache_(engine_->network.shape, prompts.size(),
+             std::min(longest(prompts) + max_new_tokens, engine_->network.shape.block_size),
+             engine_->network.format != Format::kFloat32),
+      logits_(prompts.size() * stride_),
+      samplers_(engine_->pool.size()) {
+  rows_.reserve(prompts.size());
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    Row row{std::move(prompts[i]), 0, 0, Uniform(seeds[i]), std::nullopt, false};
+    if (sampling.has_penalties()) {
+      row.counts.emplace(engine_->network.shape.vocab_size);
+      for (const std::uint32_t token : row.text) row.counts->add(token, false);
+    }
+    rows_.push_back(std::move(row));
+  }
+}
+
+std::vector<Token> Generation::unread() {
+  std::vector<Token> tokens;
+  for (std::size_t r = 0; r < rows_.size(); ++r) {
+    Row& row = rows_[r];
+    if (row.ended) continue;
+    const std::size_t start = window_start(row.text.size(), engine_->network.shape.block_size);
+    if (start != row.start) row.cached = 0;
+    row.start = start;
+    for (; start + row.cached < row.text.size(); ++row.cached) {
+      const std::size_t index = start + row.cached;
+      tokens.push_back({r, row.cached, row.text[index], index + 1 == row.text.size()});
+    }
+  }
+  return tokens;
+}
+
+float* Generation::read() {
+  const std::lock_guard lock(engine_->mutex);
+  const std::vector<Token> tokens = unread();
+  float* logits = logits_.data();
+  for (std::size_t begin = 0; begin < tokens.size(); begin += kMostTokens) {
+    const auto first = tokens.begin() + static_cast<long>(begin);
+    const auto last = first + static_cast<long>(std::min(kMostTokens, tokens.size() - begin));
+    const std::vector<Token> part(first, last);
+    run_pass(engine_->network, engine_->kernels, engine_->pool, engine_->workspace, cache_, part,
+             logits, stride_);
+    for (const Token& token : part) logits += token.wanted ? stride_ : 0;
+  }
+  return logits_.data();
+}
+
+bool Generation::step(std::int64_t* tokens) {
+  std::vector<std::size_t> active;
+  for (std::size_t r = 0; r < rows_.size(); ++r) {
+    if (!rows_[r].ended) active.push_back(r);
+  }
+  if (active.empty() || left_ == 0) return false;
+  read();
+  sample(active);
+  --left_;
+  for (std::size_t r = 0; r < rows_.size(); ++r)
+    tokens[r] = rows_[r].ended ? *stop_ : rows_[r].text.back();
+  for (const std::size_t r : active) rows_[r].ended = stop_ && rows_[r].text.back() == *stop_;
+  return true;
+}
+
+// Each thread chooses for some of the rows, whose logits stand in their order.
+void Generation::sample(const std::vector<std::size_t>& rows) {
+  std::atomic<bool> failed{false};
+  const std::lock_guard lock(engine_->mutex);
+  const auto choose = [&](std::size_t rank) {
+    for (std::size_t i = rank; i < rows.size(); i += samplers_.size()) {
+      Row& row = rows_[rows[i]];
+      float* logits = logits_.data() + i * stride_;
+      try {
+        if (row.counts) row.counts->penalize(sampling_, logits);
+        const std::uint32_t token = samplers_[rank].draw(
+            sampling_, engine_->kernels, logits, engine_->network.shape.vocab_size, row.uniform);
+        row.text.push_back(token);
+        if (row.counts) row.counts->add(token, true);
+      } catch (const std::exception&) {
+        failed = true;
+      }
+    }
+  };
+  if (rows.size() > 1) {
+    engine_->pool.run(choose);
+  } else {
+    choose(0);
+  }
+  if (!failed) return;
+  left_ = 0;
+  throw std::runtime_error("the model's logits are not finite: its weights are damaged");
+}
+
+void all_logits(Engine& engine, const Generation::Ids& text, float* logits) {
+  const std::lock_guard lock(engine.mutex);
+  const Network& network = engine.network;
+  const Cache cache(network.shape, 1, text.size(), network.format != Format::kFloat32);
+  const std::size_t stride = logits_per_row(network), size = network.shape.vocab_size;
+  constexpr std::size_t kAtOnce = 64;
+  std::vector<float> some(kAtOnce * stride);
+  for (std::size_t begin = 0; begin < text.size(); begin += kAtOnce) {
+    const std::size_t count = std::min(kAtOnce, text.size() - begin);
+    std::vector<Token> tokens;
+    for (std::size_t i = 0; i < count; ++i) tokens.push_back({0, begin + i, text[begin + i], true});
+    run_pass(network, engine.kernels, engine.pool, engine.workspace, cache, tokens, some.data(),
+             stride);
+    for (std::size_t i = 0; i < count; ++i) {
+      std::memcpy(logits + (begin + i) * size, some.data() + i * stride, size * sizeof(float));
+    }
+  }
+}
+
+}  // namespace fastgpt::engine

@@ -1,0 +1,92 @@
+#include "kernel_set.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace fastgpt::engine {
+namespace {
+
+bool has_avx2() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return false;
+#endif
+}
+
+bool has_avx512() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+bool has_bf16() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+bool has_vnni() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return has_avx512() && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+// What a code adds to those before it.
+struct Code {
+  const char* name;
+  bool (*runs)();
+  const Kernels* (*kernels)();
+};
+
+const Code kCodes[] = {
+    {"portable", [] { return true; }, kernels_portable},
+    {"avx2", has_avx2, kernels_avx2},
+    {"avx512", has_avx512, kernels_avx512},
+    {"avx512-bf16", has_bf16, kernels_avx512_bf16},
+    {"avx512-vnni", has_vnni, kernels_avx512_vnni},
+};
+
+// Takes what the next code has in place of what there was.
+void replace(Kernels& all, const Kernels& next) {
+  Kernels merged = next.attend != nullptr ? next : all;
+  for (std::size_t i = 0; i < kFormats; ++i) {
+    merged.multiply[i] = next.multiply[i] != nullptr ? next.multiply[i] : all.multiply[i];
+  }
+  all = merged;
+}
+
+}  // namespace
+
+Kernels kernel_set(const std::string& code) {
+  const std::vector<std::string> codes = kernel_codes();
+  if (code != "best" && std::find(codes.begin(), codes.end(), code) == codes.end()) {
+    std::string known;
+    for (const std::string& name : codes) known += ", " + name;
+    throw std::invalid_argument("this processor has no code \"" + code + "\"; it has: best" +
+                                known);
+  }
+  Kernels all{};
+  for (const Code& next : kCodes) {
+    if (next.runs() && next.kernels() != nullptr) replace(all, *next.kernels());
+    if (code == next.name) break;
+  }
+  return all;
+}
+
+std::vector<std::string> kernel_codes() {
+  std::vector<std::string> names;
+  for (const Code& code : kCodes) {
+    if (code.runs() && code.kernels() != nullptr) names.emplace_back(code.name);
+  }
+  return names;
+}
+
+}  // namespace fastgpt::engine

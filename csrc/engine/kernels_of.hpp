@@ -1,0 +1,329 @@
+// What a step does between products, over the instructions of `Vector`: see products_of.hpp, which
+// says how both are to be included, and what a Vector has. Besides that: load_narrow, kWidth
+// numbers in bfloat16 as floats.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "../bfloat16.hpp"
+#include "../gelu_formula.hpp"
+#include "../repeat.hpp"
+#include "kernels.hpp"
+#include "products_of.hpp"
+
+namespace fastgpt::engine {
+namespace {
+
+// --- inputs --------------------------------------------------------------------------------------
+
+constexpr std::size_t kLanes = 16;  // side by side in loops that compilers make vectors of
+
+inline float largest_size(const float* x, std::size_t size) {
+  float lanes[kLanes] = {};
+  std::size_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      const float a = absolute(x[i + lane]);
+      lanes[lane] = a > lanes[lane] ? a : lanes[lane];
+    }
+  }
+  float largest = 0.0F;
+  for (float lane : lanes) largest = lane > largest ? lane : largest;
+  for (; i < size; ++i) largest = absolute(x[i]) > largest ? absolute(x[i]) : largest;
+  return largest;
+}
+
+// Rounds x[i] · inverse to whole numbers: the lowest bits of what adding 1.5 · 2²³ leaves.
+inline std::int32_t round_group(const float* x, std::size_t size, float inverse, std::int8_t* to) {
+  constexpr float kRound = 12582912.0F;
+  std::int32_t sum = 0;
+  for (std::size_t i = 0; i < size; ++i) {
+    const std::int32_t whole = bits_of(x[i] * inverse + kRound) - bits_of(kRound);
+    to[i] = static_cast<std::int8_t>(whole);
+    sum += whole;
+  }
+  return sum;
+}
+
+inline void quantize(std::size_t group, const float* x, std::size_t size, const InputRow& to) {
+  std::int8_t whole[kInt8Group] = {};
+  for (std::size_t begin = 0, index = 0; begin < size; begin += group, ++index) {
+    const std::size_t n = smaller_of(group, size - begin);
+    const float largest = largest_size(x + begin, n);
+    const bool tiny = largest < 1e-30F;  // its inverse would be infinite
+    if (n < group) std::memset(whole, 0, sizeof whole);
+    to.sums[index] = round_group(x + begin, n, tiny ? 0.0F : 127.0F / largest, whole);
+    to.scales[index] = tiny ? 0.0F : largest / 127.0F;
+    std::memcpy(to.quads + begin / 4, whole, group);
+  }
+}
+
+inline void narrow_pairs(const float* x, std::size_t size, float* to) {
+  for (std::size_t word = 0; word < size / 2; ++word) {
+    const std::uint32_t bits =
+        narrowed(x[2 * word]) | static_cast<std::uint32_t>(narrowed(x[2 * word + 1])) << 16;
+    to[word] = float_of(static_cast<std::int32_t>(bits));
+  }
+  if (size % 2 != 0) to[size / 2] = float_of(static_cast<std::int32_t>(narrowed(x[size - 1])));
+}
+
+inline void prepare(Format format, std::size_t group, const float* x, std::size_t size,
+                    const InputRow& to) {
+  if (is_integer(format)) {
+    quantize(group, x, size, to);
+  } else if (format == Format::kBfloat16) {
+    narrow_pairs(x, size, to.words);
+  } else {
+    std::memcpy(to.words, x, size * sizeof(float));
+  }
+}
+
+// --- LayerNorm -----------------------------------------------------------------------------------
+
+// The sum of value(i) for i in [0, size), in lanes.
+template <typename Value>
+FASTGPT_INLINE inline float lane_sum(std::size_t size, const Value& value) {
+  float lanes[kLanes] = {};
+  std::size_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) lanes[lane] += value(i + lane);
+  }
+  for (std::size_t lane = 0; i + lane < size; ++lane) lanes[lane] += value(i + lane);
+  for (std::size_t width = kLanes / 2; width > 0; width /= 2) {
+    for (std::size_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
+}
+
+template <typename Vector>
+void layer_norm(const float* x, const float* gain, const float* bias, float epsilon,
+                std::size_t size, float* y) {
+  const auto n = static_cast<float>(size);
+  const float mean = lane_sum(size, [=](std::size_t i) FASTGPT_INLINE { return x[i]; }) / n;
+  const float variance =
+      lane_sum(size, [=](std::size_t i) FASTGPT_INLINE { return (x[i] - mean) * (x[i] - mean); }) /
+      n;
+  const float scale = 1.0F / Vector::square_root(variance + epsilon);
+  for (std::size_t i = 0; i < size; ++i) y[i] = (x[i] - mean) * scale * gain[i] + bias[i];
+}
+
+// --- attention -----------------------------------------------------------------------------------
+
+template <typename Number>
+void append_as(const HeadCache& head, std::size_t position, const float* key, const float* value) {
+  Number* keys = static_cast<Number*>(head.keys) + position / kKeys * head.dimensions * kKeys +
+                 position % kKeys;
+  Number* values = static_cast<Number*>(head.values) + position * head.value_stride;
+  for (std::size_t i = 0; i < head.dimensions; ++i) put(key[i], keys + i * kKeys);
+  for (std::size_t i = 0; i < head.dimensions; ++i) put(value[i], values + i);
+  for (std::size_t i = head.dimensions; i < head.value_stride; ++i) put(0.0F, values + i);
+}
+
+inline void append(const HeadCache& head, std::size_t position, const float* key,
+                   const float* value) {
+  if (head.bf16) {
+    append_as<Bfloat16>(head, position, key, value);
+  } else {
+    append_as<float>(head, position, key, value);
+  }
+}
+
+template <typename Vector>
+typename Vector::Register load_any(const float* from) {
+  return Vector::load(from);
+}
+template <typename Vector>
+typename Vector::Register load_any(const Bfloat16* from) {
+  return Vector::load_narrow(from);
+}
+
+// Attention of kCount queries over what a head holds. The positions' scores are written out, those
+// that a query must not see count nothing.
+template <typename Vector, typename Number, std::size_t kCount>
+struct Attender {
+  using Register = typename Vector::Register;
+  static constexpr std::size_t kPerBlock = kKeys / Vector::kWidth;
+  static constexpr std::size_t kBlocks = kCount == 1 ? 4 : (Vector::kManyRegisters ? 2 : 1);
+  static constexpr std::size_t kOutVectors = kCount == 1 || Vector::kManyRegisters ? 4 : 2;
+
+  const Attention& a;
+  std::size_t stride;  // of scores
+
+  explicit Attender(const Attention& attention) : a(attention) {
+    stride = (a.visible + kCount - 1 + kKeysAtOnce - 1) / kKeysAtOnce * kKeysAtOnce;
+  }
+
+  void run() const {
+    const std::size_t positions = a.visible + kCount - 1;
+    for (std::size_t key = 0; key < positions; key += kBlocks * kKeys) score(key);
+    float inverse[kCount];
+    for (std::size_t q = 0; q < kCount; ++q) inverse[q] = soften(q, positions);
+    std::size_t d = 0;
+    for (; d + kOutVectors * Vector::kWidth <= a.head.value_stride;
+         d += kOutVectors * Vector::kWidth) {
+      mix<kOutVectors>(d, positions, inverse);
+    }
+    for (; d < a.head.value_stride; d += Vector::kWidth) mix<1>(d, positions, inverse);
+  }
+
+ private:
+  // The scores of some blocks of keys.
+  void score(std::size_t key) const {
+    constexpr std::size_t kVectors = kBlocks * kPerBlock;
+    const std::size_t block = a.head.dimensions * kKeys;
+    const Number* keys = static_cast<const Number*>(a.head.keys) + key / kKeys * block;
+    Register sums[kCount][kVectors];
+    repeat<kCount>([&](auto q) FASTGPT_INLINE {
+      repeat<kVectors>([&](auto v) FASTGPT_INLINE { sums[q][v] = Vector::zero(); });
+    });
+    for (std::size_t d = 0; d < a.head.dimensions; ++d) {
+      Register k[kVectors];
+      repeat<kVectors>([&](auto v) FASTGPT_INLINE {
+        k[v] = load_any<Vector>(keys + v / kPerBlock * block + d * kKeys +
+                                v % kPerBlock * Vector::kWidth);
+      });
+      repeat<kCount>([&](auto q) FASTGPT_INLINE {
+        const auto query = Vector::broadcast(a.queries[q * a.stride + d]);
+        repeat<kVectors>([&](auto v) FASTGPT_INLINE {
+          sums[q][v] = Vector::multiply_add(query, k[v], sums[q][v]);
+        });
+      });
+    }
+    const auto scale = Vector::broadcast(a.scale);
+    repeat<kCount>([&](auto q) FASTGPT_INLINE {
+      repeat<kVectors>([&](auto v) FASTGPT_INLINE {
+        Vector::store(a.scores + q * stride + key + v * Vector::kWidth,
+                      Vector::multiply(sums[q][v], scale));
+      });
+    });
+  }
+
+  // Turns a query's scores into exp(score - largest); returns the inverse of their sum.
+  float soften(std::size_t q, std::size_t positions) const {
+    float* scores = a.scores + q * stride;
+    const std::size_t visible = a.visible + q;
+    float lanes[kLanes];
+    for (float& lane : lanes) lane = scores[0];
+    std::size_t i = 0;
+    for (; i + kLanes <= visible; i += kLanes) {
+      for (std::size_t lane = 0; lane < kLanes; ++lane) {
+        const float s = scores[i + lane];
+        lanes[lane] = s > lanes[lane] ? s : lanes[lane];
+      }
+    }
+    float largest = lanes[0];
+    for (float lane : lanes) largest = lane > largest ? lane : largest;
+    for (; i < visible; ++i) largest = scores[i] > largest ? scores[i] : largest;
+    for (i = 0; i < visible; ++i) scores[i] = exp_minus(largest - scores[i]);
+    for (i = visible; i < positions; ++i) scores[i] = 0.0F;
+    return 1.0F / lane_sum(visible, [=](std::size_t k) FASTGPT_INLINE { return scores[k]; });
+  }
+
+  template <std::size_t kVectors>
+  void mix(std::size_t d, std::size_t positions, const float* inverse) const {
+    const Number* values = static_cast<const Number*>(a.head.values) + d;
+    Register sums[kCount][kVectors];
+    repeat<kCount>([&](auto q) FASTGPT_INLINE {
+      repeat<kVectors>([&](auto v) FASTGPT_INLINE { sums[q][v] = Vector::zero(); });
+    });
+    for (std::size_t t = 0; t < positions; ++t) {
+      Register value[kVectors];
+      repeat<kVectors>([&](auto v) FASTGPT_INLINE {
+        value[v] = load_any<Vector>(values + t * a.head.value_stride + v * Vector::kWidth);
+      });
+      repeat<kCount>([&](auto q) FASTGPT_INLINE {
+        const auto weight = Vector::broadcast(a.scores[q * stride + t]);
+        repeat<kVectors>([&](auto v) FASTGPT_INLINE {
+          sums[q][v] = Vector::multiply_add(weight, value[v], sums[q][v]);
+        });
+      });
+    }
+    repeat<kCount>([&](auto q) FASTGPT_INLINE {
+      repeat<kVectors>([&](auto v) FASTGPT_INLINE {
+        float whole[Vector::kWidth];
+        Vector::store(whole, Vector::multiply(sums[q][v], Vector::broadcast(inverse[q])));
+        const std::size_t begin = d + v * Vector::kWidth;
+        for (std::size_t i = 0; i < Vector::kWidth && begin + i < a.head.dimensions; ++i) {
+          a.out[q * a.out_stride + begin + i] = whole[i];
+        }
+      });
+    });
+  }
+};
+
+template <typename Vector, typename Number>
+void attend_as(const Attention& all) {
+  Attention part = all;
+  for (std::size_t q = 0; q < all.count;) {
+    part.queries = all.queries + q * all.stride;
+    part.out = all.out + q * all.out_stride;
+    part.visible = all.visible + q;
+    if (q + kQueries <= all.count) {
+      Attender<Vector, Number, kQueries>(part).run();
+      q += kQueries;
+    } else {
+      Attender<Vector, Number, 1>(part).run();
+      ++q;
+    }
+  }
+}
+
+template <typename Vector>
+void attend(const Attention& attention) {
+  if (attention.head.bf16) {
+    attend_as<Vector, Bfloat16>(attention);
+  } else {
+    attend_as<Vector, float>(attention);
+  }
+}
+
+// --- sampling ------------------------------------------------------------------------------------
+
+inline float largest_of(const float* x, std::size_t size) {
+  float lanes[kLanes];
+  for (float& lane : lanes) lane = x[0];
+  std::size_t i = 0;
+  float poison[kLanes] = {};  // NaN where there was one
+  for (; i + kLanes <= size; i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      const float y = x[i + lane];
+      lanes[lane] = y > lanes[lane] ? y : lanes[lane];
+      poison[lane] += y - y;
+    }
+  }
+  float largest = x[0], sum = 0.0F;
+  for (std::size_t lane = 0; lane < kLanes; ++lane) {
+    largest = lanes[lane] > largest ? lanes[lane] : largest;
+    sum += poison[lane];
+  }
+  for (; i < size; ++i) {
+    largest = x[i] > largest ? x[i] : largest;
+    sum += x[i] - x[i];
+  }
+  return largest + sum;
+}
+
+inline void exponentials(const float* x, std::size_t size, float largest, float temperature,
+                         float* y) {
+  for (std::size_t i = 0; i < size; ++i) y[i] = exp_minus((largest - x[i]) / temperature);
+}
+
+template <typename Vector>
+constexpr Kernels kernels_without_products() {
+  return {prepare, layer_norm<Vector>, append, attend<Vector>, largest_of, exponentials, {}};
+}
+
+template <typename Vector>
+constexpr Kernels kernels_of() {
+  Kernels kernels = kernels_without_products<Vector>();
+  kernels.multiply[0] = multiply<Vector, Format::kFloat32>;
+  kernels.multiply[1] = multiply<Vector, Format::kBfloat16>;
+  kernels.multiply[2] = multiply<Vector, Format::kInt8>;
+  kernels.multiply[3] = multiply<Vector, Format::kInt4>;
+  return kernels;
+}
+
+}  // namespace
+}  // namespace fastgpt::engine

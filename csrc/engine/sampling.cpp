@@ -1,0 +1,185 @@
+#include "sampling.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <stdexcept>
+
+namespace fastgpt::engine {
+namespace {
+
+constexpr std::size_t kBlock = 64;
+
+// The first of `size` items whose running sum of weight(item) exceeds the point that lies `uniform`
+// of the way; so never one of weight 0.
+template <typename Weight>
+std::size_t locate(std::size_t size, float uniform, double total, const Weight& weight) {
+  const double point = static_cast<double>(uniform) * total;
+  double sum = 0.0;
+  std::size_t last = 0;
+  for (std::size_t i = 0; i < size; ++i) {
+    const double w = static_cast<double>(weight(i));
+    if (w > 0.0) last = i;
+    sum += w;
+    if (sum > point) return i;
+  }
+  return last;  // rounding may leave the sum a little short
+}
+
+double sum_of(const float* x, std::size_t size) {
+  double lanes[8] = {};
+  std::size_t i = 0;
+  for (; i + 8 <= size; i += 8) {
+    for (std::size_t lane = 0; lane < 8; ++lane) lanes[lane] += static_cast<double>(x[i + lane]);
+  }
+  for (std::size_t lane = 0; i + lane < size; ++lane) {
+    lanes[lane] += static_cast<double>(x[i + lane]);
+  }
+  return std::accumulate(lanes, lanes + 8, 0.0);
+}
+
+}  // namespace
+
+void Counts::add(std::uint32_t token, bool is_new) {
+  if (all_[token]++ == 0) seen_.push_back(token);
+  if (is_new) ++fresh_[token];
+}
+
+void Counts::penalize(const Sampling& sampling, float* logits) const {
+  const auto repetition = static_cast<float>(sampling.repetition_penalty);
+  const auto presence = static_cast<float>(sampling.presence_penalty);
+  const auto frequency = static_cast<float>(sampling.frequency_penalty);
+  for (const std::uint32_t token : seen_) {
+    float& logit = logits[token];
+    logit = logit > 0.0F ? logit / repetition : logit * repetition;
+    if (fresh_[token] > 0) logit -= frequency * static_cast<float>(fresh_[token]) + presence;
+  }
+}
+
+std::uint32_t Sampler::draw(const Sampling& sampling, const Kernels& kernels, float* logits,
+                            std::size_t size, Uniform& uniform) {
+  const float largest = kernels.largest(logits, size);
+  if (!std::isfinite(largest)) throw std::runtime_error("the model's logits are not finite");
+  const auto temperature = static_cast<float>(sampling.temperature);
+  if (temperature == 0.0F) {
+    return static_cast<std::uint32_t>(std::find(logits, logits + size, largest) - logits);
+  }
+  weights_.resize(size);
+  kernels.exponentials(logits, size, largest, temperature, weights_.data());
+  const float point = uniform.next();
+  const bool some = sampling.top_k != 0 && sampling.top_k < size;
+  if (!some && sampling.top_p >= 1.0 && sampling.min_p <= 0.0) return draw_from_all(size, point);
+
+  double all = 0.0;
+  if (some) {
+    keep_top_k(logits, size, sampling.top_k);
+    for (const std::uint32_t token : kept_) all += static_cast<double>(weights_[token]);
+  } else {
+    all = sum_of(weights_.data(), size);
+    keep_probable(all * (1.0 - std::min(sampling.top_p, 1.0)) / static_cast<double>(size));
+  }
+  if (sampling.top_p < 1.0) keep_top_p(logits, sampling.top_p * all);
+  const auto least = static_cast<float>(sampling.min_p);
+  kept_.erase(std::remove_if(kept_.begin(), kept_.end(),
+                             [&](std::uint32_t token) { return weights_[token] < least; }),
+              kept_.end());
+  std::sort(kept_.begin(), kept_.end());
+  double total = 0.0;
+  for (const std::uint32_t token : kept_) total += static_cast<double>(weights_[token]);
+  return kept_[locate(kept_.size(), point, total,
+                      [&](std::size_t i) { return weights_[kept_[i]]; })];
+}
+
+// Sums of blocks first, then within the block.
+std::uint32_t Sampler::draw_from_all(std::size_t size, float uniform) const {
+  const std::size_t blocks = (size + kBlock - 1) / kBlock;
+  std::vector<double> sums(blocks);
+  for (std::size_t b = 0; b < blocks; ++b) {
+    sums[b] = sum_of(weights_.data() + b * kBlock, std::min(kBlock, size - b * kBlock));
+  }
+  const double total = std::accumulate(sums.begin(), sums.end(), 0.0);
+  const std::size_t block = locate(blocks, uniform, total, [&](std::size_t b) { return sums[b]; });
+  const double before = std::accumulate(sums.begin(), sums.begin() + static_cast<long>(block), 0.0);
+  const float* weights = weights_.data() + block * kBlock;
+  double sum = before;
+  const double point = static_cast<double>(uniform) * total;
+  std::size_t last = block * kBlock;
+  for (std::size_t i = 0; i < std::min(kBlock, size - block * kBlock); ++i) {
+    if (weights[i] > 0.0F) last = block * kBlock + i;
+    sum += static_cast<double>(weights[i]);
+    if (sum > point) break;
+  }
+  return static_cast<std::uint32_t>(last);
+}
+
+// The k largest logits, of equal ones the first. At least k are not below the k-th largest of the
+// blocks' maxima: few are left to be put in order.
+void Sampler::keep_top_k(const float* logits, std::size_t size, std::size_t top_k) {
+  const std::size_t blocks = (size + kBlock - 1) / kBlock;
+  float least = -INFINITY;
+  if (top_k <= blocks) {
+    largest_of_block_.resize(blocks);
+    for (std::size_t b = 0; b < blocks; ++b) {
+      const float* block = logits + b * kBlock;
+      float lanes[8];
+      std::fill(lanes, lanes + 8, block[0]);
+      const std::size_t n = std::min(kBlock, size - b * kBlock);
+      std::size_t i = 0;
+      for (; i + 8 <= n; i += 8) {
+        for (std::size_t lane = 0; lane < 8; ++lane) {
+          lanes[lane] = block[i + lane] > lanes[lane] ? block[i + lane] : lanes[lane];
+        }
+      }
+      for (; i < n; ++i) lanes[0] = std::max(lanes[0], block[i]);
+      largest_of_block_[b] = *std::max_element(lanes, lanes + 8);
+    }
+    const auto kth = largest_of_block_.begin() + static_cast<long>(top_k - 1);
+    std::nth_element(largest_of_block_.begin(), kth, largest_of_block_.end(), std::greater<>());
+    least = *kth;
+  }
+  kept_.clear();
+  for (std::size_t i = 0; i < size; ++i) {
+    if (logits[i] >= least) kept_.push_back(static_cast<std::uint32_t>(i));
+  }
+  const auto kth = kept_.begin() + static_cast<long>(top_k);
+  if (kth >= kept_.end()) return;
+  std::nth_element(kept_.begin(), kth, kept_.end(), [&](std::uint32_t a, std::uint32_t b) {
+    return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+  });
+  kept_.erase(kth, kept_.end());
+}
+
+// All but those so improbable that together they hold less than what top-p leaves out: that is,
+// each less than `least`, that by the number of tokens.
+void Sampler::keep_probable(double least) {
+  kept_.clear();
+  for (std::size_t i = 0; i < weights_.size(); ++i) {
+    if (static_cast<double>(weights_[i]) >= 0.999 * least) {
+      kept_.push_back(static_cast<std::uint32_t>(i));
+    }
+  }
+}
+
+// The smallest set of likeliest tokens whose weights come to `enough`. Puts them in order a few at
+// a time: mostly few are needed.
+void Sampler::keep_top_p(const float* logits, double enough) {
+  const auto likelier = [&](std::uint32_t a, std::uint32_t b) {
+    return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+  };
+  double before = 0.0;
+  std::size_t kept = 0, ordered = 0, step = kBlock;
+  while (kept < kept_.size() && (kept == 0 || before < enough)) {
+    if (kept == ordered) {
+      const auto begin = kept_.begin() + static_cast<long>(ordered);
+      ordered = std::min(kept_.size(), ordered + step);
+      step *= 4;
+      const auto end = kept_.begin() + static_cast<long>(ordered);
+      if (end != kept_.end()) std::nth_element(begin, end, kept_.end(), likelier);
+      std::sort(begin, end, likelier);
+    }
+    before += static_cast<double>(weights_[kept_[kept++]]);
+  }
+  kept_.resize(kept);
+}
+
+}  // namespace fastgpt::engine

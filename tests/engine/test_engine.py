@@ -1,0 +1,352 @@
+"""Text that an engine writes, against its twin in PyTorch."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from fastgpt import GPT, GPTConfig
+from fastgpt.engine import Engine, Sampling
+from fastgpt.generation import generate, stream, window_start
+from tests.engine.models import DTYPES, prompt, random_model, small_model
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def engine(model: GPT) -> Engine:
+    return Engine(model, "float32", 2)
+
+
+def test_greedy_text_is_the_twins() -> None:
+    """Twenty prompts of other lengths and a hundred tokens each, past the context of 64."""
+    model = random_model(GPTConfig(300, 64, 3, 4, 64), std=0.25)
+    engine = Engine(model, "float32", 2)
+    for i in range(20):
+        ids = prompt(1, 1 + 4 * i, 300, seed=i)
+        expected = generate(model, ids, 100, temperature=0)
+        assert torch.equal(engine.generate(ids, 100, temperature=0), expected)
+
+
+SAMPLINGS: list[dict[str, Any]] = [
+    {"temperature": 1.0},
+    {"temperature": 0.3},
+    {"temperature": 1e-8},
+    {"top_k": 5},
+    {"top_k": 1},
+    {"top_k": 61},
+    {"top_k": 1000},
+    {"top_p": 0.5},
+    {"top_p": 0.99},
+    {"top_p": 1e-9},
+    {"temperature": 1.7, "top_k": 30, "top_p": 0.8},
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("time", [1, 5, 16, 17, 50])
+def test_sampled_text_is_the_twins(
+    model: GPT, engine: Engine, time: int, sampling: dict[str, Any]
+) -> None:
+    """From inside the context to far past it (fault 62)."""
+    ids = prompt(3, time)
+    expected = generate(model, ids, 40, seed=5, **sampling)
+    assert torch.equal(engine.generate(ids, 40, seed=5, **sampling), expected)
+
+
+def test_sampling_from_a_large_vocabulary_is_the_twins() -> None:
+    """Where candidates are looked for in blocks and put in order a few at a time."""
+    model = random_model(GPTConfig(50257, 16, 1, 2, 32), std=0.02)
+    engine = Engine(model, "float32", 1)
+    ids = prompt(2, 3, 50257)
+    for sampling in ({}, {"top_k": 50}, {"top_k": 5000}, {"top_p": 0.3}, {"top_p": 0.95}):
+        expected = generate(model, ids, 8, seed=2**40 + 7, **sampling)
+        assert torch.equal(engine.generate(ids, 8, seed=2**40 + 7, **sampling), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_cache_changes_nothing(model: GPT, dtype: str, threads: int) -> None:
+    """Each token against all of its window read anew."""
+    engine = Engine(model, dtype, threads)
+    ids = engine.generate(prompt(2, 3), 60, temperature=0)
+    for length in range(3, 63):
+        window = ids[:, window_start(length, 16) : length]
+        assert torch.equal(engine.prefill(window).argmax(-1), ids[:, length])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_no_bit(dtype: str) -> None:
+    model = random_model(GPTConfig(61, 128, 2, 3, 96))
+    first, *others = (Engine(model, dtype, n).logits(prompt(2, 128)) for n in (1, 2, 3, 7))
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fault_63_a_seed_gives_the_same_text_in_any_batch(model: GPT, dtype: str) -> None:
+    engine = Engine(model, dtype, 2)
+    ids = prompt(14, 6)
+    whole = engine.generate(ids, 30, seed=list(range(7, 21)))
+    assert torch.equal(whole, engine.generate(ids, 30, seed=7))
+    for row in range(14):
+        alone = engine.generate(ids[row : row + 1], 30, seed=7 + row)
+        assert torch.equal(alone[0], whole[row])
+    assert not torch.equal(whole, engine.generate(ids, 30, seed=100))
+    assert not torch.equal(engine.generate(ids, 30), engine.generate(ids, 30))
+
+
+def test_prompts_of_different_lengths_are_read_as_if_alone(engine: Engine) -> None:
+    prompts = [prompt(1, time, seed=time)[0].tolist() for time in (1, 30, 16, 7)]
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    settings |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    together = engine._core.generation(prompts, 40, settings, [1, 2, 3, 4], None).run(None)
+    for row, ids in enumerate(prompts):
+        alone = engine.generate(torch.tensor([ids]), 40, seed=row + 1)
+        assert [tokens[row] for tokens in together] == alone[0, len(ids) :].tolist()
+
+
+def test_a_prompt_longer_than_a_pass_takes_at_once() -> None:
+    """512 tokens are computed together, and rows may be cut."""
+    model = random_model(GPTConfig(61, 700, 2, 2, 32))
+    ids = prompt(3, 650)
+    engine = Engine(model, "float32", 2)
+    expected = model(ids)[:, -1].detach()
+    assert (engine.prefill(ids) - expected).abs().max() < 1e-4 * expected.std()
+    assert torch.equal(
+        engine.generate(ids, 70, temperature=0), generate(model, ids, 70, temperature=0)
+    )
+
+
+def test_a_row_ends_at_the_stop_token(model: GPT, engine: Engine) -> None:
+    free = generate(model, prompt(3), 30, seed=2)
+    stop = int(free[0, 9])
+    expected = generate(model, prompt(3), 30, seed=2, stop_token=stop)
+    assert torch.equal(engine.generate(prompt(3), 30, seed=2, stop_token=stop), expected)
+    alone = generate(model, prompt(3)[:1], 30, seed=2, stop_token=stop)
+    assert torch.equal(engine.generate(prompt(3)[:1], 30, seed=2, stop_token=stop), alone)
+
+
+def test_tokens_come_one_by_one(model: GPT, engine: Engine) -> None:
+    expected = list(stream(model, prompt(), 9, seed=4, top_k=9))
+    got = list(engine.stream(prompt(), 9, seed=4, top_k=9))
+    assert torch.equal(torch.stack(got), torch.stack(expected))
+
+
+def test_two_streams_of_one_engine_do_not_mix(engine: Engine) -> None:
+    first, second = prompt(2, 5, seed=1), prompt(3, 9, seed=2)
+    pairs = list(
+        zip(engine.stream(first, 20, seed=1), engine.stream(second, 20, seed=2), strict=True)
+    )
+    assert torch.equal(
+        torch.stack([a for a, _ in pairs], 1), engine.generate(first, 20, seed=1)[:, 5:]
+    )
+    assert torch.equal(
+        torch.stack([b for _, b in pairs], 1), engine.generate(second, 20, seed=2)[:, 9:]
+    )
+
+
+def test_nothing_new_is_a_copy(engine: Engine) -> None:
+    assert torch.equal(engine.generate(prompt(), 0), prompt())
+
+
+def test_the_callback_sees_each_token_and_may_stop(engine: Engine) -> None:
+    whole = engine.generate(prompt(), 12, seed=1)
+    seen: list[list[int]] = []
+
+    def stop_at_five(tokens: list[int]) -> bool:
+        seen.append(tokens)
+        return len(seen) == 5
+
+    ids = engine.generate(prompt(), 12, seed=1, on_tokens=stop_at_five)
+    assert torch.equal(ids, whole[:, :10])
+    assert seen == whole[:, 5:10].T.tolist()
+
+
+def test_an_exception_in_the_callback_comes_out_and_the_engine_goes_on(engine: Engine) -> None:
+    def fail(tokens: list[int]) -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        engine.generate(prompt(), 12, on_tokens=fail)
+    assert engine.generate(prompt(), 12).shape == (2, 17)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows delivers Ctrl-C to the whole console")
+def test_ctrl_c_stops_within_a_token(engine: Engine) -> None:
+    seen: list[int] = []
+
+    def interrupt(tokens: list[int]) -> None:
+        seen.append(tokens[0])
+        if len(seen) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(prompt(), 1000, on_tokens=interrupt)
+    assert len(seen) <= 4
+    assert engine.generate(prompt(), 3).shape == (2, 8)
+
+
+def test_python_runs_while_a_step_is_computed() -> None:
+    """Another thread counts on; with the lock held, it could not before the text is written."""
+    engine = Engine(random_model(GPTConfig(61, 512, 4, 4, 256)), "float32", 1)
+    ids = prompt(4, 512)
+    counted, over = 0, threading.Event()
+
+    def read() -> None:
+        engine.prefill(ids)
+        over.set()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    while not over.is_set():
+        counted += 1
+    thread.join()
+    assert counted > 1000
+
+
+def test_engines_in_threads_do_not_disturb_each_other() -> None:
+    models = [small_model(seed) for seed in (1, 2)]
+    engines = [Engine(model, "float32", 2) for model in models]
+    expected = [generate(model, prompt(), 100, seed=1) for model in models]
+    right: list[bool] = []
+
+    def write(index: int) -> None:
+        for _ in range(5):
+            ids = engines[index].generate(prompt(), 100, seed=1)
+            right.append(torch.equal(ids, expected[index]))
+
+    threads = [threading.Thread(target=write, args=(i % 2,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == [True] * 20
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads Linux's /proc")
+def test_a_thousand_generations_leak_nothing(engine: Engine) -> None:
+    def resident() -> int:
+        gc.collect()
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    for _ in range(100):
+        engine.generate(prompt(), 5, seed=1)
+    before = resident()
+    for _ in range(1000):
+        engine.generate(prompt(), 5, seed=1, repetition_penalty=1.1)
+    assert resident() - before < 4 << 20
+
+
+FORK = """
+import os, torch
+from tests.engine.models import prompt, small_model
+from fastgpt.engine import Engine
+engine = Engine(small_model(), "float32", 2)
+expected = engine.generate(prompt(), 5, seed=1)
+child = os.fork()
+if child == 0:
+    same = torch.equal(engine.generate(prompt(), 5, seed=1), expected)
+    del engine
+    os._exit(0 if same else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert torch.equal(engine.generate(prompt(), 5, seed=1), expected)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_an_engine_works_in_a_forked_process() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": -0.1}, "temperature must be 0 or more, not -0.1"),
+        ({"temperature": float("nan")}, "temperature must be 0 or more, not nan"),
+        ({"top_k": -1}, "top_k must be at least 1 .*not -1"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], not 0.0"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], not 1.5"),
+        ({"min_p": 1.1}, r"min_p must be in \[0, 1\], not 1.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0, not 0.0"),
+        ({"presence_penalty": float("inf")}, "presence_penalty must be a finite number, not inf"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty must be a finite number"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, not -1"),
+        ({"seed": [1, 2, 3]}, "3 seeds for 2 rows"),
+        ({"seed": -1}, r"a seed must be from 0 to 2\^63 - 1, not -1"),
+    ],
+)
+def test_fault_60_wrong_settings_are_refused(
+    engine: Engine, wrong: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine.stream(prompt(), **{"max_new_tokens": 3, **wrong})  # not even iterated
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.zeros(3, dtype=torch.int64), r"\[batch, tokens\].*not \[3\]"),
+        (torch.zeros(1, 0, dtype=torch.int64), r"at least one token, not \[1, 0\]"),
+        (torch.tensor([[3, 61]]), "token id 61 is outside the model's vocabulary of 61"),
+        (torch.tensor([[-1, 3]]), "token id -1 is outside"),
+    ],
+)
+def test_wrong_ids_are_refused(engine: Engine, ids: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine.generate(ids, 3)
+
+
+def test_more_tokens_than_the_context_have_no_logits(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="17 tokens are more than the model's context of 16"):
+        engine.logits(prompt(1, 17))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["wpe.weight", "h.1.attn.c_proj.weight", "h.0.ln_1.bias"])
+def test_weights_that_are_not_finite_are_refused(dtype: str, name: str) -> None:
+    model = small_model()
+    with torch.no_grad():
+        model.state_dict()[name].view(-1)[3] = float("nan")
+    with pytest.raises(ValueError, match=f"{name} holds NaN or infinity"):
+        Engine(model, dtype)
+
+
+def test_overflow_on_the_way_says_so_and_ends_the_text() -> None:
+    model = small_model()
+    with torch.no_grad():
+        model.ln_f.weight.fill_(1e38)
+    ids = Engine(model, "float32", 1).stream(prompt(), 5)
+    with pytest.raises(RuntimeError, match="the model's logits are not finite"):
+        next(ids)
+
+
+def test_wrong_numbers_of_threads_and_dtypes_are_refused(model: GPT) -> None:
+    with pytest.raises(ValueError, match="threads must be from 1 to 1024, not 5000"):
+        Engine(model, threads=5000)
+    with pytest.raises(ValueError, match=r"dtype must be one of .*not 'int2'"):
+        Engine(model, "int2")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="group must be 32 or 64, not 16"):
+        Engine(model, "int4", group=16)
+
+
+def test_a_model_in_bfloat16_is_taken(model: GPT) -> None:
+    half = small_model().bfloat16()
+    expected = half.float()(prompt()).detach()
+    got = Engine(half.bfloat16(), "float32", 1).logits(prompt())
+    assert (got - expected).abs().max() < 1e-4
+
+
+def test_the_settings_are_those_of_the_dataclass() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'heat'"):
+        Engine(small_model()).generate(prompt(), 3, heat=1.0)
+    assert Sampling().temperature == 1.0
