@@ -256,13 +256,13 @@ std::unique_ptr<Generation> make_generation(const std::shared_ptr<Engine>& self,
                                             const std::vector<std::vector<std::int64_t>>& prompts,
                                             std::size_t max_new_tokens, const py::dict& settings,
                                             const std::vector<std::uint64_t>& seeds,
-                                            std::optional<std::uint32_t> stop) {
+                                            std::optional<std::uint32_t> stop, bool with_logprobs) {
   if (prompts.empty()) throw std::invalid_argument("there must be at least one prompt");
   if (seeds.size() != prompts.size()) throw std::invalid_argument("each prompt needs a seed");
   std::vector<Generation::Ids> checked;
   for (const auto& prompt : prompts) checked.push_back(checked_ids(prompt, *self));
   return std::make_unique<Generation>(self, std::move(checked), max_new_tokens,
-                                      sampling_of(settings), seeds, stop);
+                                      sampling_of(settings), seeds, stop, with_logprobs);
 }
 
 FloatArray read_logits(Generation& self, std::size_t vocab_size) {
@@ -285,6 +285,12 @@ std::optional<std::vector<std::int64_t>> step(Generation& self) {
   const py::gil_scoped_release unlocked;
   if (!self.step(tokens.data())) return std::nullopt;
   return tokens;
+}
+
+std::vector<double> logprobs(const Generation& self) {
+  std::vector<double> all;
+  for (std::size_t r = 0; r < self.rows(); ++r) all.push_back(self.logprob(r));
+  return all;
 }
 
 // All steps, with Python's lock held between them only as long as it takes to look for Ctrl-C and
@@ -356,12 +362,15 @@ void bind_engine(py::module_& m) {
   py::class_<Generation>(m, "Generation", "Prompts and what an engine writes behind them")
       .def("read", &read_logits, py::arg("vocab_size"))
       .def("step", &step)
-      .def("run", &run, py::arg("on_tokens").none(true));
+      .def("run", &run, py::arg("on_tokens").none(true))
+      .def("end", &Generation::end, py::arg("row"))
+      .def("logprobs", &logprobs);
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine", "GPT-2 on a CPU")
       .def(py::init(&make_engine), py::arg("config"), py::arg("dtype"), py::arg("group"),
            py::arg("threads"), py::arg("code"), py::arg("weights"))
       .def("generation", &make_generation, py::arg("prompts"), py::arg("max_new_tokens"),
-           py::arg("settings"), py::arg("seeds"), py::arg("stop").none(true))
+           py::arg("settings"), py::arg("seeds"), py::arg("stop").none(true),
+           py::arg("with_logprobs"))
       .def("logits", &logits_of, py::arg("ids"))
       .def("matrix", &matrix_of, py::arg("name"))
       .def("vector", &vector_of, py::arg("name"))

@@ -266,6 +266,12 @@ class Generation:
     def step(self) -> list[int] | None:
         """Return the next token of each row, or None when all is written."""
 
+    def end(self, row: int) -> None:
+        """End a row: nothing more is computed for it."""
+
+    def logprobs(self) -> list[float]:
+        """Return how likely the network found the last token of each row, in nats."""
+
     def run(self, on_tokens: Callable[[list[int]], bool | None] | None) -> list[list[int]]:
         """Take all steps, looking for Ctrl-C after each; `on_tokens` stops them by returning true.
 
@@ -299,6 +305,7 @@ class Engine:
         settings: dict[str, float],
         seeds: Sequence[int],
         stop: int | None,
+        with_logprobs: bool,
     ) -> Generation:
         """Begin to write behind prompts, which may differ in length.
 

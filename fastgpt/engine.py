@@ -8,9 +8,9 @@ to it. ``"int8"`` and ``"int4"`` are described in `fastgpt.quantization`.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -18,49 +18,10 @@ from torch import Tensor
 from fastgpt import quantization
 from fastgpt.compiled import _C
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.sampling import Sampler, Sampling, check_prompts, seeds_of
 
 Dtype = Literal["float32", "bfloat16", "int8", "int4"]
 Seed = int | Sequence[int] | None
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen: penalties, temperature, top-k, top-p, min-p, then a draw.
-
-    temperature: divides the logits; 0 takes the likeliest token.
-    top_k: keep the k likeliest tokens (None or 0: all); of equal ones the first.
-    top_p: keep the smallest set of likeliest tokens that holds this much probability, in (0, 1]
-    (Holtzman et al. 2020, arXiv:1904.09751).
-    min_p: keep tokens at least this times as probable as the likeliest, in [0, 1] (Nguyen et al.
-    2024, arXiv:2407.01082).
-    repetition_penalty: divides positive logits, multiplies negative ones, of tokens in the prompt
-    or the new text (Keskar et al. 2019, arXiv:1909.05858); above 0.
-    presence_penalty, frequency_penalty: are taken off the logits of tokens in the new text, once,
-    and as often as they stand there (OpenAI's API).
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
-            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
-        if self.top_k is not None and self.top_k < 0:
-            raise ValueError(f"top_k must be at least 1 (or 0: keep all), not {self.top_k}")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
-        if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
-            raise ValueError(f"min_p must be in [0, 1], not {self.min_p}")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0):
-            raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be a finite number, not {getattr(self, name)}")
 
 
 class Engine:
@@ -139,7 +100,7 @@ class Engine:
 
     def prefill(self, ids: Tensor) -> Tensor:
         """Return the logits `[B, V]` (fp32) of the token behind each row of `ids` `[B, T]`."""
-        generation = self._generation(ids, 1, Sampling(), 0, None)
+        generation = self._generation(ids, 1, Sampler(), 0, None)
         return torch.from_numpy(generation.read(self.config.vocab_size))
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -147,7 +108,7 @@ class Engine:
 
         ids: int64 `[B, T]`, T at most `block_size`.
         """
-        _check_ids(ids, self.config.vocab_size)
+        check_prompts(ids, self.config.vocab_size)
         rows = [torch.from_numpy(self._core.logits(row)) for row in ids.tolist()]
         return torch.stack(rows)
 
@@ -159,15 +120,15 @@ class Engine:
         seed: Seed = None,
         stop_token: int | None = None,
         on_tokens: Callable[[list[int]], bool | None] | None = None,
-        **sampling: float | None,
+        **sampling: Unpack[Sampling],
     ) -> Tensor:
         """Continue each row of `ids` and return prompt and continuation, int64 `[B, T + new]`.
 
-        ids, seed, stop_token: as for `fastgpt.generation.generate`; sampling: see `Sampling`.
+        ids, seed, stop_token, sampling: as for `fastgpt.generation.generate`.
         on_tokens: is called with the new tokens of all rows, one position at a time; what it has
         returned true for is the last. Ctrl-C stops within a token.
         """
-        generation = self._generation(ids, max_new_tokens, _sampling_of(sampling), seed, stop_token)
+        generation = self._generation(ids, max_new_tokens, Sampler(**sampling), seed, stop_token)
         new = torch.tensor(generation.run(on_tokens), dtype=torch.int64)
         return torch.cat([ids, new.view(-1, ids.size(0)).T.to(ids.device)], dim=1)
 
@@ -178,60 +139,78 @@ class Engine:
         *,
         seed: Seed = None,
         stop_token: int | None = None,
-        **sampling: float | None,
+        **sampling: Unpack[Sampling],
     ) -> Iterator[Tensor]:
         """Yield the new tokens one position at a time, int64 `[B]`; arguments as for `generate`."""
-        generation = self._generation(ids, max_new_tokens, _sampling_of(sampling), seed, stop_token)
+        generation = self._generation(ids, max_new_tokens, Sampler(**sampling), seed, stop_token)
         return _steps(generation, ids.device)
+
+    def writing(
+        self,
+        prompts: Sequence[Tensor],
+        max_new_tokens: int,
+        sampler: Sampler,
+        seed: Seed = None,
+        n: int = 1,
+    ) -> "EngineWriting":
+        """Begin to write n texts behind each of some prompts, of any lengths."""
+        rows = [prompt for prompt in prompts for _ in range(n)]
+        if n < 1:
+            raise ValueError(f"n must be at least 1, not {n}")
+        begun = self._begin(rows, max_new_tokens, sampler, seed, None, with_logprobs=True)
+        return EngineWriting(begun)
 
     def _generation(
         self,
         ids: Tensor,
         max_new_tokens: int,
-        sampling: Sampling,
+        sampler: Sampler,
         seed: Seed,
         stop_token: int | None,
     ) -> _C.Generation:
-        _check_ids(ids, self.config.vocab_size)
+        check_prompts(ids, self.config.vocab_size)
+        return self._begin(list(ids), max_new_tokens, sampler, seed, stop_token)
+
+    def _begin(
+        self,
+        prompts: Sequence[Tensor],
+        max_new_tokens: int,
+        sampler: Sampler,
+        seed: Seed,
+        stop_token: int | None,
+        with_logprobs: bool = False,
+    ) -> _C.Generation:
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
-        settings = asdict(sampling)
+        settings = asdict(sampler)
         for name, default in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
             settings[name] = default if settings[name] is None else settings[name]
-        seeds = _seeds(seed, ids.size(0))
         # an id that no token has ends no row
         stop = stop_token if stop_token is not None and stop_token >= 0 else None
-        return self._core.generation(ids.tolist(), max_new_tokens, settings, seeds, stop)
+        ids, seeds = [prompt.tolist() for prompt in prompts], seeds_of(seed, len(prompts))
+        return self._core.generation(ids, max_new_tokens, settings, seeds, stop, with_logprobs)
+
+
+class EngineWriting:
+    """What an engine writes behind prompts, as `fastgpt.generation.Writing` is a model's."""
+
+    def __init__(self, generation: _C.Generation) -> None:
+        self._generation = generation
+
+    def step(self) -> Tensor | None:
+        """Write one token to each row, int64 `[R]`; None if all is written."""
+        tokens = self._generation.step()
+        return None if tokens is None else torch.tensor(tokens)
+
+    def end(self, row: int) -> None:
+        """Compute nothing more for a row."""
+        self._generation.end(row)
+
+    def logprobs(self) -> Tensor:
+        """Return how likely the model itself found the last tokens: nats, fp32 `[R]`."""
+        return torch.tensor(self._generation.logprobs())
 
 
 def _steps(generation: _C.Generation, device: torch.device) -> Iterator[Tensor]:
     while (tokens := generation.step()) is not None:
         yield torch.tensor(tokens, dtype=torch.int64, device=device)
-
-
-def _sampling_of(settings: dict[str, float | None]) -> Sampling:
-    return Sampling(**settings)  # type: ignore[arg-type]
-
-
-def _seeds(seed: Seed, batch_size: int) -> list[int]:
-    """Return a seed for each row: see `fastgpt.generation.generate`."""
-    if seed is None:
-        seed = torch.Generator().seed() % 2**62
-    seeds = [seed + row for row in range(batch_size)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != batch_size:
-        raise ValueError(f"{len(seeds)} seeds for {batch_size} rows: give one each, or one in all")
-    if wrong := [s for s in seeds if not 0 <= s < 2**63]:
-        raise ValueError(f"a seed must be from 0 to 2^63 - 1, not {wrong[0]}")
-    return seeds
-
-
-def _check_ids(ids: Tensor, vocab_size: int) -> None:
-    if ids.dim() != 2 or ids.numel() == 0:
-        raise ValueError(
-            f"ids must be [batch, tokens] with at least one token, not {list(ids.shape)}; "
-            f"for one prompt: torch.tensor([tokenizer.encode(text)])"
-        )
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        wrong = low if low < 0 else high
-        raise ValueError(f"token id {wrong} is outside the model's vocabulary of {vocab_size}")

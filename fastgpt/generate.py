@@ -16,6 +16,7 @@ from fastgpt import cli
 from fastgpt.errors import UsageError
 
 if TYPE_CHECKING:
+    from fastgpt.engine import Engine
     from fastgpt.model import GPT
     from fastgpt.text_generation import Written
     from fastgpt.tokenizer import BaseTokenizer
@@ -64,6 +65,12 @@ class Options:
     """Which checkpoint of the run to use."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+    engine: Literal["auto", "native", "torch"] = "auto"
+    """What computes: this package's loop for CPUs (native), or PyTorch; auto: native on a CPU."""
+    dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
+    """Of the weights: fewer bits are faster, and less exact. int8, int4: native engine alone."""
+    threads: int | None = None
+    """How many the native engine takes; by default as many as PyTorch."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -102,15 +109,25 @@ def _lines(source: str) -> list[str]:
         raise UsageError(f"{source} is not UTF-8: byte {error.start}") from None
 
 
-def _load(options: Options) -> tuple[GPT, BaseTokenizer]:
+def _load(options: Options) -> tuple[GPT | Engine, BaseTokenizer]:
     """Load the model; torch is imported here, after every mistake in the arguments was answered."""
+    import torch
+
     from fastgpt.device import find_device
+    from fastgpt.engine import Engine
     from fastgpt.interop import load
 
-    return load(options.run, find_device(options.device), checkpoint=options.checkpoint)
+    device = find_device(options.device)
+    native = options.engine == "native" or (options.engine == "auto" and device.type == "cpu")
+    if not native and options.dtype in ("int8", "int4"):
+        raise UsageError(f"dtype {options.dtype} is for --engine native, on a CPU")
+    model, tokenizer = load(options.run, "cpu" if native else device, checkpoint=options.checkpoint)
+    if native:
+        return Engine(model, options.dtype, options.threads), tokenizer
+    return model.to(getattr(torch, options.dtype)), tokenizer
 
 
-def _stream(model: GPT, tokenizer: BaseTokenizer, prompt: str, options: Options) -> None:
+def _stream(model: GPT | Engine, tokenizer: BaseTokenizer, prompt: str, options: Options) -> None:
     """Print one text as it comes."""
     from fastgpt.text_generation import stream_text
 
@@ -125,7 +142,9 @@ def _stream(model: GPT, tokenizer: BaseTokenizer, prompt: str, options: Options)
     _tell_speed(text.n_tokens, time.perf_counter() - began)
 
 
-def _write(model: GPT, tokenizer: BaseTokenizer, prompts: list[str], options: Options) -> None:
+def _write(
+    model: GPT | Engine, tokenizer: BaseTokenizer, prompts: list[str], options: Options
+) -> None:
     """Print all texts, a batch of prompts at a time."""
     from fastgpt.text_generation import write
 

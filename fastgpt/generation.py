@@ -1,34 +1,24 @@
 """Writing with a model, in tokens: `generate` and `stream` for tensors, `complete` for prompts of
 different lengths. `fastgpt.text_generation` does the same in text.
 
-Past the model's context the window slides: see `fastgpt.kv_cache`. What a row writes depends on its
-prompt and its seed, and not on what else is in the batch.
+The model is a `GPT`, or the `Engine` made of one, which writes the same on a CPU and faster. Past
+the context the window slides: see `fastgpt.kv_cache`. What a row writes depends on its prompt and
+its seed, and not on what else is in the batch.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict, Unpack
+from typing import Literal, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fastgpt.engine import Engine
 from fastgpt.kv_cache import Reader
 from fastgpt.model import GPT
-from fastgpt.sampling import Sampler, TokenCounts, generators
-
-
-class Sampling(TypedDict, total=False):
-    """The settings of `fastgpt.sampling.Sampler`, which says what they mean."""
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
+from fastgpt.sampling import Sampler, Sampling, TokenCounts, check_prompts, generators
 
 
 @dataclass
@@ -45,7 +35,7 @@ class Completion:
 
 
 def generate(
-    model: GPT,
+    model: GPT | Engine,
     ids: Tensor,
     max_new_tokens: int,
     *,
@@ -57,12 +47,13 @@ def generate(
 ) -> Tensor:
     """Continue each row of `ids` and return prompt and continuation, int64 `[B·n, T + new]`.
 
+    model: a `GPT`, or an `Engine`.
     ids: int64 `[B, T]`, T from 1; longer than the context is allowed: the window slides.
     n: continuations of each row, one after the other; its prompt is read once.
     seed: row i of the result draws from its own generator, seeded with `seed + i`, or with
     `seed[i]` of a list, whatever else is in the batch; None draws fresh seeds.
     stop_token: ends a row; a row that has ended is filled up with it.
-    use_cache: False reads the whole window for each token, the twin of the cache.
+    use_cache: False reads the whole window for each token, the twin of the cache (of a `GPT`).
     sampling: `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `presence_penalty`,
     `frequency_penalty`; see `fastgpt.sampling.Sampler`.
     Wrong values raise ValueError naming the range.
@@ -81,7 +72,7 @@ def generate(
 
 
 def stream(
-    model: GPT,
+    model: GPT | Engine,
     ids: Tensor,
     max_new_tokens: int,
     *,
@@ -92,13 +83,16 @@ def stream(
     **sampling: Unpack[Sampling],
 ) -> Iterator[Tensor]:
     """Yield the new tokens one position at a time, int64 `[B·n]`; arguments as for `generate`."""
-    _check_ids(ids, model.config.vocab_size)
+    check_prompts(ids, model.config.vocab_size)
+    if isinstance(model, Engine):
+        ids = ids.repeat_interleave(n, 0)
+        return model.stream(ids, max_new_tokens, seed=seed, stop_token=stop_token, **sampling)
     writing = Writing(model, list(ids), max_new_tokens, Sampler(**sampling), seed, n, use_cache)
     return _stream(writing, stop_token, ids.device)
 
 
 def complete(
-    model: GPT,
+    model: GPT | Engine,
     prompts: Sequence[Sequence[int] | Tensor],
     max_new_tokens: int,
     *,
@@ -116,11 +110,18 @@ def complete(
     stop: is told the row and each new token of it; what it answers True to is the last one.
     The rest is as for `generate`.
     """
-    rows = [torch.as_tensor(prompt, device=model.device).long() for prompt in prompts]
+    rows = [torch.as_tensor(prompt).long() for prompt in prompts]
     for row in rows:
-        _check_ids(row[None] if row.dim() == 1 else row, model.config.vocab_size)
+        check_prompts(row[None] if row.dim() == 1 else row, model.config.vocab_size)
+    if not rows:
+        return []
     completions = [Completion() for _ in range(len(rows) * n)]
-    writing = Writing(model, rows, max_new_tokens, Sampler(**sampling), seed, n, use_cache)
+    sampler = Sampler(**sampling)
+    writing = (
+        model.writing(rows, max_new_tokens, sampler, seed, n)
+        if isinstance(model, Engine)
+        else Writing(model, rows, max_new_tokens, sampler, seed, n, use_cache)
+    )
     while not all(completion.finish == "stop" for completion in completions):
         if (tokens := writing.step()) is None:
             break
@@ -128,13 +129,12 @@ def complete(
         for index, (completion, token, logprob) in enumerate(drawn):
             if completion.finish == "stop":
                 continue
-            if token in stop_tokens:
+            if token not in stop_tokens:
+                completion.ids.append(token)
+                completion.logprobs.append(logprob)
+            if token in stop_tokens or stop(index, token):
                 completion.finish = "stop"
-                continue
-            completion.ids.append(token)
-            completion.logprobs.append(logprob)
-            if stop(index, token):
-                completion.finish = "stop"
+                writing.end(index)
     return [completions[first : first + n] for first in range(0, len(completions), n)]
 
 
@@ -160,13 +160,12 @@ class Writing:
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n}")
         rows = [prompt.to(model.device) for prompt in prompts for _ in range(n)]
-        self.sampler, self.left = sampler, max_new_tokens if rows else 0
+        self.sampler, self.left = sampler, max_new_tokens
         self.generators = generators(seed, len(rows))
         self.lengths = [len(row) for row in rows]
         self.counts = TokenCounts(rows, model.config.vocab_size) if sampler.penalises else None
         self.reader = Reader(model, len(rows), use_cache, copies=n)
-        if rows:
-            self.history = F.pad(pad_sequence(rows, batch_first=True), (0, max_new_tokens))
+        self.history = F.pad(pad_sequence(rows, batch_first=True), (0, max_new_tokens))
         self.ends = torch.tensor(self.lengths, device=model.device)  # where the next tokens go
 
     @torch.no_grad()
@@ -190,6 +189,9 @@ class Writing:
         self._tokens = tokens
         return tokens
 
+    def end(self, row: int) -> None:
+        """Say that what is written to a row from now on is not wanted; it is computed anyway."""
+
     def logprobs(self) -> Tensor:
         """Return how likely the model itself found the last tokens: nats, fp32 `[R]`."""
         return self._logits.float().log_softmax(-1).gather(1, self._tokens[:, None])[:, 0]
@@ -206,15 +208,3 @@ def _stream(writing: Writing, stop_token: int | None, device: torch.device) -> I
         yield tokens.to(device)
         if bool(ended.all()):
             return
-
-
-def _check_ids(ids: Tensor, vocab_size: int) -> None:
-    if ids.dim() != 2 or ids.numel() == 0:
-        raise ValueError(
-            f"ids must be [batch, tokens] with at least one token, not {list(ids.shape)}; "
-            f"for one prompt: torch.tensor([tokenizer.encode(text)])"
-        )
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        wrong = low if low < 0 else high
-        raise ValueError(f"token id {wrong} is outside the model's vocabulary of {vocab_size}")

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from fastgpt import ops as backends
 
 if TYPE_CHECKING:
+    from fastgpt.engine import Dtype, Engine
     from fastgpt.kv_cache import KVCache
     from fastgpt.tokenizer import BaseTokenizer
 
@@ -141,6 +142,15 @@ class GPT(nn.Module):
         from fastgpt.generation import generate  # above this module: imported when used
 
         return generate(self, ids, max_new_tokens, **sampling)
+
+    def quantize(self, dtype: "Dtype" = "int8", threads: int | None = None) -> "Engine":
+        """Return an engine that writes on a CPU with weights in a dtype; the model stays.
+
+        dtype: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``; see `fastgpt.engine`.
+        """
+        from fastgpt.engine import Engine
+
+        return Engine(self, dtype, threads)
 
     @torch.no_grad()
     def crop_vocabulary(self, size: int) -> None:

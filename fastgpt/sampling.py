@@ -3,9 +3,22 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
+
+
+class Sampling(TypedDict, total=False):
+    """The settings of `Sampler`, which says what they mean."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,12 @@ class TokenCounts:
 
 
 def generators(seed: int | Sequence[int] | None, n_rows: int) -> list[torch.Generator]:
-    """Return a generator for each row: seeded with `seed + row`, or with its entry of a list.
+    """Return a generator for each row, seeded as `seeds_of` says."""
+    return [torch.Generator().manual_seed(s) for s in seeds_of(seed, n_rows)]
+
+
+def seeds_of(seed: int | Sequence[int] | None, n_rows: int) -> list[int]:
+    """Return a seed for each row: `seed + row`, or its entry of a list.
 
     None draws fresh seeds. ValueError for a wrong seed, or not as many as there are rows.
     """
@@ -131,7 +149,20 @@ def generators(seed: int | Sequence[int] | None, n_rows: int) -> list[torch.Gene
         raise ValueError(f"{len(seeds)} seeds for {n_rows} rows: give one each, or one in all")
     if wrong := [s for s in seeds if not 0 <= s < 2**63]:
         raise ValueError(f"a seed must be from 0 to 2^63 - 1, not {wrong[0]}")
-    return [torch.Generator().manual_seed(s) for s in seeds]
+    return seeds
+
+
+def check_prompts(ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError unless ids are `[B, T]`, T from 1, and all in the vocabulary."""
+    if ids.dim() != 2 or ids.numel() == 0:
+        raise ValueError(
+            f"ids must be [batch, tokens] with at least one token, not {list(ids.shape)}; "
+            f"for one prompt: torch.tensor([tokenizer.encode(text)])"
+        )
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"token id {wrong} is outside the model's vocabulary of {vocab_size}")
 
 
 def _keep_top_k(logits: Tensor, top_k: int) -> Tensor:

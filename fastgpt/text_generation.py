@@ -10,8 +10,10 @@ from typing import Literal, Unpack
 
 import torch
 
-from fastgpt.generation import Completion, Sampling, complete, stream
+from fastgpt.engine import Engine
+from fastgpt.generation import Completion, complete, stream
 from fastgpt.model import GPT
+from fastgpt.sampling import Sampling
 from fastgpt.tokenizer import BaseTokenizer, StreamDecoder
 
 
@@ -25,7 +27,7 @@ class Written:
 
 
 def write(
-    model: GPT,
+    model: GPT | Engine,
     tokenizer: BaseTokenizer,
     prompts: Sequence[str],
     max_new_tokens: int,
@@ -62,7 +64,7 @@ def write(
 
 
 def stream_text(
-    model: GPT,
+    model: GPT | Engine,
     tokenizer: BaseTokenizer,
     prompt: str,
     max_new_tokens: int,

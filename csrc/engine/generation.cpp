@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <utility>
@@ -13,6 +14,13 @@ std::size_t longest(const std::vector<Generation::Ids>& prompts) {
   std::size_t most = 0;
   for (const auto& prompt : prompts) most = std::max(most, prompt.size());
   return most;
+}
+
+double log_sum_of_exponentials(const std::vector<float>& logits) {
+  const float largest = *std::max_element(logits.begin(), logits.end());
+  double sum = 0.0;
+  for (const float logit : logits) sum += std::exp(logit - largest);
+  return largest + std::log(sum);
 }
 
 std::size_t logits_per_row(const Network& network) {
@@ -29,11 +37,13 @@ std::size_t window_start(std::size_t length, std::size_t block_size) {
 
 Generation::Generation(std::shared_ptr<Engine> engine, std::vector<Ids> prompts,
                        std::size_t max_new_tokens, const Sampling& sampling,
-                       const std::vector<std::uint64_t>& seeds, std::optional<std::uint32_t> stop)
+                       const std::vector<std::uint64_t>& seeds, std::optional<std::uint32_t> stop,
+                       bool with_logprobs)
     : engine_(std::move(engine)),
       left_(max_new_tokens),
       sampling_(sampling),
       stop_(stop),
+      with_logprobs_(with_logprobs),
       stride_(logits_per_row(engine_->network)),
       cache_(engine_->network.shape, prompts.size(),
              std::min(longest(prompts) + max_new_tokens, engine_->network.shape.block_size),
@@ -42,7 +52,7 @@ Generation::Generation(std::shared_ptr<Engine> engine, std::vector<Ids> prompts,
       samplers_(engine_->pool.size()) {
   rows_.reserve(prompts.size());
   for (std::size_t i = 0; i < prompts.size(); ++i) {
-    Row row{std::move(prompts[i]), 0, 0, Uniform(seeds[i]), std::nullopt, false};
+    Row row{std::move(prompts[i]), 0, 0, Uniform(seeds[i]), std::nullopt, false, 0.0};
     if (sampling.has_penalties()) {
       row.counts.emplace(engine_->network.shape.vocab_size);
       for (const std::uint32_t token : row.text) row.counts->add(token, false);
@@ -91,8 +101,7 @@ bool Generation::step(std::int64_t* tokens) {
   read();
   sample(active);
   --left_;
-  for (std::size_t r = 0; r < rows_.size(); ++r)
-    tokens[r] = rows_[r].ended ? *stop_ : rows_[r].text.back();
+  for (std::size_t r = 0; r < rows_.size(); ++r) tokens[r] = rows_[r].text.back();
   for (const std::size_t r : active) rows_[r].ended = stop_ && rows_[r].text.back() == *stop_;
   return true;
 }
@@ -106,9 +115,12 @@ void Generation::sample(const std::vector<std::size_t>& rows) {
       Row& row = rows_[rows[i]];
       float* logits = logits_.data() + i * stride_;
       try {
+        std::vector<float> before;
+        if (with_logprobs_) before.assign(logits, logits + engine_->network.shape.vocab_size);
         if (row.counts) row.counts->penalize(sampling_, logits);
         const std::uint32_t token = samplers_[rank].draw(
             sampling_, engine_->kernels, logits, engine_->network.shape.vocab_size, row.uniform);
+        if (with_logprobs_) row.logprob = before[token] - log_sum_of_exponentials(before);
         row.text.push_back(token);
         if (row.counts) row.counts->add(token, true);
       } catch (const std::exception&) {

@@ -35,19 +35,26 @@ class Generation {
  public:
   using Ids = std::vector<std::uint32_t>;
 
-  // seeds: one for each prompt. stop: the token that ends a row. Prompts are not empty.
+  // seeds: one for each prompt. stop: the token that ends a row. with_logprobs: whether `logprob`
+  // will be asked. Prompts are not empty.
   Generation(std::shared_ptr<Engine> engine, std::vector<Ids> prompts, std::size_t max_new_tokens,
              const Sampling& sampling, const std::vector<std::uint64_t>& seeds,
-             std::optional<std::uint32_t> stop);
+             std::optional<std::uint32_t> stop, bool with_logprobs);
 
   // Reads what is not yet read, and returns the logits behind each row that has not ended, in
   // order: `logits_stride()` apart. They stay until the next call.
   float* read();
   std::size_t logits_stride() const { return stride_; }
 
-  // Writes a token for each row to `tokens`: in a row that has ended, the one that ends it. Returns
-  // false, and writes nothing, if all have ended or all tokens are written.
+  // Writes a token for each row to `tokens`: in a row that has ended, its last. Returns false, and
+  // writes nothing, if all have ended or all tokens are written.
   bool step(std::int64_t* tokens);
+
+  // Ends a row: nothing more is computed for it.
+  void end(std::size_t row) { rows_.at(row).ended = true; }
+
+  // How likely the network itself found a row's last token, before penalties and the like, in nats.
+  double logprob(std::size_t row) const { return rows_.at(row).logprob; }
 
   std::size_t rows() const { return rows_.size(); }
 
@@ -58,6 +65,7 @@ class Generation {
     Uniform uniform;
     std::optional<Counts> counts;
     bool ended = false;
+    double logprob = 0.0;
   };
 
   std::vector<Token> unread();
@@ -68,6 +76,7 @@ class Generation {
   std::size_t left_;
   Sampling sampling_;
   std::optional<std::uint32_t> stop_;
+  bool with_logprobs_;
   std::size_t stride_;
   Cache cache_;
   std::vector<float> logits_;

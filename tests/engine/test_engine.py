@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt import GPT, GPTConfig
-from fastgpt.engine import Engine, Sampling
-from fastgpt.generation import generate, stream, window_start
+from fastgpt import GPT, CharTokenizer, GPTConfig
+from fastgpt.engine import Engine
+from fastgpt.generation import complete, generate, stream
+from fastgpt.kv_cache import window_start
+from fastgpt.sampling import Sampler
+from fastgpt.text_generation import stream_text, write
 from tests.engine.models import DTYPES, prompt, random_model, small_model
 
 
@@ -349,4 +352,45 @@ def test_a_model_in_bfloat16_is_taken(model: GPT) -> None:
 def test_the_settings_are_those_of_the_dataclass() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'heat'"):
         Engine(small_model()).generate(prompt(), 3, heat=1.0)
-    assert Sampling().temperature == 1.0
+    assert Sampler().temperature == 1.0
+
+
+# --- as `fastgpt.generation` and `fastgpt.text_generation` use it ---------------------------------
+
+
+def test_prompts_of_any_lengths_and_their_logprobs_as_pytorch_does(
+    model: GPT, engine: Engine
+) -> None:
+    generator = torch.Generator().manual_seed(9)
+    size = model.config.vocab_size
+    prompts = [torch.randint(size, (n,), generator=generator) for n in (5, 1, 16, 17, 40, 2)]
+    settings = {"n": 2, "seed": 3, "top_k": 7, "repetition_penalty": 1.2}
+    expected = complete(model, prompts, 20, **settings)
+    found = complete(engine, prompts, 20, **settings)
+    for ours, theirs in zip(sum(found, []), sum(expected, []), strict=True):
+        assert ours.ids == theirs.ids
+        assert ours.finish == theirs.finish
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+    ends = {expected[0][0].ids[3], expected[2][1].ids[5]}
+    stopped = complete(engine, prompts, 20, **settings, stop_tokens=ends)
+    assert [c.ids for c in sum(stopped, [])] == [
+        c.ids for c in sum(complete(model, prompts, 20, **settings, stop_tokens=ends), [])
+    ]
+    assert complete(engine, [], 20) == []
+
+
+def test_text_as_from_pytorch(model: GPT) -> None:
+    characters = CharTokenizer([chr(0x100 + i) for i in range(model.config.vocab_size)])
+    engine, text = model.quantize("float32"), characters.decode([1, 2, 3])
+    streams = [stream_text(m, characters, text, 40, seed=6, stop=["xx"]) for m in (model, engine)]
+    assert list(streams[0]) == list(streams[1])
+    stop = [characters.decode([5]), characters.decode([9])]
+    whole = [
+        write(m, characters, [text, characters.decode([7])], 40, seed=6, stop=stop, n=2)
+        for m in (model, engine)
+    ]
+    assert [[w.text for w in row] for row in whole[0]] == [
+        [w.text for w in row] for row in whole[1]
+    ]
+    with pytest.raises(ValueError, match="n must be at least 1, not 0"):
+        complete(engine, [[1]], 3, n=0)

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt.engine import Engine, Sampling
+from fastgpt.engine import Engine
 from fastgpt.model import GPT
+from fastgpt.sampling import Sampler
 from tests.engine.models import prompt, small_model
 
 
@@ -23,7 +24,7 @@ def engine(model: GPT) -> Engine:
     return Engine(model, "float32", 1)
 
 
-def choose(logits: list[float], text: list[int], n_prompt: int, s: Sampling, u: float) -> int:
+def choose(logits: list[float], text: list[int], n_prompt: int, s: Sampler, u: float) -> int:
     """The token that the documented steps lead to, in float64."""
     logits = list(logits)
     for token in set(text):
@@ -51,7 +52,7 @@ def choose(logits: list[float], text: list[int], n_prompt: int, s: Sampling, u: 
     return kept[-1]
 
 
-def follow(model: GPT, ids: torch.Tensor, new: int, sampling: Sampling, seed: int) -> list[int]:
+def follow(model: GPT, ids: torch.Tensor, new: int, sampling: Sampler, seed: int) -> list[int]:
     """What the twin writes, reading all of the text for each token."""
     text, generator = ids.tolist(), torch.Generator().manual_seed(seed)
     for _ in range(new):
@@ -79,7 +80,7 @@ def test_text_is_that_of_a_plain_twin(model: GPT, engine: Engine, case: dict[str
     ids = prompt(3, 4)
     got = engine.generate(ids, 12, seed=8, **case)
     for row in range(3):
-        assert got[row].tolist() == follow(model, ids[row], 12, Sampling(**case), 8 + row)
+        assert got[row].tolist() == follow(model, ids[row], 12, Sampler(**case), 8 + row)
 
 
 @settings(max_examples=40)
@@ -96,7 +97,7 @@ def test_any_settings_lead_to_the_twins_text(
     t: float, k: int, p: float, min_p: float, repetition: float, presence: float, seed: int
 ) -> None:
     model = small_model()
-    sampling = Sampling(t, k, p, min_p, repetition, presence, presence / 2)
+    sampling = Sampler(t, k, p, min_p, repetition, presence, presence / 2)
     ids = prompt(1, 6)
     got = Engine(model, "float32", 1).generate(ids, 6, seed=seed, **vars(sampling))
     assert got[0].tolist() == follow(model, ids[0], 6, sampling, seed)
