@@ -45,8 +45,9 @@ _HOME = {
 }
 
 _MODULES = {
-    *("bpe", "checkpoint", "data", "documents", "evaluate", "generation", "hellaswag", "interop"),
-    *("lambada", "ops", "optim", "scoring", "shards"),
+    *("beam_search", "bpe", "checkpoint", "data", "documents", "engine", "evaluate", "generation"),
+    *("hellaswag", "interop", "lambada", "ops", "optim", "sampling", "scoring", "shards"),
+    "text_generation",
     *_HOME.values(),
 }
 

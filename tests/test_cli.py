@@ -104,6 +104,21 @@ def test_prompts_from_a_file_as_lines_of_json(trained: Path, workplace: Path, ca
     assert err.startswith(f"{total} tokens, ")
 
 
+def test_both_engines_write_the_same_and_small_weights_write(trained: Path, capfd) -> None:
+    texts = []
+    for engine in (["--engine", "native", "--threads", "1"], ["--engine", "torch"], []):
+        assert (
+            run(generate.main, str(trained), *engine, "--seed", "5", "--max-new-tokens", "60") == 0
+        )
+        texts.append(capfd.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
+    for dtype in ("bfloat16", "int8", "int4"):
+        assert run(generate.main, str(trained), "--dtype", dtype, "--max-new-tokens", "9") == 0
+        assert len(capfd.readouterr().out) == 10
+    assert run(generate.main, str(trained), "--dtype", "int8", "--engine", "torch") == 2
+    assert "dtype int8 is for --engine native" in capfd.readouterr().err
+
+
 def test_prompts_from_standard_input(trained: Path, capfd, monkeypatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"A\nB\n")))
     assert run(generate.main, str(trained), "--prompts", "-", "--max-new-tokens", "3") == 0

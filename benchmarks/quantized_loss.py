@@ -1,0 +1,46 @@
+"""`python -m benchmarks.quantized_loss runs/latest`: what rounding the weights does to the loss.
+
+Loss in nats per token of the run's validation part, read in windows that do not overlap, by the
+native engine in each of its dtypes.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import fastgpt
+from fastgpt.data import gather, load_corpus, validation_windows
+from fastgpt.engine import Engine
+from fastgpt.run_folder import find_data, read_run
+
+MOST_TOKENS = 20_000
+
+
+def main(run: str) -> None:
+    """Print a line for each dtype."""
+    model, tokenizer = fastgpt.load(run)
+    _, recipe = read_run(fastgpt.checkpoint.resolve_run(Path(run)))
+    data = find_data(Path(run), recipe)["data"] or ""
+    val = load_corpus(data, tokenizer, recipe.val_fraction).val
+    size = model.config.block_size
+    inputs, targets = gather(val, validation_windows(val, size, MOST_TOKENS), size)
+    exact = 0.0
+    for dtype, group in (
+        ("float32", 64),
+        ("bfloat16", 64),
+        ("int8", 64),
+        ("int4", 64),
+        ("int4", 32),
+    ):
+        engine = Engine(model, dtype, group=group)
+        logits = torch.cat([engine.logits(row[None]) for row in inputs])
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+        exact = exact or loss
+        name = f"{dtype}, groups of {group}" if dtype == "int4" else dtype
+        print(f"{name:<20}{loss:.5f}  {loss / exact - 1:+.3%}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
