@@ -119,7 +119,7 @@ class _Search:
             kept[:, :, :, :filled] = kept[:, order, :, :filled]
 
     def _beam(self, ids: list[int], score: float, length: int) -> Beam:
-        return Beam(ids, score / length**self.penalty)
+        return Beam(ids, score / max(length, 1) ** self.penalty)
 
 
 def _check(model: GPT, ids: Tensor, max_new_tokens: int, n_beams: int, n: int) -> None:

@@ -75,6 +75,12 @@ def test_no_text_is_impossible_where_beams_outnumber_tokens(vocab_size: int) -> 
     assert all(math.isfinite(beam.score) for beam in found)
 
 
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0, -0.7])
+def test_no_new_tokens_are_one_empty_text(length_penalty: float) -> None:
+    found = beam_search(make(), torch.arange(5), 0, length_penalty=length_penalty)
+    assert [(beam.ids, beam.score) for beam in found] == [([], 0.0)]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
