@@ -96,7 +96,7 @@ class _Search:
         for rank, (parent, token, score) in enumerate(candidates):
             if token != self.stop_token:
                 going.append((parent, token, score))
-            elif rank < self.n_beams:
+            elif rank < self.n_beams and math.isfinite(score):  # else a copy's
                 self.finished.append(self._beam([*self.texts[parent], token], score, length))
         going = going[: self.n_beams]
         self.finished = sorted(self.finished, key=lambda beam: -beam.score)[: self.n_beams]
@@ -119,7 +119,7 @@ class _Search:
             kept[:, :, :, :filled] = kept[:, order, :, :filled]
 
     def _beam(self, ids: list[int], score: float, length: int) -> Beam:
-        return Beam(ids, score / length**self.penalty)
+        return Beam(ids, score / max(length, 1) ** self.penalty)
 
 
 def _check(model: GPT, ids: Tensor, max_new_tokens: int, n_beams: int, n: int) -> None:

@@ -1,6 +1,7 @@
 """Beam search against transformers' and against looking at every text there is."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -64,6 +65,20 @@ def test_enough_beams_find_the_likeliest_text() -> None:
     assert [beam.ids for beam in found] == texts[order[:4]].tolist()
     for beam, truth in zip(found, logprobs[order], strict=False):
         assert beam.score == pytest.approx(truth.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 3])
+def test_no_text_is_impossible_where_beams_outnumber_tokens(vocab_size: int) -> None:
+    prompt = torch.tensor([0])
+    found = beam_search(make(vocab_size), prompt, 1, n_beams=4, n=4, stop_token=0)
+    assert sorted(beam.ids for beam in found) == [[token] for token in range(vocab_size)]
+    assert all(math.isfinite(beam.score) for beam in found)
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0, -0.7])
+def test_no_new_tokens_are_one_empty_text(length_penalty: float) -> None:
+    found = beam_search(make(), torch.arange(5), 0, length_penalty=length_penalty)
+    assert [(beam.ids, beam.score) for beam in found] == [([], 0.0)]
 
 
 @pytest.mark.parametrize(
