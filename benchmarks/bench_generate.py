@@ -135,7 +135,7 @@ class LlamaCpp:
         )
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_seq_max = (
-            8192,
+            32 * 1024,
             1024,
             512,
             32,
