@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastgpt.kv_cache import KVCache
 from fastgpt.model import GPT
+from fastgpt.sampling import check_prompts
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ def beam_search(
     best that were set aside (or after `max_new_tokens`). length_penalty: above 0 favours long
     texts. ValueError for wrong values, or where prompt and new tokens exceed the context.
     """
-    _check(model, ids.reshape(-1), max_new_tokens, n_beams, n)
-    search = _Search(model, ids.reshape(-1), n_beams, length_penalty, stop_token)
+    _check(model, ids, max_new_tokens, n_beams, n)
+    search = _Search(model, ids.reshape(-1).long(), n_beams, length_penalty, stop_token)
     for step in range(1, max_new_tokens + 1):
         if search.step(step):
             break
@@ -123,21 +124,18 @@ class _Search:
 
 
 def _check(model: GPT, ids: Tensor, max_new_tokens: int, n_beams: int, n: int) -> None:
+    check_prompts(ids[None] if ids.dim() == 1 else ids, model.config.vocab_size)
+    if ids.dim() == 2 and ids.size(0) != 1:
+        raise ValueError(
+            f"beam search takes one prompt, not {ids.size(0)}: pass one row, as ids[0]"
+        )
     if not 1 <= n <= n_beams:
         raise ValueError(f"n must be from 1 to n_beams ({n_beams}), not {n}")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
-    if not len(ids):
-        raise ValueError("the prompt must have at least one token")
-    size = model.config.block_size
-    if len(ids) + max_new_tokens > size:
+    size, length = model.config.block_size, ids.size(-1)
+    if length + max_new_tokens > size:
         raise ValueError(
-            f"{len(ids)} tokens of prompt and {max_new_tokens} new ones exceed the model's context "
+            f"{length} tokens of prompt and {max_new_tokens} new ones exceed the model's context "
             f"of {size}: beams cannot slide; shorten the prompt or lower max_new_tokens"
-        )
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= model.config.vocab_size:
-        wrong = low if low < 0 else high
-        raise ValueError(
-            f"token id {wrong} is outside the model's vocabulary of {model.config.vocab_size}"
         )

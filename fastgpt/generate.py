@@ -102,7 +102,8 @@ def read_prompts(options: Options) -> list[str]:
 def _lines(source: str) -> list[str]:
     try:
         data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        return data.decode("utf-8-sig").splitlines()
+        lines = data.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
+        return lines.split("\n") if lines else []
     except OSError as error:
         raise UsageError(f"{source} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -20,6 +20,8 @@ from fastgpt.kv_cache import Reader
 from fastgpt.model import GPT
 from fastgpt.sampling import Sampler, Sampling, TokenCounts, check_prompts, generators
 
+ROOM = 128  # tokens that a text grows by, at least
+
 
 @dataclass
 class Completion:
@@ -110,7 +112,7 @@ def complete(
     stop: is told the row and each new token of it; what it answers True to is the last one.
     The rest is as for `generate`.
     """
-    rows = [torch.as_tensor(prompt).long() for prompt in prompts]
+    rows = [torch.as_tensor(prompt) for prompt in prompts]
     for row in rows:
         check_prompts(row[None] if row.dim() == 1 else row, model.config.vocab_size)
     if not rows:
@@ -159,13 +161,13 @@ class Writing:
             raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n}")
-        rows = [prompt.to(model.device) for prompt in prompts for _ in range(n)]
+        rows = [prompt.to(model.device, torch.int64) for prompt in prompts for _ in range(n)]
         self.sampler, self.left = sampler, max_new_tokens
         self.generators = generators(seed, len(rows))
         self.lengths = [len(row) for row in rows]
         self.counts = TokenCounts(rows, model.config.vocab_size) if sampler.penalises else None
         self.reader = Reader(model, len(rows), use_cache, copies=n)
-        self.history = F.pad(pad_sequence(rows, batch_first=True), (0, max_new_tokens))
+        self.history = pad_sequence(rows, batch_first=True)  # [R, T], with room for some more
         self.ends = torch.tensor(self.lengths, device=model.device)  # where the next tokens go
 
     @torch.no_grad()
@@ -183,6 +185,8 @@ class Writing:
             tokens = tokens.masked_fill(ended, filling)
         if self.counts is not None:
             self.counts.add(tokens)
+        if max(self.lengths) == self.history.size(1):
+            self.history = F.pad(self.history, (0, max(ROOM, self.history.size(1))))
         self.history.scatter_(1, self.ends[:, None], tokens[:, None])
         self.ends = self.ends + 1
         self.lengths = [length + 1 for length in self.lengths]

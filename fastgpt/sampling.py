@@ -3,10 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from operator import index
+from typing import SupportsIndex, TypedDict
 
 import torch
 from torch import Tensor
+
+COLDEST = 1e-30  # what is below is zero, or so near to it that fp32 cannot divide by it
 
 
 class Sampling(TypedDict, total=False):
@@ -82,7 +85,7 @@ class Sampler:
         """
         if counts is not None and self.penalises:
             logits = self._penalised(logits.float(), counts)
-        if self.temperature == 0.0:
+        if self.temperature < COLDEST:
             return logits.argmax(-1)
         # float64 keeps a running sum over 50,257 entries exact enough; MPS has none
         wide = torch.float32 if logits.device.type == "mps" else torch.float64
@@ -144,7 +147,10 @@ def seeds_of(seed: int | Sequence[int] | None, n_rows: int) -> list[int]:
     """
     if seed is None:
         seed = torch.Generator().seed() % 2**62
-    seeds = [seed + row for row in range(n_rows)] if isinstance(seed, int) else list(seed)
+    if isinstance(seed, SupportsIndex):  # NumPy's whole numbers, too
+        seeds = [index(seed) + row for row in range(n_rows)]
+    else:
+        seeds = list(seed)
     if len(seeds) != n_rows:
         raise ValueError(f"{len(seeds)} seeds for {n_rows} rows: give one each, or one in all")
     if wrong := [s for s in seeds if not 0 <= s < 2**63]:
@@ -153,12 +159,14 @@ def seeds_of(seed: int | Sequence[int] | None, n_rows: int) -> list[int]:
 
 
 def check_prompts(ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless ids are `[B, T]`, T from 1, and all in the vocabulary."""
+    """Raise ValueError unless ids are whole numbers `[B, T]`, T from 1, all in the vocabulary."""
     if ids.dim() != 2 or ids.numel() == 0:
         raise ValueError(
             f"ids must be [batch, tokens] with at least one token, not {list(ids.shape)}; "
             f"for one prompt: torch.tensor([tokenizer.encode(text)])"
         )
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"token ids must be whole numbers, not {ids.dtype}")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high

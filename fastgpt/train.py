@@ -24,7 +24,7 @@ def main(args: Sequence[str]) -> None:
         _fit(run=run, changes=_changes(args, run))
         return
     name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_RECIPE
-    recipe = _parse(get_recipe(name), args)
+    recipe = _parse(_without_epochs(get_recipe(name), args), args)
     _fit(recipe=recipe, name=name, changes=_different(get_recipe(name), recipe))
 
 
@@ -64,6 +64,19 @@ def _parse(defaults: Recipe, args: Sequence[str]) -> Recipe:
         prog="python -m fastgpt.train [RECIPE]",
         description=_description(),
     )
+
+
+def _without_epochs(recipe: Recipe, args: Sequence[str]) -> Recipe:
+    """Return a recipe whose length is `max_steps`, if that is among the arguments."""
+    steps, epochs = (_is_given(name, args) for name in ("max_steps", "epochs"))
+    if steps and epochs:
+        raise UsageError("give --max-steps or --epochs, not both")
+    return dataclasses.replace(recipe, epochs=None) if steps else recipe
+
+
+def _is_given(name: str, args: Sequence[str]) -> bool:
+    words = {arg.split("=", 1)[0].replace("_", "-") for arg in args}
+    return f"--{name}".replace("_", "-") in words
 
 
 def _description() -> str:

@@ -90,6 +90,8 @@ def test_no_new_tokens_are_one_empty_text(length_penalty: float) -> None:
         ({"n": 5}, r"n must be from 1 to n_beams \(4\), not 5"),
         ({"ids": torch.tensor([37])}, "token id 37 is outside"),
         ({"ids": torch.tensor([], dtype=torch.int64)}, "at least one token"),
+        ({"ids": torch.tensor([0.5])}, "token ids must be whole numbers, not torch.float32"),
+        ({"ids": torch.zeros(2, 3, dtype=torch.int64)}, "takes one prompt, not 2"),
     ],
 )
 def test_wrong_values(settings, message: str) -> None:

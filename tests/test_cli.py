@@ -76,7 +76,7 @@ def test_a_prompt_is_continued(trained: Path, capfd) -> None:
 
 
 def test_prompts_from_a_file_as_lines_of_json(trained: Path, workplace: Path, capfd) -> None:
-    (workplace / "prompts.txt").write_text("JULIET:\nNight", encoding="utf-8")
+    (workplace / "prompts.txt").write_bytes(b"JULIET:\r\nNight\n")
     batch = ["--prompt", "ROMEO:", "Day", "--prompts", "prompts.txt", "--n", "2", "--seed", "7"]
     short = ["--max-new-tokens", "12", "--stop", "e", "--batch-size", "3"]
     assert run(generate.main, str(trained), *batch, *short, "--json") == 0
@@ -142,6 +142,15 @@ def test_resume_with_a_change(verse: Path, workplace: Path, capfd) -> None:
     assert "cannot resume with changes: n_layer 1 → 2" in capfd.readouterr().err
 
 
+def test_max_steps_is_the_length_of_a_recipe_of_epochs_too(
+    verse: Path, workplace: Path, capfd
+) -> None:
+    small = ["--vocab-size", "300", *SMALL, "--val-fraction", "0.1"]
+    assert run(train.main, "tinystories", "--data", str(verse), *small, "--out", "x") == 0
+    recipe = json.loads((workplace / "x" / "config.json").read_text())["recipe"]
+    assert (recipe["max_steps"], recipe["epochs"]) == (4, None)
+
+
 def wrong_uses() -> dict[str, tuple[object, list[str], str]]:
     return {
         "unknown recipe": (train.main, ["shakspeare-char"], "did you mean shakespeare-char"),
@@ -160,6 +169,11 @@ def wrong_uses() -> dict[str, tuple[object, list[str], str]]:
         "no runs yet": (generate.main, ["runs/latest"], "no runs in runs/ yet"),
         "not a run": (generate.main, ["."], ". is none of what can be read; give a run folder"),
         "no prompts": (generate.main, ["x", "--prompts", "none.txt"], "none.txt cannot be read"),
+        "two lengths": (
+            train.main,
+            ["--max-steps", "3", "--epochs=1"],
+            "give --max-steps or --epochs",
+        ),
         "an empty batch": (
             generate.main,
             ["x", "--batch-size", "0"],

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -139,3 +140,16 @@ def test_no_penalty_changes_nothing(model: GPT) -> None:
     assert torch.equal(
         generate(model, prompt(), 9, seed=1, **off), generate(model, prompt(), 9, seed=1)
     )
+
+
+def test_the_coldest_temperature_is_greedy(model: GPT) -> None:
+    greedy = generate(model, prompt(), 9, temperature=0)
+    for temperature in (1e-20, 1e-46, 1e-300):
+        assert torch.equal(generate(model, prompt(), 9, temperature=temperature), greedy)
+
+
+def test_ids_and_seeds_of_other_kinds(model: GPT) -> None:
+    expected = generate(model, prompt(), 9, seed=3)
+    assert torch.equal(generate(model, prompt().int(), 9, seed=np.int64(3)), expected)
+    with pytest.raises(ValueError, match=r"token ids must be whole numbers, not torch\.float32"):
+        generate(model, prompt().float(), 9)

@@ -22,7 +22,7 @@ module             in   out
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import torch
 
@@ -73,10 +73,14 @@ def open_source(source: str | Path, checkpoint: Which = "best") -> Source:
 
     checkpoint: which one of a run.
     """
+    if checkpoint not in get_args(Which):
+        raise UsageError(f"checkpoint must be best or newest, not {checkpoint!r}")
     path = Path(source)
     if run.recognises(path):
         return run.read(path, checkpoint)
     for known in FORMATS.values():
+        if known is hub and _is_a_path(str(source)):
+            continue  # what was meant for a folder here must not become a stranger's model
         if known.recognises(path):
             return known.read(path)
     what = "none of what can be read" if path.exists() else "not there"
@@ -105,3 +109,8 @@ def load(
         )
     model.crop_vocabulary(tokenizer.vocab_size)
     return model, tokenizer
+
+
+def _is_a_path(source: str) -> bool:
+    """Tell whether a name can only be one of a file or folder, by its looks."""
+    return source.startswith((".", "/", "~")) or source.endswith("/") or "\\" in source

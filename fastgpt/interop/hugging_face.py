@@ -17,7 +17,7 @@ from fastgpt.checkpoint import read_json, write_json
 from fastgpt.errors import UsageError
 from fastgpt.interop.foreign import Foreign, LazyTensor, tokenizer_beside
 from fastgpt.interop.pickled import lazy, unpickle
-from fastgpt.interop.tokenizer_files import write_tokenizer
+from fastgpt.interop.tokenizer_files import TOKENIZER_FILES, write_tokenizer
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tensor_file import stored_tensors, write_tensors
 from fastgpt.tokenizer import BaseTokenizer
@@ -58,8 +58,9 @@ def write(model: GPT, folder: Path, tokenizer: BaseTokenizer | None = None) -> N
     A model without biases gets zeros for them. With the tokenizer's files beside it if it is given,
     for `AutoTokenizer`. UsageError if there is a model in the folder already.
     """
-    if (folder / CONFIG).exists() or (folder / WEIGHTS).exists():
-        raise UsageError(f"{folder} holds a model already; give another folder")
+    for name in (CONFIG, WEIGHTS, *TOKENIZER_FILES):
+        if (folder / name).exists():
+            raise UsageError(f"{folder} holds a {name} already; give another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / WEIGHTS, _theirs(model), metadata={"format": "pt"})

@@ -7,6 +7,8 @@ from fastgpt.checkpoint import write_json
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer
 from fastgpt.vocabulary import END_OF_TEXT, characters_to_hugging_face
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
 
 def write_tokenizer(tokenizer: BaseTokenizer, folder: Path, block_size: int) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`; block_size: the model's context."""

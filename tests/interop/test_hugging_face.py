@@ -116,7 +116,7 @@ def test_out_and_in_again(tmp_path: Path, tied: bool, bias: bool) -> None:
     for name, tensor in again.state_dict().items():
         expected = ours.state_dict().get(name, torch.zeros_like(tensor))
         assert torch.equal(tensor, expected), name
-    with pytest.raises(UsageError, match="holds a model already"):
+    with pytest.raises(UsageError, match=r"holds a config\.json already"):
         ours.save_pretrained(tmp_path / "out")
 
 
@@ -270,6 +270,9 @@ def test_nothing_and_the_unknown(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="gpt2-xxl is no file or folder here") as info:
         GPT.from_pretrained("gpt2-xxl")
     assert "save config.json, model.safetensors" in str(info.value)
+    for name in ("./gpt2", "gpt2/", "/no/gpt2"):  # never the hub's, whatever is not here
+        with pytest.raises(UsageError, match="gpt2 is not there; give a run folder"):
+            GPT.from_pretrained(name)
 
 
 def test_a_tokenizer_that_is_not_known(folder: Path) -> None:
