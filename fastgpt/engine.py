@@ -43,7 +43,7 @@ class Engine:
         group: int = quantization.GROUP,
         code: str = "best",
     ) -> None:
-        threads = threads or torch.get_num_threads()
+        threads = _checked(threads)
         weights = quantization.round_weights(model, dtype, group, threads)
         self._start(model.config, dtype, group, threads, code, weights)
 
@@ -90,10 +90,11 @@ class Engine:
     @classmethod
     def load(cls, path: Path, threads: int | None = None, *, code: str = "best") -> "Engine":
         """Read what `save` wrote; QuantizationError says what is wrong with the file."""
+        threads = _checked(threads)
         config, dtype, group, weights = quantization.load(path)
         engine = cls.__new__(cls)
         try:
-            engine._start(config, dtype, group, threads or torch.get_num_threads(), code, weights)
+            engine._start(config, dtype, group, threads, code, weights)
         except ValueError as error:
             raise quantization.QuantizationError(f"{path}: {error}") from None
         return engine
@@ -155,8 +156,6 @@ class Engine:
     ) -> "EngineWriting":
         """Begin to write n texts behind each of some prompts, of any lengths."""
         rows = [prompt for prompt in prompts for _ in range(n)]
-        if n < 1:
-            raise ValueError(f"n must be at least 1, not {n}")
         begun = self._begin(rows, max_new_tokens, sampler, seed, None, with_logprobs=True)
         return EngineWriting(begun)
 
@@ -214,3 +213,10 @@ class EngineWriting:
 def _steps(generation: _C.Generation, device: torch.device) -> Iterator[Tensor]:
     while (tokens := generation.step()) is not None:
         yield torch.tensor(tokens, dtype=torch.int64, device=device)
+
+
+def _checked(threads: int | None) -> int:
+    """Return how many threads to take."""
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+    return threads or torch.get_num_threads()

@@ -77,8 +77,8 @@ def main(args: Sequence[str]) -> None:
     """Print each prompt with its continuation, and at the end how fast it was."""
     options = tyro.cli(Options, args=args, prog="python -m fastgpt.generate")
     prompts = read_prompts(options)
-    model, tokenizer = _load(options)
     try:
+        model, tokenizer = _load(options)
         if len(prompts) == options.n == 1 and not options.json:
             _stream(model, tokenizer, prompts[0], options)
         else:

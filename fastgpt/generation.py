@@ -86,6 +86,7 @@ def stream(
 ) -> Iterator[Tensor]:
     """Yield the new tokens one position at a time, int64 `[B·n]`; arguments as for `generate`."""
     check_prompts(ids, model.config.vocab_size)
+    _check(model, n, use_cache)
     if isinstance(model, Engine):
         ids = ids.repeat_interleave(n, 0)
         return model.stream(ids, max_new_tokens, seed=seed, stop_token=stop_token, **sampling)
@@ -115,6 +116,7 @@ def complete(
     rows = [torch.as_tensor(prompt) for prompt in prompts]
     for row in rows:
         check_prompts(row[None] if row.dim() == 1 else row, model.config.vocab_size)
+    _check(model, n, use_cache)
     if not rows:
         return []
     completions = [Completion() for _ in range(len(rows) * n)]
@@ -159,8 +161,6 @@ class Writing:
     ) -> None:
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
-        if n < 1:
-            raise ValueError(f"n must be at least 1, not {n}")
         rows = [prompt.to(model.device, torch.int64) for prompt in prompts for _ in range(n)]
         self.sampler, self.left = sampler, max_new_tokens
         self.generators = generators(seed, len(rows))
@@ -212,3 +212,10 @@ def _stream(writing: Writing, stop_token: int | None, device: torch.device) -> I
         yield tokens.to(device)
         if bool(ended.all()):
             return
+
+
+def _check(model: GPT | Engine, n: int, use_cache: bool) -> None:
+    if n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
+    if isinstance(model, Engine) and not use_cache:
+        raise ValueError("an Engine always keeps a cache: use_cache=False is for a GPT")

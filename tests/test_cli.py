@@ -117,6 +117,8 @@ def test_both_engines_write_the_same_and_small_weights_write(trained: Path, capf
         assert len(capfd.readouterr().out) == 10
     assert run(generate.main, str(trained), "--dtype", "int8", "--engine", "torch") == 2
     assert "dtype int8 is for --engine native" in capfd.readouterr().err
+    assert run(generate.main, str(trained), "--threads", "-1") == 2
+    assert "threads must be" in capfd.readouterr().err
 
 
 def test_prompts_from_standard_input(trained: Path, capfd, monkeypatch) -> None:

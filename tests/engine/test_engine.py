@@ -397,5 +397,8 @@ def test_text_as_from_pytorch(model: GPT) -> None:
     assert [[w.text for w in row] for row in whole[0]] == [
         [w.text for w in row] for row in whole[1]
     ]
-    with pytest.raises(ValueError, match="n must be at least 1, not 0"):
-        complete(engine, [[1]], 3, n=0)
+    for write_tokens in (complete, generate):
+        with pytest.raises(ValueError, match="n must be at least 1, not 0"):
+            write_tokens(engine, prompt(), 3, n=0)
+        with pytest.raises(ValueError, match="an Engine always keeps a cache"):
+            write_tokens(engine, prompt(), 3, use_cache=False)
