@@ -129,7 +129,7 @@ class LlamaCpp:
         import llama_cpp
 
         self.api: Any = llama_cpp
-        llama_cpp.llama_log_set(_SILENT(llama_cpp), None)
+        llama_cpp.llama_log_set(_silence(llama_cpp), None)
         self.model = llama_cpp.llama_model_load_from_file(
             str(path).encode(), llama_cpp.llama_model_default_params()
         )
@@ -176,8 +176,8 @@ class LlamaCpp:
             raise RuntimeError(f"llama_decode returned {status}")
 
 
-def _SILENT(llama_cpp: Any) -> Any:  # noqa: N802
-    """A callback for its log, kept alive with the module."""
+def _silence(llama_cpp: Any) -> Any:
+    """Return a callback for its log, kept alive with the module."""
     llama_cpp.fastgpt_silent = llama_cpp.llama_log_callback(lambda *_: None)
     return llama_cpp.fastgpt_silent
 
