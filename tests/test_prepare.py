@@ -324,7 +324,7 @@ def test_texts_for_validation(stories, workplace, capfd) -> None:
     args = ["stories.jsonl", "--val", "valid.txt", "--train-vocab", "300", "--out", "d"]
     assert run(prepare.main, *args) == 0
     tokenizer = Tokenizer.load("d")
-    assert documents(Path("d"), "val", tokenizer) == ["A dog.", "zyzzyva zyzzyva zyzzyva"]
+    assert documents(Path("d"), "val", tokenizer) == ["A dog.", "zyzzyva zyzzyva zyzzyva\n"]
     texts = [json.loads(line)["text"] for line in stories.read_text("utf-8").splitlines()]
     assert documents(Path("d"), "train", tokenizer) == texts
     meta = json.loads(Path("d/meta.json").read_text())
