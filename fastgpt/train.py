@@ -24,7 +24,7 @@ def main(args: Sequence[str]) -> None:
         _fit(run=run, changes=_changes(args, run))
         return
     name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_RECIPE
-    recipe = _parse(_without_epochs(get_recipe(name), args), args)
+    recipe = _parse_length(get_recipe(name), args)
     _fit(recipe=recipe, name=name, changes=_different(get_recipe(name), recipe))
 
 
@@ -66,17 +66,14 @@ def _parse(defaults: Recipe, args: Sequence[str]) -> Recipe:
     )
 
 
-def _without_epochs(recipe: Recipe, args: Sequence[str]) -> Recipe:
-    """Return a recipe whose length is `max_steps`, if that is among the arguments."""
-    steps, epochs = (_is_given(name, args) for name in ("max_steps", "epochs"))
-    if steps and epochs:
+def _parse_length(defaults: Recipe, args: Sequence[str]) -> Recipe:
+    """Parse settings, of which `max_steps` takes the place of the recipe's own `epochs`."""
+    if not any(arg.split("=", 1)[0] in ("--max-steps", "--max_steps") for arg in args):
+        return _parse(defaults, args)
+    recipe = _parse(dataclasses.replace(defaults, epochs=None), args)
+    if recipe.epochs is not None:
         raise UsageError("give --max-steps or --epochs, not both")
-    return dataclasses.replace(recipe, epochs=None) if steps else recipe
-
-
-def _is_given(name: str, args: Sequence[str]) -> bool:
-    words = {arg.split("=", 1)[0].replace("_", "-") for arg in args}
-    return f"--{name}".replace("_", "-") in words
+    return recipe
 
 
 def _description() -> str:
