@@ -130,10 +130,10 @@ def check(dtype: str, group: int) -> None:
 def save(path: Path, config: GPTConfig, dtype: str, group: int, weights: Weights) -> None:
     """Write an engine's weights: see the module's text."""
     tensors: dict[str, Tensor] = {}
+    matrices = weight_names(config).matrices
     for name, weight in weights.items():
         if isinstance(weight, Tensor):
-            matrix = name in weight_names(config).matrices
-            narrow = dtype == "bfloat16" and matrix
+            narrow = dtype == "bfloat16" and name in matrices
             tensors[name] = weight.to(torch.bfloat16) if narrow else weight.contiguous()
         else:
             tensors[name], tensors[f"{name}.scales"] = weight

@@ -247,25 +247,7 @@ _STORY_300K = Recipe(
 )
 # With the rate of the one above it stops at twice the perplexity: there are ten times fewer steps.
 _BEDTIME_512 = replace(_STORY_300K, block_size=512, batch_size=2, lr=2e-4)
-_FINETUNE = Recipe(
-    data="",
-    tokenizer="gpt2",
-    init="gpt2",
-    n_layer=12,
-    n_head=12,
-    n_embd=768,
-    block_size=256,
-    dropout=0.1,
-    bias=True,
-    batch_size=8,
-    epochs=5.0,
-    lr=3e-5,
-    warmup_steps=100,
-    beta2=0.999,
-    eval_interval=0,
-    patience=4,
-    sample_tokens=200,
-)
+_FINETUNE = replace(_STORY_300K, init="gpt2", epochs=5.0, lr=3e-5, beta2=0.999, patience=4)
 
 RECIPES: dict[str, Recipe] = {
     "shakespeare-char": Recipe(),

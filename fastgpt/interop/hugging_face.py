@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastgpt.checkpoint import read_json, write_json
 from fastgpt.errors import UsageError
-from fastgpt.interop.foreign import Foreign, LazyTensor, tokenizer_beside
+from fastgpt.interop.foreign import Foreign, LazyTensor, make_config, tokenizer_beside
 from fastgpt.interop.pickled import lazy, unpickle
 from fastgpt.interop.tokenizer_files import TOKENIZER_FILES, write_tokenizer
 from fastgpt.model import GPT, GPTConfig
@@ -81,19 +81,17 @@ def _read_config(path: Path) -> GPTConfig:
     for name, values in _COMPUTED.items():
         if (value := settings.get(name, values[0])) not in values:
             raise UsageError(f"{path}: {name} = {value!r} is not supported, only {values[0]!r}")
-    try:
-        config = GPTConfig(
-            vocab_size=settings.get("vocab_size", 50257),
-            block_size=settings.get("n_positions", 1024),
-            n_layer=settings.get("n_layer", 12),
-            n_head=settings.get("n_head", 12),
-            n_embd=settings.get("n_embd", 768),
-            dropout=settings.get("resid_pdrop", 0.1),
-            tie_weights=settings.get("tie_word_embeddings", True),
-            layer_norm_eps=settings.get("layer_norm_epsilon", 1e-5),
-        )
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{path}: {error}") from None
+    config = make_config(
+        path,
+        vocab_size=settings.get("vocab_size", 50257),
+        block_size=settings.get("n_positions", 1024),
+        n_layer=settings.get("n_layer", 12),
+        n_head=settings.get("n_head", 12),
+        n_embd=settings.get("n_embd", 768),
+        dropout=settings.get("resid_pdrop", 0.1),
+        tie_weights=settings.get("tie_word_embeddings", True),
+        layer_norm_eps=settings.get("layer_norm_epsilon", 1e-5),
+    )
     if (inner := settings.get("n_inner")) not in (None, 4 * config.n_embd):
         raise UsageError(f"{path}: n_inner = {inner!r} is not supported, only 4 * n_embd")
     return config
