@@ -133,33 +133,33 @@ class LlamaCpp:
         self.model = llama_cpp.llama_model_load_from_file(
             str(path).encode(), llama_cpp.llama_model_default_params()
         )
-        settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_seq_max = (
-            32 * 1024,
-            1024,
-            512,
-            32,
-        )
-        settings.n_threads = settings.n_threads_batch = threads
-        self.context = llama_cpp.llama_init_from_model(self.model, settings)
+        self.threads = threads
+        self.context: Any = None
 
     def decode(self, prompts: Tensor, new: int) -> float:
         """See Contender."""
-        self._clear()
-        rows = len(prompts)
+        rows, length = prompts.shape
+        self._open(rows, length + new)
         self._run([(r, t, int(i)) for r, ids in enumerate(prompts) for t, i in enumerate(ids)])
         begin = time.perf_counter()
-        for t in range(prompts.size(1), prompts.size(1) + new - 1):
+        for t in range(length, length + new - 1):
             self._run([(r, t, 17) for r in range(rows)])
         return time.perf_counter() - begin
 
     def read(self, prompt: Tensor) -> float:
         """See Contender."""
-        self._clear()
+        self._open(1, prompt.size(1))
         return seconds(lambda: self._run([(0, t, int(i)) for t, i in enumerate(prompt[0])]))
 
-    def _clear(self) -> None:
-        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+    def _open(self, rows: int, positions: int) -> None:
+        """Make an empty context of just that size: its attention goes over all that there is."""
+        if self.context is not None:
+            self.api.llama_free(self.context)
+        settings = self.api.llama_context_default_params()
+        settings.n_ctx, settings.n_seq_max = rows * (-(-positions // 256) * 256), rows
+        settings.n_batch = settings.n_ubatch = max(LONG_PROMPT, rows * PROMPT)
+        settings.n_threads = settings.n_threads_batch = self.threads
+        self.context = self.api.llama_init_from_model(self.model, settings)
 
     def _run(self, tokens: list[tuple[int, int, int]]) -> None:
         """Read (row, position, id)s, with the logits of each row's last."""

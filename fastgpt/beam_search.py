@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgpt.kv_cache import KVCache
+from fastgpt.kv_cache import KVCache, evaluating
 from fastgpt.model import GPT
 from fastgpt.sampling import check_prompts
 
@@ -65,12 +65,8 @@ class _Search:
 
     def step(self, length: int) -> bool:
         """Make each text longer by a token, to `length`; tell whether the search is over."""
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             logits = self.model.logits(self.model.hidden(self.unread, self.cache)[:, -1])
-        finally:
-            self.model.train(training)
         scores = self.scores[:, None] + logits.float().log_softmax(-1)  # [beams, V]
         # Of so many, at most n_beams end here.
         found = scores.reshape(-1).topk(min(2 * self.n_beams, scores.numel()))

@@ -8,17 +8,18 @@ its seed, and not on what else is in the batch.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fastgpt.engine import Engine
-from fastgpt.kv_cache import Reader
+from fastgpt.engine import Engine, EngineWriting
+from fastgpt.kv_cache import Reader, StepCache, evaluating
 from fastgpt.model import GPT
-from fastgpt.sampling import Sampler, Sampling, TokenCounts, check_prompts, generators
+from fastgpt.replay import Replayed, can_record
+from fastgpt.sampling import Draws, Sampler, Sampling, TokenCounts, check_prompts, seeds_of
 
 ROOM = 128  # tokens that a text grows by, at least
 
@@ -60,17 +61,10 @@ def generate(
     `frequency_penalty`; see `fastgpt.sampling.Sampler`.
     Wrong values raise ValueError naming the range.
     """
-    tokens = stream(
-        model,
-        ids,
-        max_new_tokens,
-        n=n,
-        seed=seed,
-        stop_token=stop_token,
-        use_cache=use_cache,
-        **sampling,
-    )
-    return torch.cat([ids.repeat_interleave(n, 0), *(new[:, None] for new in tokens)], dim=1)
+    steps = _stream(model, ids, max_new_tokens, n, seed, stop_token, use_cache, sampling)
+    new = [tokens[:, None] for tokens in steps]
+    prompts = ids.repeat_interleave(n, 0)
+    return torch.cat([prompts, torch.cat(new, dim=1).to(ids.device)], dim=1) if new else prompts
 
 
 def stream(
@@ -85,13 +79,8 @@ def stream(
     **sampling: Unpack[Sampling],
 ) -> Iterator[Tensor]:
     """Yield the new tokens one position at a time, int64 `[B·n]`; arguments as for `generate`."""
-    check_prompts(ids, model.config.vocab_size)
-    _check(model, n, use_cache)
-    if isinstance(model, Engine):
-        ids = ids.repeat_interleave(n, 0)
-        return model.stream(ids, max_new_tokens, seed=seed, stop_token=stop_token, **sampling)
-    writing = Writing(model, list(ids), max_new_tokens, Sampler(**sampling), seed, n, use_cache)
-    return _stream(writing, stop_token, ids.device)
+    steps = _stream(model, ids, max_new_tokens, n, seed, stop_token, use_cache, sampling)
+    return (tokens.to(ids.device) for tokens in steps)
 
 
 def complete(
@@ -126,19 +115,19 @@ def complete(
         if isinstance(model, Engine)
         else Writing(model, rows, max_new_tokens, sampler, seed, n, use_cache)
     )
-    while not all(completion.finish == "stop" for completion in completions):
-        if (tokens := writing.step()) is None:
-            break
-        drawn = zip(completions, tokens.tolist(), writing.logprobs().tolist(), strict=True)
+    for _, (tokens, logprobs) in arrivals(_steps(writing, with_logprobs=True)):
+        drawn = zip(completions, tokens, logprobs, strict=True)
         for index, (completion, token, logprob) in enumerate(drawn):
             if completion.finish == "stop":
                 continue
             if token not in stop_tokens:
-                completion.ids.append(token)
+                completion.ids.append(int(token))
                 completion.logprobs.append(logprob)
-            if token in stop_tokens or stop(index, token):
+            if token in stop_tokens or stop(index, int(token)):
                 completion.finish = "stop"
                 writing.end(index)
+        if all(completion.finish == "stop" for completion in completions):
+            break
     return [completions[first : first + n] for first in range(0, len(completions), n)]
 
 
@@ -146,7 +135,11 @@ class Writing:
     """The state of writing: what the rows hold, and what draws their next tokens.
 
     prompts: int64 `[T_i]` on the model's device, at least one token each; there are n rows for each
-    of them, one after the other. Wrong values raise ValueError before anything is computed.
+    of them, one after the other. stop_token: all that is written to a row behind it.
+    Wrong values raise ValueError before anything is computed.
+
+    The steps that only read their last token are replayed on a GPU (`fastgpt.replay`): the tensors
+    that they go by stay the same ones, and the host decides nothing in them.
     """
 
     def __init__(
@@ -158,40 +151,66 @@ class Writing:
         seed: int | Sequence[int] | None = None,
         n: int = 1,
         use_cache: bool = True,
+        stop_token: int | None = None,
     ) -> None:
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
         rows = [prompt.to(model.device, torch.int64) for prompt in prompts for _ in range(n)]
-        self.sampler, self.left = sampler, max_new_tokens
-        self.generators = generators(seed, len(rows))
+        self.model, self.sampler, self.left = model, sampler, max_new_tokens
+        self.stop_token = stop_token
         self.lengths = [len(row) for row in rows]
         self.counts = TokenCounts(rows, model.config.vocab_size) if sampler.penalises else None
-        self.reader = Reader(model, len(rows), use_cache, copies=n)
+        longest = max(self.lengths) + max_new_tokens
+        self.reader = Reader(model, len(rows), use_cache, copies=n, capacity=longest)
         self.history = pad_sequence(rows, batch_first=True)  # [R, T], with room for some more
         self.ends = torch.tensor(self.lengths, device=model.device)  # where the next tokens go
+        self._draws = Draws(seeds_of(seed, len(rows)), model.device)
+        self._uniform = torch.zeros(len(rows), device=model.device)
+        self._tokens = torch.zeros_like(self.ends)  # the last ones
+        self._ended = torch.zeros_like(self.ends, dtype=torch.bool)
+        replays = self.reader.cache is not None and can_record(model)
+        self._replayed = Replayed(self._next) if replays else None
 
     @torch.no_grad()
-    def step(self, ended: Tensor | None = None, filling: int = 0) -> Tensor | None:
-        """Write one token to each row, int64 `[R]`; None if `max_new_tokens` are written.
-
-        ended: rows, bool `[R]`, that get the token `filling`.
-        """
+    def step(self) -> Tensor | None:
+        """Write one token to each row, int64 `[R]`; None if `max_new_tokens` are written."""
         if not self.left:
             return None
         self.left -= 1
-        self._logits = self.reader.logits(self.history, self.lengths)
-        tokens = self.sampler.draw(self._logits, self.generators, self.counts)
-        if ended is not None:
-            tokens = tokens.masked_fill(ended, filling)
+        if self.sampler.draws:
+            self._uniform.copy_(self._draws.next())
+        if self._replayed is not None and self.reader.has_all_but_last(self.lengths):
+            self._logits = self._replayed(self.left)
+            self.reader.count_one_more()
+        else:
+            self._logits = self._choose(self.reader.logits(self.history, self.lengths))
+        self._keep_last()
+        return self._tokens.clone()
+
+    def _next(self) -> Tensor:
+        """Read the last tokens and choose the next; return their logits `[R, V]`."""
+        assert self.reader.cache is not None
+        with evaluating(self.model):
+            hidden = self.model.hidden(self._tokens[:, None], StepCache(self.reader.cache))
+            return self._choose(self.model.logits(hidden[:, -1]))
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """Choose the next tokens by their logits `[R, V]`, which are returned."""
+        tokens = self.sampler.draw(logits, self._uniform, self.counts)
+        if self.stop_token is not None:
+            tokens = tokens.masked_fill(self._ended, self.stop_token)
+            self._ended |= tokens == self.stop_token
         if self.counts is not None:
             self.counts.add(tokens)
+        self._tokens.copy_(tokens)
+        return logits
+
+    def _keep_last(self) -> None:
         if max(self.lengths) == self.history.size(1):
             self.history = F.pad(self.history, (0, max(ROOM, self.history.size(1))))
-        self.history.scatter_(1, self.ends[:, None], tokens[:, None])
-        self.ends = self.ends + 1
+        self.history.scatter_(1, self.ends[:, None], self._tokens[:, None])
+        self.ends += 1
         self.lengths = [length + 1 for length in self.lengths]
-        self._tokens = tokens
-        return tokens
 
     def end(self, row: int) -> None:
         """Say that what is written to a row from now on is not wanted; it is computed anyway."""
@@ -201,16 +220,75 @@ class Writing:
         return self._logits.float().log_softmax(-1).gather(1, self._tokens[:, None])[:, 0]
 
 
-def _stream(writing: Writing, stop_token: int | None, device: torch.device) -> Iterator[Tensor]:
-    if stop_token is None:
-        while (tokens := writing.step()) is not None:
-            yield tokens.to(device)
-        return
-    ended = torch.zeros_like(writing.ends, dtype=torch.bool)
-    while (tokens := writing.step(ended, stop_token)) is not None:
-        ended = ended | (tokens == stop_token)
-        yield tokens.to(device)
-        if bool(ended.all()):
+def arrivals(steps: Iterator[Tensor]) -> Iterator[tuple[Tensor, list[Any]]]:
+    """Yield tensors together with their numbers.
+
+    A GPU's are given out when the next has been asked for: it computes while the host looks at
+    them, and what is asked for in vain is one step.
+    """
+    waiting: tuple[Tensor, _Landing] | None = None
+    for tensor in steps:
+        landing = _Landing(tensor)
+        if not tensor.is_cuda:
+            yield tensor, landing.numbers()
+            continue
+        if waiting is not None:
+            yield waiting[0], waiting[1].numbers()
+        waiting = tensor, landing
+    if waiting is not None:
+        yield waiting[0], waiting[1].numbers()
+
+
+class _Landing:
+    """A tensor on its way to the host."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._there, self._arrived = tensor, None
+        if tensor.is_cuda:  # queued behind what computes it, before what comes next
+            self._there = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._there.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def numbers(self) -> list[Any]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        numbers: list[Any] = self._there.tolist()
+        return numbers
+
+
+def _stream(
+    model: GPT | Engine,
+    ids: Tensor,
+    max_new_tokens: int,
+    n: int,
+    seed: int | Sequence[int] | None,
+    stop_token: int | None,
+    use_cache: bool,
+    sampling: Sampling,
+) -> Iterator[Tensor]:
+    """`stream`, with the tokens on the model's device. Wrong values raise at once."""
+    check_prompts(ids, model.config.vocab_size)
+    _check(model, n, use_cache)
+    if isinstance(model, Engine):
+        ids = ids.repeat_interleave(n, 0)
+        return model.stream(ids, max_new_tokens, seed=seed, stop_token=stop_token, **sampling)
+    sampler = Sampler(**sampling)
+    writing = Writing(model, list(ids), max_new_tokens, sampler, seed, n, use_cache, stop_token)
+    steps = _steps(writing)
+    return steps if stop_token is None else _until_all_end(steps, stop_token)
+
+
+def _steps(writing: "Writing | EngineWriting", with_logprobs: bool = False) -> Iterator[Tensor]:
+    """Yield each step's tokens `[R]`, or tokens and logprobs, fp32 `[2, R]` (exact to 2^24)."""
+    while (tokens := writing.step()) is not None:
+        yield torch.stack([tokens.float(), writing.logprobs()]) if with_logprobs else tokens
+
+
+def _until_all_end(steps: Iterator[Tensor], stop_token: int) -> Iterator[Tensor]:
+    for tokens, numbers in arrivals(steps):
+        yield tokens
+        if all(token == stop_token for token in numbers):  # a row that has ended repeats it
             return
 
 

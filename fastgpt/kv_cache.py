@@ -6,7 +6,8 @@ again. Moving in half-context strides means the cache is refilled once every S/2
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -23,7 +24,7 @@ class KVCache:
 
     Preallocated for `capacity` positions (the model's context unless given): two tensors
     `[n_layer, B, n_head, capacity, D]`. `held` says how many positions each row holds, and
-    `lengths` says the same on the device, int64 `[B]`.
+    `lengths` says the same on the device, int64 `[B]`: one tensor for the cache's whole life.
     """
 
     def __init__(self, model: GPT, batch_size: int, capacity: int | None = None) -> None:
@@ -33,12 +34,13 @@ class KVCache:
         head_dim = config.n_embd // config.n_head
         self.k = model.wte.weight.new_empty(*shape, head_dim)
         self.v = torch.empty_like(self.k)
-        self.hold([0] * batch_size)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=self.k.device)
+        self.held = [0] * batch_size
 
     def hold(self, held: Sequence[int]) -> None:
         """Say how many positions each row holds; the rest of it counts for nothing."""
         self.held = list(held)
-        self.lengths = torch.tensor(self.held, device=self.k.device)
+        self.lengths.copy_(torch.tensor(self.held))
 
     def advance(self, n_new: int) -> Tensor:
         """Make room for `n_new` positions; return where they start in each row, int64 `[B]`."""
@@ -47,10 +49,8 @@ class KVCache:
                 f"the cache holds {max(self.held)} of {self.capacity} positions: "
                 f"{n_new} more do not fit; clear it and read the last part of the text again"
             )
-        start = self.lengths
         self.held = [length + n_new for length in self.held]
-        self.lengths = start + n_new
-        return start
+        return _advance(self.lengths, n_new)
 
     def layer(self, index: int) -> "LayerCache":
         """Return the part that belongs to one layer."""
@@ -68,11 +68,35 @@ class KVCache:
         self.hold([held.get(row, length) for row, length in enumerate(self.held)])
 
 
+class StepCache:
+    """A cache as a step sees it that is recorded once and replayed: the device alone knows what the
+    rows hold. Whoever replays it counts along in `held`, and sees that there is room.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+
+    def advance(self, n_new: int) -> Tensor:
+        """See `KVCache.advance`."""
+        return _advance(self.cache.lengths, n_new)
+
+    def layer(self, index: int) -> "LayerCache":
+        """Return the part that belongs to one layer."""
+        return LayerCache(self.cache.k[index], self.cache.v[index], None, self.cache.lengths)
+
+
+def _advance(lengths: Tensor, n_new: int) -> Tensor:
+    """Make lengths `[B]` longer where they stand; return what they were."""
+    start = lengths.clone()
+    lengths += n_new
+    return start
+
+
 @dataclass(frozen=True)
 class LayerCache:
     """One layer's keys and values `[B, H, S, D]`, with room made for the newest positions.
 
-    end: where they end, if that is the same in all rows.
+    end: where they end, if that is the same in all rows and the host knows.
     """
 
     k: Tensor
@@ -93,30 +117,45 @@ class LayerCache:
             positions = self.lengths[:, None] - q.size(2) + steps  # [B, T]
             self.k[rows, :, positions] = k.transpose(1, 2)
             self.v[rows, :, positions] = v.transpose(1, 2)
-        return merge_heads(ops.cached_attention(q, self.k, self.v, self.lengths))
+        return merge_heads(ops.cached_attention(q, self.k, self.v, self.lengths, self.end))
 
 
 class Reader:
     """Gives the logits of the next token of each row, reading only what is new.
 
     With `use_cache` False it reads everything each time: the twin. copies: how many rows, one after
-    the other, begin with the same text, which is then read once.
+    the other, begin with the same text, which is then read once. capacity: how long rows become, if
+    they stay within the context.
     """
 
-    def __init__(self, model: GPT, n_rows: int, use_cache: bool = True, copies: int = 1) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        n_rows: int,
+        use_cache: bool = True,
+        copies: int = 1,
+        capacity: int | None = None,
+    ) -> None:
         self.model, self.copies = model, copies
-        self.cache = KVCache(model, n_rows) if use_cache else None
+        capacity = min(capacity or model.config.block_size, model.config.block_size)
+        self.cache = KVCache(model, n_rows, capacity) if use_cache else None
         self.starts: list[int | None] = [None] * n_rows  # of what the cache holds of each row
 
     @torch.no_grad()
     def logits(self, history: Tensor, lengths: Sequence[int]) -> Tensor:
         """Return the logits `[B, V]` behind the first `lengths[b]` tokens of row b of `history`."""
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             return self.model.logits(self._last_hidden(history, lengths))
-        finally:
-            self.model.train(training)
+
+    def has_all_but_last(self, lengths: Sequence[int]) -> bool:
+        """Whether the cache holds each row but for its last token: no window has moved."""
+        starts = [window_start(length, self.model.config.block_size) for length in lengths]
+        return self.cache is not None and starts == self.starts
+
+    def count_one_more(self) -> None:
+        """Take note that each row's last token was read by another hand, through a `StepCache`."""
+        assert self.cache is not None
+        self.cache.held = [length + 1 for length in self.cache.held]
 
     def _last_hidden(self, history: Tensor, lengths: Sequence[int]) -> Tensor:
         """Return the hidden states `[B, C]` of each row's last token."""
@@ -158,6 +197,17 @@ class Reader:
         hidden = self.model.hidden(pad_sequence(list(windows), batch_first=True), cache)
         cache.hold([len(window) for window in windows])
         return cache, _at_ends(hidden, windows)
+
+
+@contextmanager
+def evaluating(model: GPT) -> Iterator[None]:
+    """Turn training off, and back to what it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def window_start(length: int, block_size: int) -> int:

@@ -19,7 +19,7 @@ from fastgpt import ops as backends
 
 if TYPE_CHECKING:
     from fastgpt.engine import Dtype, Engine
-    from fastgpt.kv_cache import KVCache
+    from fastgpt.kv_cache import KVCache, StepCache
     from fastgpt.tokenizer import BaseTokenizer
 
 
@@ -118,7 +118,7 @@ class GPT(nn.Module):
         loss: Tensor = ops.linear_cross_entropy(self._run(tokens), head, targets, ignore_index)
         return loss
 
-    def hidden(self, ids: Tensor, cache: "KVCache | None" = None) -> Tensor:
+    def hidden(self, ids: Tensor, cache: "KVCache | StepCache | None" = None) -> Tensor:
         """Return the last hidden states `[B, T, C]` of `ids` `[B, T]`, after the last norm.
 
         With a cache, `ids` continue what it holds, and their keys and values are added to it.
@@ -196,7 +196,7 @@ class GPT(nn.Module):
         fit = backends.kernels_fit(width, n_head, self.wte.weight.dtype)
         return backends.get(self.ops, self.device, fit)
 
-    def _run(self, tokens: Tensor, cache: "KVCache | None" = None) -> Tensor:
+    def _run(self, tokens: Tensor, cache: "KVCache | StepCache | None" = None) -> Tensor:
         """Return the last hidden states of embedded tokens, both `[B, T, C]`."""
         ops = self._backend
         positions = self.wpe(self._positions(tokens.size(1), cache))
@@ -209,7 +209,7 @@ class GPT(nn.Module):
                 x, residual = block(x, residual, ops, cache and cache.layer(layer))
         return self.ln_f(x, residual, ops)[0]  # type: ignore[no-any-return]
 
-    def _positions(self, time: int, cache: "KVCache | None") -> Tensor:
+    def _positions(self, time: int, cache: "KVCache | StepCache | None") -> Tensor:
         """Return the position of each new token: `[T]`, or `[B, T]` behind what a cache holds."""
         limit = self.config.block_size
         steps = torch.arange(time, device=self.device)

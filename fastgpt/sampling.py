@@ -1,7 +1,7 @@
 """From logits to tokens: penalties, temperature, what is kept of the distribution, and the draw."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import SupportsIndex, TypedDict
@@ -73,25 +73,30 @@ class Sampler:
             self.presence_penalty or self.frequency_penalty
         )
 
+    @property
+    def draws(self) -> bool:
+        """Whether it is chance that decides."""
+        return self.temperature >= COLDEST
+
     def draw(
         self,
         logits: Tensor,
-        generators: Sequence[torch.Generator],
+        uniform: Tensor,
         counts: "TokenCounts | None" = None,
     ) -> Tensor:
         """Draw one token per row of `logits` `[B, V]`: int64 `[B]`.
 
-        counts: what each row holds, if there are penalties.
+        uniform: fp32 `[B]` in [0, 1), a draw of each row, which temperature 0 does not look at.
+        counts: what each row holds, if there are penalties. The host waits for nothing.
         """
         if counts is not None and self.penalises:
             logits = self._penalised(logits.float(), counts)
-        if self.temperature < COLDEST:
+        if not self.draws:
             return logits.argmax(-1)
         # float64 keeps a running sum over 50,257 entries exact enough; MPS has none
         wide = torch.float32 if logits.device.type == "mps" else torch.float64
         cumulative = self.probabilities(logits).to(wide).cumsum(-1)
-        uniform = torch.stack([torch.rand((1,), generator=g) for g in generators])
-        point = uniform.to(cumulative) * cumulative[:, -1:]
+        point = uniform[:, None].to(cumulative) * cumulative[:, -1:]
         # right=True: the first entry whose sum exceeds the point, so never one of probability 0
         drawn = torch.searchsorted(cumulative, point, right=True)[:, 0]
         return drawn.clamp(max=logits.size(-1) - 1)
@@ -117,6 +122,32 @@ class Sampler:
         return logits - self.presence_penalty * (counts.written > 0)
 
 
+class Draws:
+    """Random numbers for some rows, each from a generator of its own that is seeded with its seed.
+
+    They are drawn on the CPU, where every machine draws the same, and many at a time, so that a GPU
+    is not kept waiting for each.
+    """
+
+    AHEAD = 64
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._device = device
+        self._ahead: Iterator[Tensor] = iter(())
+
+    def next(self) -> Tensor:
+        """Return the next number of each row, fp32 `[B]` in [0, 1), on the device."""
+        drawn = next(self._ahead, None)
+        if drawn is None:
+            rows = torch.empty(len(self._generators), self.AHEAD, dtype=torch.float32, device="cpu")
+            for row, generator in zip(rows, self._generators, strict=True):
+                row.uniform_(generator=generator)
+            self._ahead = iter(rows.T.to(self._device).unbind())
+            drawn = next(self._ahead)
+        return drawn
+
+
 class TokenCounts:
     """What each of B rows holds: `held` (bool `[B, V]`), and `written` (fp32 `[B, V]`), how often
     each token was written since the prompt.
@@ -133,11 +164,6 @@ class TokenCounts:
         """Note one more token `[B]` of each row."""
         self.held.scatter_(1, tokens[:, None], True)
         self.written.scatter_add_(1, tokens[:, None], torch.ones_like(self.written[:, :1]))
-
-
-def generators(seed: int | Sequence[int] | None, n_rows: int) -> list[torch.Generator]:
-    """Return a generator for each row, seeded as `seeds_of` says."""
-    return [torch.Generator().manual_seed(s) for s in seeds_of(seed, n_rows)]
 
 
 def seeds_of(seed: int | Sequence[int] | None, n_rows: int) -> list[int]:
@@ -183,6 +209,6 @@ def _keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     """Mask all but the smallest set of likeliest tokens whose probability reaches `top_p`."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     before = ordered.softmax(-1).cumsum(-1).roll(1, dims=-1)
-    before[:, 0] = 0.0  # the likeliest token always stays
+    before[:, 0].zero_()  # the likeliest token always stays
     ordered = ordered.masked_fill(before >= top_p, -math.inf)
     return torch.empty_like(logits).scatter(-1, order, ordered)

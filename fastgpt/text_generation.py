@@ -11,7 +11,7 @@ from typing import Literal, Unpack
 import torch
 
 from fastgpt.engine import Engine
-from fastgpt.generation import Completion, complete, stream
+from fastgpt.generation import Completion, arrivals, complete, stream
 from fastgpt.model import GPT
 from fastgpt.sampling import Sampling
 from fastgpt.tokenizer import BaseTokenizer, StreamDecoder
@@ -80,8 +80,8 @@ def stream_text(
     """
     text = _Text(tokenizer, stop)
     ids = torch.tensor([_encode(tokenizer, prompt, errors)])
-    tokens = stream(model, ids, max_new_tokens, seed=seed, **sampling)
-    return TextStream(text, map(int, tokens), _end(tokenizer))
+    steps = arrivals(stream(model, ids, max_new_tokens, seed=seed, **sampling))
+    return TextStream(text, (token for _, (token,) in steps), _end(tokenizer))
 
 
 class TextStream:

@@ -18,7 +18,7 @@ from transformers import (
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.generation import generate
-from fastgpt.sampling import Sampler, TokenCounts
+from fastgpt.sampling import Draws, Sampler, TokenCounts
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,9 @@ def prompt() -> torch.Tensor:
 
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([[0.0, 1.0, -math.inf, 2.0, 0.5]]).expand(20_000, 5)
-    generators = [torch.Generator().manual_seed(i) for i in range(len(logits))]
+    uniform = Draws(range(len(logits)), logits.device).next()
     sampler = Sampler(temperature=0.7)
-    counts = torch.bincount(sampler.draw(logits, generators), minlength=5).double()
+    counts = torch.bincount(sampler.draw(logits, uniform), minlength=5).double()
     expected = (logits[0].double() / 0.7).softmax(-1)
     assert counts[2] == 0
     spread = (expected * (1 - expected) * len(logits)).sqrt().clamp(min=1e-9)
@@ -107,7 +107,7 @@ def test_repetition_penalty_as_transformers_do() -> None:
     assert torch.equal(
         sampler._penalised(logits, counts), RepetitionPenaltyLogitsProcessor(1.7)(ids, logits)
     )
-    assert torch.equal(sampler.draw(logits, [], counts), expected)
+    assert torch.equal(sampler.draw(logits, torch.zeros(2), counts), expected)
 
 
 def test_presence_and_frequency_count_what_was_written_alone() -> None:

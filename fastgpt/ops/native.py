@@ -54,11 +54,19 @@ def causal_attention(
     return merge_heads(F.scaled_dot_product_attention(q, k, v, None, dropout_p, is_causal=True))
 
 
-def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
-    """`reference.cached_attention` as one `scaled_dot_product_attention` over the filled part."""
-    n_new, filled = q.size(2), int(lengths.max())  # the cache past the longest row is not read
+def cached_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, end: int | None = None
+) -> Tensor:
+    """`reference.cached_attention` as one `scaled_dot_product_attention` over the filled part.
+
+    Over the whole of a cache on a GPU, unless `end` is given: the host does not wait to be told.
+    """
+    n_new, filled = q.size(2), end or k_cache.size(2)
+    if end is None and lengths.device.type == "cpu":
+        filled = int(lengths.max())
+        end = filled if bool((lengths == filled).all()) else None
     k, v = k_cache[:, :, :filled], v_cache[:, :, :filled]
-    if n_new in (1, filled) and bool((lengths == filled).all()):  # no mask to build
+    if end is not None and n_new in (1, end):  # no mask to build
         return F.scaled_dot_product_attention(q, k, v, is_causal=n_new > 1)
     mask = cache_mask(n_new, filled, lengths)
     readable = mask[:, :, -1, :, None]  # [B, 1, S, 1]: a shorter row's tail may hold anything

@@ -55,12 +55,15 @@ def causal_attention(
     return merge_heads((weights @ _widen(v)).to(qkv.dtype))
 
 
-def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
+def cached_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, end: int | None = None
+) -> Tensor:
     """Attention of the newest T positions against a key/value cache that already holds them.
 
     q: `[B, H, T, D]`; k_cache, v_cache: `[B, H, S, D]`; lengths: int64 `[B]`, the filled positions
     of each row, the T new ones included. Returns `[B, H, T, D]`. What the cache holds past a row's
-    length counts for nothing, whatever it is.
+    length counts for nothing, whatever it is. end: the length of all rows, if the caller knows that
+    it is the same: some backends then need not look.
     """
     visible = cache_mask(q.size(2), k_cache.size(2), lengths)  # [B, 1, T, S]
     scores = _widen(q) @ _widen(k_cache).mT / math.sqrt(q.size(-1))

@@ -68,7 +68,9 @@ def causal_attention(
     return y
 
 
-def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
+def cached_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, end: int | None = None
+) -> Tensor:
     """`reference.cached_attention`, the keys split over the GPU's processors. No gradients."""
     if torch.is_autocast_enabled(q.device.type):  # the cache has the dtype of the weights
         q = q.to(k_cache.dtype)
