@@ -7,6 +7,8 @@
 namespace fastgpt::engine {
 namespace {
 
+constexpr std::size_t kCacheLine = 16;  // words or floats
+
 std::size_t round_up(std::size_t a, std::size_t b) { return (a + b - 1) / b * b; }
 
 Linear make_linear(Format format, std::size_t outputs, std::size_t inputs, std::size_t group) {
@@ -30,6 +32,22 @@ Network::Network(const Shape& of, Format stored, std::size_t group) : shape(of),
                       make_linear(format, width, width, group),
                       make_linear(format, 4 * width, width, group),
                       make_linear(format, width, 4 * width, group)});
+  }
+  place_matrices();
+}
+
+void Network::place_matrices() {
+  std::vector<Matrix*> matrices;
+  for (const std::string& name : matrix_names()) matrices.push_back(&linear(name)->weight);
+  std::size_t words = 0;
+  for (const Matrix* matrix : matrices) words += round_up(matrix->memory_words(), kCacheLine);
+  constexpr std::size_t kPageWords = kHugePage / sizeof(std::uint32_t);
+  if (words > kPageWords) words = round_up(words, kPageWords);  // its end is in one, too
+  memory_ = std::make_unique<LazyArray<std::uint32_t>>(words);
+  std::uint32_t* place = memory_->data();
+  for (Matrix* matrix : matrices) {
+    matrix->place(place);
+    place += round_up(matrix->memory_words(), kCacheLine);
   }
 }
 
@@ -140,7 +158,6 @@ HeadCache Cache::head(std::size_t layer, std::size_t row, std::size_t head) cons
 namespace {
 
 constexpr std::size_t kFewTokens = 3;   // fewer: each thread prepares all inputs for itself
-constexpr std::size_t kCacheLine = 16;  // floats
 constexpr std::size_t kSmallestGroup = 32;
 
 }  // namespace

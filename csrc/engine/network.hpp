@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -37,6 +38,8 @@ struct Layer {
 
 struct Network {
   Network(const Shape& shape, Format format, std::size_t group);
+  Network(const Network&) = delete;  // its matrices lie in its memory
+  Network& operator=(const Network&) = delete;
 
   // Where a weight belongs by its name in a checkpoint (`h.0.attn.c_attn.weight`); null if it is
   // none of this network's.
@@ -56,6 +59,12 @@ struct Network {
   std::vector<float> positions;  // [block_size, n_embd]
   std::vector<Layer> layers;
   Norm last;
+
+ private:
+  // Of all matrices, in the order in which a step reads them: alone, many would be too small for
+  // huge pages, without which memory is read at two thirds of its speed.
+  std::unique_ptr<LazyArray<std::uint32_t>> memory_;
+  void place_matrices();
 };
 
 // The keys and values of some rows of tokens, each with room for `capacity` positions.

@@ -126,13 +126,12 @@ Matrix::Matrix(Format format, std::size_t outputs, std::size_t inputs, std::size
   panel_words_ = kPanel * words_;
   if (format == Format::kInt8) panel_words_ = groups_ * (kPanel * group_ / 4);
   if (format == Format::kInt4) panel_words_ = groups_ * (kPanel * group_ / 8 + kScaleWords);
-  memory_ = std::make_unique<LazyArray<std::uint32_t>>(panels_ * panel_words_);
 }
 
 Product Matrix::product(const float* bias) const {
   Product p;
   p.format = format_;
-  p.weights = memory_->data();
+  p.weights = memory_;
   p.panel_words = panel_words_;
   p.words = words_;
   p.groups = groups_;
@@ -143,11 +142,11 @@ Product Matrix::product(const float* bias) const {
 }
 
 const std::uint32_t* Matrix::word(std::size_t output, std::size_t index) const {
-  return memory_->data() + output / kPanel * panel_words_ + index * kPanel + output % kPanel;
+  return memory_ + output / kPanel * panel_words_ + index * kPanel + output % kPanel;
 }
 
 std::uint32_t* Matrix::word(std::size_t output, std::size_t index) {
-  return memory_->data() + output / kPanel * panel_words_ + index * kPanel + output % kPanel;
+  return memory_ + output / kPanel * panel_words_ + index * kPanel + output % kPanel;
 }
 
 namespace {
@@ -189,7 +188,7 @@ void Matrix::put_integer(std::size_t output, std::size_t input, std::uint8_t val
 
 float Matrix::scale(std::size_t output, std::size_t group) const {
   if (format_ == Format::kInt8) return scales_[output];
-  const std::uint32_t* panel = memory_->data() + output / kPanel * panel_words_;
+  const std::uint32_t* panel = memory_ + output / kPanel * panel_words_;
   Bfloat16 scales[kPanel];
   std::memcpy(scales, panel + group * group_words4(group_), sizeof scales);
   return widened(scales[output % kPanel]);
@@ -226,7 +225,7 @@ void Matrix::take_integers(const std::uint8_t* integers, const float* scales,
     if (!inside) continue;
     if (!nibbles) scales_[n] = scales[n];
     for (std::size_t g = 0; nibbles && g < groups_; ++g) {
-      std::uint32_t* panel = memory_->data() + n / kPanel * panel_words_;
+      std::uint32_t* panel = memory_ + n / kPanel * panel_words_;
       std::uint32_t& two = panel[g * group_words4(group_) + n % kPanel / 2];
       two |= static_cast<std::uint32_t>(narrowed(scales[n * groups_ + g])) << (n % 2 * 16);
     }

@@ -3,10 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
-#include "../lazy_array.hpp"
 #include "kernels.hpp"
 
 namespace fastgpt::engine {
@@ -25,11 +23,15 @@ struct Integers {
 Integers quantize(const float* weights, std::size_t outputs, std::size_t inputs, Format format,
                   std::size_t group);
 
-// A matrix [outputs, inputs] ready to be multiplied with.
+// A matrix [outputs, inputs] ready to be multiplied with, once it has been given its place.
 class Matrix {
  public:
   Matrix() = default;
   Matrix(Format format, std::size_t outputs, std::size_t inputs, std::size_t group);
+
+  std::size_t memory_words() const { return panels_ * panel_words_; }
+  // Lays it where there are so many words of zeros, at an address that 64 divides.
+  void place(std::uint32_t* memory) { memory_ = memory; }
 
   // Take some panels of a matrix; different threads may at once take different ones.
   void take_floats(const float* weights, std::size_t panel_begin, std::size_t panel_end);
@@ -48,7 +50,7 @@ class Matrix {
   std::size_t panels() const { return panels_; }
   std::size_t group() const { return group_; }
   std::size_t groups() const { return groups_; }
-  std::size_t bytes() const { return 4 * panels_ * panel_words_; }
+  std::size_t bytes() const { return 4 * memory_words(); }
 
   // The numbers that a row of inputs takes: words or quads, and scales and sums.
   std::size_t input_words() const { return is_integer(format_) ? groups_ * group_ / 4 : words_; }
@@ -67,7 +69,7 @@ class Matrix {
   Format format_ = Format::kFloat32;
   std::size_t outputs_ = 0, inputs_ = 0, group_ = 0;
   std::size_t panels_ = 0, words_ = 0, groups_ = 0, panel_words_ = 0;
-  std::unique_ptr<LazyArray<std::uint32_t>> memory_;
+  std::uint32_t* memory_ = nullptr;
   std::vector<float> scales_;  // kInt8, for whole panels
 };
 
