@@ -157,7 +157,7 @@ HeadCache Cache::head(std::size_t layer, std::size_t row, std::size_t head) cons
 
 namespace {
 
-constexpr std::size_t kFewTokens = 3;   // fewer: each thread prepares all inputs for itself
+constexpr std::size_t kFewTokens = 3;  // fewer: each thread prepares all inputs for itself
 constexpr std::size_t kSmallestGroup = 32;
 
 }  // namespace
