@@ -10,7 +10,7 @@ namespace {
 struct Plain {
   static constexpr std::size_t kWidth = 4;
   static constexpr bool kManyRegisters = false;
-  static constexpr std::size_t kFloatRows = 2, kIntegerRows = 1;
+  static constexpr std::size_t kFloatRows = 2, kIntegerRows = 1, kPanelRows = 2;
   static constexpr std::int32_t kZeroOfDot8 = kInt8Zero;
   struct Register {
     float lane[kWidth];

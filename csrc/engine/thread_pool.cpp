@@ -17,6 +17,8 @@ constexpr int kSpins = 4000;
 void relax() {
 #if defined(__x86_64__) || defined(_M_X64)
   _mm_pause();
+#elif defined(__aarch64__) && defined(__GNUC__)
+  asm volatile("yield");
 #else
   std::this_thread::yield();
 #endif
