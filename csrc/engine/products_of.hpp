@@ -11,8 +11,8 @@
 //                                                    kInt8Zero added, or from 0 to 15; inputs -127
 //                                                    to 127
 //   low_nibbles, high_nibbles
-// and says how many rows a tile has at most (kFloatRows, kIntegerRows), and up to how many it takes a
-// panel's outputs all at once (kPanelRows): of more, half of them at a time.
+// and says how many rows a tile has at most (kFloatRows, kIntegerRows), and up to how many it takes
+// a panel's outputs all at once (kPanelRows): of more, half of them at a time.
 #pragma once
 
 #include <cstddef>
@@ -106,9 +106,8 @@ FASTGPT_INLINE inline void add_up_group(const Product& p, std::size_t row, std::
   });
   for (std::size_t quad = 0; quad < quads; quad += kNibbles ? 2 : 1, weights += kPanel) {
     typename Vector::Integers w[kVectors];
-    repeat<kVectors>([&](auto v) FASTGPT_INLINE {
-      w[v] = Vector::load_integers(weights + v * Vector::kWidth);
-    });
+    repeat<kVectors>(
+        [&](auto v) FASTGPT_INLINE { w[v] = Vector::load_integers(weights + v * Vector::kWidth); });
     repeat<kRows>([&](auto r) FASTGPT_INLINE {
       const auto input = Vector::broadcast_integer(x[r * p.x.stride + quad]);
       repeat<kVectors>([&](auto v) FASTGPT_INLINE {
