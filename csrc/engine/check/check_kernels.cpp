@@ -22,6 +22,11 @@ namespace {
 
 using FloatVector = std::vector<float>;
 
+constexpr std::size_t kInt4Groups[] = {32, 64};
+constexpr std::size_t kSizes[] = {1,  2,  5,  15,  16,  17,  31,  32, 33,
+                                  63, 64, 65, 100, 128, 129, 300, 777};
+constexpr std::size_t kDimensions[] = {1, 16, 25, 40, 64, 128};  // of a head
+
 // SplitMix64 (https://prng.di.unimi.it/splitmix64.c describes it): the same numbers everywhere.
 class Random {
  public:
@@ -315,8 +320,8 @@ void check_norm(Checker& checker, Random& random, std::size_t size) {
 }
 
 void check_inputs(Checker& checker, Random& random) {
-  for (std::size_t size : {1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 128, 129, 300, 777}) {
-    for (std::size_t group : {32, 64}) {
+  for (const std::size_t size : kSizes) {
+    for (const std::size_t group : kInt4Groups) {
       check_prepare(checker, random, Format::kInt4, group, size);
     }
     check_prepare(checker, random, Format::kInt8, kInt8Group, size);
@@ -374,7 +379,7 @@ void check_attention(Checker& checker, Random& random, bool bf16, std::size_t di
 
 void check_attentions(Checker& checker, Random& random) {
   for (const bool bf16 : {false, true}) {
-    for (const std::size_t dimensions : {1, 16, 25, 40, 64, 128}) {
+    for (const std::size_t dimensions : kDimensions) {
       for (std::size_t count = 1; count <= 9; ++count) {
         check_attention(checker, random, bf16, dimensions, 1 + random.below(150), count);
       }
@@ -418,7 +423,7 @@ Checker check(const std::string& code) {
   check_products(checker, random, Format::kFloat32, 0);
   check_products(checker, random, Format::kBfloat16, 0);
   check_products(checker, random, Format::kInt8, kInt8Group);
-  for (const std::size_t group : {32, 64}) check_products(checker, random, Format::kInt4, group);
+  for (const std::size_t group : kInt4Groups) check_products(checker, random, Format::kInt4, group);
   check_inputs(checker, random);
   check_attentions(checker, random);
   check_sampling(checker, random);
