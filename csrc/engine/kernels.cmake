@@ -1,9 +1,11 @@
-# How the engine's kernels are compiled; to be included where they are, after instructions.cmake.
-# Inputs are to be rounded alike by all: no product and sum in one, but where it is asked for. GCC 12
-# takes what its own intrinsics leave undefined for a mistake, and the last two of its optimisations
-# copy tiles of registers to memory in each turn of a loop.
+# How the engine is compiled; to be included where that is done, after instructions.cmake. Weights and
+# inputs are to be rounded alike on all processors: no product and sum in one, but where it is asked
+# for. GCC 12 takes what its own intrinsics leave undefined for a mistake, and the last two of its
+# optimisations copy tiles of registers to memory in each turn of a loop.
 set(FASTGPT_ENGINE_FLAGS ${FASTGPT_NO_TRAPS})
 if(NOT MSVC)
+  file(GLOB FASTGPT_ENGINE_FILES ${CMAKE_SOURCE_DIR}/csrc/engine/*.cpp)
+  set_source_files_properties(${FASTGPT_ENGINE_FILES} PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
   list(APPEND FASTGPT_ENGINE_FLAGS -fno-math-errno -ffp-contract=off)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     list(APPEND FASTGPT_ENGINE_FLAGS -Wno-maybe-uninitialized -fno-tree-pre -fno-gcse)
