@@ -41,116 +41,96 @@ struct Sums {
 template <typename Vector, std::size_t kRows>
 constexpr std::size_t kOutputs = kRows <= Vector::kPanelRows ? kPanel : kPanel / 2;
 
-// Words [begin, end) of depth, outputs from the `first` on.
-template <typename Vector, std::size_t kRows, bool kPairs>
-FASTGPT_INLINE inline void add_up_block(const Product& p, const float* x,
-                                        const std::uint32_t* weights, std::size_t begin,
-                                        std::size_t end, std::size_t first, Sums<kRows>& sums) {
-  constexpr std::size_t kVectors = kOutputs<Vector, kRows> / Vector::kWidth;
-  typename Vector::Register tile[kRows][kVectors];
-  repeat<kRows>([&](auto r) FASTGPT_INLINE {
-    repeat<kVectors>([&](auto v) FASTGPT_INLINE { tile[r][v] = Vector::zero(); });
-  });
-  for (std::size_t word = begin; word < end; ++word) {
-    typename Vector::Register w[kVectors];
-    repeat<kVectors>([&](auto v) FASTGPT_INLINE {
-      w[v] = Vector::load(weights + word * kPanel + first + v * Vector::kWidth);
-    });
-    repeat<kRows>([&](auto r) FASTGPT_INLINE {
-      const auto input = Vector::broadcast(x[r * p.x.stride + word]);
-      repeat<kVectors>([&](auto v) FASTGPT_INLINE {
-        if constexpr (kPairs) {
-          tile[r][v] = Vector::multiply_pairs(input, w[v], tile[r][v]);
-        } else {
-          tile[r][v] = Vector::multiply_add(input, w[v], tile[r][v]);
-        }
-      });
-    });
-  }
-  repeat<kRows>([&](auto r) FASTGPT_INLINE {
-    repeat<kVectors>([&](auto v) FASTGPT_INLINE {
-      float* to = sums.of[r] + first + v * Vector::kWidth;
-      Vector::store(to, begin == 0 ? tile[r][v] : Vector::add(Vector::load(to), tile[r][v]));
-    });
-  });
-}
-
-template <typename Vector, std::size_t kRows, bool kPairs>
+template <typename Vector, std::size_t kRows, bool kPairs, std::size_t kFirst>
 void add_up_floats(const Product& p, std::size_t row, const std::uint32_t* weights,
                    Sums<kRows>& sums) {
+  constexpr std::size_t kVectors = kOutputs<Vector, kRows> / Vector::kWidth;
   const float* x = p.x.words + row * p.x.stride;
   for (std::size_t begin = 0; begin < p.words; begin += kBlock) {
     const std::size_t end = smaller_of(begin + kBlock, p.words);
-    for (std::size_t first = 0; first < kPanel; first += kOutputs<Vector, kRows>) {
-      add_up_block<Vector, kRows, kPairs>(p, x, weights, begin, end, first, sums);
-    }
-  }
-}
-
-// A group of depth, outputs from the `first` on.
-template <typename Vector, std::size_t kRows, bool kNibbles>
-FASTGPT_INLINE inline void add_up_group(const Product& p, std::size_t row, std::size_t group,
-                                        const std::uint32_t* weights, std::size_t first,
-                                        Sums<kRows>& sums) {
-  constexpr std::size_t kVectors = kOutputs<Vector, kRows> / Vector::kWidth;
-  constexpr std::int32_t kZero = kNibbles ? kInt4Zero : Vector::kZeroOfDot8;
-  const std::size_t quads = p.group_depth / 4;
-  const std::int32_t* x = p.x.quads + row * p.x.stride + group * quads;
-  const std::size_t at = row * p.groups + group;
-  const std::uint32_t* scales = weights + first / 2;
-  weights += first + (kNibbles ? kScaleWords : 0);
-  typename Vector::Integers tile[kRows][kVectors];
-  repeat<kRows>([&](auto r) FASTGPT_INLINE {  // what was added to the weights is taken off again
-    const auto start = Vector::broadcast_integer(-kZero * p.x.sums[at + r * p.groups]);
-    repeat<kVectors>([&](auto v) FASTGPT_INLINE { tile[r][v] = start; });
-  });
-  for (std::size_t quad = 0; quad < quads; quad += kNibbles ? 2 : 1, weights += kPanel) {
-    typename Vector::Integers w[kVectors];
-    repeat<kVectors>(
-        [&](auto v) FASTGPT_INLINE { w[v] = Vector::load_integers(weights + v * Vector::kWidth); });
+    typename Vector::Register tile[kRows][kVectors];
     repeat<kRows>([&](auto r) FASTGPT_INLINE {
-      const auto input = Vector::broadcast_integer(x[r * p.x.stride + quad]);
-      repeat<kVectors>([&](auto v) FASTGPT_INLINE {
-        if constexpr (kNibbles) {
-          tile[r][v] = Vector::dot4(Vector::low_nibbles(w[v]), input, tile[r][v]);
-        } else {
-          tile[r][v] = Vector::dot8(w[v], input, tile[r][v]);
-        }
-      });
+      repeat<kVectors>([&](auto v) FASTGPT_INLINE { tile[r][v] = Vector::zero(); });
     });
-    if constexpr (kNibbles) {
+    for (std::size_t word = begin; word < end; ++word) {
+      typename Vector::Register w[kVectors];
+      repeat<kVectors>([&](auto v) FASTGPT_INLINE {
+        w[v] = Vector::load(weights + word * kPanel + kFirst + v * Vector::kWidth);
+      });
       repeat<kRows>([&](auto r) FASTGPT_INLINE {
-        const auto input = Vector::broadcast_integer(x[r * p.x.stride + quad + 1]);
+        const auto input = Vector::broadcast(x[r * p.x.stride + word]);
         repeat<kVectors>([&](auto v) FASTGPT_INLINE {
-          tile[r][v] = Vector::dot4(Vector::high_nibbles(w[v]), input, tile[r][v]);
+          if constexpr (kPairs) {
+            tile[r][v] = Vector::multiply_pairs(input, w[v], tile[r][v]);
+          } else {
+            tile[r][v] = Vector::multiply_add(input, w[v], tile[r][v]);
+          }
         });
       });
     }
-  }
-  // The totals stay in memory: a tile takes all registers.
-  repeat<kRows>([&](auto r) FASTGPT_INLINE {
-    const auto input_scale = Vector::broadcast(p.x.scales[at + r * p.groups]);
-    repeat<kVectors>([&](auto v) FASTGPT_INLINE {
-      auto scale = input_scale;
-      if constexpr (kNibbles) {
-        scale = Vector::multiply(scale, Vector::load_narrow(scales + v * Vector::kWidth / 2));
-      }
-      float* to = sums.of[r] + first + v * Vector::kWidth;
-      const auto before = group == 0 ? Vector::zero() : Vector::load(to);
-      Vector::store(to, Vector::multiply_add(Vector::to_floats(tile[r][v]), scale, before));
+    repeat<kRows>([&](auto r) FASTGPT_INLINE {
+      repeat<kVectors>([&](auto v) FASTGPT_INLINE {
+        float* to = sums.of[r] + kFirst + v * Vector::kWidth;
+        Vector::store(to, begin == 0 ? tile[r][v] : Vector::add(Vector::load(to), tile[r][v]));
+      });
     });
-  });
+  }
 }
 
-template <typename Vector, std::size_t kRows, bool kNibbles>
+template <typename Vector, std::size_t kRows, bool kNibbles, std::size_t kFirst>
 void add_up_integers(const Product& p, std::size_t row, const std::uint32_t* weights,
                      Sums<kRows>& sums) {
-  const std::size_t words = kNibbles ? kScaleWords + p.group_depth / 8 * kPanel  // of a group
-                                     : p.group_depth / 4 * kPanel;
-  for (std::size_t group = 0; group < p.groups; ++group, weights += words) {
-    for (std::size_t first = 0; first < kPanel; first += kOutputs<Vector, kRows>) {
-      add_up_group<Vector, kRows, kNibbles>(p, row, group, weights, first, sums);
+  constexpr std::size_t kVectors = kOutputs<Vector, kRows> / Vector::kWidth;
+  constexpr std::int32_t kZero = kNibbles ? kInt4Zero : Vector::kZeroOfDot8;
+  const std::size_t quads = p.group_depth / 4;
+  for (std::size_t group = 0; group < p.groups; ++group) {
+    const std::int32_t* x = p.x.quads + row * p.x.stride + group * quads;
+    const std::size_t at = row * p.groups + group;
+    const std::uint32_t* scales = weights;
+    if constexpr (kNibbles) weights += kScaleWords;
+    typename Vector::Integers tile[kRows][kVectors];
+    repeat<kRows>([&](auto r) FASTGPT_INLINE {  // what was added to the weights is taken off again
+      const auto start = Vector::broadcast_integer(-kZero * p.x.sums[at + r * p.groups]);
+      repeat<kVectors>([&](auto v) FASTGPT_INLINE { tile[r][v] = start; });
+    });
+    for (std::size_t quad = 0; quad < quads; quad += kNibbles ? 2 : 1, weights += kPanel) {
+      typename Vector::Integers w[kVectors];
+      repeat<kVectors>([&](auto v) FASTGPT_INLINE {
+        w[v] = Vector::load_integers(weights + kFirst + v * Vector::kWidth);
+      });
+      repeat<kRows>([&](auto r) FASTGPT_INLINE {
+        const auto input = Vector::broadcast_integer(x[r * p.x.stride + quad]);
+        repeat<kVectors>([&](auto v) FASTGPT_INLINE {
+          if constexpr (kNibbles) {
+            tile[r][v] = Vector::dot4(Vector::low_nibbles(w[v]), input, tile[r][v]);
+          } else {
+            tile[r][v] = Vector::dot8(w[v], input, tile[r][v]);
+          }
+        });
+      });
+      if constexpr (kNibbles) {
+        repeat<kRows>([&](auto r) FASTGPT_INLINE {
+          const auto input = Vector::broadcast_integer(x[r * p.x.stride + quad + 1]);
+          repeat<kVectors>([&](auto v) FASTGPT_INLINE {
+            tile[r][v] = Vector::dot4(Vector::high_nibbles(w[v]), input, tile[r][v]);
+          });
+        });
+      }
     }
+    // The totals stay in memory: a tile takes all registers.
+    repeat<kRows>([&](auto r) FASTGPT_INLINE {
+      const auto input_scale = Vector::broadcast(p.x.scales[at + r * p.groups]);
+      repeat<kVectors>([&](auto v) FASTGPT_INLINE {
+        auto scale = input_scale;
+        if constexpr (kNibbles) {
+          scale = Vector::multiply(scale,
+                                   Vector::load_narrow(scales + (kFirst + v * Vector::kWidth) / 2));
+        }
+        float* to = sums.of[r] + kFirst + v * Vector::kWidth;
+        const auto before = group == 0 ? Vector::zero() : Vector::load(to);
+        Vector::store(to, Vector::multiply_add(Vector::to_floats(tile[r][v]), scale, before));
+      });
+    });
   }
 }
 
@@ -176,14 +156,23 @@ inline void finish(const Product& p, std::size_t panel, const float* sums, float
   }
 }
 
+// Outputs of a panel from kFirst on.
+template <typename Vector, Format kFormat, std::size_t kFirst, std::size_t kRows>
+void add_up(const Product& p, std::size_t row, const std::uint32_t* weights, Sums<kRows>& sums) {
+  if constexpr (is_integer(kFormat)) {
+    add_up_integers<Vector, kRows, kFormat == Format::kInt4, kFirst>(p, row, weights, sums);
+  } else {
+    add_up_floats<Vector, kRows, kFormat == Format::kBfloat16, kFirst>(p, row, weights, sums);
+  }
+}
+
 template <typename Vector, Format kFormat, std::size_t kRows>
 void multiply_tile(const Product& p, std::size_t row, std::size_t panel) {
   Sums<kRows> sums;
   const std::uint32_t* weights = p.weights + panel * p.panel_words;
-  if constexpr (is_integer(kFormat)) {
-    add_up_integers<Vector, kRows, kFormat == Format::kInt4>(p, row, weights, sums);
-  } else {
-    add_up_floats<Vector, kRows, kFormat == Format::kBfloat16>(p, row, weights, sums);
+  add_up<Vector, kFormat, 0>(p, row, weights, sums);
+  if constexpr (kOutputs<Vector, kRows> < kPanel) {
+    add_up<Vector, kFormat, kPanel / 2>(p, row, weights, sums);
   }
   for (std::size_t r = 0; r < kRows; ++r) {
     finish(p, panel, sums.of[r], p.y + (row + r) * p.y_stride + panel * kPanel);
