@@ -333,9 +333,12 @@ class Engine:
     def bytes_per_token(self) -> int: ...
 
 def quantize(
-    weights: Tensor, outputs: int, dtype: str, group: int, threads: int
+    weights: Tensor, outputs: int, dtype: str, group: int, threads: int, name: str = "weights"
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Round weights [outputs, K] to "int8" or "int4": integers (as bytes) and scales, in rows."""
+    """Round weights [outputs, K] to "int8" or "int4": integers (as bytes) and scales, in rows.
+
+    name: how an error calls them; ValueError if they are not finite.
+    """
 
 def engine_codes() -> list[str]:
     """Return the names of the instructions that engines can use on this processor."""

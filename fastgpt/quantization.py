@@ -72,9 +72,7 @@ def round_weights(model: GPT, dtype: str, group: int, threads: int) -> Weights:
     for name, tensor in model.state_dict().items():
         plain = tensor.detach().to("cpu", torch.float32).contiguous()
         if name in names.matrices and dtype in ("int8", "int4"):
-            if not plain.isfinite().all():
-                raise ValueError(f"{name} holds NaN or infinity")
-            weights[name] = quantize(plain, bits(name, dtype), group, threads)
+            weights[name] = quantize(plain, bits(name, dtype), group, threads, name)
         elif name in names.matrices or name in names.vectors:
             weights[name] = plain
     return weights
@@ -86,15 +84,15 @@ def bits(name: str, dtype: str) -> int:
 
 
 def quantize(
-    weight: Tensor, n_bits: int, group: int = GROUP, threads: int = 1
+    weight: Tensor, n_bits: int, group: int = GROUP, threads: int = 1, name: str = "weights"
 ) -> tuple[Tensor, Tensor]:
     """Round a matrix `[N, K]` (fp32): return integers and scales (fp32).
 
     8 bits: int8 `[N, K]` and `[N]`. 4 bits: uint8 `[N, G · group / 2]` and `[N, G]`, where G is
-    K / group, rounded up.
+    K / group, rounded up. ValueError, with the name, if they are not finite.
     """
     dtype = "int8" if n_bits == 8 else "int4"
-    rounded = _C.quantize(weight.contiguous(), weight.size(0), dtype, group, threads)
+    rounded = _C.quantize(weight.contiguous(), weight.size(0), dtype, group, threads, name)
     return as_tensors(rounded, n_bits)
 
 
