@@ -255,15 +255,18 @@ engine::Sampling sampling_of(const py::dict& settings) {
 
 std::unique_ptr<Generation> make_generation(const std::shared_ptr<Engine>& self,
                                             const std::vector<std::vector<std::int64_t>>& prompts,
-                                            std::size_t max_new_tokens, const py::dict& settings,
+                                            std::size_t copies, std::size_t max_new_tokens,
+                                            const py::dict& settings,
                                             const std::vector<std::uint64_t>& seeds,
                                             std::optional<std::uint32_t> stop, bool with_logprobs) {
   if (prompts.empty()) throw std::invalid_argument("there must be at least one prompt");
-  if (seeds.size() != prompts.size()) throw std::invalid_argument("each prompt needs a seed");
+  if (copies < 1 || seeds.size() != prompts.size() * copies) {
+    throw std::invalid_argument("each copy of each prompt needs a seed");
+  }
   std::vector<Generation::Ids> checked;
   for (const auto& prompt : prompts) checked.push_back(checked_ids(prompt, *self));
-  return std::make_unique<Generation>(self, std::move(checked), max_new_tokens,
-                                      sampling_of(settings), seeds, stop, with_logprobs);
+  return std::make_unique<Generation>(self, checked, copies, max_new_tokens, sampling_of(settings),
+                                      seeds, stop, with_logprobs);
 }
 
 FloatArray read_logits(Generation& self, std::size_t vocab_size) {
@@ -369,9 +372,9 @@ void bind_engine(py::module_& m) {
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine", "GPT-2 on a CPU")
       .def(py::init(&make_engine), py::arg("config"), py::arg("dtype"), py::arg("group"),
            py::arg("threads"), py::arg("code"), py::arg("weights"))
-      .def("generation", &make_generation, py::arg("prompts"), py::arg("max_new_tokens"),
-           py::arg("settings"), py::arg("seeds"), py::arg("stop").none(true),
-           py::arg("with_logprobs"))
+      .def("generation", &make_generation, py::arg("prompts"), py::arg("copies"),
+           py::arg("max_new_tokens"), py::arg("settings"), py::arg("seeds"),
+           py::arg("stop").none(true), py::arg("with_logprobs"))
       .def("logits", &logits_of, py::arg("ids"))
       .def("matrix", &matrix_of, py::arg("name"))
       .def("vector", &vector_of, py::arg("name"))

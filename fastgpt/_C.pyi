@@ -301,14 +301,16 @@ class Engine:
     def generation(
         self,
         prompts: Sequence[Sequence[int]],
+        copies: int,
         max_new_tokens: int,
         settings: dict[str, float],
         seeds: Sequence[int],
         stop: int | None,
         with_logprobs: bool,
     ) -> Generation:
-        """Begin to write behind prompts, which may differ in length.
+        """Begin to write behind prompts, which may differ in length: `copies` rows behind each.
 
+        seeds: one for each row.
         settings: temperature, top_k (0: all), top_p, min_p, repetition_penalty, presence_penalty,
         frequency_penalty.
         """

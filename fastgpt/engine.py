@@ -138,12 +138,15 @@ class Engine:
         ids: Tensor,
         max_new_tokens: int,
         *,
+        n: int = 1,
         seed: Seed = None,
         stop_token: int | None = None,
         **sampling: Unpack[Sampling],
     ) -> Iterator[Tensor]:
-        """Yield the new tokens one position at a time, int64 `[B]`; arguments as for `generate`."""
-        generation = self._generation(ids, max_new_tokens, Sampler(**sampling), seed, stop_token)
+        """Yield the new tokens one position at a time, int64 `[B·n]`; arguments as for `generate`,
+        and n texts behind each row.
+        """
+        generation = self._generation(ids, max_new_tokens, Sampler(**sampling), seed, stop_token, n)
         return _steps(generation, ids.device)
 
     def writing(
@@ -155,8 +158,7 @@ class Engine:
         n: int = 1,
     ) -> "EngineWriting":
         """Begin to write n texts behind each of some prompts, of any lengths."""
-        rows = [prompt for prompt in prompts for _ in range(n)]
-        begun = self._begin(rows, max_new_tokens, sampler, seed, None, with_logprobs=True)
+        begun = self._begin(prompts, max_new_tokens, sampler, seed, None, n, with_logprobs=True)
         return EngineWriting(begun)
 
     def _generation(
@@ -166,9 +168,10 @@ class Engine:
         sampler: Sampler,
         seed: Seed,
         stop_token: int | None,
+        n: int = 1,
     ) -> _C.Generation:
         check_prompts(ids, self.config.vocab_size)
-        return self._begin(list(ids), max_new_tokens, sampler, seed, stop_token)
+        return self._begin(list(ids), max_new_tokens, sampler, seed, stop_token, n)
 
     def _begin(
         self,
@@ -177,6 +180,7 @@ class Engine:
         sampler: Sampler,
         seed: Seed,
         stop_token: int | None,
+        n: int = 1,
         with_logprobs: bool = False,
     ) -> _C.Generation:
         if max_new_tokens < 0:
@@ -186,8 +190,8 @@ class Engine:
             settings[name] = default if settings[name] is None else settings[name]
         # an id that no token has ends no row
         stop = stop_token if stop_token is not None and stop_token >= 0 else None
-        ids, seeds = [prompt.tolist() for prompt in prompts], seeds_of(seed, len(prompts))
-        return self._core.generation(ids, max_new_tokens, settings, seeds, stop, with_logprobs)
+        ids, seeds = [prompt.tolist() for prompt in prompts], seeds_of(seed, len(prompts) * n)
+        return self._core.generation(ids, n, max_new_tokens, settings, seeds, stop, with_logprobs)
 
 
 class EngineWriting:

@@ -271,8 +271,7 @@ def _stream(
     check_prompts(ids, model.config.vocab_size)
     _check(model, n, use_cache)
     if isinstance(model, Engine):
-        ids = ids.repeat_interleave(n, 0)
-        return model.stream(ids, max_new_tokens, seed=seed, stop_token=stop_token, **sampling)
+        return model.stream(ids, max_new_tokens, n=n, seed=seed, stop_token=stop_token, **sampling)
     sampler = Sampler(**sampling)
     writing = Writing(model, list(ids), max_new_tokens, sampler, seed, n, use_cache, stop_token)
     steps = _steps(writing)

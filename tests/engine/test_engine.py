@@ -112,7 +112,9 @@ def test_prompts_of_different_lengths_are_read_as_if_alone(engine: Engine) -> No
     prompts = [prompt(1, time, seed=time)[0].tolist() for time in (1, 30, 16, 7)]
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     settings |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-    together = engine._core.generation(prompts, 40, settings, [1, 2, 3, 4], None, False).run(None)
+    together = engine._core.generation(prompts, 1, 40, settings, [1, 2, 3, 4], None, False).run(
+        None
+    )
     for row, ids in enumerate(prompts):
         alone = engine.generate(torch.tensor([ids]), 40, seed=row + 1)
         assert [tokens[row] for tokens in together] == alone[0, len(ids) :].tolist()
@@ -382,6 +384,21 @@ def test_prompts_of_any_lengths_and_their_logprobs_as_pytorch_does(
     twin = complete(model, prompts, 20, **settings, stop_tokens=ends)
     assert [c.ids for c in chain(*stopped)] == [c.ids for c in chain(*twin)]
     assert complete(engine, [], 20) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("time", [1, 15, 16, 40])
+def test_texts_of_one_prompt_are_those_of_its_copies(model: GPT, dtype: Any, time: int) -> None:
+    """Whose prompt is read for each: keys, values and logits are the first one's, bit for bit."""
+    engine = Engine(model, dtype, 2)
+    ids = prompt(2, time, model.config.vocab_size)
+    expected = generate(engine, ids.repeat_interleave(3, 0), 20, seed=8)
+    assert torch.equal(generate(engine, ids, 20, n=3, seed=8), expected)
+    writing = engine.writing(list(ids), 20, Sampler(), 8, 3)
+    writing.end(3)  # before anything is read
+    steps = [writing.step() for _ in range(20)]
+    others = [0, 1, 2, 4, 5]
+    assert torch.equal(torch.stack(steps, 1)[others], expected[others, time:])
 
 
 def test_text_as_from_pytorch(model: GPT) -> None:
