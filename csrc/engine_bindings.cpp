@@ -128,7 +128,7 @@ bool ends_with(const std::string& text, const std::string& end) {
 
 std::shared_ptr<Engine> make_engine(const py::dict& config, const std::string& dtype,
                                     std::size_t group, std::size_t threads, const std::string& code,
-                                    py::dict weights) {
+                                    const py::object& weights) {
   if (threads < 1 || threads > kMostThreads) {
     throw std::invalid_argument("threads must be from 1 to 1024, not " + std::to_string(threads));
   }
@@ -146,7 +146,7 @@ std::shared_ptr<Engine> make_engine(const py::dict& config, const std::string& d
   std::size_t taken = 0;
   for (const std::string& name : made->network.matrix_names()) {
     if (!weights.contains(name)) refuse_weight(name, "is missing");
-    take_matrix(*made, name, weights[name.c_str()]);
+    take_matrix(*made, name, py::object(weights[name.c_str()]));
     ++taken;
   }
   for (const std::string& name : made->network.vector_names()) {
@@ -154,11 +154,11 @@ std::shared_ptr<Engine> make_engine(const py::dict& config, const std::string& d
       if (!ends_with(name, ".bias")) refuse_weight(name, "is missing");
       continue;  // a model without biases: zeros
     }
-    take_vector(*made, name, weights[name.c_str()]);
+    take_vector(*made, name, py::object(weights[name.c_str()]));
     ++taken;
   }
-  if (taken == weights.size()) return made;
-  for (const auto& [name, value] : weights) {
+  if (taken == py::len(weights)) return made;
+  for (const py::handle name : weights) {
     const auto text = name.cast<std::string>();
     if (made->network.linear(text) == nullptr && made->network.vector(text) == nullptr) {
       refuse_weight(text, "is no weight of such a model");

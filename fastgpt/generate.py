@@ -122,9 +122,11 @@ def _load(options: Options) -> tuple[GPT | Engine, BaseTokenizer]:
     native = options.engine == "native" or (options.engine == "auto" and device.type == "cpu")
     if not native and options.dtype in ("int8", "int4"):
         raise UsageError(f"dtype {options.dtype} is for --engine native, on a CPU")
-    model, tokenizer = load(options.run, "cpu" if native else device, checkpoint=options.checkpoint)
     if native:
-        return Engine(model, options.dtype, options.threads), tokenizer
+        return Engine.from_pretrained(
+            options.run, options.dtype, options.threads, checkpoint=options.checkpoint
+        )
+    model, tokenizer = load(options.run, device, checkpoint=options.checkpoint)
     return model.to(getattr(torch, options.dtype)), tokenizer
 
 
