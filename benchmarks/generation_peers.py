@@ -334,11 +334,11 @@ class OpenVino(Stepped):
         settings: dict[str, str | int] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
-            # What is not in 8 or 4 bits; where the CPU has bfloat16, that is its default. (Keys
-            # and values are in 8 bits if KV_CACHE_PRECISION does not say another.)
-            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",
+            # Keys and values are in 8 bits if KV_CACHE_PRECISION does not say another.
             **more,
         }
+        if precision == "float32":  # where the CPU has bfloat16, that is its default for all
+            settings["INFERENCE_PRECISION_HINT"] = "f32"
         model = openvino.Core().compile_model(path, "CPU", settings)
         self.tensor: Any = openvino.Tensor
         self.request: Any = model.create_infer_request()
@@ -396,6 +396,12 @@ PEERS = (
         "onnxruntime",
         OnnxRuntime,  # its operations for the CPU do not compute in bfloat16
         {name: f"onnx/{name}.onnx" for name in ("float32", "int8", "int4")},
+    ),
+    Peer(
+        "onnxruntime by channel",
+        "onnxruntime",
+        OnnxRuntime,
+        {"int8": "onnx/int8_channels.onnx"},
     ),
     Peer(
         "openvino",

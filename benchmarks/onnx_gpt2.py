@@ -19,18 +19,24 @@ from fastgpt import GPT
 
 Array = NDArray[Any]
 BLOCK = 32  # weights of a row that share a scale
-BITS = {"float32": (0, 0), "int8": (8, 8), "int4": (4, 8)}  # of the blocks' matrices, of the head
+CHANNELS = -8  # 8 bits, one scale for a row
+# How the blocks' matrices are rounded, and the head.
+KINDS = {"float32": (0, 0), "int8": (8, 8), "int4": (4, 8), "int8_channels": (CHANNELS, CHANNELS)}
+MICROSOFTS = ("FastGelu", "MatMulNBits", "DynamicQuantizeMatMul")
 DYNAMIC_QUANTIZATION = 4  # MatMulNBits' accuracy_level that rounds its input to int8
 
 
-def write(model: GPT, path: Path, precision: str) -> None:
-    """Write the graph of a GPT-2 with biases, for "float32", "int8" or "int4".
+def write(model: GPT, path: Path, kind: str) -> None:
+    """Write the graph of a GPT-2 with biases.
 
+    kind: "float32"; "int8" or "int4" for products with scales for each block of weights; or
+    "int8_channels" for those of onnxruntime's dynamic quantization, slower for one token, but
+    faster for many.
     Inputs: `ids` int64 [B, T], `positions` int64 [T], `last_key` int32 [B] (the number of all
     tokens so far, less one), `total` int32 [1] (that number), `past.key.i` and `past.value.i`.
     Outputs: `logits` float32 [B, V] behind the last token, `present.key.i` and `present.value.i`.
     """
-    graph = _Graph(model, *BITS[precision])
+    graph = _Graph(model, *KINDS[kind])
     graph.network()
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     made = helper.make_graph(
@@ -42,11 +48,11 @@ def write(model: GPT, path: Path, precision: str) -> None:
 class _Graph:
     """The graph while it is made; values in it are known by their names."""
 
-    def __init__(self, model: GPT, bits: int, head_bits: int) -> None:
+    def __init__(self, model: GPT, rounding: int, head: int) -> None:
         self.config = model.config
         self.weights = {name: _numpy(value) for name, value in model.state_dict().items()}
         self.weights["lm_head.weight"] = _numpy(model.head_weight)
-        self.bits, self.head_bits = bits, head_bits
+        self.rounding, self.head = rounding, head
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
 
@@ -59,21 +65,21 @@ class _Graph:
         normed = self.node("LayerNormalization", total, *first, epsilon=self.config.layer_norm_eps)
         for i in range(self.config.n_layer):
             normed, total = self.block(i, normed, total)
-        self.linear("lm_head", normed, self.head_bits, output="logits")
+        self.linear("lm_head", normed, self.head, output="logits")
 
     def block(self, i: int, normed: str, total: str) -> tuple[str, str]:
         """Add a block, which takes and returns the stream and the norm of it that comes next."""
         last = i + 1 == self.config.n_layer
         at = f"h.{i}."
-        qkv = self.linear(at + "attn.c_attn", normed, self.bits, bias=True)
+        qkv = self.linear(at + "attn.c_attn", normed, self.rounding, bias=True)
         y = self.attention(i, qkv)
         if last:  # only the logits behind the last token are wanted
             y, total = self.last_token(y), self.last_token(total)
-        y = self.linear(at + "attn.c_proj", y, self.bits)
+        y = self.linear(at + "attn.c_proj", y, self.rounding)
         normed, total = self.add_and_norm(y, total, at + "ln_2", at + "attn.c_proj.bias")
-        y = self.linear(at + "mlp.c_fc", normed, self.bits)
+        y = self.linear(at + "mlp.c_fc", normed, self.rounding)
         y = self.node("FastGelu", y, self.weight(at + "mlp.c_fc.bias"))
-        y = self.linear(at + "mlp.c_proj", y, self.bits)
+        y = self.linear(at + "mlp.c_proj", y, self.rounding)
         next_norm = "ln_f" if last else f"h.{i + 1}.ln_1"
         return self.add_and_norm(y, total, next_norm, at + "mlp.c_proj.bias")
 
@@ -107,16 +113,18 @@ class _Graph:
         return outputs[0], outputs[3]
 
     def linear(self, name: str, x: str, bits: int, bias: bool = False, output: str = "") -> str:
-        """Add x W^T, rounded to `bits` if these are not 0, and the bias if asked to."""
+        """Add x W^T with W rounded to `bits` (0: not at all), and the bias if asked to."""
         weight = self.weights[f"{name}.weight"]  # [out, in]
         shift = [self.weight(f"{name}.bias")] if bias else []
         if bits == 0:
             y = self.node("MatMul", x, self.constant(f"{name}.T", weight.T), output=output)
             return self.node("Add", y, *shift) if bias else y
-        packed, scales = _in_blocks(weight, bits)
-        matrix = [self.constant(f"{name}.packed", packed), self.constant(f"{name}.scales", scales)]
+        stored, scales = _by_row(weight) if bits == CHANNELS else _in_blocks(weight, bits)
+        matrix = [self.constant(f"{name}.stored", stored), self.constant(f"{name}.scales", scales)]
+        if bits == CHANNELS:
+            return self.node("DynamicQuantizeMatMul", x, *matrix, "", *shift, output=output)
         return self.node(
-            *("MatMulNBits", x, *matrix, *(["", "", *shift] if bias else [])),
+            *("MatMulNBits", x, *matrix, "", "", *shift),
             output=output,
             N=weight.shape[0],
             K=weight.shape[1],
@@ -132,7 +140,7 @@ class _Graph:
     def node(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
         """Add a node of one output; return the output's name."""
         output = output or f"{kind}.{len(self.nodes)}"
-        domain = "com.microsoft" if kind in ("FastGelu", "MatMulNBits") else ""
+        domain = "com.microsoft" if kind in MICROSOFTS else ""
         node = helper.make_node(kind, list(inputs), [output], domain=domain, **attributes)
         self.nodes.append(node)
         return output
@@ -167,7 +175,8 @@ class _Graph:
         ]
 
     def _buffers(self, when: str) -> list[onnx.ValueInfoProto]:
-        shape: list[str | int | None] = ["B", self.config.n_head, "S", self.config.n_embd // self.config.n_head]
+        heads = self.config.n_head
+        shape: list[str | int | None] = ["B", heads, "S", self.config.n_embd // heads]
         return [
             helper.make_tensor_value_info(f"{when}.{kind}.{i}", TensorProto.FLOAT, shape)
             for i in range(self.config.n_layer)
@@ -190,6 +199,13 @@ def _in_blocks(weight: Array, bits: int) -> tuple[Array, Array]:
     if bits == 4:
         stored = stored[..., 0::2] | (stored[..., 1::2] << 4)
     return stored, scales[..., 0].astype(np.float32)
+
+
+def _by_row(weight: Array) -> tuple[Array, Array]:
+    """Round to multiples of a scale for each row: [N, K] -> int8 [K, N] and float32 [N]."""
+    scales = np.abs(weight).max(1) / 127
+    whole = np.rint(weight / np.where(scales == 0, 1, scales)[:, None])
+    return whole.astype(np.int8).T, scales.astype(np.float32)
 
 
 def _numpy(value: torch.Tensor) -> Array:
