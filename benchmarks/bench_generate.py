@@ -67,7 +67,7 @@ def _report(
                 taken = measure(it)
                 if turn > 0:  # the first warms up
                     speeds[contender].append(tokens / taken)
-        medians = {contender: statistics.median(all_) for contender, all_ in speeds.items()}
+        medians = {contender: statistics.median(rates) for contender, rates in speeds.items()}
         best = max((m for contender, m in medians.items() if contender != "fastgpt"), default=0.0)
         ratio = f"  {medians['fastgpt'] / best:.2f} times the best other" if best else ""
         line = ", ".join(f"{contender} {median:.0f}" for contender, median in medians.items())
