@@ -12,8 +12,11 @@ reading a prompt of 512 tokens. The contenders, and how each is set up: `generat
 
 import argparse
 import gc
+import json
 import statistics
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -26,6 +29,12 @@ from benchmarks.generation_peers import (
     Contender,
     contenders,
     random_gpt2,
+)
+from fastgpt.environment import describe_environment
+
+PACKAGES = (
+    *("torch", "transformers", "llama_cpp_python"),
+    *("ctranslate2", "onnxruntime", "openvino"),
 )
 
 
@@ -40,19 +49,72 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--results", type=Path, metavar="NAME", help="write NAME.json and NAME.md")
     options = parser.parse_args()
     model = random_gpt2()
+    results: list[Result] = []
     for precision in options.precisions:
         for threads in options.threads:
             found = contenders(model, precision, threads, options.peers)
-            _report(precision, threads, found, options)
+            results += _measure(precision, threads, found, options)
             found.clear()
             gc.collect()  # before the next ones are loaded
+    if options.results is not None:
+        write_results(results, options)
 
 
-def _report(
+@dataclass(frozen=True)
+class Result:
+    """The median tokens per second of each contender in one case, of all rows together."""
+
+    precision: str
+    threads: int
+    case: str
+    speeds: dict[str, float]
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times as fast as the best other fastgpt's engine is."""
+        others = [speed for name, speed in self.speeds.items() if name != "fastgpt"]
+        return self.speeds["fastgpt"] / max(others) if others else None
+
+
+def write_results(results: list[Result], options: argparse.Namespace) -> None:
+    """Write what was measured, where and with what, as JSON and as a table."""
+    about = {
+        "cpu": describe_environment()["cpu"],
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "rounds": options.rounds,
+        "new tokens": options.new,
+    }
+    content = {**about, "results": [{**asdict(r), "ratio": r.ratio} for r in results]}
+    options.results.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    lines = [
+        "Tokens per second, of all rows together: medians of "
+        f"{options.rounds} rounds in which all took turns. {about['cpu']}; {versions}.",
+        "",
+        "| precision | threads | | fastgpt | others | times the best other |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        others = ", ".join(f"{name} {s:.0f}" for name, s in r.speeds.items() if name != "fastgpt")
+        ratio = f"{r.ratio:.2f}" if r.ratio else ""
+        ours = f"{r.speeds['fastgpt']:.0f}"
+        lines.append(f"| {r.precision} | {r.threads} | {r.case} | {ours} | {others} | {ratio} |")
+    options.results.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _measure(
     precision: str, threads: int, found: dict[str, Contender], options: argparse.Namespace
-) -> None:
+) -> list[Result]:
     cases: list[tuple[str, int, Callable[[Contender], float]]] = []
     for rows in options.rows:
         new = options.new if rows == 1 else max(options.new // 8, 2)
@@ -60,6 +122,7 @@ def _report(
         cases.append((f"decode {rows}", rows * (new - 1), _decoding(ids, new)))
     text = torch.randint(50257, (1, LONG_PROMPT))
     cases.append((f"read {LONG_PROMPT}", LONG_PROMPT, lambda c: c.read(text)))
+    results = []
     for name, tokens, measure in cases:
         speeds: dict[str, list[float]] = {contender: [] for contender in found}
         for turn in range(options.rounds + 1):
@@ -68,10 +131,12 @@ def _report(
                 if turn > 0:  # the first warms up
                     speeds[contender].append(tokens / taken)
         medians = {contender: statistics.median(rates) for contender, rates in speeds.items()}
-        best = max((m for contender, m in medians.items() if contender != "fastgpt"), default=0.0)
-        ratio = f"  {medians['fastgpt'] / best:.2f} times the best other" if best else ""
+        result = Result(precision, threads, name, medians)
+        ratio = f"  {result.ratio:.2f} times the best other" if result.ratio else ""
         line = ", ".join(f"{contender} {median:.0f}" for contender, median in medians.items())
         print(f"{precision:8} {threads} threads  {name:10} {line}{ratio}", flush=True)
+        results.append(result)
+    return results
 
 
 def _decoding(ids: Tensor, new: int) -> Callable[[Contender], float]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ import torch
 
 from fastgpt import GPT, CharTokenizer, GPTConfig
 from fastgpt.engine import Engine
+from fastgpt.errors import UsageError
 from fastgpt.generation import complete, generate, stream
+from fastgpt.interop import load
 from fastgpt.kv_cache import window_start
 from fastgpt.sampling import Sampler
 from fastgpt.text_generation import stream_text, write
@@ -361,6 +364,21 @@ def test_the_settings_are_those_of_the_dataclass() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'heat'"):
         Engine(small_model()).generate(prompt(), 3, heat=1.0)
     assert Sampler().temperature == 1.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_from_a_file_as_from_the_model_that_it_holds(tmp_path: Path, dtype: Any) -> None:
+    """Also where the vocabulary is padded, and matrices lie the other way round in the file."""
+    saved = random_model(GPTConfig(70, 16, 2, 2, 32, tie_weights=False))
+    characters = CharTokenizer([chr(0x100 + i) for i in range(61)])
+    saved.save_pretrained(tmp_path / "model", characters)
+    model, _ = load(tmp_path / "model")
+    engine, tokenizer = Engine.from_pretrained(tmp_path / "model", dtype, 2)
+    assert engine.config == model.config
+    assert tokenizer.vocab_size == engine.config.vocab_size == 61
+    assert torch.equal(engine.logits(prompt()), Engine(model, dtype).logits(prompt()))
+    with pytest.raises(UsageError, match="nothing is not there"):
+        Engine.from_pretrained(tmp_path / "nothing")
 
 
 # --- as `fastgpt.generation` and `fastgpt.text_generation` use it ---------------------------------
