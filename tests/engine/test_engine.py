@@ -21,7 +21,7 @@ from fastgpt.interop import load
 from fastgpt.kv_cache import window_start
 from fastgpt.sampling import Sampler
 from fastgpt.text_generation import stream_text, write
-from tests.engine.models import DTYPES, prompt, random_model, small_model
+from tests.engine.models import DTYPES, emulated_logits, prompt, random_model, small_model
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,23 @@ def test_greedy_text_is_the_twins() -> None:
         ids = prompt(1, 1 + 4 * i, 300, seed=i)
         expected = generate(model, ids, 100, temperature=0)
         assert torch.equal(engine.generate(ids, 100, temperature=0), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "near"), [("float32", 1e-5), ("bfloat16", 0.02), ("int8", 0.02), ("int4", 0.05)]
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_greedy_text_is_that_of_the_roundings_it_says_it_makes(
+    dtype: Any, near: float, tied: bool
+) -> None:
+    """But where two logits are nearly equal: a rounding that falls the other way decides there."""
+    model = random_model(GPTConfig(300, 256, 3, 4, 64, tie_weights=tied), std=0.2)
+    ids = Engine(model, dtype, 2, group=32).generate(prompt(20, 8, 300), 200, temperature=0)
+    logits = emulated_logits(model, dtype, 32, ids[:, :-1])[:, 7:]  # behind the prompts
+    written = logits.gather(2, ids[:, 8:, None])[..., 0]
+    behind = (logits.amax(-1) - written) / logits.std()
+    assert behind.max() < near
+    assert (behind == 0).float().mean() > 0.99
 
 
 SAMPLINGS: list[dict[str, Any]] = [
