@@ -79,6 +79,8 @@ def main(args: Sequence[str]) -> None:
     prompts = read_prompts(options)
     try:
         model, tokenizer = _load(options)
+        if options.skip_unknown:
+            prompts = [tokenizer.decode(tokenizer.encode(p, errors="ignore")) for p in prompts]
         if len(prompts) == options.n == 1 and not options.json:
             _stream(model, tokenizer, prompts[0], options)
         else:
@@ -167,8 +169,7 @@ def _settings(options: Options) -> dict[str, Any]:
     names = ("temperature", "top_k", "top_p", "min_p")
     penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
     settings = {name: getattr(options, name) for name in names + penalties}
-    errors = "ignore" if options.skip_unknown else "strict"
-    return {**settings, "stop": options.stop, "errors": errors}
+    return {**settings, "stop": options.stop}
 
 
 def _as_json(written: Written) -> str:

@@ -183,7 +183,10 @@ class Writing:
             self._logits = self._replayed(self.left)
             self.reader.count_one_more()
         else:
-            self._logits = self._choose(self.reader.logits(self.history, self.lengths))
+            logits = self.reader.logits(self.history, self.lengths)
+            if logits.device.type == "cpu" and not bool(logits.isfinite().all()):
+                raise ValueError("the model's logits are not finite: its weights are damaged")
+            self._logits = self._choose(logits)
         self._keep_last()
         return self._tokens.clone()
 
