@@ -169,7 +169,7 @@ class Writing:
         self._tokens = torch.zeros_like(self.ends)  # the last ones
         self._ended = torch.zeros_like(self.ends, dtype=torch.bool)
         replays = self.reader.cache is not None and can_record(model)
-        self._replayed = Replayed(self._next) if replays else None
+        self._replayed = Replayed[Tensor]() if replays else None
 
     @torch.no_grad()
     def step(self) -> Tensor | None:
@@ -180,7 +180,7 @@ class Writing:
         if self.sampler.draws:
             self._uniform.copy_(self._draws.next())
         if self._replayed is not None and self.reader.has_all_but_last(self.lengths):
-            self._logits = self._replayed(self.left)
+            self._logits = self._replayed(self._next, self.left)
             self.reader.count_one_more()
         else:
             logits = self.reader.logits(self.history, self.lengths)
