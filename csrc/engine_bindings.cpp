@@ -5,11 +5,11 @@
 #include <pybind11/stl.h>
 
 #include <cmath>
+#include <future>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -212,14 +212,14 @@ py::tuple quantize_weights(py::handle weights, std::size_t outputs, const std::s
   engine::Integers all(format, outputs, inputs, group);
   {
     const py::gil_scoped_release unlocked;
-    std::vector<std::thread> team;
+    std::vector<std::future<void>> team;  // what cannot have a thread waits to be asked for
     for (std::size_t i = 0; i < parts; ++i) {
-      team.emplace_back([&, i] {
+      team.push_back(std::async([&, i] {
         engine::quantize(numbers.data, outputs * i / parts, outputs * (i + 1) / parts, inputs,
                          format, group, all);
-      });
+      }));
     }
-    for (std::thread& thread : team) thread.join();
+    for (std::future<void>& part : team) part.get();
   }
   return integer_arrays(all, outputs);
 }

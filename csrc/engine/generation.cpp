@@ -16,6 +16,11 @@ std::size_t longest(const std::vector<Generation::Ids>& prompts) {
   return most;
 }
 
+// Any number of tokens may be asked for: adding it to another could overflow.
+std::size_t positions_needed(const Shape& shape, std::size_t prompt, std::size_t new_tokens) {
+  return std::min(prompt + std::min(new_tokens, shape.block_size), shape.block_size);
+}
+
 double log_sum_of_exponentials(const std::vector<float>& logits) {
   const float largest = *std::max_element(logits.begin(), logits.end());
   double sum = 0.0;
@@ -47,7 +52,7 @@ Generation::Generation(std::shared_ptr<Engine> engine, const std::vector<Ids>& p
       with_logprobs_(with_logprobs),
       stride_(logits_per_row(engine_->network)),
       cache_(engine_->network.shape, prompts.size() * copies,
-             std::min(longest(prompts) + max_new_tokens, engine_->network.shape.block_size),
+             positions_needed(engine_->network.shape, longest(prompts), max_new_tokens),
              engine_->network.format != Format::kFloat32),
       logits_(prompts.size() * copies * stride_),
       samplers_(engine_->pool.size()) {

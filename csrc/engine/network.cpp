@@ -182,24 +182,27 @@ Workspace::Workspace(const Network& network, std::size_t threads)
 
 void Workspace::reserve(std::size_t tokens, std::size_t positions) {
   if (tokens <= tokens_ && positions <= positions_) return;
-  tokens_ = std::max(tokens, tokens_);
-  positions_ = round_up(std::max(positions, positions_), kKeysAtOnce);
+  tokens = std::max(tokens, tokens_);
+  positions = round_up(std::max(positions, positions_), kKeysAtOnce);
+  tokens_ = positions_ = 0;  // until there is room: memory may end on the way
   memory_.clear();
   quads_.clear();
   const std::size_t width = network_.shape.n_embd;
-  hidden = take_rows(tokens_, width);
-  qkv = take_rows(tokens_, 3 * width);
-  mixed = take_rows(tokens_, width);
-  inner = take_rows(tokens_, 4 * width);
-  shared = take_inputs(tokens_);
+  hidden = take_rows(tokens, width);
+  qkv = take_rows(tokens, 3 * width);
+  mixed = take_rows(tokens, width);
+  inner = take_rows(tokens, 4 * width);
+  shared = take_inputs(tokens);
   own.clear();
   scores.clear();
   normed.clear();
   for (std::size_t i = 0; i < threads_; ++i) {
     own.push_back(take_inputs(kFewTokens));
-    scores.push_back(take(kQueries * (positions_ + kKeysAtOnce)));
+    scores.push_back(take(kQueries * (positions + kKeysAtOnce)));
     normed.push_back(take(width));
   }
+  tokens_ = tokens;
+  positions_ = positions;
 }
 
 float* Workspace::take(std::size_t floats) {

@@ -282,21 +282,81 @@ FORK = """
 import os, torch
 from tests.engine.models import prompt, small_model
 from fastgpt.engine import Engine
-engine = Engine(small_model(), "float32", 2)
-expected = engine.generate(prompt(), 5, seed=1)
+engines = [Engine(small_model(), "float32", 2) for _ in range(2)]
+expected = engines[0].generate(prompt(), 5, seed=1)
 child = os.fork()
 if child == 0:
-    same = torch.equal(engine.generate(prompt(), 5, seed=1), expected)
-    del engine
-    os._exit(0 if same else 1)
+    same = [torch.equal(engine.generate(prompt(), 5, seed=1), expected) for engine in engines]
+    engines.clear()
+    os._exit(0 if all(same) else 1)
 assert os.waitpid(child, 0)[1] == 0
-assert torch.equal(engine.generate(prompt(), 5, seed=1), expected)
+assert torch.equal(engines[0].generate(prompt(), 5, seed=1), expected)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_an_engine_works_in_a_forked_process() -> None:
-    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=120)
+def test_engines_work_in_a_forked_process() -> None:
+    """Two: threads that one starts there may get the handles of those that the other had."""
+    run_alone(FORK)
+
+
+SCARCE = """
+import os, resource, torch
+from fastgpt import GPTConfig
+from fastgpt.engine import Engine
+from tests.engine.models import prompt, random_model, small_model
+
+def allow(megabytes):
+    taken = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (taken + (megabytes << 20), most))
+"""
+
+FEW_THREADS = """
+model = small_model()
+allow(1024)
+for dtype in ("float32", "int4"):
+    try:
+        Engine(model, dtype, 1000)
+        raise AssertionError("there were 1000 stacks of 2 MB at least")
+    except ValueError as error:
+        assert "1000 threads are more than this system lets a process start" in str(error)
+assert Engine(model, "float32", 2).generate(prompt(), 3).shape == (2, 8)
+"""
+
+LITTLE_MEMORY = """
+model = random_model(GPTConfig(61, 512, 1, 4, 1024), std=0.02)
+engine = Engine(model, "float32", 1)
+expected = engine.prefill(prompt(1, 200))
+allow(12)
+try:
+    engine.prefill(prompt(1, 512))
+    raise AssertionError("it takes 27 MB to compute in")
+except MemoryError:
+    pass
+allow(1024)
+assert torch.equal(engine.prefill(prompt(1, 200)), expected)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="limits ASan's memory, too")
+@pytest.mark.parametrize("script", [FEW_THREADS, LITTLE_MEMORY], ids=["threads", "memory"])
+def test_what_is_scarce_ends_in_an_error_and_the_rest_goes_on(script: str) -> None:
+    run_alone(SCARCE + script)
+
+
+def run_alone(script: str) -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=120)
+
+
+def test_as_many_tokens_as_can_be_counted() -> None:
+    """The most that 64 bits hold, and a prompt's length with them."""
+    model = random_model(GPTConfig(61, 256, 1, 2, 32))
+    ids = prompt(1, 5)
+    text = Engine(model, "float32", 1).stream(ids, 2**64 - 1, temperature=0)
+    written = torch.stack([next(text) for _ in range(240)], 1)
+    assert torch.equal(written, generate(model, ids, 240, temperature=0)[:, 5:])
 
 
 @pytest.mark.parametrize(
