@@ -5,11 +5,11 @@
 #include <pybind11/stl.h>
 
 #include <cmath>
+#include <future>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -50,9 +50,16 @@ std::size_t checked_group(std::size_t group) {
 }
 
 void check_finite(const std::string& name, const float* x, std::size_t size) {
-  float poison = 0.0F;  // what is not finite, less itself, is NaN
-  for (std::size_t i = 0; i < size; ++i) poison += x[i] - x[i];
-  if (!(poison == 0.0F)) refuse_weight(name, "holds NaN or infinity");
+  constexpr std::size_t kLanes = 16;
+  float poison[kLanes] = {};  // what is not finite, less itself, is NaN
+  std::size_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) poison[lane] += x[i + lane] - x[i + lane];
+  }
+  for (; i < size; ++i) poison[0] += x[i] - x[i];
+  for (const float lane : poison) {
+    if (!(lane == 0.0F)) refuse_weight(name, "holds NaN or infinity");
+  }
 }
 
 // Bytes that lie side by side on the CPU, with or without a sign.
@@ -66,12 +73,14 @@ const std::uint8_t* bytes(py::handle tensor, const std::string& name, std::size_
 
 // --- weights in ----------------------------------------------------------------------------------
 
-// Calls take(begin, end) for parts of a matrix's panels, on all threads.
+// Calls take(panels) for parts of a matrix's panels, on all threads.
 template <typename Take>
 void in_parts(engine::ThreadPool& pool, const engine::Matrix& matrix, const Take& take) {
   const std::size_t panels = matrix.panels(), size = pool.size();
   const py::gil_scoped_release unlocked;
-  pool.run([&](std::size_t rank) { take(panels * rank / size, panels * (rank + 1) / size); });
+  pool.run([&](std::size_t rank) {
+    take(engine::Panels{panels * rank / size, panels * (rank + 1) / size});
+  });
 }
 
 void take_matrix(Engine& to, const std::string& name, py::handle value) {
@@ -80,8 +89,7 @@ void take_matrix(Engine& to, const std::string& name, py::handle value) {
   if (!engine::is_integer(matrix.format())) {
     const float* weights = floats(value, name.c_str(), outputs * inputs);
     check_finite(name, weights, outputs * inputs);
-    in_parts(to.pool, matrix,
-             [&](std::size_t begin, std::size_t end) { matrix.take_floats(weights, begin, end); });
+    in_parts(to.pool, matrix, [&](engine::Panels part) { matrix.take_floats(weights, part); });
     return;
   }
   if (!py::isinstance<py::tuple>(value) || py::len(value) != 2) {
@@ -98,9 +106,8 @@ void take_matrix(Engine& to, const std::string& name, py::handle value) {
   for (std::size_t i = 0; eight && i < outputs * columns; ++i) {
     if (integers[i] == 0x80) refuse_weight(name, "holds -128: weights are -127 to 127");
   }
-  in_parts(to.pool, matrix, [&](std::size_t begin, std::size_t end) {
-    matrix.take_integers(integers, scales, begin, end);
-  });
+  in_parts(to.pool, matrix,
+           [&](engine::Panels part) { matrix.take_integers(integers, scales, part); });
 }
 
 void take_vector(Engine& to, const std::string& name, py::handle value) {
@@ -121,7 +128,7 @@ bool ends_with(const std::string& text, const std::string& end) {
 
 std::shared_ptr<Engine> make_engine(const py::dict& config, const std::string& dtype,
                                     std::size_t group, std::size_t threads, const std::string& code,
-                                    py::dict weights) {
+                                    const py::object& weights) {
   if (threads < 1 || threads > kMostThreads) {
     throw std::invalid_argument("threads must be from 1 to 1024, not " + std::to_string(threads));
   }
@@ -139,7 +146,7 @@ std::shared_ptr<Engine> make_engine(const py::dict& config, const std::string& d
   std::size_t taken = 0;
   for (const std::string& name : made->network.matrix_names()) {
     if (!weights.contains(name)) refuse_weight(name, "is missing");
-    take_matrix(*made, name, weights[name.c_str()]);
+    take_matrix(*made, name, py::object(weights[name.c_str()]));
     ++taken;
   }
   for (const std::string& name : made->network.vector_names()) {
@@ -147,11 +154,11 @@ std::shared_ptr<Engine> make_engine(const py::dict& config, const std::string& d
       if (!ends_with(name, ".bias")) refuse_weight(name, "is missing");
       continue;  // a model without biases: zeros
     }
-    take_vector(*made, name, weights[name.c_str()]);
+    take_vector(*made, name, py::object(weights[name.c_str()]));
     ++taken;
   }
-  if (taken == weights.size()) return made;
-  for (const auto& [name, value] : weights) {
+  if (taken == py::len(weights)) return made;
+  for (const py::handle name : weights) {
     const auto text = name.cast<std::string>();
     if (made->network.linear(text) == nullptr && made->network.vector(text) == nullptr) {
       refuse_weight(text, "is no weight of such a model");
@@ -191,34 +198,28 @@ FloatArray vector_of(Engine& self, const std::string& name) {
 
 // Rounds rows of weights on some threads.
 py::tuple quantize_weights(py::handle weights, std::size_t outputs, const std::string& dtype,
-                           std::size_t group, std::size_t threads) {
+                           std::size_t group, std::size_t threads, const std::string& name) {
   const Format format = format_named(dtype);
   if (!engine::is_integer(format)) throw std::invalid_argument("dtype must be int8 or int4");
-  const Numbers<float> numbers = numbers_of<float>(weights, "weights");
+  const Numbers<float> numbers = numbers_of<float>(weights, name.c_str());
   if (outputs == 0 || numbers.size == 0 || numbers.size % outputs != 0) {
-    throw std::invalid_argument("weights must be rows of equal size");
+    refuse_weight(name, "must be rows of equal size");
   }
   checked_group(group);
-  check_finite("weights", numbers.data, numbers.size);
+  check_finite(name, numbers.data, numbers.size);
   const std::size_t inputs = numbers.size / outputs;
   const std::size_t parts = std::min(std::max(threads, std::size_t{1}), outputs);
-  std::vector<engine::Integers> found(parts);
+  engine::Integers all(format, outputs, inputs, group);
   {
     const py::gil_scoped_release unlocked;
-    std::vector<std::thread> team;
+    std::vector<std::future<void>> team;  // what cannot have a thread waits to be asked for
     for (std::size_t i = 0; i < parts; ++i) {
-      team.emplace_back([&, i] {
-        const std::size_t begin = outputs * i / parts, end = outputs * (i + 1) / parts;
-        found[i] =
-            engine::quantize(numbers.data + begin * inputs, end - begin, inputs, format, group);
-      });
+      team.push_back(std::async([&, i] {
+        engine::quantize(numbers.data, outputs * i / parts, outputs * (i + 1) / parts, inputs,
+                         format, group, all);
+      }));
     }
-    for (std::thread& thread : team) thread.join();
-  }
-  engine::Integers all;
-  for (const engine::Integers& part : found) {
-    all.integers.insert(all.integers.end(), part.integers.begin(), part.integers.end());
-    all.scales.insert(all.scales.end(), part.scales.begin(), part.scales.end());
+    for (std::future<void>& part : team) part.get();
   }
   return integer_arrays(all, outputs);
 }
@@ -254,15 +255,18 @@ engine::Sampling sampling_of(const py::dict& settings) {
 
 std::unique_ptr<Generation> make_generation(const std::shared_ptr<Engine>& self,
                                             const std::vector<std::vector<std::int64_t>>& prompts,
-                                            std::size_t max_new_tokens, const py::dict& settings,
+                                            std::size_t copies, std::size_t max_new_tokens,
+                                            const py::dict& settings,
                                             const std::vector<std::uint64_t>& seeds,
                                             std::optional<std::uint32_t> stop, bool with_logprobs) {
   if (prompts.empty()) throw std::invalid_argument("there must be at least one prompt");
-  if (seeds.size() != prompts.size()) throw std::invalid_argument("each prompt needs a seed");
+  if (copies < 1 || seeds.size() != prompts.size() * copies) {
+    throw std::invalid_argument("each copy of each prompt needs a seed");
+  }
   std::vector<Generation::Ids> checked;
   for (const auto& prompt : prompts) checked.push_back(checked_ids(prompt, *self));
-  return std::make_unique<Generation>(self, std::move(checked), max_new_tokens,
-                                      sampling_of(settings), seeds, stop, with_logprobs);
+  return std::make_unique<Generation>(self, checked, copies, max_new_tokens, sampling_of(settings),
+                                      seeds, stop, with_logprobs);
 }
 
 FloatArray read_logits(Generation& self, std::size_t vocab_size) {
@@ -368,9 +372,9 @@ void bind_engine(py::module_& m) {
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine", "GPT-2 on a CPU")
       .def(py::init(&make_engine), py::arg("config"), py::arg("dtype"), py::arg("group"),
            py::arg("threads"), py::arg("code"), py::arg("weights"))
-      .def("generation", &make_generation, py::arg("prompts"), py::arg("max_new_tokens"),
-           py::arg("settings"), py::arg("seeds"), py::arg("stop").none(true),
-           py::arg("with_logprobs"))
+      .def("generation", &make_generation, py::arg("prompts"), py::arg("copies"),
+           py::arg("max_new_tokens"), py::arg("settings"), py::arg("seeds"),
+           py::arg("stop").none(true), py::arg("with_logprobs"))
       .def("logits", &logits_of, py::arg("ids"))
       .def("matrix", &matrix_of, py::arg("name"))
       .def("vector", &vector_of, py::arg("name"))
@@ -379,7 +383,7 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("bytes_per_token",
                              [](const Engine& self) { return self.network.bytes_per_token(); });
   m.def("quantize", &quantize_weights, py::arg("weights"), py::arg("outputs"), py::arg("dtype"),
-        py::arg("group"), py::arg("threads"));
+        py::arg("group"), py::arg("threads"), py::arg("name") = "weights");
   m.def("engine_codes", &engine::kernel_codes);
 }
 

@@ -301,14 +301,16 @@ class Engine:
     def generation(
         self,
         prompts: Sequence[Sequence[int]],
+        copies: int,
         max_new_tokens: int,
         settings: dict[str, float],
         seeds: Sequence[int],
         stop: int | None,
         with_logprobs: bool,
     ) -> Generation:
-        """Begin to write behind prompts, which may differ in length.
+        """Begin to write behind prompts, which may differ in length: `copies` rows behind each.
 
+        seeds: one for each row.
         settings: temperature, top_k (0: all), top_p, min_p, repetition_penalty, presence_penalty,
         frequency_penalty.
         """
@@ -333,9 +335,12 @@ class Engine:
     def bytes_per_token(self) -> int: ...
 
 def quantize(
-    weights: Tensor, outputs: int, dtype: str, group: int, threads: int
+    weights: Tensor, outputs: int, dtype: str, group: int, threads: int, name: str = "weights"
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Round weights [outputs, K] to "int8" or "int4": integers (as bytes) and scales, in rows."""
+    """Round weights [outputs, K] to "int8" or "int4": integers (as bytes) and scales, in rows.
+
+    name: how an error calls them; ValueError if they are not finite.
+    """
 
 def engine_codes() -> list[str]:
     """Return the names of the instructions that engines can use on this processor."""

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastgpt.errors import UsageError
 from fastgpt.lora import Lora, merged
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.model import GPT, GPTConfig, meta_model
 from fastgpt.tokenizer import BaseTokenizer, load_tokenizer
 
 FORMAT = 2  # 1 had no `extra` and no ema.safetensors; it is still read
@@ -77,15 +77,19 @@ class Checkpoint:
 
         Matrices that were trained beside the weights (LoRA) are added to them: it is a plain GPT.
         """
-        with torch.device("meta"):
-            model = GPT(self.config, ops)
+        model = meta_model(self.config, ops)
+        on_device = {name: t.to(device) for name, t in self.merged_tensors(ema=ema).items()}
+        model.load_state_dict(on_device, assign=True)
+        return model.requires_grad_(True)
+
+    def merged_tensors(self, *, ema: bool = False) -> dict[str, Tensor]:
+        """Return the weights of that plain GPT by name; CheckpointError lists what does not fit."""
         tensors = self.model_tensors(ema=ema)
         if self.lora is not None:
             tensors = merged(tensors, self.lora)
-        refuse_differences(self.path / (EMA if ema else MODEL), tensors, model.state_dict())
-        on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-        model.load_state_dict(on_device, assign=True)
-        return model.requires_grad_(True)
+        expected = meta_model(self.config).state_dict()
+        refuse_differences(self.path / (EMA if ema else MODEL), tensors, expected)
+        return tensors
 
     @torch.no_grad()
     def restore(

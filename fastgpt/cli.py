@@ -2,8 +2,12 @@
 
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 from fastgpt.errors import UsageError
@@ -16,7 +20,8 @@ def run(command: Callable[[Sequence[str]], None], args: Sequence[str] | None = N
     if isinstance(sys.stdout, io.TextIOWrapper):  # an ASCII pipe must not end a run
         sys.stdout.reconfigure(errors="replace")
     try:
-        command(sys.argv[1:] if args is None else args)
+        with _ctrl_c_ends_imports():
+            command(sys.argv[1:] if args is None else args)
         sys.stdout.flush()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -27,6 +32,34 @@ def run(command: Callable[[Sequence[str]], None], args: Sequence[str] | None = N
         sys.stderr.close()
         sys.exit(141)
     sys.exit(0)
+
+
+@contextmanager
+def _ctrl_c_ends_imports() -> Iterator[None]:
+    """Within the block, Ctrl-C during an import ends the process at once.
+
+    A KeyboardInterrupt could be lost there, and the command go on: torch imports NumPy from C++ and
+    forgets what goes wrong in it, and the callback that clears a module's lock cannot raise.
+    Elsewhere it is raised as ever. Who ignores or handles Ctrl-C already goes on doing so.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(_number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            sys.stdout.flush()
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def environment() -> dict[str, str]:

@@ -9,8 +9,9 @@ to it. ``"int8"`` and ``"int4"`` are described in `fastgpt.quantization`.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from fastgpt import quantization
 from fastgpt.compiled import _C
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.sampling import Sampler, Sampling, check_prompts, seeds_of
+
+if TYPE_CHECKING:
+    from fastgpt.interop import Which
+    from fastgpt.tokenizer import BaseTokenizer
 
 Dtype = Literal["float32", "bfloat16", "int8", "int4"]
 Seed = int | Sequence[int] | None
@@ -44,22 +49,9 @@ class Engine:
         code: str = "best",
     ) -> None:
         threads = _checked(threads)
-        weights = quantization.round_weights(model, dtype, group, threads)
+        tensors = {name: partial(_itself, tensor) for name, tensor in model.state_dict().items()}
+        weights = quantization.Rounded(model.config, tensors, dtype, group, threads)
         self._start(model.config, dtype, group, threads, code, weights)
-
-    def _start(
-        self,
-        config: GPTConfig,
-        dtype: Dtype,
-        group: int,
-        threads: int,
-        code: str,
-        weights: quantization.Weights,
-    ) -> None:
-        self.config = config
-        self.dtype = dtype
-        self.group = group
-        self._core = _C.Engine(asdict(config), dtype, group, threads, code, weights)
 
     @property
     def threads(self) -> int:
@@ -71,10 +63,33 @@ class Engine:
         """The bytes of weights that are read for each new token (of all rows together)."""
         return self._core.bytes_per_token
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        dtype: Dtype = "float32",
+        threads: int | None = None,
+        *,
+        checkpoint: "Which" = "best",
+        group: int = quantization.GROUP,
+        code: str = "best",
+    ) -> "tuple[Engine, BaseTokenizer]":
+        """Return the engine of what `fastgpt.load` opens, and the tokenizer.
+
+        Weights are read and rounded one at a time: no model is made that holds them all.
+        """
+        from fastgpt.interop import open_weights  # above this module: imported when used
+
+        threads = _checked(threads)
+        config, tensors, tokenizer = open_weights(source, checkpoint)
+        read = {name: tensor.read for name, tensor in tensors.items()}
+        weights = quantization.Rounded(config, read, dtype, group, threads)
+        return cls._of(config, dtype, group, threads, code, weights), tokenizer
+
     def save(self, path: Path) -> None:
         """Write the weights as they are in here to a new safetensors file, for `Engine.load`."""
         names = quantization.weight_names(self.config)
-        weights: quantization.Weights = {}
+        weights: dict[str, quantization.Weight] = {}
         for name in names.matrices:
             found = self._core.matrix(name)
             weights[name] = (
@@ -92,12 +107,10 @@ class Engine:
         """Read what `save` wrote; QuantizationError says what is wrong with the file."""
         threads = _checked(threads)
         config, dtype, group, weights = quantization.load(path)
-        engine = cls.__new__(cls)
         try:
-            engine._start(config, dtype, group, threads, code, weights)
+            return cls._of(config, dtype, group, threads, code, weights)
         except ValueError as error:
             raise quantization.QuantizationError(f"{path}: {error}") from None
-        return engine
 
     def prefill(self, ids: Tensor) -> Tensor:
         """Return the logits `[B, V]` (fp32) of the token behind each row of `ids` `[B, T]`."""
@@ -138,12 +151,15 @@ class Engine:
         ids: Tensor,
         max_new_tokens: int,
         *,
+        n: int = 1,
         seed: Seed = None,
         stop_token: int | None = None,
         **sampling: Unpack[Sampling],
     ) -> Iterator[Tensor]:
-        """Yield the new tokens one position at a time, int64 `[B]`; arguments as for `generate`."""
-        generation = self._generation(ids, max_new_tokens, Sampler(**sampling), seed, stop_token)
+        """Yield the new tokens one position at a time, int64 `[B·n]`; arguments as for `generate`,
+        and n texts behind each row.
+        """
+        generation = self._generation(ids, max_new_tokens, Sampler(**sampling), seed, stop_token, n)
         return _steps(generation, ids.device)
 
     def writing(
@@ -155,9 +171,36 @@ class Engine:
         n: int = 1,
     ) -> "EngineWriting":
         """Begin to write n texts behind each of some prompts, of any lengths."""
-        rows = [prompt for prompt in prompts for _ in range(n)]
-        begun = self._begin(rows, max_new_tokens, sampler, seed, None, with_logprobs=True)
+        begun = self._begin(prompts, max_new_tokens, sampler, seed, None, n, with_logprobs=True)
         return EngineWriting(begun)
+
+    @classmethod
+    def _of(
+        cls,
+        config: GPTConfig,
+        dtype: Dtype,
+        group: int,
+        threads: int,
+        code: str,
+        weights: quantization.Weights,
+    ) -> "Engine":
+        engine = cls.__new__(cls)
+        engine._start(config, dtype, group, threads, code, weights)
+        return engine
+
+    def _start(
+        self,
+        config: GPTConfig,
+        dtype: Dtype,
+        group: int,
+        threads: int,
+        code: str,
+        weights: quantization.Weights,
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.group = group
+        self._core = _C.Engine(asdict(config), dtype, group, threads, code, weights)
 
     def _generation(
         self,
@@ -166,9 +209,10 @@ class Engine:
         sampler: Sampler,
         seed: Seed,
         stop_token: int | None,
+        n: int = 1,
     ) -> _C.Generation:
         check_prompts(ids, self.config.vocab_size)
-        return self._begin(list(ids), max_new_tokens, sampler, seed, stop_token)
+        return self._begin(list(ids), max_new_tokens, sampler, seed, stop_token, n)
 
     def _begin(
         self,
@@ -177,6 +221,7 @@ class Engine:
         sampler: Sampler,
         seed: Seed,
         stop_token: int | None,
+        n: int = 1,
         with_logprobs: bool = False,
     ) -> _C.Generation:
         if max_new_tokens < 0:
@@ -186,8 +231,8 @@ class Engine:
             settings[name] = default if settings[name] is None else settings[name]
         # an id that no token has ends no row
         stop = stop_token if stop_token is not None and stop_token >= 0 else None
-        ids, seeds = [prompt.tolist() for prompt in prompts], seeds_of(seed, len(prompts))
-        return self._core.generation(ids, max_new_tokens, settings, seeds, stop, with_logprobs)
+        ids, seeds = [prompt.tolist() for prompt in prompts], seeds_of(seed, len(prompts) * n)
+        return self._core.generation(ids, n, max_new_tokens, settings, seeds, stop, with_logprobs)
 
 
 class EngineWriting:
@@ -213,6 +258,10 @@ class EngineWriting:
 def _steps(generation: _C.Generation, device: torch.device) -> Iterator[Tensor]:
     while (tokens := generation.step()) is not None:
         yield torch.tensor(tokens, dtype=torch.int64, device=device)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _checked(threads: int | None) -> int:

@@ -79,6 +79,8 @@ def main(args: Sequence[str]) -> None:
     prompts = read_prompts(options)
     try:
         model, tokenizer = _load(options)
+        if options.skip_unknown:
+            prompts = [tokenizer.decode(tokenizer.encode(p, errors="ignore")) for p in prompts]
         if len(prompts) == options.n == 1 and not options.json:
             _stream(model, tokenizer, prompts[0], options)
         else:
@@ -122,9 +124,11 @@ def _load(options: Options) -> tuple[GPT | Engine, BaseTokenizer]:
     native = options.engine == "native" or (options.engine == "auto" and device.type == "cpu")
     if not native and options.dtype in ("int8", "int4"):
         raise UsageError(f"dtype {options.dtype} is for --engine native, on a CPU")
-    model, tokenizer = load(options.run, "cpu" if native else device, checkpoint=options.checkpoint)
     if native:
-        return Engine(model, options.dtype, options.threads), tokenizer
+        return Engine.from_pretrained(
+            options.run, options.dtype, options.threads, checkpoint=options.checkpoint
+        )
+    model, tokenizer = load(options.run, device, checkpoint=options.checkpoint)
     return model.to(getattr(torch, options.dtype)), tokenizer
 
 
@@ -165,8 +169,7 @@ def _settings(options: Options) -> dict[str, Any]:
     names = ("temperature", "top_k", "top_p", "min_p")
     penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
     settings = {name: getattr(options, name) for name in names + penalties}
-    errors = "ignore" if options.skip_unknown else "strict"
-    return {**settings, "stop": options.stop, "errors": errors}
+    return {**settings, "stop": options.stop}
 
 
 def _as_json(written: Written) -> str:

@@ -169,7 +169,7 @@ class Writing:
         self._tokens = torch.zeros_like(self.ends)  # the last ones
         self._ended = torch.zeros_like(self.ends, dtype=torch.bool)
         replays = self.reader.cache is not None and can_record(model)
-        self._replayed = Replayed(self._next) if replays else None
+        self._replayed = Replayed[Tensor]() if replays else None
 
     @torch.no_grad()
     def step(self) -> Tensor | None:
@@ -180,10 +180,13 @@ class Writing:
         if self.sampler.draws:
             self._uniform.copy_(self._draws.next())
         if self._replayed is not None and self.reader.has_all_but_last(self.lengths):
-            self._logits = self._replayed(self.left)
+            self._logits = self._replayed(self._next, self.left)
             self.reader.count_one_more()
         else:
-            self._logits = self._choose(self.reader.logits(self.history, self.lengths))
+            logits = self.reader.logits(self.history, self.lengths)
+            if logits.device.type == "cpu" and not bool(logits.isfinite().all()):
+                raise ValueError("the model's logits are not finite: its weights are damaged")
+            self._logits = self._choose(logits)
         self._keep_last()
         return self._tokens.clone()
 
@@ -271,8 +274,7 @@ def _stream(
     check_prompts(ids, model.config.vocab_size)
     _check(model, n, use_cache)
     if isinstance(model, Engine):
-        ids = ids.repeat_interleave(n, 0)
-        return model.stream(ids, max_new_tokens, seed=seed, stop_token=stop_token, **sampling)
+        return model.stream(ids, max_new_tokens, n=n, seed=seed, stop_token=stop_token, **sampling)
     sampler = Sampler(**sampling)
     writing = Writing(model, list(ids), max_new_tokens, sampler, seed, n, use_cache, stop_token)
     steps = _steps(writing)

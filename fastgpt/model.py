@@ -240,6 +240,12 @@ class GPT(nn.Module):
                 parameter.normal_(0.0, 0.02 * scale)
 
 
+def meta_model(config: GPTConfig, ops: str = "auto") -> GPT:
+    """Return a model whose weights have shapes and no memory: to be given tensors, or looked at."""
+    with torch.device("meta"):
+        return GPT(config, ops)
+
+
 class Block(nn.Module):
     """One transformer block: attention, then the MLP, each behind a norm.
 

@@ -18,6 +18,7 @@ a byte, 8 added, the first in the lower half) and `NAME.scales`. The metadata is
 
 import json
 import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,13 @@ from torch import Tensor
 
 from fastgpt.compiled import _C
 from fastgpt.errors import UsageError
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.model import GPTConfig, meta_model
 
 GROUP = 64
 FORMAT = 1
 DTYPES = ("float32", "bfloat16", "int8", "int4")
-Weights = dict[str, Tensor | tuple[Tensor, Tensor]]
+Weight = Tensor | tuple[Tensor, Tensor]
+Weights = Mapping[str, Weight]
 
 
 class QuantizationError(UsageError, ValueError):
@@ -53,31 +55,46 @@ class Names:
 
 def weight_names(config: GPTConfig) -> Names:
     """Return the names of a model's weights, as in its `state_dict`."""
-    with torch.device("meta"):
-        shapes = {name: tuple(t.shape) for name, t in GPT(config).state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in meta_model(config).state_dict().items()}
     matrices = {n: s for n, s in shapes.items() if len(s) == 2 and n != "wpe.weight"}
     vectors = {n: s for n, s in shapes.items() if n not in matrices}
     return Names(matrices, vectors)
 
 
-def round_weights(model: GPT, dtype: str, group: int, threads: int) -> Weights:
-    """Return a model's weights as an engine of that dtype takes them, in host memory.
+class Rounded(Mapping[str, "Weight"]):
+    """A model's weights as an engine of some dtype takes them: each is made when it is asked for.
 
     Matrices in fp32 (which the engine rounds further for ``"bfloat16"``), or as pairs of integers
-    and scales. Raises ValueError for weights that are not finite, and an unknown dtype or group.
+    and scales. tensors: what returns each weight, by name. Raises ValueError for an unknown dtype
+    or group, and, when they are asked for, for weights that are not finite.
     """
-    check(dtype, group)
-    names = weight_names(model.config)
-    weights: Weights = {}
-    for name, tensor in model.state_dict().items():
-        plain = tensor.detach().to("cpu", torch.float32).contiguous()
-        if name in names.matrices and dtype in ("int8", "int4"):
-            if not plain.isfinite().all():
-                raise ValueError(f"{name} holds NaN or infinity")
-            weights[name] = quantize(plain, bits(name, dtype), group, threads)
-        elif name in names.matrices or name in names.vectors:
-            weights[name] = plain
-    return weights
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        tensors: Mapping[str, Callable[[], Tensor]],
+        dtype: str,
+        group: int,
+        threads: int,
+    ) -> None:
+        check(dtype, group)
+        self._matrices = weight_names(config).matrices
+        self._tensors, self._dtype, self._group, self._threads = tensors, dtype, group, threads
+
+    def __getitem__(self, name: str) -> "Weight":
+        plain = self._tensors[name]().detach().to("cpu", torch.float32).contiguous()
+        if name not in self._matrices or self._dtype not in ("int8", "int4"):
+            return plain
+        return quantize(plain, bits(name, self._dtype), self._group, self._threads, name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def bits(name: str, dtype: str) -> int:
@@ -86,15 +103,15 @@ def bits(name: str, dtype: str) -> int:
 
 
 def quantize(
-    weight: Tensor, n_bits: int, group: int = GROUP, threads: int = 1
+    weight: Tensor, n_bits: int, group: int = GROUP, threads: int = 1, name: str = "weights"
 ) -> tuple[Tensor, Tensor]:
     """Round a matrix `[N, K]` (fp32): return integers and scales (fp32).
 
     8 bits: int8 `[N, K]` and `[N]`. 4 bits: uint8 `[N, G · group / 2]` and `[N, G]`, where G is
-    K / group, rounded up.
+    K / group, rounded up. ValueError, with the name, if they are not finite.
     """
     dtype = "int8" if n_bits == 8 else "int4"
-    rounded = _C.quantize(weight.contiguous(), weight.size(0), dtype, group, threads)
+    rounded = _C.quantize(weight.contiguous(), weight.size(0), dtype, group, threads, name)
     return as_tensors(rounded, n_bits)
 
 
@@ -163,7 +180,7 @@ def load(path: Path) -> tuple[GPTConfig, Any, int, Weights]:
             raise QuantizationError(f"{path}: {name} is {found}, not {(kind, shape)}")
     if unknown := sorted(tensors.keys() - expected.keys()):
         raise QuantizationError(f"{path}: {unknown[0]} is no weight of such a model")
-    weights: Weights = {}
+    weights: dict[str, Weight] = {}
     for name in (*names.matrices, *names.vectors):
         pair = f"{name}.scales" in expected
         weights[name] = (

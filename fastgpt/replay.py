@@ -20,20 +20,21 @@ WORTH = 16  # calls that a recording must spare: it takes as long as about so ma
 class Replayed(Generic[Result]):
     """A function without arguments, run as it is a few times, then recorded and replayed.
 
-    What it returns is then always the same tensors, with what the last call wrote into them.
+    What it returns is then always the same tensors, with what the last call wrote into them. The
+    function is given anew to each call, and must be the same: were it kept, whoever owns this and
+    the function would be a cycle, and the GPU's memory would wait for Python to find it.
     """
 
-    def __init__(self, function: Callable[[], Result]) -> None:
-        self._function = function
+    def __init__(self) -> None:
         self._calls = 0
         self._replay: Callable[[], Result] | None = None
 
-    def __call__(self, more: int) -> Result:
+    def __call__(self, function: Callable[[], Result], more: int) -> Result:
         """Run it; `more` says how many more calls may follow."""
         self._calls += 1
         if self._replay is None and self._calls > WARM_UP and more >= WORTH:
-            self._replay = record(self._function)
-        return self._replay() if self._replay is not None else self._function()
+            self._replay = record(function)
+        return self._replay() if self._replay is not None else function()
 
 
 def record(function: Callable[[], Result]) -> Callable[[], Result]:

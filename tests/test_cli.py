@@ -220,7 +220,9 @@ def test_wrong_use_of_a_good_run(trained: Path, options: list[str], message: str
 def test_fault_36_unknown_characters_are_skipped_when_told_to(trained: Path, capfd) -> None:
     options = ["--prompt", "café", "--skip-unknown", "--max-new-tokens", "3"]
     assert run(generate.main, str(trained), *options) == 0
-    assert capfd.readouterr().out.startswith("caf")
+    out = capfd.readouterr().out
+    assert out.startswith("caf")
+    assert "é" not in out
 
 
 def test_a_checkpoint_with_missing_files(trained: Path, tmp_path: Path, capfd) -> None:
@@ -280,6 +282,58 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, checkout: Path) -> N
         assert f"saved; go on with: python -m fastgpt.train --resume {folder}" in out
         assert len(list(folder.glob("checkpoints/step-*"))) >= 1
         assert not list(folder.glob("checkpoints/.*"))
+
+
+SWALLOWS = """
+import signal
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    pass
+"""
+
+COMMAND = """
+import signal
+from fastgpt import cli
+
+def command(args):
+    print("begun")
+    import swallows
+    print("went on")
+
+signal.signal(signal.SIGINT, signal.{handler})
+cli.run(command, [])
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows delivers Ctrl-C to the whole console")
+@pytest.mark.parametrize(
+    ("handler", "code", "out"),
+    [("default_int_handler", 130, "begun\n"), ("SIG_IGN", 0, "begun\nwent on\n")],
+)
+def test_ctrl_c_is_not_lost_in_an_import(
+    tmp_path: Path, checkout: Path, handler: str, code: int, out: str
+) -> None:
+    """Where a package swallows it; a command that is to ignore it goes on doing so."""
+    (tmp_path / "swallows.py").write_text(SWALLOWS)
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND.format(handler=handler)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[1])},
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, out, "")
+
+
+def test_a_command_leaves_no_handler_of_ctrl_c_behind() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run(lambda _: signal.raise_signal(signal.SIGINT)) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_what_the_user_has_set_for_libraries_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,15 @@ def test_a_row_ends_at_the_stop_token(model: GPT) -> None:
     assert alone[0, -1] == stop
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_damaged_weights_write_nothing(temperature: float) -> None:
+    model = GPT(GPTConfig(61, 16, 1, 2, 32))
+    with torch.no_grad():
+        model.ln_f.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="logits are not finite: its weights are damaged"):
+        generate(model, prompt(), 3, temperature=temperature)
+
+
 def test_writing_leaves_the_model_as_it_was(model: GPT) -> None:
     model.train()
     state = torch.get_rng_state()

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from fastgpt import GPT, GPTConfig, Recipe, Trainer
 from fastgpt.checkpoint import CheckpointError, find_checkpoint
+from fastgpt.engine import Engine
 from fastgpt.errors import UsageError
 from fastgpt.generation import generate
 from fastgpt.lora import Lora, LoraAttention, LoraMLP, add_lora, merged
@@ -289,6 +290,8 @@ def test_a_checkpoint_holds_all_and_gives_a_plain_model(recipe: Recipe) -> None:
     with torch.no_grad():
         trainer.learner.updater.swap_average()
     averaged = checkpoint.load_model(ema=True).eval()
+    engine, _ = Engine.from_pretrained(result.run, checkpoint="newest")
+    torch.testing.assert_close(engine.logits(inputs), averaged(inputs), rtol=0.0, atol=1e-5)
     torch.testing.assert_close(averaged(inputs), trainer.model(inputs), rtol=0.0, atol=1e-5)
     assert not torch.equal(averaged(inputs), model(inputs))
 

@@ -4,6 +4,8 @@ It is as blind as a graph: it keeps which operators ran on which memory, and not
 would make the host look at a number, or bring one from it, it refuses, as a graph's recording does.
 """
 
+import gc
+import weakref
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -96,7 +98,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
 
     def record(function: Callable[[], Any]) -> Callable[[], Any]:
-        found.append(function)
+        found.append(function.__name__)
         return record_on_tape(function)
 
     monkeypatch.setattr(generation, "can_record", lambda model: True)
@@ -146,6 +148,23 @@ def test_replayed_steps_fill_rows_that_have_ended(model: GPT, recordings: list[A
         end = next((i for i, token in enumerate(whole.tolist()) if i > 2 and token == stop), 62)
         assert torch.equal(row[: end + 1], whole[: row.numel()][: end + 1])
         assert (row[end:] == stop).all() or end == 62
+
+
+def test_what_has_been_written_leaves_nothing_for_the_collector(
+    model: GPT, recordings: list[Any]
+) -> None:
+    """On a GPU that would be a cache and a graph."""
+    writing = Writing(model, [torch.tensor([1])], 30, Sampler(), 1)
+    while writing.step() is not None:
+        pass
+    assert recordings == ["_next"]
+    gone = weakref.ref(writing)
+    gc.disable()
+    try:
+        del writing
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_recording_must_be_worth_it(model: GPT, recordings: list[Any]) -> None:

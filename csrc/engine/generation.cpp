@@ -16,6 +16,11 @@ std::size_t longest(const std::vector<Generation::Ids>& prompts) {
   return most;
 }
 
+// Any number of tokens may be asked for: adding it to another could overflow.
+std::size_t positions_needed(const Shape& shape, std::size_t prompt, std::size_t new_tokens) {
+  return std::min(prompt + std::min(new_tokens, shape.block_size), shape.block_size);
+}
+
 double log_sum_of_exponentials(const std::vector<float>& logits) {
   const float largest = *std::max_element(logits.begin(), logits.end());
   double sum = 0.0;
@@ -35,24 +40,25 @@ std::size_t window_start(std::size_t length, std::size_t block_size) {
   return (length - block_size + stride - 1) / stride * stride;
 }
 
-Generation::Generation(std::shared_ptr<Engine> engine, std::vector<Ids> prompts,
-                       std::size_t max_new_tokens, const Sampling& sampling,
+Generation::Generation(std::shared_ptr<Engine> engine, const std::vector<Ids>& prompts,
+                       std::size_t copies, std::size_t max_new_tokens, const Sampling& sampling,
                        const std::vector<std::uint64_t>& seeds, std::optional<std::uint32_t> stop,
                        bool with_logprobs)
     : engine_(std::move(engine)),
+      copies_(copies),
       left_(max_new_tokens),
       sampling_(sampling),
       stop_(stop),
       with_logprobs_(with_logprobs),
       stride_(logits_per_row(engine_->network)),
-      cache_(engine_->network.shape, prompts.size(),
-             std::min(longest(prompts) + max_new_tokens, engine_->network.shape.block_size),
+      cache_(engine_->network.shape, prompts.size() * copies,
+             positions_needed(engine_->network.shape, longest(prompts), max_new_tokens),
              engine_->network.format != Format::kFloat32),
-      logits_(prompts.size() * stride_),
+      logits_(prompts.size() * copies * stride_),
       samplers_(engine_->pool.size()) {
-  rows_.reserve(prompts.size());
-  for (std::size_t i = 0; i < prompts.size(); ++i) {
-    Row row{std::move(prompts[i]), 0, 0, Uniform(seeds[i]), std::nullopt, false, 0.0};
+  rows_.reserve(prompts.size() * copies);
+  for (std::size_t i = 0; i < prompts.size() * copies; ++i) {
+    Row row{prompts[i / copies], 0, 0, Uniform(seeds[i]), std::nullopt, false, 0.0};
     if (sampling.has_penalties()) {
       row.counts.emplace(engine_->network.shape.vocab_size);
       for (const std::uint32_t token : row.text) row.counts->add(token, false);
@@ -69,6 +75,7 @@ std::vector<Token> Generation::unread() {
     const std::size_t start = window_start(row.text.size(), engine_->network.shape.block_size);
     if (start != row.start) row.cached = 0;
     row.start = start;
+    if (r % copies_ != 0) row.cached = row.text.size() - start;  // by copy_first_rows
     for (; start + row.cached < row.text.size(); ++row.cached) {
       const std::size_t index = start + row.cached;
       tokens.push_back({r, row.cached, row.text[index], index + 1 == row.text.size()});
@@ -79,6 +86,9 @@ std::vector<Token> Generation::unread() {
 
 float* Generation::read() {
   const std::lock_guard lock(engine_->mutex);
+  if (std::any_of(rows_.begin(), rows_.end(), [](const Row& row) { return row.ended; })) {
+    copies_ = 1;
+  }
   const std::vector<Token> tokens = unread();
   float* logits = logits_.data();
   for (std::size_t begin = 0; begin < tokens.size(); begin += kMostTokens) {
@@ -89,7 +99,19 @@ float* Generation::read() {
              logits, stride_);
     for (const Token& token : part) logits += token.wanted ? stride_ : 0;
   }
+  if (copies_ > 1) copy_first_rows();
   return logits_.data();
+}
+
+// Gives the copies of each prompt what its first row has read; they go their own ways from here on.
+void Generation::copy_first_rows() {
+  for (std::size_t r = rows_.size(); r-- > 0;) {
+    const std::size_t first = r / copies_ * copies_;
+    const float* logits = logits_.data() + r / copies_ * stride_;
+    std::copy(logits, logits + stride_, logits_.data() + r * stride_);
+    if (r != first) cache_.copy_row(first, r, rows_[r].cached);
+  }
+  copies_ = 1;
 }
 
 bool Generation::step(std::int64_t* tokens) {

@@ -35,11 +35,13 @@ class Generation {
  public:
   using Ids = std::vector<std::uint32_t>;
 
-  // seeds: one for each prompt. stop: the token that ends a row. with_logprobs: whether `logprob`
-  // will be asked. Prompts are not empty.
-  Generation(std::shared_ptr<Engine> engine, std::vector<Ids> prompts, std::size_t max_new_tokens,
-             const Sampling& sampling, const std::vector<std::uint64_t>& seeds,
-             std::optional<std::uint32_t> stop, bool with_logprobs);
+  // copies: rows of each prompt, which follow one another; it is read once for all of them. seeds:
+  // one for each row. stop: the token that ends a row. with_logprobs: whether `logprob` will be
+  // asked. Prompts are not empty.
+  Generation(std::shared_ptr<Engine> engine, const std::vector<Ids>& prompts, std::size_t copies,
+             std::size_t max_new_tokens, const Sampling& sampling,
+             const std::vector<std::uint64_t>& seeds, std::optional<std::uint32_t> stop,
+             bool with_logprobs);
 
   // Reads what is not yet read, and returns the logits behind each row that has not ended, in
   // order: `logits_stride()` apart. They stay until the next call.
@@ -69,10 +71,12 @@ class Generation {
   };
 
   std::vector<Token> unread();
+  void copy_first_rows();
   void sample(const std::vector<std::size_t>& rows);
 
   std::shared_ptr<Engine> engine_;
   std::vector<Row> rows_;
+  std::size_t copies_;  // rows that are still alike; from the first reading on, 1
   std::size_t left_;
   Sampling sampling_;
   std::optional<std::uint32_t> stop_;

@@ -8,7 +8,8 @@ if(NOT MSVC)
   set_source_files_properties(${FASTGPT_ENGINE_FILES} PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
   list(APPEND FASTGPT_ENGINE_FLAGS -fno-math-errno -ffp-contract=off)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-    list(APPEND FASTGPT_ENGINE_FLAGS -Wno-maybe-uninitialized -fno-tree-pre -fno-gcse)
+    list(APPEND FASTGPT_ENGINE_FLAGS -Wno-uninitialized -Wno-maybe-uninitialized -fno-tree-pre
+         -fno-gcse)
   endif()
 endif()
 

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "../bfloat16.hpp"
+
 namespace fastgpt::engine {
 namespace {
 
@@ -137,7 +139,8 @@ std::size_t Network::bytes_per_token() const {
 // --- the cache -----------------------------------------------------------------------------------
 
 Cache::Cache(const Shape& shape, std::size_t rows, std::size_t capacity, bool bf16)
-    : rows_(rows),
+    : layers_(shape.n_layer),
+      rows_(rows),
       heads_(shape.n_head),
       dimensions_(shape.head_dim()),
       capacity_(round_up(capacity, kKeysAtOnce)),
@@ -151,6 +154,18 @@ HeadCache Cache::head(std::size_t layer, std::size_t row, std::size_t head) cons
   const std::size_t index = (layer * rows_ + row) * heads_ + head;
   std::uint16_t* keys = memory_.data() + index * capacity_ * (dimensions_ + value_stride_) * number;
   return {keys, keys + capacity_ * dimensions_ * number, bf16_, dimensions_, value_stride_};
+}
+
+void Cache::copy_row(std::size_t from, std::size_t to, std::size_t positions) const {
+  const std::size_t number = bf16_ ? sizeof(Bfloat16) : sizeof(float);
+  const std::size_t keys = round_up(positions, kKeys) * dimensions_ * number;
+  const std::size_t values = positions * value_stride_ * number;
+  for (std::size_t i = 0; i < layers_ * heads_; ++i) {
+    const HeadCache source = head(i / heads_, from, i % heads_);
+    const HeadCache target = head(i / heads_, to, i % heads_);
+    std::memcpy(target.keys, source.keys, keys);
+    std::memcpy(target.values, source.values, values);
+  }
 }
 
 // --- the workspace -------------------------------------------------------------------------------
@@ -167,24 +182,27 @@ Workspace::Workspace(const Network& network, std::size_t threads)
 
 void Workspace::reserve(std::size_t tokens, std::size_t positions) {
   if (tokens <= tokens_ && positions <= positions_) return;
-  tokens_ = std::max(tokens, tokens_);
-  positions_ = round_up(std::max(positions, positions_), kKeysAtOnce);
+  tokens = std::max(tokens, tokens_);
+  positions = round_up(std::max(positions, positions_), kKeysAtOnce);
+  tokens_ = positions_ = 0;  // until there is room: memory may end on the way
   memory_.clear();
   quads_.clear();
   const std::size_t width = network_.shape.n_embd;
-  hidden = take_rows(tokens_, width);
-  qkv = take_rows(tokens_, 3 * width);
-  mixed = take_rows(tokens_, width);
-  inner = take_rows(tokens_, 4 * width);
-  shared = take_inputs(tokens_);
+  hidden = take_rows(tokens, width);
+  qkv = take_rows(tokens, 3 * width);
+  mixed = take_rows(tokens, width);
+  inner = take_rows(tokens, 4 * width);
+  shared = take_inputs(tokens);
   own.clear();
   scores.clear();
   normed.clear();
   for (std::size_t i = 0; i < threads_; ++i) {
     own.push_back(take_inputs(kFewTokens));
-    scores.push_back(take(kQueries * (positions_ + kKeysAtOnce)));
+    scores.push_back(take(kQueries * (positions + kKeysAtOnce)));
     normed.push_back(take(width));
   }
+  tokens_ = tokens;
+  positions_ = positions;
 }
 
 float* Workspace::take(std::size_t floats) {

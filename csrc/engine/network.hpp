@@ -72,10 +72,12 @@ class Cache {
  public:
   Cache(const Shape& shape, std::size_t rows, std::size_t capacity, bool bf16);
   HeadCache head(std::size_t layer, std::size_t row, std::size_t head) const;
+  // Gives a row the first positions of another.
+  void copy_row(std::size_t from, std::size_t to, std::size_t positions) const;
   std::size_t capacity() const { return capacity_; }
 
  private:
-  std::size_t rows_, heads_, dimensions_, capacity_, value_stride_;
+  std::size_t layers_, rows_, heads_, dimensions_, capacity_, value_stride_;
   bool bf16_;
   mutable LazyArray<std::uint16_t> memory_;
 };

@@ -1,5 +1,9 @@
 #include "thread_pool.hpp"
 
+#include <stdexcept>
+#include <string>
+#include <system_error>
+
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
@@ -38,21 +42,24 @@ long this_process() {
 
 void Barrier::wait() {
   const std::uint32_t generation = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < size_) {
-    for (int spins = 0; spins < kSpins; ++spins) {
-      if (generation_.load(std::memory_order_acquire) != generation) return;
-      relax();
-    }
-    sleep_until_past(generation);
-    return;
+  if (arrive(1)) return;
+  for (int spins = 0; spins < kSpins; ++spins) {
+    if (generation_.load(std::memory_order_acquire) != generation) return;
+    relax();
   }
+  sleep_until_past(generation);
+}
+
+bool Barrier::arrive(std::size_t count) {
+  if (arrived_.fetch_add(count, std::memory_order_acq_rel) + count < size_) return false;
   arrived_.store(0, std::memory_order_relaxed);
-  // Of this store and the load behind it, and a sleeper's store and load, one sees the other.
-  generation_.store(generation + 1, std::memory_order_seq_cst);
+  // Of this addition and the load behind it, and a sleeper's store and load, one sees the other.
+  generation_.fetch_add(1, std::memory_order_seq_cst);
   if (sleepers_.load(std::memory_order_seq_cst) > 0) {
     const std::lock_guard lock(mutex_);
     awake_.notify_all();
   }
+  return true;
 }
 
 void Barrier::sleep_until_past(std::uint32_t generation) {
@@ -65,30 +72,39 @@ void Barrier::sleep_until_past(std::uint32_t generation) {
 ThreadPool::ThreadPool(std::size_t size) : size_(size) { start(); }
 
 ThreadPool::~ThreadPool() {
-  if (process_ != this_process()) {
+  if (process_ == this_process()) {
+    stop();
+  } else {
     abandon();
-    return;
   }
-  body_ = nullptr;
-  meet();
-  for (std::thread& thread : threads_) thread.join();
-}
-
-// After a fork: the threads are the parent's, and what they wait on cannot be destroyed.
-void ThreadPool::abandon() {
-  for (std::thread& thread : threads_) thread.detach();
-  threads_.clear();
-  static_cast<void>(barrier_.release());
 }
 
 void ThreadPool::start() {
-  process_ = this_process();
-  barrier_ = std::make_unique<Barrier>(size_);
-  threads_.reserve(size_ - 1);
-  for (std::size_t rank = 1; rank < size_; ++rank) {
-    threads_.emplace_back([this, rank] { serve(rank); });
+  team_ = std::make_unique<Team>(size_);
+  team_->threads.reserve(size_ - 1);
+  try {
+    for (std::size_t rank = 1; rank < size_; ++rank) {
+      team_->threads.emplace_back([this, rank] { serve(rank); });
+    }
+  } catch (const std::system_error&) {
+    const std::size_t started = team_->threads.size() + 1;
+    stop();
+    throw std::invalid_argument(std::to_string(size_) + " threads are more than this system lets " +
+                                "a process start: " + std::to_string(started) + " were possible");
   }
+  process_ = this_process();
 }
+
+void ThreadPool::stop() {
+  body_ = nullptr;
+  // In the place of this thread, and of those that could not be started.
+  team_->barrier.arrive(size_ - team_->threads.size());
+  for (std::thread& thread : team_->threads) thread.join();
+}
+
+// After a fork: the threads are the parent's. What they wait on cannot be destroyed, and their
+// handles must not be touched, for those of new threads may be the same.
+void ThreadPool::abandon() { static_cast<void>(team_.release()); }
 
 void ThreadPool::run(const std::function<void(std::size_t)>& body) {
   if (process_ != this_process()) {

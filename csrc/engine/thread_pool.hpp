@@ -19,6 +19,8 @@ class Barrier {
  public:
   explicit Barrier(std::size_t size) : size_(size) {}
   void wait();
+  // Counts that many as there, without waiting; returns whether they were the last.
+  bool arrive(std::size_t count);
 
  private:
   void sleep_until_past(std::uint32_t generation);
@@ -35,6 +37,7 @@ class Barrier {
 // A team of `size` threads, whoever calls `run` among them.
 class ThreadPool {
  public:
+  // Throws std::invalid_argument if the system cannot start so many.
   explicit ThreadPool(std::size_t size);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -48,18 +51,24 @@ class ThreadPool {
 
   // For bodies: returns when all threads have come here.
   void meet() {
-    if (size_ > 1) barrier_->wait();
+    if (size_ > 1) team_->barrier.wait();
   }
 
  private:
+  struct Team {
+    explicit Team(std::size_t size) : barrier(size) {}
+    Barrier barrier;
+    std::vector<std::thread> threads;
+  };
+
   void start();
+  void stop();
   void abandon();
   void serve(std::size_t rank);
 
   const std::size_t size_;
-  std::unique_ptr<Barrier> barrier_;
+  std::unique_ptr<Team> team_;
   const std::function<void(std::size_t)>* body_ = nullptr;  // null: it is over
-  std::vector<std::thread> threads_;
   long process_ = 0;
 };
 

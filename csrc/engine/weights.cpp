@@ -13,6 +13,8 @@ std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
 constexpr float kInt8Largest = 127.0F;
 
+constexpr std::size_t kLanes = 16;  // side by side in loops that compilers make vectors of
+
 float largest_size(const float* x, std::size_t size) {
   float largest = 0.0F;
   for (std::size_t i = 0; i < size; ++i) largest = std::max(largest, std::fabs(x[i]));
@@ -21,16 +23,30 @@ float largest_size(const float* x, std::size_t size) {
 
 float rounded_to_bf16(float x) { return widened(narrowed(x)); }
 
+// The nearest whole number, of two equally near the even one, for sizes below 2²²: std::nearbyint
+// would be a call.
+inline float nearest(float x) {
+  constexpr float kRound = 12582912.0F;  // 1.5 · 2²³
+  return (x + kRound) - kRound;
+}
+
 // Nearest of -8 to 7.
-float nearest4(float x) { return std::min(std::max(std::nearbyint(x), -8.0F), 7.0F); }
+inline float nearest4(float x) { return std::min(std::max(nearest(x), -8.0F), 7.0F); }
+
+inline float squared(float x) { return x * x; }
 
 float squared_error(const float* x, std::size_t size, float scale) {
   const float inverse = 1.0F / scale;
-  float error = 0.0F;
-  for (std::size_t i = 0; i < size; ++i) {
-    const float difference = x[i] - nearest4(x[i] * inverse) * scale;
-    error += difference * difference;
+  float lanes[kLanes] = {};
+  std::size_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      lanes[lane] += squared(x[i + lane] - nearest4(x[i + lane] * inverse) * scale);
+    }
   }
+  float error = 0.0F;
+  for (const float lane : lanes) error += lane;
+  for (; i < size; ++i) error += squared(x[i] - nearest4(x[i] * inverse) * scale);
   return error;
 }
 
@@ -55,53 +71,57 @@ float best_scale4(const float* x, std::size_t size) {
   return best;
 }
 
-Integers quantize8(const float* weights, std::size_t outputs, std::size_t inputs) {
-  Integers result{std::vector<std::uint8_t>(outputs * inputs), std::vector<float>(outputs)};
-  for (std::size_t n = 0; n < outputs; ++n) {
-    const float* row = weights + n * inputs;
-    const float largest = largest_size(row, inputs);
-    const bool tiny = largest < 1e-30F;
-    const float inverse = tiny ? 0.0F : kInt8Largest / largest;
-    result.scales[n] = tiny ? 0.0F : largest / kInt8Largest;
-    for (std::size_t k = 0; k < inputs; ++k) {
-      const auto whole = static_cast<std::int8_t>(std::nearbyint(row[k] * inverse));
-      result.integers[n * inputs + k] = static_cast<std::uint8_t>(whole);
-    }
+void quantize_row8(const float* row, std::size_t inputs, std::uint8_t* integers, float& scale) {
+  const float largest = largest_size(row, inputs);
+  const bool tiny = largest < 1e-30F;
+  const float inverse = tiny ? 0.0F : kInt8Largest / largest;
+  scale = tiny ? 0.0F : largest / kInt8Largest;
+  for (std::size_t k = 0; k < inputs; ++k) {
+    integers[k] = static_cast<std::uint8_t>(static_cast<std::int32_t>(nearest(row[k] * inverse)));
   }
-  return result;
 }
 
-Integers quantize4(const float* weights, std::size_t outputs, std::size_t inputs,
-                   std::size_t group) {
-  const std::size_t groups = ceil_div(inputs, group), bytes = groups * group / 2;
-  constexpr std::uint8_t kZeros = kInt4Zero << 4 | kInt4Zero;
-  Integers result{std::vector<std::uint8_t>(outputs * bytes, kZeros),
-                  std::vector<float>(outputs * groups)};
-  for (std::size_t n = 0; n < outputs; ++n) {
-    for (std::size_t g = 0; g < groups; ++g) {
-      const float* x = weights + n * inputs + g * group;
-      const std::size_t size = std::min(group, inputs - g * group);
-      const float scale = best_scale4(x, size);
-      const float inverse = scale == 0.0F ? 0.0F : 1.0F / scale;
-      result.scales[n * groups + g] = scale;
-      for (std::size_t i = 0; i < size; ++i) {
-        const auto nibble = static_cast<std::uint32_t>(
-            static_cast<std::int32_t>(nearest4(x[i] * inverse)) + kInt4Zero);
-        std::uint8_t& byte = result.integers[n * bytes + (g * group + i) / 2];
-        const std::uint32_t other = i % 2 == 0 ? byte & 0xF0U : byte & 0x0FU;
-        byte = static_cast<std::uint8_t>(other | nibble << (i % 2 * 4));
-      }
-    }
+// Rounds up to a group of a row to 0 to 15, 8 added, in pairs; returns the scale.
+float quantize_group4(const float* x, std::size_t size, std::size_t group, std::uint8_t* bytes) {
+  constexpr std::size_t kLargestGroup = 64;
+  const float scale = best_scale4(x, size);
+  const float inverse = scale == 0.0F ? 0.0F : 1.0F / scale;
+  std::int32_t whole[kLargestGroup];
+  for (std::size_t i = 0; i < group; ++i) {
+    whole[i] =
+        i < size ? static_cast<std::int32_t>(nearest4(x[i] * inverse)) + kInt4Zero : kInt4Zero;
   }
-  return result;
+  for (std::size_t i = 0; i < group / 2; ++i) {
+    bytes[i] = static_cast<std::uint8_t>(whole[2 * i] | whole[2 * i + 1] << 4);
+  }
+  return scale;
 }
 
 }  // namespace
 
-Integers quantize(const float* weights, std::size_t outputs, std::size_t inputs, Format format,
-                  std::size_t group) {
-  return format == Format::kInt8 ? quantize8(weights, outputs, inputs)
-                                 : quantize4(weights, outputs, inputs, group);
+Integers::Integers(Format format, std::size_t outputs, std::size_t inputs, std::size_t group) {
+  const bool nibbles = format == Format::kInt4;
+  groups = nibbles ? ceil_div(inputs, group) : 1;
+  stride = nibbles ? groups * group / 2 : inputs;
+  integers.resize(outputs * stride);
+  scales.resize(outputs * groups);
+}
+
+void quantize(const float* weights, std::size_t begin, std::size_t end, std::size_t inputs,
+              Format format, std::size_t group, Integers& to) {
+  for (std::size_t n = begin; n < end; ++n) {
+    const float* row = weights + n * inputs;
+    std::uint8_t* integers = to.integers.data() + n * to.stride;
+    float* scales = to.scales.data() + n * to.groups;
+    if (format == Format::kInt8) {
+      quantize_row8(row, inputs, integers, *scales);
+      continue;
+    }
+    for (std::size_t g = 0; g < to.groups; ++g) {
+      const std::size_t size = std::min(group, inputs - g * group);
+      scales[g] = quantize_group4(row + g * group, size, group, integers + g * group / 2);
+    }
+  }
 }
 
 Matrix::Matrix(Format format, std::size_t outputs, std::size_t inputs, std::size_t group)
@@ -145,10 +165,6 @@ const std::uint32_t* Matrix::word(std::size_t output, std::size_t index) const {
   return memory_ + output / kPanel * panel_words_ + index * kPanel + output % kPanel;
 }
 
-std::uint32_t* Matrix::word(std::size_t output, std::size_t index) {
-  return memory_ + output / kPanel * panel_words_ + index * kPanel + output % kPanel;
-}
-
 namespace {
 
 // Where the words of a group of kInt4 begin in a panel, its scales first.
@@ -175,17 +191,6 @@ std::uint8_t Matrix::integer(std::size_t output, std::size_t input) const {
   return static_cast<std::uint8_t>(begin[kScaleWords + at.word * kPanel] >> at.shift & 15U);
 }
 
-void Matrix::put_integer(std::size_t output, std::size_t input, std::uint8_t value) {
-  const auto bits = static_cast<std::uint32_t>(value);
-  if (format_ == Format::kInt8) {
-    *word(output, input / 4) |= bits << (input % 4 * 8);
-    return;
-  }
-  const Nibble at(input % group_);
-  std::uint32_t* begin = word(output, 0) + input / group_ * group_words4(group_);
-  begin[kScaleWords + at.word * kPanel] |= bits << at.shift;
-}
-
 float Matrix::scale(std::size_t output, std::size_t group) const {
   if (format_ == Format::kInt8) return scales_[output];
   const std::uint32_t* panel = memory_ + output / kPanel * panel_words_;
@@ -194,41 +199,86 @@ float Matrix::scale(std::size_t output, std::size_t group) const {
   return widened(scales[output % kPanel]);
 }
 
-void Matrix::take_floats(const float* weights, std::size_t panel_begin, std::size_t panel_end) {
-  const std::size_t end = std::min(outputs_, panel_end * kPanel);
-  for (std::size_t n = panel_begin * kPanel; n < end; ++n) {
-    const float* row = weights + n * inputs_;
-    for (std::size_t k = 0; k < inputs_; ++k) {
-      if (format_ == Format::kFloat32) {
-        std::memcpy(word(n, k), row + k, sizeof(float));
-      } else {
-        *word(n, k / 2) |= static_cast<std::uint32_t>(narrowed(row[k])) << (k % 2 * 16);
-      }
+// Writes words of some panels in the order in which they lie, each as word_of(output, index) says
+// for an output that there is, and `empty` for the others. `first` is where word 0 of a panel lies,
+// and the rest as far apart as outputs are.
+template <typename WordOf>
+void Matrix::fill(Panels panels, std::size_t first, std::size_t words, std::uint32_t empty,
+                  const WordOf& word_of) {
+  for (std::size_t panel = panels.begin; panel < panels.end; ++panel) {
+    std::uint32_t* to = memory_ + panel * panel_words_ + first;
+    const std::size_t outputs = std::min(kPanel, outputs_ - panel * kPanel);
+    for (std::size_t index = 0; index < words; ++index, to += kPanel) {
+      for (std::size_t n = 0; n < outputs; ++n) to[n] = word_of(panel * kPanel + n, index);
+      for (std::size_t n = outputs; n < kPanel; ++n) to[n] = empty;
     }
   }
 }
 
-void Matrix::take_integers(const std::uint8_t* integers, const float* scales,
-                           std::size_t panel_begin, std::size_t panel_end) {
-  const bool nibbles = format_ == Format::kInt4;
-  const std::size_t stride = nibbles ? groups_ * group_ / 2 : inputs_;
-  const std::size_t inputs = groups_ * group_;
-  for (std::size_t n = panel_begin * kPanel; n < panel_end * kPanel; ++n) {
-    const bool inside = n < outputs_;
-    const std::uint8_t* row = integers + n * stride;
-    for (std::size_t k = 0; k < inputs; ++k) {
-      std::uint32_t value = nibbles ? kInt4Zero : kInt8Zero;
-      if (inside && nibbles) value = row[k / 2] >> (k % 2 * 4) & 15U;
-      if (inside && !nibbles && k < inputs_) value = row[k] ^ 0x80U;
-      put_integer(n, k, static_cast<std::uint8_t>(value));
-    }
-    if (!inside) continue;
-    if (!nibbles) scales_[n] = scales[n];
-    for (std::size_t g = 0; nibbles && g < groups_; ++g) {
-      std::uint32_t* panel = memory_ + n / kPanel * panel_words_;
-      std::uint32_t& two = panel[g * group_words4(group_) + n % kPanel / 2];
-      two |= static_cast<std::uint32_t>(narrowed(scales[n * groups_ + g])) << (n % 2 * 16);
-    }
+void Matrix::take_floats(const float* weights, Panels panels) {
+  const std::size_t inputs = inputs_;
+  if (format_ == Format::kFloat32) {
+    fill(panels, 0, words_, 0, [=](std::size_t n, std::size_t k) {
+      std::uint32_t bits;
+      std::memcpy(&bits, weights + n * inputs + k, sizeof bits);
+      return bits;
+    });
+    return;
+  }
+  fill(panels, 0, words_, 0, [=](std::size_t n, std::size_t pair) {
+    const float* x = weights + n * inputs + 2 * pair;
+    const std::uint32_t second = 2 * pair + 1 < inputs ? narrowed(x[1]) : Bfloat16{0};
+    return narrowed(x[0]) | second << 16;
+  });
+}
+
+void Matrix::take_integers(const std::uint8_t* integers, const float* scales, Panels panels) {
+  if (format_ == Format::kInt8) {
+    take_integers8(integers, panels);
+    const std::size_t end = std::min(outputs_, panels.end * kPanel);
+    for (std::size_t n = panels.begin * kPanel; n < end; ++n) scales_[n] = scales[n];
+    return;
+  }
+  for (std::size_t g = 0; g < groups_; ++g) take_group4(integers, scales, g, panels);
+}
+
+void Matrix::take_integers8(const std::uint8_t* integers, Panels panels) {
+  constexpr std::uint32_t kZeros = 0x80808080U;  // kInt8Zero, four times
+  const std::size_t inputs = inputs_;
+  fill(panels, 0, panel_words_ / kPanel, kZeros, [=](std::size_t n, std::size_t quad) {
+    std::uint32_t four = 0;
+    const std::size_t left = inputs - std::min(inputs, 4 * quad);
+    const std::uint8_t* x = integers + n * inputs + 4 * quad;
+    for (std::size_t i = 0; i < 4; ++i) four |= (i < left ? std::uint32_t{x[i]} : 0) << (8 * i);
+    return four ^ kZeros;
+  });
+}
+
+namespace {
+
+// Four half bytes, the first one the lowest, as the lower halves of four bytes.
+inline std::uint32_t spread(std::uint32_t halves) {
+  const std::uint32_t pairs = (halves | halves << 8) & 0x00FF00FFU;
+  return (pairs | pairs << 4) & 0x0F0F0F0FU;
+}
+
+}  // namespace
+
+void Matrix::take_group4(const std::uint8_t* integers, const float* scales, std::size_t g,
+                         Panels panels) {
+  constexpr std::uint32_t kZeros = 0x88888888U;  // kInt4Zero, eight times
+  const std::size_t groups = groups_, stride = groups_ * group_ / 2;
+  const std::size_t first = g * group_words4(group_);
+  const std::uint8_t* begin = integers + g * group_ / 2;
+  fill(panels, first + kScaleWords, group_ / 8, kZeros, [=](std::size_t n, std::size_t index) {
+    const std::uint8_t* x = begin + n * stride + 4 * index;
+    const std::uint32_t low = x[0] | static_cast<std::uint32_t>(x[1]) << 8;
+    const std::uint32_t high = x[2] | static_cast<std::uint32_t>(x[3]) << 8;
+    return spread(low) | spread(high) << 4;
+  });
+  for (std::size_t n = panels.begin * kPanel; n < std::min(outputs_, panels.end * kPanel); ++n) {
+    std::uint32_t& two = memory_[n / kPanel * panel_words_ + first + n % kPanel / 2];
+    two |= static_cast<std::uint32_t>(narrowed(scales[n * groups + g])) << (n % 2 * 16);
   }
 }
 
@@ -240,17 +290,15 @@ std::vector<float> Matrix::floats() const {
 
 Integers Matrix::integers() const {
   const bool nibbles = format_ == Format::kInt4;
-  const std::size_t stride = nibbles ? groups_ * group_ / 2 : inputs_;
-  const std::size_t scales = nibbles ? groups_ : 1;
-  Integers all{std::vector<std::uint8_t>(outputs_ * stride), std::vector<float>(outputs_ * scales)};
+  Integers all(format_, outputs_, inputs_, group_);
   for (std::size_t n = 0; n < outputs_; ++n) {
-    std::uint8_t* row = all.integers.data() + n * stride;
+    std::uint8_t* row = all.integers.data() + n * all.stride;
     for (std::size_t k = 0; k < (nibbles ? groups_ * group_ : inputs_); ++k) {
       const std::uint32_t value = integer(n, k);
       std::uint8_t& byte = row[nibbles ? k / 2 : k];
       byte = static_cast<std::uint8_t>(nibbles ? byte | value << (k % 2 * 4) : value ^ 0x80U);
     }
-    for (std::size_t g = 0; g < scales; ++g) all.scales[n * scales + g] = scale(n, g);
+    for (std::size_t g = 0; g < all.groups; ++g) all.scales[n * all.groups + g] = scale(n, g);
   }
   return all;
 }

@@ -14,14 +14,21 @@ namespace fastgpt::engine {
 //   kInt4: `integers` [outputs, groups · group / 2], two weights with 8 added in a byte, the first
 //          in the lower half; `scales` [outputs, groups].
 struct Integers {
+  Integers(Format format, std::size_t outputs, std::size_t inputs, std::size_t group);
+
   std::vector<std::uint8_t> integers;
-  std::vector<float> scales;  // kInt4: representable in bfloat16
+  std::vector<float> scales;           // kInt4: representable in bfloat16
+  std::size_t stride = 0, groups = 0;  // bytes and scales of a row
 };
 
-// Rounds a matrix of floats [outputs, inputs]. Scales make the largest weight 127, and in kInt4
-// the squared error small.
-Integers quantize(const float* weights, std::size_t outputs, std::size_t inputs, Format format,
-                  std::size_t group);
+// Rounds rows `begin` to `end` of a matrix of floats [outputs, inputs], different threads different
+// ones. Scales make the largest weight 127, and in kInt4 the squared error small.
+void quantize(const float* weights, std::size_t begin, std::size_t end, std::size_t inputs,
+              Format format, std::size_t group, Integers& to);
+
+struct Panels {
+  std::size_t begin, end;
+};
 
 // A matrix [outputs, inputs] ready to be multiplied with, once it has been given its place.
 class Matrix {
@@ -34,9 +41,8 @@ class Matrix {
   void place(std::uint32_t* memory) { memory_ = memory; }
 
   // Take some panels of a matrix; different threads may at once take different ones.
-  void take_floats(const float* weights, std::size_t panel_begin, std::size_t panel_end);
-  void take_integers(const std::uint8_t* integers, const float* scales, std::size_t panel_begin,
-                     std::size_t panel_end);
+  void take_floats(const float* weights, Panels panels);
+  void take_integers(const std::uint8_t* integers, const float* scales, Panels panels);
   // The opposite, for all of it.
   std::vector<float> floats() const;
   Integers integers() const;
@@ -59,11 +65,13 @@ class Matrix {
   Product product(const float* bias) const;
 
  private:
+  template <typename WordOf>
+  void fill(Panels panels, std::size_t first, std::size_t words, std::uint32_t empty,
+            const WordOf& word_of);
+  void take_integers8(const std::uint8_t* integers, Panels panels);
+  void take_group4(const std::uint8_t* integers, const float* scales, std::size_t g, Panels panels);
   const std::uint32_t* word(std::size_t output, std::size_t index) const;
-  std::uint32_t* word(std::size_t output, std::size_t index);
-  // Where an integer lies: its byte, and in kInt4 whether it is the upper half.
   std::uint8_t integer(std::size_t output, std::size_t input) const;
-  void put_integer(std::size_t output, std::size_t input, std::uint8_t value);
   float scale(std::size_t output, std::size_t group) const;
 
   Format format_ = Format::kFloat32;

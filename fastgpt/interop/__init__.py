@@ -20,7 +20,8 @@ module             in   out
 =================  ===  ===  ====================================================================
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias, get_args
 
@@ -28,7 +29,8 @@ import torch
 
 from fastgpt.errors import UsageError
 from fastgpt.interop import gguf, hub, hugging_face, llmc, mingpt, nanogpt, openai, run
-from fastgpt.model import GPT
+from fastgpt.interop.foreign import LazyTensor
+from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer
 
 Which: TypeAlias = Literal["best", "newest"]
@@ -39,6 +41,13 @@ class Source(Protocol):
 
     def load_model(self, device: torch.device | str = "cpu", ops: str = "auto") -> GPT:
         """Return the model, for evaluation."""
+
+    def open_tensors(self) -> Mapping[str, LazyTensor]:
+        """Return its weights by our names, read when they are asked for."""
+
+    @property
+    def config(self) -> GPTConfig:
+        """Its shape."""
 
     @property
     def read_tokenizer(self) -> Callable[[], BaseTokenizer]:
@@ -99,16 +108,35 @@ def load(
     left out: the model could only write what nobody can decode. checkpoint: which one of a run.
     UsageError if model and tokenizer do not belong together.
     """
-    opened = open_source(source, checkpoint)
-    tokenizer = opened.read_tokenizer()
+    opened, tokenizer = _open_both(source, checkpoint)
     model = opened.load_model(device, ops)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UsageError(
-            f"{source}: its tokenizer has {tokenizer.vocab_size:,} ids, and its model only "
-            f"{model.config.vocab_size:,}"
-        )
     model.crop_vocabulary(tokenizer.vocab_size)
     return model, tokenizer
+
+
+def open_weights(
+    source: str | Path, checkpoint: Which = "best"
+) -> tuple[GPTConfig, dict[str, LazyTensor], BaseTokenizer]:
+    """Return what `load` makes the model of, read one by one when asked for; and the tokenizer."""
+    opened, tokenizer = _open_both(source, checkpoint)
+    size = tokenizer.vocab_size
+    tensors = {
+        name: tensor.first_rows(size) if name in ("wte.weight", "lm_head.weight") else tensor
+        for name, tensor in opened.open_tensors().items()
+    }
+    return replace(opened.config, vocab_size=size), tensors, tokenizer
+
+
+def _open_both(source: str | Path, checkpoint: Which) -> tuple[Source, BaseTokenizer]:
+    """Open a source and its tokenizer; UsageError if they do not belong together."""
+    opened = open_source(source, checkpoint)
+    tokenizer = opened.read_tokenizer()
+    if tokenizer.vocab_size > opened.config.vocab_size:
+        raise UsageError(
+            f"{source}: its tokenizer has {tokenizer.vocab_size:,} ids, and its model only "
+            f"{opened.config.vocab_size:,}"
+        )
+    return opened, tokenizer
 
 
 def _is_a_path(source: str) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastgpt.checkpoint import refuse_differences
 from fastgpt.errors import UsageError
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.model import GPT, GPTConfig, meta_model
 from fastgpt.tokenizer import BaseTokenizer, Tokenizer, load_tokenizer
 
 
@@ -40,6 +40,10 @@ class LazyTensor:
         """Return a matrix the other way round: for those that hold `[in, out]`."""
         return LazyTensor(self.shape[::-1], lambda: self.read().T, not self.turned)
 
+    def first_rows(self, size: int) -> "LazyTensor":
+        """Return a matrix without its rows from `size` on."""
+        return LazyTensor((size, *self.shape[1:]), lambda: self.read()[:size], self.turned)
+
 
 @dataclass(frozen=True)
 class Foreign:
@@ -54,13 +58,16 @@ class Foreign:
 
     def load_model(self, device: torch.device | str = "cpu", ops: str = "auto") -> GPT:
         """Return the model in fp32, for evaluation; UsageError lists what does not fit."""
-        _refuse_sizes(self.path, self.config, self.tensors)
-        with torch.device("meta"):
-            model = GPT(self.config, ops)
-        refuse_differences(self.path, self.tensors, model.state_dict())
-        weights = _read_all(self.tensors, torch.device(device))
+        weights = _read_all(self.open_tensors(), torch.device(device))
+        model = meta_model(self.config, ops)
         model.load_state_dict(weights, assign=True)
         return model.requires_grad_(True).eval()
+
+    def open_tensors(self) -> Mapping[str, LazyTensor]:
+        """Return the tensors, still in their files; UsageError lists what does not fit."""
+        _refuse_sizes(self.path, self.config, self.tensors)
+        refuse_differences(self.path, self.tensors, meta_model(self.config).state_dict())
+        return self.tensors
 
 
 def make_config(path: Path, **settings: Any) -> GPTConfig:

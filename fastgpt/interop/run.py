@@ -1,13 +1,17 @@
 """A run folder of our own, as a source of a model like any other."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastgpt.checkpoint import Checkpoint, find_checkpoint, load_run_tokenizer, resolve_run
-from fastgpt.model import GPT
+from fastgpt.interop.foreign import LazyTensor
+from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer
 
 
@@ -23,9 +27,23 @@ class Run:
         checkpoint = self.checkpoint
         return checkpoint.load_model(device, ops, ema=checkpoint.has_ema).eval()
 
+    def open_tensors(self) -> Mapping[str, LazyTensor]:
+        """Return the same weights, mapped from their file: read when used."""
+        tensors = self.checkpoint.merged_tensors(ema=self.checkpoint.has_ema)
+        return {name: LazyTensor(t.shape, partial(_itself, t)) for name, t in tensors.items()}
+
+    @property
+    def config(self) -> GPTConfig:
+        """The model's shape."""
+        return self.checkpoint.config
+
     def read_tokenizer(self) -> BaseTokenizer:
         """Return the run's tokenizer."""
         return load_run_tokenizer(self.path, self.checkpoint)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def recognises(path: Path) -> bool:

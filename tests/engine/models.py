@@ -1,9 +1,12 @@
 """Small models whose choices show a wrong context, and what an engine is held against."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import _C, GPT, GPTConfig
+from fastgpt.ops.reference import merge_heads, split_heads
+from fastgpt.quantization import bits, dequantize, quantize
 
 CODES = _C.engine_codes()
 DTYPES = ["float32", "bfloat16", "int8", "int4"]
@@ -39,3 +42,38 @@ def round_inputs(x: Tensor, dtype: str, group: int) -> Tensor:
     inverse = torch.full_like(largest, 127) / largest  # 127 / largest would round twice
     whole = (padded * inverse).round().nan_to_num(0.0)
     return (whole.double() * (largest.double() / 127)).flatten(-2)[..., : x.size(-1)]
+
+
+@torch.no_grad()
+def emulated_logits(model: GPT, dtype: str, group: int, ids: Tensor) -> Tensor:
+    """Return the logits `[B, T, V]` of the network with an engine's roundings, sums in float64."""
+
+    def rounded(name: str) -> Tensor:
+        weight = weights[name]
+        if dtype in ("int8", "int4"):
+            return dequantize(*quantize(weight, bits(name, dtype), group), weight.shape).double()
+        return (weight.bfloat16() if dtype == "bfloat16" else weight).double()
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        wide = bits(name, dtype) == 8 if dtype in ("int8", "int4") else False
+        product = round_inputs(x, "int8" if wide else dtype, group) @ rounded(name).T
+        return (product + weights.get(name.replace("weight", "bias"), 0.0)).float()
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        bias = weights.get(f"{name}.bias")
+        size, eps = (model.config.n_embd,), model.config.layer_norm_eps
+        return F.layer_norm(x, size, weights[f"{name}.weight"], bias, eps)
+
+    weights = model.state_dict()
+    x = rounded("wte.weight").float()[ids] + weights["wpe.weight"][: ids.size(1)]
+    for i in range(model.config.n_layer):
+        qkv = linear(f"h.{i}.attn.c_attn.weight", norm(f"h.{i}.ln_1", x))
+        q, k, v = split_heads(qkv, model.config.n_head)
+        if dtype != "float32":  # as the cache keeps them
+            k, v = k.bfloat16().float(), v.bfloat16().float()
+        y = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+        x = x + linear(f"h.{i}.attn.c_proj.weight", merge_heads(y).float())
+        inner = linear(f"h.{i}.mlp.c_fc.weight", norm(f"h.{i}.ln_2", x))
+        x = x + linear(f"h.{i}.mlp.c_proj.weight", F.gelu(inner, approximate="tanh"))
+    head = "wte.weight" if model.config.tie_weights else "lm_head.weight"
+    return linear(head, norm("ln_f", x))

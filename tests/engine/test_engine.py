@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,13 @@ import torch
 
 from fastgpt import GPT, CharTokenizer, GPTConfig
 from fastgpt.engine import Engine
+from fastgpt.errors import UsageError
 from fastgpt.generation import complete, generate, stream
+from fastgpt.interop import load
 from fastgpt.kv_cache import window_start
 from fastgpt.sampling import Sampler
 from fastgpt.text_generation import stream_text, write
-from tests.engine.models import DTYPES, prompt, random_model, small_model
+from tests.engine.models import DTYPES, emulated_logits, prompt, random_model, small_model
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,23 @@ def test_greedy_text_is_the_twins() -> None:
         ids = prompt(1, 1 + 4 * i, 300, seed=i)
         expected = generate(model, ids, 100, temperature=0)
         assert torch.equal(engine.generate(ids, 100, temperature=0), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "near"), [("float32", 1e-5), ("bfloat16", 0.02), ("int8", 0.02), ("int4", 0.05)]
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_greedy_text_is_that_of_the_roundings_it_says_it_makes(
+    dtype: Any, near: float, tied: bool
+) -> None:
+    """But where two logits are nearly equal: a rounding that falls the other way decides there."""
+    model = random_model(GPTConfig(300, 256, 3, 4, 64, tie_weights=tied), std=0.2)
+    ids = Engine(model, dtype, 2, group=32).generate(prompt(20, 8, 300), 200, temperature=0)
+    logits = emulated_logits(model, dtype, 32, ids[:, :-1])[:, 7:]  # behind the prompts
+    written = logits.gather(2, ids[:, 8:, None])[..., 0]
+    behind = (logits.amax(-1) - written) / logits.std()
+    assert behind.max() < near
+    assert (behind == 0).float().mean() > 0.99
 
 
 SAMPLINGS: list[dict[str, Any]] = [
@@ -112,7 +132,9 @@ def test_prompts_of_different_lengths_are_read_as_if_alone(engine: Engine) -> No
     prompts = [prompt(1, time, seed=time)[0].tolist() for time in (1, 30, 16, 7)]
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     settings |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-    together = engine._core.generation(prompts, 40, settings, [1, 2, 3, 4], None, False).run(None)
+    together = engine._core.generation(prompts, 1, 40, settings, [1, 2, 3, 4], None, False).run(
+        None
+    )
     for row, ids in enumerate(prompts):
         alone = engine.generate(torch.tensor([ids]), 40, seed=row + 1)
         assert [tokens[row] for tokens in together] == alone[0, len(ids) :].tolist()
@@ -260,21 +282,81 @@ FORK = """
 import os, torch
 from tests.engine.models import prompt, small_model
 from fastgpt.engine import Engine
-engine = Engine(small_model(), "float32", 2)
-expected = engine.generate(prompt(), 5, seed=1)
+engines = [Engine(small_model(), "float32", 2) for _ in range(2)]
+expected = engines[0].generate(prompt(), 5, seed=1)
 child = os.fork()
 if child == 0:
-    same = torch.equal(engine.generate(prompt(), 5, seed=1), expected)
-    del engine
-    os._exit(0 if same else 1)
+    same = [torch.equal(engine.generate(prompt(), 5, seed=1), expected) for engine in engines]
+    engines.clear()
+    os._exit(0 if all(same) else 1)
 assert os.waitpid(child, 0)[1] == 0
-assert torch.equal(engine.generate(prompt(), 5, seed=1), expected)
+assert torch.equal(engines[0].generate(prompt(), 5, seed=1), expected)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_an_engine_works_in_a_forked_process() -> None:
-    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=120)
+def test_engines_work_in_a_forked_process() -> None:
+    """Two: threads that one starts there may get the handles of those that the other had."""
+    run_alone(FORK)
+
+
+SCARCE = """
+import os, resource, torch
+from fastgpt import GPTConfig
+from fastgpt.engine import Engine
+from tests.engine.models import prompt, random_model, small_model
+
+def allow(megabytes):
+    taken = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (taken + (megabytes << 20), most))
+"""
+
+FEW_THREADS = """
+model = small_model()
+allow(1024)
+for dtype in ("float32", "int4"):
+    try:
+        Engine(model, dtype, 1000)
+        raise AssertionError("there were 1000 stacks of 2 MB at least")
+    except ValueError as error:
+        assert "1000 threads are more than this system lets a process start" in str(error)
+assert Engine(model, "float32", 2).generate(prompt(), 3).shape == (2, 8)
+"""
+
+LITTLE_MEMORY = """
+model = random_model(GPTConfig(61, 512, 1, 4, 1024), std=0.02)
+engine = Engine(model, "float32", 1)
+expected = engine.prefill(prompt(1, 200))
+allow(12)
+try:
+    engine.prefill(prompt(1, 512))
+    raise AssertionError("it takes 27 MB to compute in")
+except MemoryError:
+    pass
+allow(1024)
+assert torch.equal(engine.prefill(prompt(1, 200)), expected)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="limits ASan's memory, too")
+@pytest.mark.parametrize("script", [FEW_THREADS, LITTLE_MEMORY], ids=["threads", "memory"])
+def test_what_is_scarce_ends_in_an_error_and_the_rest_goes_on(script: str) -> None:
+    run_alone(SCARCE + script)
+
+
+def run_alone(script: str) -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=120)
+
+
+def test_as_many_tokens_as_can_be_counted() -> None:
+    """The most that 64 bits hold, and a prompt's length with them."""
+    model = random_model(GPTConfig(61, 256, 1, 2, 32))
+    ids = prompt(1, 5)
+    text = Engine(model, "float32", 1).stream(ids, 2**64 - 1, temperature=0)
+    written = torch.stack([next(text) for _ in range(240)], 1)
+    assert torch.equal(written, generate(model, ids, 240, temperature=0)[:, 5:])
 
 
 @pytest.mark.parametrize(
@@ -361,6 +443,21 @@ def test_the_settings_are_those_of_the_dataclass() -> None:
     assert Sampler().temperature == 1.0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_from_a_file_as_from_the_model_that_it_holds(tmp_path: Path, dtype: Any) -> None:
+    """Also where the vocabulary is padded, and matrices lie the other way round in the file."""
+    saved = random_model(GPTConfig(70, 16, 2, 2, 32, tie_weights=False))
+    characters = CharTokenizer([chr(0x100 + i) for i in range(61)])
+    saved.save_pretrained(tmp_path / "model", characters)
+    model, _ = load(tmp_path / "model")
+    engine, tokenizer = Engine.from_pretrained(tmp_path / "model", dtype, 2)
+    assert engine.config == model.config
+    assert tokenizer.vocab_size == engine.config.vocab_size == 61
+    assert torch.equal(engine.logits(prompt()), Engine(model, dtype).logits(prompt()))
+    with pytest.raises(UsageError, match="nothing is not there"):
+        Engine.from_pretrained(tmp_path / "nothing")
+
+
 # --- as `fastgpt.generation` and `fastgpt.text_generation` use it ---------------------------------
 
 
@@ -382,6 +479,21 @@ def test_prompts_of_any_lengths_and_their_logprobs_as_pytorch_does(
     twin = complete(model, prompts, 20, **settings, stop_tokens=ends)
     assert [c.ids for c in chain(*stopped)] == [c.ids for c in chain(*twin)]
     assert complete(engine, [], 20) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("time", [1, 15, 16, 40])
+def test_texts_of_one_prompt_are_those_of_its_copies(model: GPT, dtype: Any, time: int) -> None:
+    """Whose prompt is read for each: keys, values and logits are the first one's, bit for bit."""
+    engine = Engine(model, dtype, 2)
+    ids = prompt(2, time, model.config.vocab_size)
+    expected = generate(engine, ids.repeat_interleave(3, 0), 20, seed=8)
+    assert torch.equal(generate(engine, ids, 20, n=3, seed=8), expected)
+    writing = engine.writing(list(ids), 20, Sampler(), 8, 3)
+    writing.end(3)  # before anything is read
+    steps = [writing.step() for _ in range(20)]
+    others = [0, 1, 2, 4, 5]
+    assert torch.equal(torch.stack(steps, 1)[others], expected[others, time:])
 
 
 def test_text_as_from_pytorch(model: GPT) -> None:

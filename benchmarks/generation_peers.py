@@ -1,0 +1,442 @@
+"""Who generates: fastgpt's engine and what people would use instead, with one interface.
+
+All have the weights of one model (`random_gpt2`); `benchmarks.peer_models` writes the files of the
+engines that read files. Each is set up as fast as it gets on a CPU: keys and values in place,
+logits of the last token only, the precision of its own that is nearest to the one asked for.
+"""
+
+import importlib.util
+import json
+import sys
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastgpt import GPT, GPTConfig
+from fastgpt.engine import Dtype, Engine
+from fastgpt.generation import stream
+
+PRECISIONS: tuple[Dtype, ...] = ("float32", "bfloat16", "int8", "int4")
+PROMPT, LONG_PROMPT = 32, 512
+
+
+class Contender(Protocol):
+    """What is measured: both return seconds."""
+
+    def decode(self, prompts: Tensor, new: int) -> float:
+        """Write `new` tokens behind each of prompts; time from the first new token to the last."""
+
+    def read(self, prompt: Tensor) -> float:
+        """Take the time to the logits of the first new token."""
+
+
+def random_gpt2() -> GPT:
+    """Return GPT-2 124M's shape with random weights, each time the same."""
+    torch.manual_seed(1)
+    return GPT(GPTConfig(), ops="native").eval()
+
+
+def contenders(
+    model: GPT, precision: Dtype, threads: int, folder: Path | None
+) -> dict[str, Contender]:
+    """Load all that have this precision; what is not there is named on stderr, once.
+
+    folder: of `benchmarks.peer_models`; None leaves out all that need files.
+    """
+    found: dict[str, Contender] = {"fastgpt": Ours(model, precision, threads)}
+    if precision in ("float32", "bfloat16"):
+        dtype = getattr(torch, precision)
+        twin = GPT(model.config, ops="native").to(dtype).eval()
+        found["fastgpt in PyTorch"] = Twin(twin, threads)
+        if _installed("transformers", "transformers"):
+            found["transformers"] = Transformers(dtype, threads)
+    for peer in PEERS if folder is not None else ():
+        if folder is not None and precision in peer.files and _installed(peer.name, peer.package):
+            path = folder / peer.files[precision]
+            if path.exists():
+                found[peer.name] = peer.load(path, precision, threads)
+            else:
+                _leave_out(peer.name, f"{path} is not there")
+    return found
+
+
+class Ours:
+    """The engine."""
+
+    def __init__(self, model: GPT, precision: Dtype, threads: int) -> None:
+        self.engine = Engine(model, precision, threads)
+
+    def decode(self, prompts: Tensor, new: int) -> float:
+        """See Contender."""
+        times: list[float] = []
+        self.engine.generate(
+            prompts, new, temperature=0, on_tokens=lambda _: times.append(time.perf_counter())
+        )
+        return times[-1] - times[0]
+
+    def read(self, prompt: Tensor) -> float:
+        """See Contender."""
+        return seconds(lambda: self.engine.prefill(prompt))
+
+
+class Twin:
+    """fastgpt's path in PyTorch."""
+
+    def __init__(self, model: GPT, threads: int) -> None:
+        self.model, self.threads = model, threads
+
+    def decode(self, prompts: Tensor, new: int) -> float:
+        """See Contender."""
+        torch.set_num_threads(self.threads)
+        times = [time.perf_counter() for _ in stream(self.model, prompts, new, temperature=0)]
+        return times[-1] - times[0]
+
+    @torch.no_grad()
+    def read(self, prompt: Tensor) -> float:
+        """See Contender."""
+        torch.set_num_threads(self.threads)
+        return seconds(lambda: self.model.logits(self.model.hidden(prompt)[:, -1]))
+
+
+class Transformers:
+    """Hugging Face's generate."""
+
+    def __init__(self, dtype: torch.dtype, threads: int) -> None:
+        import transformers
+
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config())
+        self.model, self.threads = model.to(dtype).eval(), threads
+
+    def decode(self, prompts: Tensor, new: int) -> float:
+        """See Contender."""
+        torch.set_num_threads(self.threads)
+        times: list[float] = []
+
+        class Clock:
+            def put(self, _: Tensor) -> None:
+                times.append(time.perf_counter())
+
+            def end(self) -> None:
+                pass
+
+        if len(prompts) > 1:  # streamers take one row: the time to the first token is taken off
+            first = seconds(lambda: self._write(prompts, 1))
+            return seconds(lambda: self._write(prompts, new)) - first
+        self._write(prompts, new, streamer=Clock())
+        return times[-1] - times[1]  # the first is the prompt
+
+    def read(self, prompt: Tensor) -> float:
+        """See Contender."""
+        torch.set_num_threads(self.threads)
+        with torch.no_grad():
+            return seconds(lambda: self.model(prompt, logits_to_keep=1))
+
+    def _write(self, prompts: Tensor, new: int, **more: Any) -> None:
+        self.model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            **more,
+        )
+
+
+class LlamaCpp:
+    """llama.cpp by its C interface, as its own benchmark calls it: no sampling."""
+
+    def __init__(self, path: Path, precision: str, threads: int) -> None:
+        import llama_cpp
+
+        self.api: Any = llama_cpp
+        silence(llama_cpp)
+        self.model = llama_cpp.llama_model_load_from_file(
+            str(path).encode(), llama_cpp.llama_model_default_params()
+        )
+        self.threads = threads
+        self.context: Any = None
+        weakref.finalize(self, llama_cpp.llama_model_free, self.model)
+
+    def decode(self, prompts: Tensor, new: int) -> float:
+        """See Contender."""
+        rows, length = prompts.shape
+        self._open(rows, length + new)
+        self._run([(r, t, int(i)) for r, ids in enumerate(prompts) for t, i in enumerate(ids)])
+        begin = time.perf_counter()
+        for t in range(length, length + new - 1):
+            self._run([(r, t, 17) for r in range(rows)])
+        taken = time.perf_counter() - begin
+        self._close()
+        return taken
+
+    def read(self, prompt: Tensor) -> float:
+        """See Contender."""
+        self._open(1, prompt.size(1))
+        taken = seconds(lambda: self._run([(0, t, int(i)) for t, i in enumerate(prompt[0])]))
+        self._close()
+        return taken
+
+    def _open(self, rows: int, positions: int) -> None:
+        """Make an empty context of just that size: its attention goes over all that there is."""
+        settings = self.api.llama_context_default_params()
+        settings.n_ctx, settings.n_seq_max = rows * (-(-positions // 256) * 256), rows
+        settings.n_batch = settings.n_ubatch = max(LONG_PROMPT, rows * PROMPT)
+        settings.n_threads = settings.n_threads_batch = self.threads
+        self.context = self.api.llama_init_from_model(self.model, settings)
+
+    def _close(self) -> None:
+        """Free the context, and its threads with it."""
+        self.api.llama_free(self.context)
+
+    def _run(self, tokens: list[tuple[int, int, int]]) -> None:
+        """Read (row, position, id)s, with the logits of each row's last."""
+        batch = self.api.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, (row, position, token) in enumerate(tokens):
+            batch.token[i], batch.pos[i] = token, position
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
+            batch.logits[i] = i + 1 == len(tokens) or tokens[i + 1][0] != row
+        status = self.api.llama_decode(self.context, batch)
+        self.api.llama_synchronize(self.context)
+        self.api.llama_batch_free(batch)
+        if status != 0:
+            raise RuntimeError(f"llama_decode returned {status}")
+
+
+class CTranslate2:
+    """CTranslate2's generate_batch; it rounds the weights itself."""
+
+    def __init__(self, path: Path, precision: str, threads: int) -> None:
+        import ctranslate2
+
+        self.generator = ctranslate2.Generator(
+            str(path), compute_type=precision, intra_threads=threads, inter_threads=1
+        )
+        self.names: list[str] = json.loads((path / "vocabulary.json").read_text("utf-8"))
+
+    def decode(self, prompts: Tensor, new: int) -> float:
+        """See Contender."""
+        times: list[float] = []
+        self._write(prompts, new, callback=lambda _: times.append(time.perf_counter()))
+        return times[-1] - times[len(prompts) - 1]  # called for each row
+
+    def read(self, prompt: Tensor) -> float:
+        """See Contender."""
+        return seconds(lambda: self._write(prompt, 1))
+
+    def _write(self, prompts: Tensor, new: int, **more: Any) -> None:
+        tokens = [[self.names[i] for i in row] for row in prompts.tolist()]
+        self.generator.generate_batch(
+            tokens, max_length=new, min_length=new, include_prompt_in_result=False, **more
+        )
+
+
+class Stepped(ABC):
+    """An engine that is called for one step at a time, by a loop of ours: greedy."""
+
+    @abstractmethod
+    def open(self, rows: int, positions: int) -> None:
+        """Begin new texts of at most so many tokens each."""
+
+    @abstractmethod
+    def step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read ids behind what there is, and return the logits of the next token.
+
+        ids: `[B, T]`, contiguous. The logits, `[B, V]`, are good until the next step.
+        """
+
+    def decode(self, prompts: Tensor, new: int) -> float:
+        """See Contender."""
+        self.open(len(prompts), prompts.size(1) + new)
+        ids = self.step(prompts.numpy()).argmax(-1, keepdims=True)
+        begin = time.perf_counter()
+        for _ in range(new - 1):
+            ids = self.step(ids).argmax(-1, keepdims=True)
+        return time.perf_counter() - begin
+
+    def read(self, prompt: Tensor) -> float:
+        """See Contender."""
+        self.open(*prompt.shape)
+        return seconds(lambda: self.step(prompt.numpy()))
+
+
+class OnnxRuntime(Stepped):
+    """onnxruntime with the graph of `benchmarks.onnx_gpt2`."""
+
+    def __init__(self, path: Path, precision: str, threads: int) -> None:
+        import onnxruntime
+
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = threads
+        settings.inter_op_num_threads = 1
+        # Its threads wait for work without sleeping, but not when a run is over.
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
+        self.session: Any = onnxruntime.InferenceSession(
+            path, settings, providers=["CPUExecutionProvider"]
+        )
+        self.total = np.zeros(1, np.int32)
+
+    def open(self, rows: int, positions: int) -> None:
+        """See Stepped. Keys and values get buffers, each the past and the present at once."""
+        self.binding = self.session.io_binding()
+        self.total[:] = 0
+        self.last_key = np.zeros(rows, np.int32)
+        self.kept = []
+        for past in self.session.get_inputs():
+            if past.name.startswith("past."):
+                _, heads, _, width = past.shape
+                buffer = np.zeros((rows, heads, positions, width), np.float32)
+                self.kept.append(buffer)
+                self._bind(past.name, buffer)
+                self._bind(past.name.replace("past", "present"), buffer)
+        self.logits = np.zeros((rows, self.session.get_outputs()[0].shape[1]), np.float32)
+        for name, array in (
+            ("logits", self.logits),
+            ("total", self.total),
+            ("last_key", self.last_key),
+        ):
+            self._bind(name, array)
+
+    def step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See Stepped."""
+        length = int(self.total[0])
+        positions = np.arange(length, length + ids.shape[1])  # bound, as ids: kept until the end
+        self.total += ids.shape[1]
+        self.last_key[:] = self.total - 1
+        self._bind("ids", ids)
+        self._bind("positions", positions)
+        self.session.run_with_iobinding(self.binding)
+        return self.logits
+
+    def _bind(self, name: str, array: NDArray[Any]) -> None:
+        output = name.startswith(("present.", "logits"))
+        bind = self.binding.bind_output if output else self.binding.bind_input
+        bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+
+class OpenVino(Stepped):
+    """OpenVINO with the model of `benchmarks.openvino_gpt2`, which keeps keys and values itself."""
+
+    def __init__(self, path: Path, precision: str, threads: int, **more: str) -> None:
+        import openvino
+
+        settings: dict[str, str | int] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            # Keys and values are in 8 bits if KV_CACHE_PRECISION does not say another.
+            **more,
+        }
+        if precision == "float32":  # where the CPU has bfloat16, that is its default for all
+            settings["INFERENCE_PRECISION_HINT"] = "f32"
+        model = openvino.Core().compile_model(path, "CPU", settings)
+        self.tensor: Any = openvino.Tensor
+        self.request: Any = model.create_infer_request()
+        self.length = 0
+
+    def open(self, rows: int, positions: int) -> None:
+        """See Stepped."""
+        self.request.reset_state()
+        self.length = 0
+        self._set("beam_idx", np.arange(rows, dtype=np.int32))
+
+    def step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See Stepped."""
+        self._set("ids", ids)
+        self._set("positions", np.arange(self.length, self.length + ids.shape[1]))
+        self.length += ids.shape[1]
+        self.request.infer()
+        logits: NDArray[np.float32] = self.request.get_tensor("logits").data
+        return logits
+
+    def _set(self, name: str, value: NDArray[Any]) -> None:
+        self.request.set_tensor(name, self.tensor(value, shared_memory=False))
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An engine that reads files: one for each precision that it has."""
+
+    name: str
+    package: str
+    load: Callable[[Path, str, int], Contender]
+    files: Mapping[Dtype, str]
+
+
+PEERS = (
+    Peer(
+        "llama.cpp",
+        "llama_cpp",
+        LlamaCpp,
+        {
+            "float32": "f32.gguf",
+            "bfloat16": "bf16.gguf",
+            "int8": "q8_0.gguf",
+            "int4": "q4_0.gguf",
+        },
+    ),
+    Peer(
+        "ctranslate2",
+        "ctranslate2",
+        CTranslate2,  # on a CPU it has neither bfloat16 nor 4 bits
+        {"float32": "ctranslate2", "int8": "ctranslate2"},
+    ),
+    Peer(
+        "onnxruntime",
+        "onnxruntime",
+        OnnxRuntime,  # its operations for the CPU do not compute in bfloat16
+        {name: f"onnx/{name}.onnx" for name in ("float32", "int8", "int4")},
+    ),
+    Peer(
+        "onnxruntime by channel",
+        "onnxruntime",
+        OnnxRuntime,
+        {"int8": "onnx/int8_channels.onnx"},
+    ),
+    Peer(
+        "openvino",
+        "openvino",
+        OpenVino,
+        {
+            "float32": "openvino/float32.xml",
+            "bfloat16": "openvino/float32.xml",
+            "int8": "openvino/int8.xml",
+            "int4": "openvino/int4.xml",
+        },
+    ),
+)
+
+
+def silence(llama_cpp: Any) -> None:
+    """Turn llama.cpp's log off, by a callback that lives as long as the module."""
+    llama_cpp.fastgpt_silent = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(llama_cpp.fastgpt_silent, None)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Return how long `work` takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def _installed(name: str, package: str) -> bool:
+    if importlib.util.find_spec(package):
+        return True
+    _leave_out(name, f"{package} is not installed")
+    return False
+
+
+@cache  # so that each is said once
+def _leave_out(name: str, why: str) -> None:
+    print(f"without {name}: {why}", file=sys.stderr)

@@ -1,0 +1,212 @@
+"""GPT-2 as an ONNX graph of the operations that onnxruntime is fastest with on a CPU.
+
+Read by `benchmarks.generation_peers`. The operations of com.microsoft:
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. Keys and values lie in
+buffers `[B, H, S, D]` of the caller's that GroupQueryAttention writes into: each is bound as the
+past and as the present.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from fastgpt import GPT
+
+Array = NDArray[Any]
+BLOCK = 32  # weights of a row that share a scale
+CHANNELS = -8  # 8 bits, one scale for a row
+# How the blocks' matrices are rounded, and the head.
+KINDS = {"float32": (0, 0), "int8": (8, 8), "int4": (4, 8), "int8_channels": (CHANNELS, CHANNELS)}
+MICROSOFTS = ("FastGelu", "MatMulNBits", "DynamicQuantizeMatMul")
+DYNAMIC_QUANTIZATION = 4  # MatMulNBits' accuracy_level that rounds its input to int8
+
+
+def write(model: GPT, path: Path, kind: str) -> None:
+    """Write the graph of a GPT-2 with biases.
+
+    kind: "float32"; "int8" or "int4" for products with scales for each block of weights; or
+    "int8_channels" for those of onnxruntime's dynamic quantization, slower for one token, but
+    faster for many.
+    Inputs: `ids` int64 [B, T], `positions` int64 [T], `last_key` int32 [B] (the number of all
+    tokens so far, less one), `total` int32 [1] (that number), `past.key.i` and `past.value.i`.
+    Outputs: `logits` float32 [B, V] behind the last token, `present.key.i` and `present.value.i`.
+    """
+    graph = _Graph(model, *KINDS[kind])
+    graph.network()
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    made = helper.make_graph(
+        graph.nodes, "gpt2", graph.inputs(), graph.outputs(), initializer=graph.initializers
+    )
+    onnx.save(helper.make_model(made, opset_imports=opsets, ir_version=10), path)
+
+
+class _Graph:
+    """The graph while it is made; values in it are known by their names."""
+
+    def __init__(self, model: GPT, rounding: int, head: int) -> None:
+        self.config = model.config
+        self.weights = {name: _numpy(value) for name, value in model.state_dict().items()}
+        self.weights["lm_head.weight"] = _numpy(model.head_weight)
+        self.rounding, self.head = rounding, head
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+
+    def network(self) -> None:
+        """Add all nodes."""
+        tokens = self.node("Gather", self.weight("wte.weight"), "ids")
+        places = self.node("Gather", self.weight("wpe.weight"), "positions")
+        total = self.node("Add", tokens, places)  # [B, T, C]
+        first = [self.weight("h.0.ln_1.weight"), self.weight("h.0.ln_1.bias")]
+        normed = self.node("LayerNormalization", total, *first, epsilon=self.config.layer_norm_eps)
+        for i in range(self.config.n_layer):
+            normed, total = self.block(i, normed, total)
+        self.linear("lm_head", normed, self.head, output="logits")
+
+    def block(self, i: int, normed: str, total: str) -> tuple[str, str]:
+        """Add a block, which takes and returns the stream and the norm of it that comes next."""
+        last = i + 1 == self.config.n_layer
+        at = f"h.{i}."
+        qkv = self.linear(at + "attn.c_attn", normed, self.rounding, bias=True)
+        y = self.attention(i, qkv)
+        if last:  # only the logits behind the last token are wanted
+            y, total = self.last_token(y), self.last_token(total)
+        y = self.linear(at + "attn.c_proj", y, self.rounding)
+        normed, total = self.add_and_norm(y, total, at + "ln_2", at + "attn.c_proj.bias")
+        y = self.linear(at + "mlp.c_fc", normed, self.rounding)
+        y = self.node("FastGelu", y, self.weight(at + "mlp.c_fc.bias"))
+        y = self.linear(at + "mlp.c_proj", y, self.rounding)
+        next_norm = "ln_f" if last else f"h.{i + 1}.ln_1"
+        return self.add_and_norm(y, total, next_norm, at + "mlp.c_proj.bias")
+
+    def attention(self, i: int, qkv: str) -> str:
+        """Add causal attention over what the buffers hold and `qkv` [B, T, 3C]."""
+        heads = self.config.n_head
+        output = f"h.{i}.attention"
+        node = helper.make_node(
+            "GroupQueryAttention",
+            [qkv, "", "", f"past.key.{i}", f"past.value.{i}", "last_key", "total"],
+            [output, f"present.key.{i}", f"present.value.{i}"],
+            domain="com.microsoft",
+            num_heads=heads,
+            kv_num_heads=heads,
+        )
+        self.nodes.append(node)
+        return output
+
+    def add_and_norm(self, y: str, total: str, norm: str, bias: str) -> tuple[str, str]:
+        """Add `y` + bias to the stream; return the norm of the sum, and the sum."""
+        names = [self.weight(n) for n in (f"{norm}.weight", f"{norm}.bias", bias)]
+        outputs = [f"{norm}.normed", "", "", f"{norm}.sum"]
+        node = helper.make_node(
+            "SkipLayerNormalization",
+            [y, total, *names],
+            outputs,
+            domain="com.microsoft",
+            epsilon=self.config.layer_norm_eps,
+        )
+        self.nodes.append(node)
+        return outputs[0], outputs[3]
+
+    def linear(self, name: str, x: str, bits: int, bias: bool = False, output: str = "") -> str:
+        """Add x W^T with W rounded to `bits` (0: not at all), and the bias if asked to."""
+        weight = self.weights[f"{name}.weight"]  # [out, in]
+        shift = [self.weight(f"{name}.bias")] if bias else []
+        if bits == 0:
+            y = self.node("MatMul", x, self.constant(f"{name}.T", weight.T), output=output)
+            return self.node("Add", y, *shift) if bias else y
+        stored, scales = _by_row(weight) if bits == CHANNELS else _in_blocks(weight, bits)
+        matrix = [self.constant(f"{name}.stored", stored), self.constant(f"{name}.scales", scales)]
+        if bits == CHANNELS:
+            return self.node("DynamicQuantizeMatMul", x, *matrix, "", *shift, output=output)
+        return self.node(
+            *("MatMulNBits", x, *matrix, "", "", *shift),
+            output=output,
+            N=weight.shape[0],
+            K=weight.shape[1],
+            bits=bits,
+            block_size=BLOCK,
+            accuracy_level=DYNAMIC_QUANTIZATION,
+        )
+
+    def last_token(self, x: str) -> str:
+        """Add the choice of the last position: [B, T, C] -> [B, C]."""
+        return self.node("Gather", x, self.constant("last", np.array(-1)), axis=1)
+
+    def node(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+        """Add a node of one output; return the output's name."""
+        output = output or f"{kind}.{len(self.nodes)}"
+        domain = "com.microsoft" if kind in MICROSOFTS else ""
+        node = helper.make_node(kind, list(inputs), [output], domain=domain, **attributes)
+        self.nodes.append(node)
+        return output
+
+    def weight(self, name: str) -> str:
+        """Add one of the model's weights, as it is."""
+        return self.constant(name, self.weights[name])
+
+    def constant(self, name: str, value: Array) -> str:
+        """Add a constant, if it is not there yet."""
+        if all(name != tensor.name for tensor in self.initializers):
+            contiguous = np.ascontiguousarray(value).reshape(value.shape)
+            self.initializers.append(numpy_helper.from_array(contiguous, name))
+        return name
+
+    def inputs(self) -> list[onnx.ValueInfoProto]:
+        """Return what the caller binds."""
+        return [
+            helper.make_tensor_value_info("ids", TensorProto.INT64, ["B", "T"]),
+            helper.make_tensor_value_info("positions", TensorProto.INT64, ["T"]),
+            helper.make_tensor_value_info("last_key", TensorProto.INT32, ["B"]),
+            helper.make_tensor_value_info("total", TensorProto.INT32, [1]),
+            *self._buffers("past"),
+        ]
+
+    def outputs(self) -> list[onnx.ValueInfoProto]:
+        """Return what the graph gives."""
+        logits: list[str | int | None] = ["B", self.config.vocab_size]
+        return [
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, logits),
+            *self._buffers("present"),
+        ]
+
+    def _buffers(self, when: str) -> list[onnx.ValueInfoProto]:
+        heads = self.config.n_head
+        shape: list[str | int | None] = ["B", heads, "S", self.config.n_embd // heads]
+        return [
+            helper.make_tensor_value_info(f"{when}.{kind}.{i}", TensorProto.FLOAT, shape)
+            for i in range(self.config.n_layer)
+            for kind in ("key", "value")
+        ]
+
+
+def _in_blocks(weight: Array, bits: int) -> tuple[Array, Array]:
+    """Round to multiples of a scale for each block, stored with half of the range added.
+
+    [N, K] -> uint8 [N, K / BLOCK, bytes of a block] and float32 [N, K / BLOCK].
+    """
+    rows, columns = weight.shape
+    blocks = weight.reshape(rows, columns // BLOCK, BLOCK)
+    half = 2 ** (bits - 1)
+    furthest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
+    scales = furthest / -half  # so that the furthest is the end of the range that has one more
+    whole = np.rint(blocks / np.where(scales == 0, 1, scales)) + half
+    stored = whole.clip(0, 2 * half - 1).astype(np.uint8)
+    if bits == 4:
+        stored = stored[..., 0::2] | (stored[..., 1::2] << 4)
+    return stored, scales[..., 0].astype(np.float32)
+
+
+def _by_row(weight: Array) -> tuple[Array, Array]:
+    """Round to multiples of a scale for each row: [N, K] -> int8 [K, N] and float32 [N]."""
+    scales = np.abs(weight).max(1) / 127
+    whole = np.rint(weight / np.where(scales == 0, 1, scales)[:, None])
+    return whole.astype(np.int8).T, scales.astype(np.float32)
+
+
+def _numpy(value: torch.Tensor) -> Array:
+    return value.detach().float().numpy()

@@ -1,0 +1,137 @@
+"""`python -m benchmarks.peer_models FOLDER`: one model in the files of the engines beside ours.
+
+GPT-2 124M's shape with random weights, for `python -m benchmarks.bench_generate --peers FOLDER`.
+A peer is left out, and named, if what makes its files is not installed. Files that are there stay.
+
+    hf/                              transformers, and what CTranslate2's files are made from
+    *.gguf                           llama.cpp: needs gguf, and llama-cpp-python for q4_0
+    ctranslate2/                     needs ctranslate2 and transformers
+    onnx/*.onnx                      needs onnx, and onnxruntime to check them
+    openvino/*.xml, *.bin            needs openvino, and nncf for int8 and int4
+"""
+
+import argparse
+import ctypes
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.generation_peers import OnnxRuntime, OpenVino, Stepped, random_gpt2, silence
+from fastgpt import GPT
+from fastgpt.interop import gguf
+from fastgpt.tokenizer import Tokenizer
+
+GGUF_PRECISIONS: tuple[gguf.Precision, ...] = ("f32", "bf16", "q8_0")
+LLAMA_FTYPE_Q4_0 = 2
+# How far logits may be from fastgpt's, whose own spread is about 0.55: random weights round badly.
+TOLERANCES = {"float32": 1e-3, "int8": 0.15, "int8_channels": 0.15, "int4": 1.5}
+
+
+def main() -> None:
+    """Make what is not there yet."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    model = random_gpt2()
+    _make(folder / "hf", [], lambda path: model.save_pretrained(path, Tokenizer.gpt2()))
+    for kind in GGUF_PRECISIONS:
+        _make(folder / f"{kind}.gguf", ["gguf"], _gguf(model, kind))
+    _make(folder / "q4_0.gguf", ["llama_cpp"], _gguf_in_4_bits)
+    _make(folder / "ctranslate2", ["ctranslate2", "transformers"], _ctranslate2)
+    for precision in TOLERANCES:
+        path = folder / "onnx" / f"{precision}.onnx"
+        _make(path, ["onnx", "onnxruntime"], _onnx(model, precision))
+    for precision in ("float32", "int8", "int4"):
+        packages = ["openvino"] if precision == "float32" else ["openvino", "nncf"]
+        _make(folder / "openvino" / f"{precision}.xml", packages, _openvino(model, precision))
+
+
+def _make(path: Path, packages: list[str], write: Callable[[Path], None]) -> None:
+    """Write a file, or say why not."""
+    missing = [package for package in packages if not importlib.util.find_spec(package)]
+    if path.exists():
+        print(f"{path} is there already")
+    elif missing:
+        print(f"{path} is left out: {', '.join(missing)} not installed")
+    else:
+        path.parent.mkdir(exist_ok=True)
+        write(path)
+        print(f"{path} written", flush=True)
+
+
+def _gguf(model: GPT, precision: gguf.Precision) -> Callable[[Path], None]:
+    return lambda path: gguf.write(model, path, Tokenizer.gpt2(), precision)
+
+
+def _gguf_in_4_bits(path: Path) -> None:
+    """Have llama.cpp round f32.gguf: blocks in 4 bits, table and head as it chooses."""
+    import llama_cpp
+
+    silence(llama_cpp)
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = LLAMA_FTYPE_Q4_0
+    source = path.with_name("f32.gguf")
+    status = llama_cpp.llama_model_quantize(
+        str(source).encode(), str(path).encode(), ctypes.byref(settings)
+    )
+    if status != 0:
+        raise RuntimeError(f"llama_model_quantize returned {status} for {source}")
+
+
+def _ctranslate2(path: Path) -> None:
+    """Convert the Hugging Face folder; in float32, from which it makes int8 when it loads."""
+    from ctranslate2.converters import TransformersConverter
+
+    TransformersConverter(str(path.with_name("hf"))).convert(str(path))
+
+
+def _onnx(model: GPT, precision: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        from benchmarks import onnx_gpt2
+
+        onnx_gpt2.write(model, path, precision)
+        _check(OnnxRuntime(path, precision, 1), model, path, TOLERANCES[precision])
+
+    return write
+
+
+def _openvino(model: GPT, precision: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        from benchmarks import openvino_gpt2
+
+        openvino_gpt2.write(model, path, precision)
+        engine = OpenVino(path, "float32", 1, KV_CACHE_PRECISION="f32")
+        _check(engine, model, path, TOLERANCES[precision])
+
+    return write
+
+
+@torch.no_grad()
+def _check(engine: Stepped, model: GPT, path: Path, tolerance: float) -> None:
+    """Compare logits of two rows, behind a prompt and behind each of three tokens more.
+
+    A file whose logits are further from fastgpt's than `tolerance` is deleted.
+    """
+    ids = torch.randint(
+        model.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(1)
+    )
+    truth = model(ids).numpy()
+    engine.open(2, 20)
+    furthest = 0.0
+    for begin, end in ((0, 17), (17, 18), (18, 19), (19, 20)):
+        logits = engine.step(ids[:, begin:end].contiguous().numpy())
+        furthest = max(furthest, float(np.abs(logits - truth[:, end - 1]).max()))
+    if not furthest <= tolerance:
+        path.unlink()
+        raise RuntimeError(f"{path}: a logit is {furthest:.2g} from fastgpt's, not {tolerance}")
+    print(f"{path}: logits within {furthest:.1g} of fastgpt's")
+
+
+if __name__ == "__main__":
+    main()
