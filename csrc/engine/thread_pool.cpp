@@ -22,8 +22,8 @@ void relax() {
 #if defined(__x86_64__) || defined(_M_X64)
   _mm_pause();
 #elif defined(__aarch64__) && defined(__GNUC__)
-  // Takes about as long as the instruction above; `yield` would take no time at all, and kSpins be
-  // over too soon (measured in https://github.com/rust-lang/rust/pull/84725).
+  // Takes some time, as the instruction above does; `yield` would take none, and kSpins be over too
+  // soon (measured in https://github.com/rust-lang/rust/pull/84725).
   asm volatile("isb");
 #else
   std::this_thread::yield();
