@@ -15,7 +15,7 @@ struct Avx512 {
   using Integers = __m512i;
   static constexpr std::size_t kWidth = 16;
   static constexpr bool kManyRegisters = true;
-  static constexpr std::size_t kFloatRows = 12, kIntegerRows = 12;
+  static constexpr std::size_t kFloatRows = 12, kIntegerRows = 12, kPanelRows = 12;
 
   static Register zero() { return _mm512_setzero_ps(); }
   static Register load(const void* from) { return _mm512_loadu_ps(from); }

@@ -3,6 +3,11 @@
 #include <algorithm>
 #include <stdexcept>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace fastgpt::engine {
 namespace {
 
@@ -39,6 +44,17 @@ bool has_vnni() {
 #endif
 }
 
+// The dot product of bytes, which ARMv8.2 may have.
+bool has_neon_dot() {
+#if defined(__aarch64__) && defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  return true;  // since the first Mac of this kind
+#else
+  return false;
+#endif
+}
+
 // What a code adds to those before it.
 struct Code {
   const char* name;
@@ -52,6 +68,8 @@ const Code kCodes[] = {
     {"avx512", has_avx512, kernels_avx512},
     {"avx512-bf16", has_bf16, kernels_avx512_bf16},
     {"avx512-vnni", has_vnni, kernels_avx512_vnni},
+    {"neon", [] { return true; }, kernels_neon},
+    {"neon-dot", has_neon_dot, kernels_neon_dot},
 };
 
 // Takes what the next code has in place of what there was.

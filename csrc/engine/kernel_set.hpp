@@ -13,7 +13,7 @@ namespace fastgpt::engine {
 Kernels kernel_set(const std::string& code);
 
 // What this processor can run: "portable" and, as the case may be, "avx2", "avx512" (neither of the
-// following), "avx512-bf16" and "avx512-vnni".
+// following), "avx512-bf16" and "avx512-vnni", or "neon" and "neon-dot".
 std::vector<std::string> kernel_codes();
 
 }  // namespace fastgpt::engine

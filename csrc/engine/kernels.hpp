@@ -116,8 +116,10 @@ struct Kernels {
 const Kernels* kernels_portable();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+const Kernels* kernels_neon();
 // Nothing but `multiply` for kBfloat16, and for kInt8 and kInt4.
 const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_avx512_vnni();
+const Kernels* kernels_neon_dot();
 
 }  // namespace fastgpt::engine

@@ -13,7 +13,7 @@ struct Avx2 {
   using Integers = __m256i;
   static constexpr std::size_t kWidth = 8;
   static constexpr bool kManyRegisters = false;
-  static constexpr std::size_t kFloatRows = 3, kIntegerRows = 2;
+  static constexpr std::size_t kFloatRows = 3, kIntegerRows = 2, kPanelRows = 3;
   static constexpr std::int32_t kZeroOfDot8 = 0;  // dot8 takes it off by itself
 
   static Register zero() { return _mm256_setzero_ps(); }

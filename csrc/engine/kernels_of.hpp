@@ -145,7 +145,7 @@ template <typename Vector, typename Number, std::size_t kCount>
 struct Attender {
   using Register = typename Vector::Register;
   static constexpr std::size_t kPerBlock = kKeys / Vector::kWidth;
-  static constexpr std::size_t kBlocks = kCount == 1 ? 4 : (Vector::kManyRegisters ? 2 : 1);
+  static constexpr std::size_t kBlocks = kCount == 1 ? 4 : (kPerBlock == 1 ? 2 : 1);
   static constexpr std::size_t kOutVectors = kCount == 1 || Vector::kManyRegisters ? 4 : 2;
 
   const Attention& a;

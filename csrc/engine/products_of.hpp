@@ -11,6 +11,8 @@
 //                                                    kInt8Zero added, or from 0 to 15; inputs -127
 //                                                    to 127
 //   low_nibbles, high_nibbles
+// and says how many rows a tile has at most (kFloatRows, kIntegerRows), and up to how many it takes
+// a panel's outputs all at once (kPanelRows): of more, half of them at a time.
 #pragma once
 
 #include <cstddef>
@@ -35,10 +37,14 @@ struct Sums {
   float of[kRows][kPanel];
 };
 
-template <typename Vector, std::size_t kRows, bool kPairs>
+// How many outputs of a panel a tile of kRows rows takes at once.
+template <typename Vector, std::size_t kRows>
+constexpr std::size_t kOutputs = kRows <= Vector::kPanelRows ? kPanel : kPanel / 2;
+
+template <typename Vector, std::size_t kRows, bool kPairs, std::size_t kFirst>
 void add_up_floats(const Product& p, std::size_t row, const std::uint32_t* weights,
                    Sums<kRows>& sums) {
-  constexpr std::size_t kVectors = kPanel / Vector::kWidth;
+  constexpr std::size_t kVectors = kOutputs<Vector, kRows> / Vector::kWidth;
   const float* x = p.x.words + row * p.x.stride;
   for (std::size_t begin = 0; begin < p.words; begin += kBlock) {
     const std::size_t end = smaller_of(begin + kBlock, p.words);
@@ -49,7 +55,7 @@ void add_up_floats(const Product& p, std::size_t row, const std::uint32_t* weigh
     for (std::size_t word = begin; word < end; ++word) {
       typename Vector::Register w[kVectors];
       repeat<kVectors>([&](auto v) FASTGPT_INLINE {
-        w[v] = Vector::load(weights + word * kPanel + v * Vector::kWidth);
+        w[v] = Vector::load(weights + word * kPanel + kFirst + v * Vector::kWidth);
       });
       repeat<kRows>([&](auto r) FASTGPT_INLINE {
         const auto input = Vector::broadcast(x[r * p.x.stride + word]);
@@ -64,17 +70,17 @@ void add_up_floats(const Product& p, std::size_t row, const std::uint32_t* weigh
     }
     repeat<kRows>([&](auto r) FASTGPT_INLINE {
       repeat<kVectors>([&](auto v) FASTGPT_INLINE {
-        float* to = sums.of[r] + v * Vector::kWidth;
+        float* to = sums.of[r] + kFirst + v * Vector::kWidth;
         Vector::store(to, begin == 0 ? tile[r][v] : Vector::add(Vector::load(to), tile[r][v]));
       });
     });
   }
 }
 
-template <typename Vector, std::size_t kRows, bool kNibbles>
+template <typename Vector, std::size_t kRows, bool kNibbles, std::size_t kFirst>
 void add_up_integers(const Product& p, std::size_t row, const std::uint32_t* weights,
                      Sums<kRows>& sums) {
-  constexpr std::size_t kVectors = kPanel / Vector::kWidth;
+  constexpr std::size_t kVectors = kOutputs<Vector, kRows> / Vector::kWidth;
   constexpr std::int32_t kZero = kNibbles ? kInt4Zero : Vector::kZeroOfDot8;
   const std::size_t quads = p.group_depth / 4;
   for (std::size_t group = 0; group < p.groups; ++group) {
@@ -90,7 +96,7 @@ void add_up_integers(const Product& p, std::size_t row, const std::uint32_t* wei
     for (std::size_t quad = 0; quad < quads; quad += kNibbles ? 2 : 1, weights += kPanel) {
       typename Vector::Integers w[kVectors];
       repeat<kVectors>([&](auto v) FASTGPT_INLINE {
-        w[v] = Vector::load_integers(weights + v * Vector::kWidth);
+        w[v] = Vector::load_integers(weights + kFirst + v * Vector::kWidth);
       });
       repeat<kRows>([&](auto r) FASTGPT_INLINE {
         const auto input = Vector::broadcast_integer(x[r * p.x.stride + quad]);
@@ -117,9 +123,10 @@ void add_up_integers(const Product& p, std::size_t row, const std::uint32_t* wei
       repeat<kVectors>([&](auto v) FASTGPT_INLINE {
         auto scale = input_scale;
         if constexpr (kNibbles) {
-          scale = Vector::multiply(scale, Vector::load_narrow(scales + v * Vector::kWidth / 2));
+          scale = Vector::multiply(scale,
+                                   Vector::load_narrow(scales + (kFirst + v * Vector::kWidth) / 2));
         }
-        float* to = sums.of[r] + v * Vector::kWidth;
+        float* to = sums.of[r] + kFirst + v * Vector::kWidth;
         const auto before = group == 0 ? Vector::zero() : Vector::load(to);
         Vector::store(to, Vector::multiply_add(Vector::to_floats(tile[r][v]), scale, before));
       });
@@ -149,14 +156,23 @@ inline void finish(const Product& p, std::size_t panel, const float* sums, float
   }
 }
 
+// Outputs of a panel from kFirst on.
+template <typename Vector, Format kFormat, std::size_t kFirst, std::size_t kRows>
+void add_up(const Product& p, std::size_t row, const std::uint32_t* weights, Sums<kRows>& sums) {
+  if constexpr (is_integer(kFormat)) {
+    add_up_integers<Vector, kRows, kFormat == Format::kInt4, kFirst>(p, row, weights, sums);
+  } else {
+    add_up_floats<Vector, kRows, kFormat == Format::kBfloat16, kFirst>(p, row, weights, sums);
+  }
+}
+
 template <typename Vector, Format kFormat, std::size_t kRows>
 void multiply_tile(const Product& p, std::size_t row, std::size_t panel) {
   Sums<kRows> sums;
   const std::uint32_t* weights = p.weights + panel * p.panel_words;
-  if constexpr (is_integer(kFormat)) {
-    add_up_integers<Vector, kRows, kFormat == Format::kInt4>(p, row, weights, sums);
-  } else {
-    add_up_floats<Vector, kRows, kFormat == Format::kBfloat16>(p, row, weights, sums);
+  add_up<Vector, kFormat, 0>(p, row, weights, sums);
+  if constexpr (kOutputs<Vector, kRows> < kPanel) {
+    add_up<Vector, kFormat, kPanel / 2>(p, row, weights, sums);
   }
   for (std::size_t r = 0; r < kRows; ++r) {
     finish(p, panel, sums.of[r], p.y + (row + r) * p.y_stride + panel * kPanel);

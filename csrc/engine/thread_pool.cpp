@@ -21,6 +21,10 @@ constexpr int kSpins = 4000;
 void relax() {
 #if defined(__x86_64__) || defined(_M_X64)
   _mm_pause();
+#elif defined(__aarch64__) && defined(__GNUC__)
+  // Takes some time, as the instruction above does; `yield` would take none, and kSpins be over too
+  // soon (measured in https://github.com/rust-lang/rust/pull/84725).
+  asm volatile("isb");
 #else
   std::this_thread::yield();
 #endif

@@ -1,5 +1,7 @@
 """Each product of each instruction set against float64, and whole networks of odd shapes."""
 
+import platform
+
 import pytest
 import torch
 
@@ -141,6 +143,10 @@ def test_the_vocabulary_of_gpt2() -> None:
     expected = model.double()(ids)
     got = Engine(model, "float32", 2).logits(ids)
     assert (got - expected).abs().max() <= 2e-5 * expected.std()
+
+
+def test_arm_has_code_of_its_own() -> None:
+    assert ("neon" in CODES) == (platform.machine() in ("aarch64", "arm64"))
 
 
 def test_an_unknown_code_is_refused() -> None:
