@@ -13,7 +13,9 @@ reading a prompt of 512 tokens. The contenders, and how each is set up: `generat
 import argparse
 import gc
 import json
+import shlex
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -33,7 +35,7 @@ from benchmarks.generation_peers import (
 from fastgpt.environment import describe_environment
 
 PACKAGES = (
-    *("torch", "transformers", "llama_cpp_python"),
+    *("torch", "transformers", "llama-cpp-python"),
     *("ctranslate2", "onnxruntime", "openvino"),
 )
 
@@ -87,10 +89,14 @@ def write_results(results: list[Result], options: argparse.Namespace) -> None:
         "rounds": options.rounds,
         "new tokens": options.new,
     }
-    content = {**about, "results": [{**asdict(r), "ratio": r.ratio} for r in results]}
+    content = {**about, "results": [asdict(r) | {"ratio": r.ratio} for r in results]}
     options.results.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     lines = [
+        "# Generation on a CPU",
+        "",
+        f"`python {shlex.join(sys.orig_argv[1:])}`",
+        "",
         "Tokens per second, of all rows together: medians of "
         f"{options.rounds} rounds in which all took turns. {about['cpu']}; {versions}.",
         "",
