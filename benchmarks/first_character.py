@@ -1,0 +1,75 @@
+"""How long a command takes to print the first character that a model writes: imports count.
+
+    python -m benchmarks.first_character FOLDER
+
+FOLDER holds a model as transformers saves it, with its tokenizer: `hf` of what
+`python -m benchmarks.peer_models` makes. Beside `python -m fastgpt.generate` in each precision: a
+script that does the same with transformers, and `import torch` alone. They take turns; medians are
+printed.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROMPT = "Hello"
+TRANSFORMERS = f"""
+import sys, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+print("{PROMPT}", end="", flush=True)
+model.generate(
+    **tokenizer("{PROMPT}", return_tensors="pt"),
+    max_new_tokens=20, min_new_tokens=20, do_sample=True, pad_token_id=0,
+    streamer=transformers.TextStreamer(tokenizer, skip_prompt=True),
+)
+"""
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    folder = str(options.folder)
+    write = [sys.executable, "-m", "fastgpt.generate", folder, "--prompt", PROMPT]
+    commands = {
+        f"fastgpt, {dtype}": [*write, "--max-new-tokens", "20", "--dtype", dtype]
+        for dtype in ("float32", "bfloat16", "int8", "int4")
+    }
+    commands["transformers"] = [sys.executable, "-c", TRANSFORMERS, folder]
+    commands["import torch"] = [sys.executable, "-c", f"import torch; print('{PROMPT}.')"]
+    taken: dict[str, list[float]] = {name: [] for name in commands}
+    for turn in range(options.rounds + 1):
+        for name, command in commands.items():
+            found = seconds(command)
+            if turn > 0:  # the first warms up
+                taken[name].append(found)
+    for name, times in taken.items():
+        print(f"{name:<18} {statistics.median(times):.2f} s ({min(times):.2f} to {max(times):.2f})")
+
+
+def seconds(command: list[str]) -> float:
+    """Run a command; return when the first byte behind the prompt was there."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    begin = time.perf_counter()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+    ) as process:
+        assert process.stdout is not None
+        if len(process.stdout.read(len(PROMPT) + 1)) != len(PROMPT) + 1:
+            raise RuntimeError(f"nothing was written by {command}")
+        taken = time.perf_counter() - begin
+        process.stdout.read()
+    return taken
+
+
+if __name__ == "__main__":
+    main()
