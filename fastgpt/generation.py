@@ -251,7 +251,7 @@ class _Landing:
             self._there = torch.empty_like(tensor, device="cpu", pin_memory=True)
             self._there.copy_(tensor, non_blocking=True)
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(tensor.device))
 
     def numbers(self) -> list[Any]:
         if self._arrived is not None:

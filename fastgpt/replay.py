@@ -52,13 +52,14 @@ def record(function: Callable[[], Result]) -> Callable[[], Result]:
 
 
 def can_record(model: nn.Module) -> bool:
-    """Whether steps of a model are launches on one GPU and nothing else.
+    """Whether steps of a model are launches on the current GPU and nothing else.
 
     Not in a process group, which may have to gather the weights, and not under autocast, which
     keeps copies of them from one step to the next.
     """
     return (
         all(parameter.is_cuda for parameter in model.parameters())
+        and {p.get_device() for p in model.parameters()} == {torch.cuda.current_device()}
         and not (torch.distributed.is_available() and torch.distributed.is_initialized())
         and not torch.is_autocast_enabled("cuda")
         and not torch.cuda.is_current_stream_capturing()
