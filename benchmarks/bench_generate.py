@@ -53,6 +53,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--results", type=Path, metavar="NAME", help="write NAME.json and NAME.md")
     options = parser.parse_args()
+    if options.new < 2:
+        parser.error("--new must be at least 2: the first token is not counted")
     model = random_gpt2()
     results: list[Result] = []
     for precision in options.precisions:

@@ -21,11 +21,14 @@ TRANSFORMERS = f"""
 import sys, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
 tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
-print("{PROMPT}", end="", flush=True)
+class Printer:  # transformers' own TextStreamer keeps a word back until it is whole
+    def put(self, tokens):
+        print(tokenizer.decode(tokens.flatten()), end="", flush=True)
+    def end(self):
+        pass
 model.generate(
     **tokenizer("{PROMPT}", return_tensors="pt"),
-    max_new_tokens=20, min_new_tokens=20, do_sample=True, pad_token_id=0,
-    streamer=transformers.TextStreamer(tokenizer, skip_prompt=True),
+    max_new_tokens=20, min_new_tokens=20, do_sample=True, pad_token_id=0, streamer=Printer(),
 )
 """
 

@@ -56,8 +56,10 @@ def _ctrl_c_ends_imports() -> Iterator[None]:
 def _interrupt(_number: int, frame: FrameType | None) -> None:
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            sys.stdout.flush()
-            os._exit(130)
+            try:
+                sys.stdout.flush()
+            finally:
+                os._exit(130)
         frame = frame.f_back
     raise KeyboardInterrupt
 

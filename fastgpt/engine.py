@@ -9,7 +9,6 @@ to it. ``"int8"`` and ``"int4"`` are described in `fastgpt.quantization`.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "bfloat16", "int8", "int4"]
 Seed = int | Sequence[int] | None
+MOST = 2**62  # tokens that can be counted
+MOST_THREADS = 1024
 
 
 class Engine:
@@ -49,7 +50,7 @@ class Engine:
         code: str = "best",
     ) -> None:
         threads = _checked(threads)
-        tensors = {name: partial(_itself, tensor) for name, tensor in model.state_dict().items()}
+        tensors = {name: tensor.detach for name, tensor in model.state_dict().items()}
         weights = quantization.Rounded(model.config, tensors, dtype, group, threads)
         self._start(model.config, dtype, group, threads, code, weights)
 
@@ -86,7 +87,7 @@ class Engine:
         weights = quantization.Rounded(config, read, dtype, group, threads)
         return cls._of(config, dtype, group, threads, code, weights), tokenizer
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the weights as they are in here to a new safetensors file, for `Engine.load`."""
         names = quantization.weight_names(self.config)
         weights: dict[str, quantization.Weight] = {}
@@ -100,13 +101,13 @@ class Engine:
         for name, shape in names.vectors.items():
             vector = torch.from_numpy(self._core.vector(name))
             weights[name] = vector[: math.prod(shape)].view(shape)
-        quantization.save(path, self.config, self.dtype, self.group, weights)
+        quantization.save(Path(path), self.config, self.dtype, self.group, weights)
 
     @classmethod
-    def load(cls, path: Path, threads: int | None = None, *, code: str = "best") -> "Engine":
+    def load(cls, path: str | Path, threads: int | None = None, *, code: str = "best") -> "Engine":
         """Read what `save` wrote; QuantizationError says what is wrong with the file."""
         threads = _checked(threads)
-        config, dtype, group, weights = quantization.load(path)
+        config, dtype, group, weights = quantization.load(Path(path))
         try:
             return cls._of(config, dtype, group, threads, code, weights)
         except ValueError as error:
@@ -224,13 +225,18 @@ class Engine:
         n: int = 1,
         with_logprobs: bool = False,
     ) -> _C.Generation:
+        if n < 1:
+            raise ValueError(f"n must be at least 1, not {n}")
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
         settings = asdict(sampler)
         for name, default in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
             settings[name] = default if settings[name] is None else settings[name]
+        size = self.config.vocab_size
+        settings["top_k"] = min(settings["top_k"], size)
         # an id that no token has ends no row
-        stop = stop_token if stop_token is not None and stop_token >= 0 else None
+        stop = stop_token if stop_token is not None and 0 <= stop_token < size else None
+        max_new_tokens = min(max_new_tokens, MOST)
         ids, seeds = [prompt.tolist() for prompt in prompts], seeds_of(seed, len(prompts) * n)
         return self._core.generation(ids, n, max_new_tokens, settings, seeds, stop, with_logprobs)
 
@@ -260,12 +266,8 @@ def _steps(generation: _C.Generation, device: torch.device) -> Iterator[Tensor]:
         yield torch.tensor(tokens, dtype=torch.int64, device=device)
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def _checked(threads: int | None) -> int:
     """Return how many threads to take."""
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"threads must be from 1 to {MOST_THREADS}, not {threads}")
     return threads or torch.get_num_threads()

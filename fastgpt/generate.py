@@ -124,6 +124,10 @@ def _load(options: Options) -> tuple[GPT | Engine, BaseTokenizer]:
     native = options.engine == "native" or (options.engine == "auto" and device.type == "cpu")
     if not native and options.dtype in ("int8", "int4"):
         raise UsageError(f"dtype {options.dtype} is for --engine native, on a CPU")
+    if not native and options.threads is not None:
+        raise UsageError("threads is for --engine native; PyTorch takes OMP_NUM_THREADS")
+    if native and options.device != "auto" and device.type != "cpu":
+        raise UsageError(f"engine native computes on a CPU: leave out device {options.device}")
     if native:
         return Engine.from_pretrained(
             options.run, options.dtype, options.threads, checkpoint=options.checkpoint

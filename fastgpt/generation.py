@@ -168,8 +168,8 @@ class Writing:
         self._uniform = torch.zeros(len(rows), device=model.device)
         self._tokens = torch.zeros_like(self.ends)  # the last ones
         self._ended = torch.zeros_like(self.ends, dtype=torch.bool)
-        replays = self.reader.cache is not None and can_record(model)
-        self._replayed = Replayed[Tensor]() if replays else None
+        self._replayed = Replayed[Tensor](model.device)
+        self._replays: bool | None = None  # known at the first step: by then autocast is on or off
 
     @torch.no_grad()
     def step(self) -> Tensor | None:
@@ -179,7 +179,9 @@ class Writing:
         self.left -= 1
         if self.sampler.draws:
             self._uniform.copy_(self._draws.next())
-        if self._replayed is not None and self.reader.has_all_but_last(self.lengths):
+        if self._replays is None:
+            self._replays = self.reader.cache is not None and can_record(self.model)
+        if self._replays and self.reader.has_all_but_last(self.lengths):
             self._logits = self._replayed(self._next, self.left)
             self.reader.count_one_more()
         else:

@@ -145,7 +145,7 @@ def check(dtype: str, group: int) -> None:
 
 
 def save(path: Path, config: GPTConfig, dtype: str, group: int, weights: Weights) -> None:
-    """Write an engine's weights: see the module's text."""
+    """Write an engine's weights: see the module's text. UsageError if that is not possible."""
     tensors: dict[str, Tensor] = {}
     matrices = weight_names(config).matrices
     for name, weight in weights.items():
@@ -155,7 +155,10 @@ def save(path: Path, config: GPTConfig, dtype: str, group: int, weights: Weights
         else:
             tensors[name], tensors[f"{name}.scales"] = weight
     about = {"format": FORMAT, "dtype": dtype, "group": group, "config": asdict(config)}
-    save_file(tensors, path, {"fastgpt": json.dumps(about)})
+    try:
+        save_file(tensors, path, {"fastgpt": json.dumps(about)})
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} cannot be written: {error}") from None
 
 
 def load(path: Path) -> tuple[GPTConfig, Any, int, Weights]:

@@ -60,8 +60,10 @@ class Sampler:
             raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
         if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
             raise ValueError(f"min_p must be in [0, 1], not {self.min_p}")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0):
-            raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+        if not 1e-9 <= self.repetition_penalty <= 1e9:  # fp32 can divide logits by it
+            raise ValueError(
+                f"repetition_penalty must be from 1e-9 to 1e9, not {self.repetition_penalty}"
+            )
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2.0 <= getattr(self, name) <= 2.0:
                 raise ValueError(f"{name} must be from -2 to 2, not {getattr(self, name)}")

@@ -79,7 +79,9 @@ def stream_text(
     Wrong values raise ValueError at once.
     """
     text = _Text(tokenizer, stop)
-    ids = torch.tensor([_encode(tokenizer, prompt, errors)])
+    # where the model is: there the tokens stay until they have arrived on the host
+    device = model.device if isinstance(model, GPT) else None
+    ids = torch.tensor([_encode(tokenizer, prompt, errors)], device=device)
     steps = arrivals(stream(model, ids, max_new_tokens, seed=seed, **sampling))
     return TextStream(text, (token for _, (token,) in steps), _end(tokenizer))
 

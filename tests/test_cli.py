@@ -225,6 +225,21 @@ def test_fault_36_unknown_characters_are_skipped_when_told_to(trained: Path, cap
     assert "é" not in out
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine", "torch", "--threads", "2"], "threads is for --engine native"),
+        (["--threads", "5000"], "threads must be from 1 to 1024, not 5000"),
+        (["--repetition-penalty", "1e39"], "repetition_penalty must be from 1e-9 to 1e9"),
+    ],
+)
+def test_settings_that_cannot_be_kept(
+    trained: Path, capfd, options: list[str], message: str
+) -> None:
+    assert run(generate.main, str(trained), *options) == 2
+    assert message in capfd.readouterr().err
+
+
 def test_a_checkpoint_with_missing_files(trained: Path, tmp_path: Path, capfd) -> None:
     broken = shutil.copytree(trained, tmp_path / "broken")
     for file in broken.glob("checkpoints/*/model.safetensors"):

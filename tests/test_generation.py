@@ -94,7 +94,7 @@ def test_fault_63_a_seed_gives_the_same_text_in_any_batch(model: GPT) -> None:
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, not -1"),
         ({"min_p": 1.5}, r"min_p must be in \[0, 1\], not 1.5"),
         ({"min_p": math.nan}, r"min_p must be in \[0, 1\], not nan"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0, not 0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be from 1e-9 to 1e9, not 0.0"),
         ({"presence_penalty": 2.5}, "presence_penalty must be from -2 to 2, not 2.5"),
         ({"frequency_penalty": math.nan}, "frequency_penalty must be from -2 to 2, not nan"),
         ({"n": 0}, "n must be at least 1, not 0"),

@@ -97,7 +97,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Make every step a tape's; the list tells how many tapes there were."""
     found: list[Any] = []
 
-    def record(function: Callable[[], Any]) -> Callable[[], Any]:
+    def record(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
         found.append(function.__name__)
         return record_on_tape(function)
 

@@ -157,7 +157,7 @@ void Generation::sample(const std::vector<std::size_t>& rows) {
   }
   if (!failed) return;
   left_ = 0;
-  throw std::runtime_error("the model's logits are not finite: its weights are damaged");
+  throw std::invalid_argument("the model's logits are not finite: its weights are damaged");
 }
 
 void all_logits(Engine& engine, const Generation::Ids& text, float* logits) {

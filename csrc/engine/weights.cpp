@@ -63,7 +63,7 @@ float best_scale4(const float* x, std::size_t size) {
     const float divisor = 6.0F + 0.25F * static_cast<float>(step);
     const float scale = rounded_to_bf16(extreme / -divisor);
     const float error = squared_error(x, size, scale);
-    if (error < least) {
+    if (step == 0 || error < least) {  // of huge weights the error may overflow
       least = error;
       best = scale;
     }

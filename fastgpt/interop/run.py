@@ -3,11 +3,9 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fastgpt.checkpoint import Checkpoint, find_checkpoint, load_run_tokenizer, resolve_run
 from fastgpt.interop.foreign import LazyTensor
@@ -30,7 +28,7 @@ class Run:
     def open_tensors(self) -> Mapping[str, LazyTensor]:
         """Return the same weights, mapped from their file: read when used."""
         tensors = self.checkpoint.merged_tensors(ema=self.checkpoint.has_ema)
-        return {name: LazyTensor(t.shape, partial(_itself, t)) for name, t in tensors.items()}
+        return {name: LazyTensor(t.shape, t.detach) for name, t in tensors.items()}
 
     @property
     def config(self) -> GPTConfig:
@@ -40,10 +38,6 @@ class Run:
     def read_tokenizer(self) -> BaseTokenizer:
         """Return the run's tokenizer."""
         return load_run_tokenizer(self.path, self.checkpoint)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def recognises(path: Path) -> bool:

@@ -368,7 +368,7 @@ def test_as_many_tokens_as_can_be_counted() -> None:
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], not 0.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], not 1.5"),
         ({"min_p": 1.1}, r"min_p must be in \[0, 1\], not 1.1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0, not 0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be from 1e-9 to 1e9, not 0.0"),
         ({"presence_penalty": float("inf")}, "presence_penalty must be from -2 to 2, not inf"),
         ({"frequency_penalty": float("nan")}, "frequency_penalty must be from -2 to 2, not nan"),
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, not -1"),
@@ -417,8 +417,19 @@ def test_overflow_on_the_way_says_so_and_ends_the_text() -> None:
     with torch.no_grad():
         model.ln_f.weight.fill_(1e38)
     ids = Engine(model, "float32", 1).stream(prompt(), 5)
-    with pytest.raises(RuntimeError, match="the model's logits are not finite"):
+    with pytest.raises(ValueError, match="the model's logits are not finite"):
         next(ids)
+
+
+def test_more_than_can_be_counted_is_as_much_as_there_is(model: GPT, engine: Engine) -> None:
+    many = 10**30
+    expected = generate(model, prompt(), 5, seed=1, top_k=61)
+    assert torch.equal(generate(engine, prompt(), 5, seed=1, top_k=many), expected)
+    assert torch.equal(generate(engine, prompt(), 5, seed=1, stop_token=many), expected)
+    steps = stream(engine, prompt(), many, seed=1)
+    assert torch.equal(torch.stack([next(steps) for _ in range(5)], 1), expected[:, 5:])
+    with pytest.raises(ValueError, match="n must be at least 1, not 0"):
+        next(engine.stream(prompt(), 3, n=0))
 
 
 def test_wrong_numbers_of_threads_and_dtypes_are_refused(model: GPT) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from fastgpt import GPTConfig
 from fastgpt.engine import Engine
+from fastgpt.errors import UsageError
 from fastgpt.quantization import QuantizationError, dequantize, quantize
 from tests.engine.models import DTYPES, prompt, random_model, small_model
 
@@ -141,6 +142,19 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "other")
     with pytest.raises(QuantizationError, match="other holds no engine's weights"):
         Engine.load(tmp_path / "other")
+
+
+@pytest.mark.parametrize("n_bits", [4, 8])
+@pytest.mark.parametrize("size", [1e-25, 1e20, 3e37])
+def test_weights_of_any_size_keep_it(n_bits: int, size: float) -> None:
+    weight = torch.randn(4, 64).clamp(-3, 3) * size
+    error = (dequantize(*quantize(weight, n_bits), (4, 64)) / size - weight / size).abs().max()
+    assert error < (0.02 if n_bits == 8 else 0.4)
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be written"):
+        Engine(small_model(), "int8").save(tmp_path / "nowhere" / "model.safetensors")
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
