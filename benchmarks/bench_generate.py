@@ -18,7 +18,6 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from benchmarks.generation_peers import (
     contenders,
     random_gpt2,
 )
-from fastgpt.environment import describe_environment
+from benchmarks.machine import processor, version_of
 
 PACKAGES = (
     *("torch", "transformers", "llama-cpp-python"),
@@ -86,8 +85,8 @@ class Result:
 def write_results(results: list[Result], options: argparse.Namespace) -> None:
     """Write what was measured, where and with what, as JSON and as a table."""
     about = {
-        "cpu": describe_environment()["cpu"],
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "cpu": processor(),
+        "versions": {name: found for name in PACKAGES if (found := version_of(name))},
         "rounds": options.rounds,
         "new tokens": options.new,
     }
@@ -111,13 +110,6 @@ def write_results(results: list[Result], options: argparse.Namespace) -> None:
         ours = f"{r.speeds['fastgpt']:.0f}"
         lines.append(f"| {r.precision} | {r.threads} | {r.case} | {ours} | {others} | {ratio} |")
     options.results.with_suffix(".md").write_text("\n".join(lines) + "\n")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _measure(

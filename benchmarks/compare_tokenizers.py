@@ -15,7 +15,6 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import tokenizer_peers as peers
+from benchmarks.machine import processor, version_of
 
 LONG_RUNS = {
     "letters (a)": "a", "spaces": " ", "digits (7)": "7", "newlines": "\n", "=": "=", "!?": "!?",
@@ -163,27 +163,6 @@ def machine() -> dict:
         "python": platform.python_version(),
         **{name: version_of(name) for name in sorted(names)},
     }
-
-
-def processor() -> str:
-    """Return the processor's name as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = {
-        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
-    }
-    simd = [flag for flag in ("avx2", "avx512bw") if flag in found.get("flags", "").split()]
-    return f"{found.get('model name', platform.machine())} ({', '.join(simd) or 'no AVX2'})"
-
-
-def version_of(name: str) -> str | None:
-    """Return the version of an installed package."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def table(result: dict) -> str:

@@ -11,7 +11,6 @@ run that is cut short leaves what it had.
 """
 
 import gc
-import importlib.metadata
 import json
 import os
 import platform
@@ -43,10 +42,11 @@ from benchmarks.bench_ops import (
     stock_cached_attention,
     without_empty_part,
 )
+from benchmarks.machine import version_of
 from benchmarks.peers import StockGPT, copy_weights, make_optimizer
 from fastgpt import ops
 from fastgpt.kernels.attention import causal_attention_backward, causal_attention_forward
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.model import GPT, GPTConfig, meta_model
 from fastgpt.ops import native, reference
 from fastgpt.optim import parameter_groups
 
@@ -214,10 +214,7 @@ def environment() -> dict[str, Any]:
         "cpu cores": os.cpu_count(),
     }
     for package in ("torch", "triton", "numpy", "liger-kernel", "fastgpt"):
-        try:
-            facts[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            facts[package] = "not installed"
+        facts[package] = version_of(package) or "not installed"
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         facts |= {
@@ -584,8 +581,7 @@ def note_step(
 ) -> None:
     shape = config(bench)
     tokens = batch * shape.block_size
-    with torch.device("meta"):
-        n_params = GPT(shape).num_params()
+    n_params = meta_model(shape).num_params()
     # 6N + 12LCT a token: the products of weights and those of attention, uncut by the mask
     flop = tokens * (6 * n_params + 12 * shape.n_layer * shape.n_embd * shape.block_size)
     gpu = report.content["environment"].get("gpu", "")

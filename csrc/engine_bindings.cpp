@@ -385,6 +385,7 @@ void bind_engine(py::module_& m) {
   m.def("quantize", &quantize_weights, py::arg("weights"), py::arg("outputs"), py::arg("dtype"),
         py::arg("group"), py::arg("threads"), py::arg("name") = "weights");
   m.def("engine_codes", &engine::kernel_codes);
+  m.attr("MOST_THREADS") = kMostThreads;
 }
 
 }  // namespace fastgpt

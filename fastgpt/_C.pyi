@@ -342,5 +342,7 @@ def quantize(
     name: how an error calls them; ValueError if they are not finite.
     """
 
+MOST_THREADS: int  # of an engine
+
 def engine_codes() -> list[str]:
     """Return the names of the instructions that engines can use on this processor."""

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastgpt.errors import UsageError
 from fastgpt.lora import Lora, merged
-from fastgpt.model import GPT, GPTConfig, meta_model
+from fastgpt.model import GPT, GPTConfig, meta_model, meta_weights
 from fastgpt.tokenizer import BaseTokenizer, load_tokenizer
 
 FORMAT = 2  # 1 had no `extra` and no ema.safetensors; it is still read
@@ -87,7 +87,7 @@ class Checkpoint:
         tensors = self.model_tensors(ema=ema)
         if self.lora is not None:
             tensors = merged(tensors, self.lora)
-        expected = meta_model(self.config).state_dict()
+        expected = meta_weights(self.config)
         refuse_differences(self.path / (EMA if ema else MODEL), tensors, expected)
         return tensors
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "bfloat16", "int8", "int4"]
 Seed = int | Sequence[int] | None
 MOST = 2**62  # tokens that can be counted
-MOST_THREADS = 1024
 
 
 class Engine:
@@ -268,6 +267,6 @@ def _steps(generation: _C.Generation, device: torch.device) -> Iterator[Tensor]:
 
 def _checked(threads: int | None) -> int:
     """Return how many threads to take."""
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise ValueError(f"threads must be from 1 to {MOST_THREADS}, not {threads}")
+    if threads is not None and not 1 <= threads <= _C.MOST_THREADS:
+        raise ValueError(f"threads must be from 1 to {_C.MOST_THREADS}, not {threads}")
     return threads or torch.get_num_threads()

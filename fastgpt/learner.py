@@ -32,7 +32,7 @@ from fastgpt.memory import (
     find_batch,
     largest_batch,
 )
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.model import GPT, GPTConfig, meta_model
 from fastgpt.optim import Updater, learning_rate
 from fastgpt.origin import Origin, begin_from
 from fastgpt.precision import Precision, choose_precision, fastest
@@ -207,8 +207,7 @@ class Learner:
         if weights is None:
             self.model = GPT(self.config, self.recipe.ops).to(self.device)
         else:
-            with torch.device("meta"):
-                model = GPT(self.config, self.recipe.ops)
+            model = meta_model(self.config, self.recipe.ops)
             self.model = model.to_empty(device=self.device)
             if self.world.is_main:
                 self.model.load_state_dict(weights)

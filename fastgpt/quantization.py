@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fastgpt.compiled import _C
 from fastgpt.errors import UsageError
-from fastgpt.model import GPTConfig, meta_model
+from fastgpt.model import GPTConfig, meta_weights
 
 GROUP = 64
 FORMAT = 1
@@ -55,7 +55,7 @@ class Names:
 
 def weight_names(config: GPTConfig) -> Names:
     """Return the names of a model's weights, as in its `state_dict`."""
-    shapes = {name: tuple(t.shape) for name, t in meta_model(config).state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in meta_weights(config).items()}
     matrices = {n: s for n, s in shapes.items() if len(s) == 2 and n != "wpe.weight"}
     vectors = {n: s for n, s in shapes.items() if n not in matrices}
     return Names(matrices, vectors)

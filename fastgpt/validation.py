@@ -14,7 +14,7 @@ from fastgpt.distributed import settle
 from fastgpt.generation import generate
 from fastgpt.learner import Learner
 from fastgpt.lora import merged
-from fastgpt.model import GPT
+from fastgpt.model import GPT, meta_model
 from fastgpt.tokenizer import BaseTokenizer
 
 MOST_EXPONENT = 700.0  # e to more is beyond fp64
@@ -69,8 +69,7 @@ def whole_model(learner: Learner) -> GPT:
     """Return the model, or with fsdp a copy of it that is whole, LoRA's matrices added to it."""
     if learner.recipe.parallel != "fsdp" or learner.world.size == 1:
         return learner.model
-    with torch.device("meta"):
-        model = GPT(learner.config, learner.recipe.ops)
+    model = meta_model(learner.config, learner.recipe.ops)
     tensors = learner.model_tensors()
     if learner.lora:
         tensors = merged(tensors, learner.lora)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastgpt import GPT, GPTConfig, ops
+from fastgpt.model import meta_weights
 from fastgpt.ops import native, reference
 from tests.backends import BACKENDS
 
@@ -126,6 +127,17 @@ def test_logits_and_gradients_are_hugging_faces(backend: str, time: int) -> None
     expected = named_weights(theirs, gradients=True)
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("n_layer", [1, 3, 12])
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_without_a_model_are_the_models(
+    n_layer: int, tie_weights: bool, bias: bool
+) -> None:
+    config = GPTConfig(7, 5, n_layer, 2, 8, bias=bias, tie_weights=tie_weights)
+    expected = [(name, tensor.shape) for name, tensor in GPT(config).state_dict().items()]
+    assert [(name, tensor.shape) for name, tensor in meta_weights(config).items()] == expected
 
 
 def test_the_defaults_are_the_released_124m() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastgpt.checkpoint import refuse_differences
 from fastgpt.errors import UsageError
-from fastgpt.model import GPT, GPTConfig, meta_model
+from fastgpt.model import GPT, GPTConfig, meta_model, meta_weights
 from fastgpt.tokenizer import BaseTokenizer, Tokenizer, load_tokenizer
 
 
@@ -66,7 +66,7 @@ class Foreign:
     def open_tensors(self) -> Mapping[str, LazyTensor]:
         """Return the tensors, still in their files; UsageError lists what does not fit."""
         _refuse_sizes(self.path, self.config, self.tensors)
-        refuse_differences(self.path, self.tensors, meta_model(self.config).state_dict())
+        refuse_differences(self.path, self.tensors, meta_weights(self.config))
         return self.tensors
 
 
