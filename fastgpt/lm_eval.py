@@ -16,7 +16,7 @@ from fastgpt.errors import UsageError
 def main(args: Sequence[str]) -> None:
     """Run the harness's command with these arguments."""
     if find_spec("lm_eval") is None:
-        raise UsageError("lm-evaluation-harness is not there: pip install 'fastgpt[lm-eval]'")
+        raise UsageError("lm-evaluation-harness is not there: pip install lm-eval")
     from lm_eval.__main__ import cli_evaluate
 
     import fastgpt.lm_eval_model  # noqa: F401  # that makes it known

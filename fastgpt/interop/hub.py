@@ -35,7 +35,7 @@ def _download(name: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
     except ImportError:
-        raise _missing(name, "to download it, pip install 'fastgpt[hf]'") from None
+        raise _missing(name, "to download it, pip install huggingface_hub") from None
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*_OTHERS, *_WEIGHTS]))
         if not any(folder.glob("*.safetensors")):
