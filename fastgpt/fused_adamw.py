@@ -87,7 +87,7 @@ class FusedAdamW(torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over loaded state; that of any kind of `torch.optim.AdamW` will do."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self._step_supports_amp_scaling = False
         for group in self.param_groups:
             for option in ("amsgrad", "maximize", "differentiable"):

@@ -553,9 +553,10 @@ def _attention_backward_q(
             k_ptr += BLOCK_N * stride_t
             v_ptr += BLOCK_N * stride_t
             scores = tl.dot(q, k.T, input_precision=PRECISION, out_dtype=scale.dtype)
-            p = _probabilities(scores, lse[:, None], LOG2_E * scale, q.dtype)
             if MASKED:
-                p = tl.where(_past(first, key, BLOCK_M, BLOCK_N, False), p, 0.0)
+                past = _past(first, key, BLOCK_M, BLOCK_N, False)
+                scores = tl.where(past, scores, float("-inf"))
+            p = _probabilities(scores, lse[:, None], LOG2_E * scale, q.dtype)
             grad_p = tl.dot(grad, v.T, input_precision=PRECISION, out_dtype=scale.dtype)
             if DROPOUT:
                 kept = _kept(seed, head, first, key, threshold, BLOCK_M, BLOCK_N, False)
@@ -668,9 +669,10 @@ def _attention_backward_kv(
             q_ptr += BLOCK_M * stride_t
             grad_out_ptr += BLOCK_M * stride_gt
             scores = tl.dot(k, q.T, input_precision=PRECISION, out_dtype=scale.dtype)
-            p = _probabilities(scores, lse[None, :], LOG2_E * scale, q.dtype)
             if PART == 0:
-                p = tl.where(_past(query, first, BLOCK_M, BLOCK_N, True), p, 0.0)
+                past = _past(query, first, BLOCK_M, BLOCK_N, True)
+                scores = tl.where(past, scores, float("-inf"))
+            p = _probabilities(scores, lse[None, :], LOG2_E * scale, q.dtype)
             grad_p = tl.dot(v, grad.T, input_precision=PRECISION, out_dtype=scale.dtype)
             dropped = p
             if DROPOUT:

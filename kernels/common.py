@@ -19,6 +19,19 @@ from torch import Tensor
 # Whether `@triton.jit` functions run in Triton's interpreter: decided when they are defined.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
+if INTERPRETED and triton.__version__.startswith("3.6."):
+    # NumPy 2.4 no longer converts arrays of one element, such as the bounds of the interpreter's
+    # loops, by `int()`. Triton 3.7 has the same correction.
+    from triton.runtime import interpreter
+
+    def _patch_lang_tensor(
+        tensor: Any, scope: Any, original=interpreter._patch_lang_tensor
+    ) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
+
 # What Triton calls the dtypes that the kernels take.
 DTYPES = {
     torch.float32: "fp32",

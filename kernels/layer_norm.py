@@ -175,8 +175,6 @@ def backward_shape(width: int, n_bytes: int, capability: int) -> Shape:
         # A row at a time: the fastest of a dozen shapes on an H200 (elsewhere it may spill)
         return Shape(1, block, warps // 2, 32 // warps, 128)
     resident, registers = (16, 128) if n_bytes == 4 else (20, 96)
-    if n_bytes == 2 and capability == 90:  # elsewhere 80 registers spill
-        resident, registers = 24, 80
     return Shape(2, block, warps, min(16, resident // warps), registers)
 
 
@@ -333,13 +331,13 @@ def _layer_norm_backward(
     grad_weight = tl.zeros([1, BLOCK], partials_ptr.dtype.element_ty)
     grad_bias = tl.zeros([1, BLOCK], partials_ptr.dtype.element_ty)
     for tile in range(program, tl.cdiv(n_rows, ROWS), n_programs):
-        rows, offsets, present, inside = _tile(tile, n_rows, width, ROWS, BLOCK)
+        _, offsets, _, inside = _tile(tile, n_rows, width, ROWS, BLOCK)
         grad_y = widen(tl.load(grad_y_ptr + offsets, mask=inside, other=0.0))  # [ROWS, BLOCK]
         total = widen(tl.load(total_ptr + offsets, mask=inside, other=0.0))
         if grad_total_ptr is not None:  # early, so that all the loads are on their way at once
             grad_total = tl.load(grad_total_ptr + offsets, mask=inside, other=0.0)
-        mean = tl.load(mean_ptr + rows, mask=present, other=0.0)  # [ROWS, 1]
-        rstd = tl.load(rstd_ptr + rows, mask=present, other=0.0)
+        mean = _load_per_row(mean_ptr, tile, n_rows, ROWS)  # [ROWS, 1]
+        rstd = _load_per_row(rstd_ptr, tile, n_rows, ROWS)
 
         normed = (total - mean) * rstd
         grad_weight += tl.sum(grad_y * normed, axis=0, keep_dims=True)
@@ -372,6 +370,15 @@ def _tile(tile, n_rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)[None, :]
     present = rows < n_rows
     return rows, rows * width + columns, present, present & (columns < width)
+
+
+@triton.jit
+def _load_per_row(pointer, tile, n_rows, ROWS: tl.constexpr):
+    """Load one number for each row of a tile as [ROWS, 1], and 0 beyond the last row."""
+    # Loaded in one dimension: up to version 3.8, Triton loads a tensor [ROWS, 1] in the layout of
+    # the tile, once for each column that a thread has, into as many registers.
+    rows = tl.full([ROWS], tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+    return tl.load(pointer + rows, mask=rows < n_rows, other=0.0)[:, None]
 
 
 @triton.jit

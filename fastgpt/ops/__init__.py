@@ -17,6 +17,8 @@ from types import ModuleType
 
 import torch
 
+from fastgpt.requirements import unsupported_version
+
 BACKENDS = ("reference", "native", "triton")
 
 MAX_HEAD_DIM, MAX_WIDTH = 128, 8192  # of the kernels for attention and for the norms
@@ -38,7 +40,7 @@ def get(name: str, device: torch.device | None = None, kernels_fit: bool = True)
 
     ``"auto"`` is `cuda` on a CUDA device where Triton works, if the kernels fit the model (see
     `kernels_fit`), and `native` everywhere else. ImportError if `triton` is asked for by name and
-    is not installed.
+    is not installed, or in a version that is not supported.
     """
     return _loaded[_load(name, device, kernels_fit)]
 
@@ -96,6 +98,8 @@ def _fault_of_triton() -> str | None:
     """Say why Triton can launch nothing on this machine's GPU; None if it can."""
     if find_spec("triton") is None:
         return "Triton is not installed; on Linux: pip install triton"
+    if fault := unsupported_version("torch", "triton"):
+        return fault
     try:  # its first use builds a small library
         import_module("triton.runtime").driver.active.get_current_target()
     except Exception as error:  # whatever a C compiler or a loader may say

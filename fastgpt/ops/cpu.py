@@ -51,7 +51,7 @@ def fits(*tensors: Tensor | None, branch: Tensor | None = None) -> bool:
 
 def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows that `ids` name, and the weight, for the head to use."""
-    rows, head = _TiedEmbedding.apply(ids, weight)  # type: ignore[no-untyped-call]
+    rows, head = _TiedEmbedding.apply(ids, weight)
     return rows, head
 
 
@@ -59,7 +59,7 @@ def add_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return ``s = x + residual``, or `x` itself, and its norm."""
-    total, y = _AddLayerNorm.apply(x, residual, weight, bias, eps)  # type: ignore[no-untyped-call]
+    total, y = _AddLayerNorm.apply(x, residual, weight, bias, eps)
     return total, y
 
 
@@ -68,13 +68,13 @@ def causal_attention(qkv: Tensor, n_head: int) -> Tensor:
 
     In the dtype of `qkv`, fp32 or bf16, in which it also multiplies.
     """
-    y: Tensor = _CausalAttention.apply(qkv, n_head)  # type: ignore[no-untyped-call]
+    y: Tensor = _CausalAttention.apply(qkv, n_head)
     return y
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``x @ weight.T + bias``, fp32; `x` may be bf16 where products are."""
-    y: Tensor = _Linear.apply(x, weight, bias, _bf16())  # type: ignore[no-untyped-call]
+    y: Tensor = _Linear.apply(x, weight, bias, _bf16())
     return y
 
 
@@ -88,9 +88,7 @@ def norm_linear(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Return ``s = x + residual``, fp32, and ``layer_norm(s) @ weight.T + bias``."""
-    total, y = _NormLinear.apply(  # type: ignore[no-untyped-call]
-        x, residual, norm_weight, norm_bias, weight, bias, eps, _bf16()
-    )
+    total, y = _NormLinear.apply(x, residual, norm_weight, norm_bias, weight, bias, eps, _bf16())
     return total, y
 
 
@@ -107,18 +105,14 @@ def norm_mlp(
 ) -> tuple[Tensor, Tensor]:
     """Return ``s = x + residual`` and what the MLP makes of its norm, both fp32."""
     mlp = (weight_in, bias_in, weight_out, bias_out)
-    total, y = _NormMlp.apply(  # type: ignore[no-untyped-call]
-        x, residual, norm_weight, norm_bias, *mlp, eps, _bf16()
-    )
+    total, y = _NormMlp.apply(x, residual, norm_weight, norm_bias, *mlp, eps, _bf16())
     return total, y
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """Return the mean loss of the logits ``x @ weight.T``; x: `[N, C]`, targets: `[N]`."""
     wanted = torch.is_grad_enabled()  # inside the function it is always off
-    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        x, weight, targets, ignore_index, wanted, _bf16()
-    )
+    loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, ignore_index, wanted, _bf16())
     return loss
 
 

@@ -147,9 +147,7 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     wanted = torch.is_grad_enabled()  # inside the function it is always off
-    loss: Tensor = _ChunkedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        x, weight, targets, ignore_index, wanted
-    )
+    loss: Tensor = _ChunkedLinearCrossEntropy.apply(x, weight, targets, ignore_index, wanted)
     return loss
 
 

@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fastgpt import _C, ops
 from fastgpt.ops import cpu, native, products, reference
 from tests.backends import BACKENDS
+from tests.opcheck import opcheck
 
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
 
@@ -325,7 +326,7 @@ def test_gelu_of_extremes(backend: ModuleType) -> None:
 
 def test_gelu_is_an_operator_that_pytorch_can_trace() -> None:
     x = torch.randn(3, 70)[:, ::2].requires_grad_()
-    torch.library.opcheck(torch.ops.fastgpt.cpu_gelu.default, (x,))
+    opcheck(torch.ops.fastgpt.cpu_gelu.default, (x,))
     traced = make_fx(native.gelu)(torch.randn(5))
     y = torch.randn(5)
     torch.testing.assert_close(traced(y), reference.gelu(y))

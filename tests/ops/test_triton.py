@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from fastgpt import GPT, GPTConfig, ops
 from fastgpt.kernels import attention, layer_norm
 from fastgpt.ops import cuda, reference
+from tests.opcheck import opcheck
 
 triton = ops.get("triton")
 HAS_GPU = torch.cuda.is_available()
@@ -69,8 +70,7 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
 def test_pytorch_knows_the_operator(call: str) -> None:
     """Schema, autograd, fake shapes and strides, and AOT dispatch: all that opcheck looks at."""
     operator = getattr(OPERATORS, call.split(" ")[0].split(",")[0]).default
-    results = torch.library.opcheck(operator, CALLS[call]())
-    assert set(results.values()) == {"SUCCESS"}
+    opcheck(operator, CALLS[call]())
 
 
 def losses(config: GPTConfig, backend: str, steps: int, compiled: bool = False) -> list[float]:
@@ -209,9 +209,14 @@ def test_auto_takes_the_faster_attention(
     monkeypatch.setattr(cuda, "LONG", 6)
     for n_time in (5, 6):
         qkv = randn(1, n_time, 96, dtype=dtype)
-        kernel = "causal_attention" in cuda.causal_attention(qkv, 2).grad_fn.name()
+        kernel = is_kernel(cuda.causal_attention(qkv, 2))
         assert kernel == (tf32 if dtype == torch.float32 else n_time < 6)
-        assert "causal_attention" in cuda.causal_attention(qkv, 2, 0.5).grad_fn.name()
+        assert is_kernel(cuda.causal_attention(qkv, 2, 0.5))
+
+
+def is_kernel(out: Tensor) -> bool:
+    """Whether a result comes from our operator, by the class of its node in the autograd graph."""
+    return "causal_attention" in type(out.grad_fn).__name__
 
 
 def test_auto_has_all_operations_and_compiles_as_one_graph(
