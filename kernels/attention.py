@@ -43,6 +43,14 @@ ALIGNED = 16
 # Programs that run at the same time share keys and values in the L2 cache: half of an H100's.
 SHARED_BYTES = 25 * 10**6
 
+
+def _with_registers(
+    table: dict[str, tuple[int, ...]], registers: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the table with a limit of registers in each row."""
+    return {kind: (*row[:4], registers) for kind, row in table.items()}
+
+
 # Queries and keys in a block, warps, and stages in the pipeline of loads, for each kernel ("sums"
 # is the backward in one pass), by whether the head dim is above 64 and whether there is dropout,
 # whose random numbers take many registers. None of them spills. Those of sm_90 at head dim 64 and
@@ -50,7 +58,10 @@ SHARED_BYTES = 25 * 10**6
 # of which a multiprocessor holds at once, so that some compute exponentials while others multiply.
 # That counts for more than the products' own overlap: with three stages Triton leaves a product
 # unfinished from one round to the next, and then ptxas lets no two instructions of it overlap.
-Table = dict[tuple[bool, bool], dict[str, tuple[int, int, int, int]]]
+#
+# A fifth number is the registers that a thread may have. Without it ptxas may spill a register or
+# two, which ones depends on its version, for one more block on a multiprocessor.
+Table = dict[tuple[bool, bool], dict[str, tuple[int, ...]]]
 SMALL_90 = {
     "forward": (64, 64, 4, 3),
     "q": (64, 64, 4, 3),
@@ -98,21 +109,28 @@ HALVES_80_PADDED: Table = HALVES_80 | {
     (False, False): HALVES_80[False, False] | {"kv": (32, 128, 8, 3)}
 }
 HALVES_100: Table = HALVES | {
-    (True, False): HALVES[True, False] | {"q": (128, 32, 8, 2)},
+    (False, True): HALVES[False, True] | {"sums": (32, 64, 4, 2, 255)},
+    (True, False): HALVES[True, False] | {"q": (128, 32, 8, 2), "sums": (32, 128, 8, 2, 255)},
     (True, True): HALVES[True, True] | {"q": (64, 32, 8, 2), "kv": (16, 64, 8, 2)},
 }
 # fp32, multiplied without the matrix units, and (fp64 too) in the interpreter
 IEEE_SMALL = dict.fromkeys(("q", "kv"), (32, 32, 8, 1))
-IEEE_SMALL |= {"forward": (32, 32, 4, 1), "sums": (16, 16, 8, 1)}
-IEEE_LARGE = dict.fromkeys(("forward", "kv", "sums"), (16, 32, 8, 1)) | {"q": (16, 16, 8, 1)}
-IEEE: Table = {
-    (large, dropout): IEEE_LARGE if large else IEEE_SMALL
-    for large in (False, True)
-    for dropout in (False, True)
+IEEE_SMALL |= {"forward": (32, 32, 8, 1), "sums": (16, 16, 8, 1)}
+IEEE_LARGE: dict[str, tuple[int, ...]] = {
+    "forward": (16, 32, 8, 1, 128),
+    "q": (16, 16, 8, 1),
+    "kv": (16, 32, 8, 1, 255),
+    "sums": (16, 32, 8, 1),
 }
-TF32_SMALL = dict.fromkeys(("forward", "kv"), (32, 32, 4, 1))
-TF32_SMALL |= dict.fromkeys(("q", "sums"), (32, 32, 8, 1))
-TF32_LARGE = dict.fromkeys(("forward", "q", "kv"), (32, 32, 8, 1)) | {"sums": (16, 32, 8, 1)}
+IEEE: Table = {
+    (False, False): IEEE_SMALL,
+    (False, True): _with_registers(IEEE_SMALL, 255),
+    (True, False): IEEE_LARGE,
+    (True, True): _with_registers(IEEE_LARGE, 255) | {"forward": (16, 32, 8, 1, 128)},
+}
+TF32_SMALL: dict[str, tuple[int, ...]] = dict.fromkeys(("q", "sums"), (32, 32, 8, 1))
+TF32_SMALL |= {"forward": (32, 32, 4, 1), "kv": (32, 32, 4, 1, 255)}
+TF32_LARGE = dict.fromkeys(("forward", "q", "kv"), (32, 32, 8, 1, 255)) | {"sums": (16, 32, 8, 1)}
 TF32: Table = {
     (False, False): TF32_SMALL,
     (False, True): TF32_SMALL | {"forward": (32, 32, 8, 1)},
@@ -316,8 +334,8 @@ def _form(
         table = {9: HALVES_90, 10: HALVES_100, 11: HALVES_100}.get(capability // 10, table)
     else:
         table = TF32 if precision == "tf32" and dtype == "fp32" else IEEE
-    block_m, block_n, warps, stages = table[dim > 64, dropout][kind]
-    return {
+    block_m, block_n, warps, stages, *registers = table[dim > 64, dropout][kind]
+    form = {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "PRECISION": precision if dtype == "fp32" else "ieee",
@@ -325,6 +343,7 @@ def _form(
         "num_stages": stages,
         "enable_fp_fusion": True,
     }
+    return form | ({"maxnreg": registers[0]} if registers else {})
 
 
 def _tile_dim(head_dim: int) -> int:

@@ -126,6 +126,17 @@ def test_rows_are_moved_128_bits_at_a_time(compiled: list[Any]) -> None:
         assert widths["128"] >= 2
 
 
+@pytest.mark.parametrize("compiled", [("attention", 90)], indirect=True, ids=["attention"])
+def test_attention_moves_rows_128_bits_at_a_time(compiled: list[Any]) -> None:
+    halves = [result for result in compiled if is_half(result)]
+    assert halves
+    for result in halves:
+        widths = Counter(result["load_bits"]) + Counter(result["store_bits"])
+        # once for a row: two statistics of the softmax, loaded and stored; the seed of dropout
+        assert widths.total() - widths["128"] <= 4, result
+        assert widths["128"] >= 3
+
+
 @pytest.mark.parametrize("compiled", [("gelu", 90)], indirect=True, ids=["gelu"])
 def test_programs_of_gelu_with_a_bias_run_all_at_once(compiled: list[Any]) -> None:
     by_rows = [result for result in compiled if "ROWS" in result["constants"]]
