@@ -110,7 +110,7 @@ HALVES_80_PADDED: Table = HALVES_80 | {
 }
 HALVES_100: Table = HALVES | {
     (False, True): HALVES[False, True] | {"sums": (32, 64, 4, 2, 255)},
-    (True, False): HALVES[True, False] | {"q": (128, 32, 8, 2), "sums": (32, 128, 8, 2, 255)},
+    (True, False): HALVES[True, False] | {"q": (128, 32, 8, 2), "kv": (32, 128, 8, 2, 255)},
     (True, True): HALVES[True, True] | {"q": (64, 32, 8, 2), "kv": (16, 64, 8, 2)},
 }
 # fp32, multiplied without the matrix units, and (fp64 too) in the interpreter
@@ -120,7 +120,7 @@ IEEE_LARGE: dict[str, tuple[int, ...]] = {
     "forward": (16, 32, 8, 1, 128),
     "q": (16, 16, 8, 1),
     "kv": (16, 32, 8, 1, 255),
-    "sums": (16, 32, 8, 1),
+    "sums": (16, 32, 8, 1, 255),
 }
 IEEE: Table = {
     (False, False): IEEE_SMALL,
