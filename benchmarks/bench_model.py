@@ -25,10 +25,10 @@ from benchmarks.common import (
     compile_or_skip,
     measure,
 )
-from fastgpt.fused_adamw import FusedAdamW
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.optim import make_optimizer
-from fastgpt.recipes import RECIPES, Recipe
+from fastgpt.training.fused_adamw import FusedAdamW
+from fastgpt.training.optimizer import make_optimizer
+from fastgpt.training.recipes import RECIPES, Recipe
 
 NANOGPT, ENCODER = "nanoGPT-style", "nn.TransformerEncoder"
 PEERS: dict[str, type[peers.Peer]] = {

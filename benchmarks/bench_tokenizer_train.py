@@ -23,7 +23,7 @@ import pytest
 
 from benchmarks.common import measure
 from fastgpt.tokenizer import GPT2_MERGES, Tokenizer
-from fastgpt.vocabulary import END_OF_TEXT, GPT2_PATTERNS, LETTER_OF_BYTE
+from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT, GPT2_PATTERNS, LETTER_OF_BYTE
 
 TEXT_PATH = os.environ.get("FASTGPT_BENCH_TEXT")
 VOCAB_SIZE = 32_000 if TEXT_PATH else 10_000

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fastgpt import ops
-from fastgpt.data import load_corpus
+from fastgpt.data.corpus import load_corpus
 from fastgpt.model import GPTConfig
-from fastgpt.recipes import RECIPES, Recipe
+from fastgpt.training.recipes import RECIPES, Recipe
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 

@@ -37,13 +37,13 @@ from common import model_config
 from peers import StockGPT, copy_weights, make_optimizer
 from torch import Tensor, nn
 
-from fastgpt import cli
-from fastgpt.data import Corpus, Tokens, gather, load_corpus
+from fastgpt.data.corpus import Corpus, Tokens, gather, load_corpus
 from fastgpt.model import GPT
-from fastgpt.optim import learning_rate
-from fastgpt.progress import Progress
-from fastgpt.recipes import Recipe, get_recipe
-from fastgpt.trainer import Trainer
+from fastgpt.training.optimizer import learning_rate
+from fastgpt.training.recipes import Recipe, get_recipe
+from fastgpt.training.trainer import Trainer
+from fastgpt.utils import cli
+from fastgpt.utils.progress import Progress
 
 SIDES = ("fastgpt", "nanogpt")
 MODELS = {

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.engine import Dtype, Engine
-from fastgpt.generation import stream
+from fastgpt.inference.engine import Dtype, Engine
+from fastgpt.inference.generation import stream
 
 PRECISIONS: tuple[Dtype, ...] = ("float32", "bfloat16", "int8", "int4")
 PROMPT, LONG_PROMPT = 32, 512

@@ -48,7 +48,7 @@ from fastgpt import ops
 from fastgpt.kernels.attention import causal_attention_backward, causal_attention_forward
 from fastgpt.model import GPT, GPTConfig, meta_model
 from fastgpt.ops import native, reference
-from fastgpt.optim import parameter_groups
+from fastgpt.training.optimizer import parameter_groups
 
 ROOT = Path(__file__).parents[1]
 COPY, PRODUCT = "copy, bytes/s", "bf16 product, FLOP/s"  # the two ceilings
@@ -540,7 +540,7 @@ def torch_adamw(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Work]:
 
 def our_adamw(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Work]:
     """Return fastgpt's AdamW, which clips as it steps."""
-    from fastgpt.fused_adamw import FusedAdamW
+    from fastgpt.training.fused_adamw import FusedAdamW
 
     optimizer = FusedAdamW(parameter_groups(model, WEIGHT_DECAY), lr=LR, betas=BETAS, max_norm=CLIP)
     return optimizer, optimizer.step

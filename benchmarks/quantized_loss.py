@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import fastgpt
-from fastgpt.data import gather, load_corpus, validation_windows
-from fastgpt.engine import Engine
-from fastgpt.run_folder import find_data, read_run
+from fastgpt.data.corpus import gather, load_corpus, validation_windows
+from fastgpt.inference.engine import Engine
+from fastgpt.training.run_folder import find_data, read_run
 
 MOST_TOKENS = 20_000
 
@@ -21,7 +21,7 @@ MOST_TOKENS = 20_000
 def main(run: str) -> None:
     """Print a line for each dtype."""
     model, tokenizer = fastgpt.load(run)
-    _, recipe = read_run(fastgpt.checkpoint.resolve_run(Path(run)))
+    _, recipe = read_run(fastgpt.checkpoint.load.resolve_run(Path(run)))
     data = find_data(Path(run), recipe)["data"] or ""
     val = load_corpus(data, tokenizer, recipe.val_fraction).val
     size = model.config.block_size

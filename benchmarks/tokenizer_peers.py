@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fastgpt import tokenizer as fastgpt_tokenizer
 from fastgpt.tokenizer import GPT2_MERGES, Tokenizer
 
-MANY_SCRIPTS = Path(__file__).parents[1] / "tests" / "data" / "multilingual.txt"
+MANY_SCRIPTS = Path(__file__).parents[1] / "tests" / "assets" / "multilingual.txt"
 CODE_CHARACTERS = 10_000_000
 
 

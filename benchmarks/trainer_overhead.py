@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import tyro
 
-from fastgpt.optim import Updater
-from fastgpt.recipes import get_recipe
-from fastgpt.trainer import Trainer
+from fastgpt.training.optimizer import Updater
+from fastgpt.training.recipes import get_recipe
+from fastgpt.training.trainer import Trainer
 
 
 @dataclass(frozen=True)

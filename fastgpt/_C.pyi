@@ -279,7 +279,7 @@ class Generation:
         """
 
 class Engine:
-    """GPT-2 on a CPU, without PyTorch: see fastgpt/engine.py."""
+    """GPT-2 on a CPU, without PyTorch: see fastgpt/inference/engine.py."""
 
     def __init__(
         self,

@@ -14,41 +14,39 @@ __path__ = extend_path(__path__, __name__)
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fastgpt.fused_adamw import FusedAdamW as FusedAdamW
     from fastgpt.interop import load as load
+    from fastgpt.interop.transformers_patch import patch as patch
+    from fastgpt.interop.transformers_patch import unpatch as unpatch
     from fastgpt.model import GPT as GPT
     from fastgpt.model import GPTConfig as GPTConfig
-    from fastgpt.patching import patch as patch
-    from fastgpt.patching import unpatch as unpatch
-    from fastgpt.recipes import RECIPES as RECIPES
-    from fastgpt.recipes import Recipe as Recipe
     from fastgpt.tokenizer import CharTokenizer as CharTokenizer
     from fastgpt.tokenizer import StreamDecoder as StreamDecoder
     from fastgpt.tokenizer import Tokenizer as Tokenizer
     from fastgpt.tokenizer import load_tokenizer as load_tokenizer
-    from fastgpt.trainer import Trainer as Trainer
+    from fastgpt.training.fused_adamw import FusedAdamW as FusedAdamW
+    from fastgpt.training.recipes import RECIPES as RECIPES
+    from fastgpt.training.recipes import Recipe as Recipe
+    from fastgpt.training.trainer import Trainer as Trainer
 
 _HOME = {
-    "FusedAdamW": "fused_adamw",
+    "FusedAdamW": "training.fused_adamw",
     "GPT": "model",
     "GPTConfig": "model",
-    "RECIPES": "recipes",
-    "Recipe": "recipes",
+    "RECIPES": "training.recipes",
+    "Recipe": "training.recipes",
     "CharTokenizer": "tokenizer",
     "StreamDecoder": "tokenizer",
     "Tokenizer": "tokenizer",
-    "Trainer": "trainer",
+    "Trainer": "training.trainer",
     "load": "interop",
     "load_tokenizer": "tokenizer",
-    "patch": "patching",
-    "unpatch": "patching",
+    "patch": "interop.transformers_patch",
+    "unpatch": "interop.transformers_patch",
 }
 
 _MODULES = {
-    *("beam_search", "bpe", "checkpoint", "data", "documents", "engine", "evaluate", "generation"),
-    *("hellaswag", "interop", "lambada", "ops", "optim", "sampling", "scoring", "shards"),
-    "text_generation",
-    *_HOME.values(),
+    *("checkpoint", "data", "evaluate", "evaluation", "inference", "interop", "model", "ops"),
+    *("tokenizer", "training"),
 }
 
 __all__ = sorted(_HOME)

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from fastgpt import cli
-from fastgpt.errors import UsageError
+from fastgpt.utils import cli
+from fastgpt.utils.errors import UsageError
 
 COMMANDS = {
     "train": "train a model; with no arguments, on the packaged Shakespeare",

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import tyro
 
-from fastgpt import cli
-from fastgpt.errors import UsageError
+from fastgpt.utils import cli
+from fastgpt.utils.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor

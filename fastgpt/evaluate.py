@@ -1,7 +1,7 @@
 """`python -m fastgpt.evaluate RUN --data my.txt`: how well a model predicts a text, or does a task.
 
-In Python: `perplexity` scores tokens, `evaluate_text` a text (:mod:`fastgpt.scoring` and
-:mod:`fastgpt.scored_text`, where it says what is counted).
+In Python, `perplexity` scores tokens (:mod:`fastgpt.evaluation.log_likelihood`), `evaluate_text` a
+text (:mod:`fastgpt.evaluation.texts`, which defines what is counted).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from fastgpt import cli
-from fastgpt.errors import UsageError
+from fastgpt.utils import cli
+from fastgpt.utils.errors import UsageError
 
 if TYPE_CHECKING:
+    from fastgpt.evaluation.log_likelihood import Scores as Scores
+    from fastgpt.evaluation.log_likelihood import perplexity as perplexity
+    from fastgpt.evaluation.texts import ScoredText
+    from fastgpt.evaluation.texts import evaluate_text as evaluate_text
     from fastgpt.model import GPT
-    from fastgpt.precision import Precision
-    from fastgpt.scored_text import ScoredText
-    from fastgpt.scored_text import evaluate_text as evaluate_text
-    from fastgpt.scoring import Scores as Scores
-    from fastgpt.scoring import perplexity as perplexity
     from fastgpt.tokenizer import BaseTokenizer
+    from fastgpt.utils.precision import Precision
 
 _HOME = {"Scores": "scoring", "perplexity": "scoring", "evaluate_text": "scored_text"}
 TRIAL_TOKENS = 2048  # to see which precision is the fastest
@@ -91,7 +91,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     Raises: UsageError for all that the user can mend.
     """
     from fastgpt import interop  # these load torch: after mistakes in the arguments are answered
-    from fastgpt.device import find_device
+    from fastgpt.utils.device import find_device
 
     device = find_device(options.device)
     model, tokenizer = interop.load(options.model, device)
@@ -143,8 +143,8 @@ def _refuse_contradictions(options: Options) -> None:
 
 
 def _evaluate_text(options: Options, model: GPT, tokenizer: BaseTokenizer) -> dict[str, Any]:
-    from fastgpt.progress import CountProgress
-    from fastgpt.scoring import check_window
+    from fastgpt.evaluation.log_likelihood import check_window
+    from fastgpt.utils.progress import CountProgress
 
     text = _load_text(options, tokenizer)
     context, stride = check_window(model, options.context, options.stride)
@@ -174,8 +174,8 @@ def _evaluate_text(options: Options, model: GPT, tokenizer: BaseTokenizer) -> di
 
 def _load_text(options: Options, tokenizer: BaseTokenizer) -> ScoredText:
     """Return what the options name, or what the run keeps for validation."""
+    from fastgpt.evaluation.texts import load_run_text, load_text
     from fastgpt.interop import run
-    from fastgpt.scored_text import load_run_text, load_text
 
     if options.data is not None:
         return load_text(
@@ -192,7 +192,7 @@ def _load_text(options: Options, tokenizer: BaseTokenizer) -> ScoredText:
 
 
 def _evaluate_task(options: Options, model: GPT, tokenizer: BaseTokenizer) -> dict[str, Any]:
-    from fastgpt.tasks import TASKS, ask
+    from fastgpt.evaluation.tasks import TASKS, ask
 
     path = Path(options.data or "")
     questions = TASKS[options.task].read(path, options.limit)
@@ -218,8 +218,8 @@ def _evaluate_task(options: Options, model: GPT, tokenizer: BaseTokenizer) -> di
 
 def _precision(options: Options, model: GPT) -> Precision:
     """Return the precision asked for; where only a trial can tell the faster, by one."""
-    from fastgpt.precision import choose_precision, fastest
-    from fastgpt.scoring import perplexity
+    from fastgpt.evaluation.log_likelihood import perplexity
+    from fastgpt.utils.precision import choose_precision, fastest
 
     size = model.config.block_size
     tokens = [0] * max(2, size * max(1, TRIAL_TOKENS // size))

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from fastgpt import cli
-from fastgpt.errors import UsageError
+from fastgpt.utils import cli
+from fastgpt.utils.errors import UsageError
 
 if TYPE_CHECKING:
-    from fastgpt.engine import Engine
+    from fastgpt.inference.engine import Engine
+    from fastgpt.inference.text import Written
     from fastgpt.model import GPT
-    from fastgpt.text_generation import Written
     from fastgpt.tokenizer import BaseTokenizer
 
 
@@ -116,9 +116,9 @@ def _load(options: Options) -> tuple[GPT | Engine, BaseTokenizer]:
     """Load the model; torch is imported here, after every mistake in the arguments was answered."""
     import torch
 
-    from fastgpt.device import find_device
-    from fastgpt.engine import Engine
+    from fastgpt.inference.engine import Engine
     from fastgpt.interop import load
+    from fastgpt.utils.device import find_device
 
     device = find_device(options.device)
     native = options.engine == "native" or (options.engine == "auto" and device.type == "cpu")
@@ -138,7 +138,7 @@ def _load(options: Options) -> tuple[GPT | Engine, BaseTokenizer]:
 
 def _stream(model: GPT | Engine, tokenizer: BaseTokenizer, prompt: str, options: Options) -> None:
     """Print one text as it comes."""
-    from fastgpt.text_generation import stream_text
+    from fastgpt.inference.text import stream_text
 
     began = time.perf_counter()
     text = stream_text(
@@ -155,7 +155,7 @@ def _write(
     model: GPT | Engine, tokenizer: BaseTokenizer, prompts: list[str], options: Options
 ) -> None:
     """Print all texts, a batch of prompts at a time."""
-    from fastgpt.text_generation import write
+    from fastgpt.inference.text import write
 
     began, n_tokens = time.perf_counter(), 0
     for first in range(0, len(prompts), options.batch_size):

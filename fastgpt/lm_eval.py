@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from fastgpt import cli
-from fastgpt.errors import UsageError
+from fastgpt.utils import cli
+from fastgpt.utils.errors import UsageError
 
 
 def main(args: Sequence[str]) -> None:
@@ -19,7 +19,7 @@ def main(args: Sequence[str]) -> None:
         raise UsageError("lm-evaluation-harness is not there: pip install lm-eval")
     from lm_eval.__main__ import cli_evaluate
 
-    import fastgpt.lm_eval_model  # noqa: F401  # that makes it known
+    import fastgpt.evaluation.lm_eval_adapter  # noqa: F401  # that makes it known
 
     sys.argv = ["python -m fastgpt.lm_eval", *args]  # where the harness looks for them
     cli_evaluate()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt.model import GPT, MLP, Attention, Block, GPTConfig, Norm
-from fastgpt.recipes import Recipe
+from fastgpt.training.recipes import Recipe
 
 A, B = "lora_a", "lora_b"  # parameters of a linear layer, beside its `weight`
 

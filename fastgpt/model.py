@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from fastgpt import ops as backends
 
 if TYPE_CHECKING:
-    from fastgpt.engine import Dtype, Engine
-    from fastgpt.kv_cache import KVCache, StepCache
+    from fastgpt.inference.engine import Dtype, Engine
+    from fastgpt.inference.kv_cache import KVCache, StepCache
     from fastgpt.tokenizer import BaseTokenizer
 
 
@@ -138,17 +138,17 @@ class GPT(nn.Module):
         return self._backend.linear_cross_entropy(hidden, head, targets)  # type: ignore[no-any-return]
 
     def generate(self, ids: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
-        """Continue `ids` `[B, T]` by sampling: see `fastgpt.generation.generate`."""
-        from fastgpt.generation import generate  # above this module: imported when used
+        """Continue `ids` `[B, T]` by sampling: see `fastgpt.inference.generation.generate`."""
+        from fastgpt.inference.generation import generate  # above this module: imported when used
 
         return generate(self, ids, max_new_tokens, **sampling)
 
     def quantize(self, dtype: "Dtype" = "int8", threads: int | None = None) -> "Engine":
-        """Return an engine that writes on a CPU with weights in a dtype; the model stays.
+        """Return a CPU engine with the weights in a dtype; the model is unchanged.
 
-        dtype: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``; see `fastgpt.engine`.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``: `fastgpt.inference.engine`.
         """
-        from fastgpt.engine import Engine
+        from fastgpt.inference.engine import Engine
 
         return Engine(self, dtype, threads)
 

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fastgpt import cli
-from fastgpt.errors import UsageError
-from fastgpt.metrics import read_metrics
+from fastgpt.training.metrics import read_metrics
+from fastgpt.utils import cli
+from fastgpt.utils.errors import UsageError
 
 Points = list[tuple[float, float]]
 NOTHING = "-"
@@ -79,7 +79,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
     Runs are called by their folders' names, or whole paths where two have the same.
     """
-    from fastgpt.checkpoint import read_json, resolve_run
+    from fastgpt.checkpoint.load import read_json, resolve_run
 
     folders = list(dict.fromkeys(resolve_run(folder) for folder in folders))
     names = [folder.resolve().name for folder in folders]
@@ -216,7 +216,7 @@ def _speed(run: Run) -> str:
 
 
 def _time(run: Run) -> str:
-    from fastgpt.progress import duration
+    from fastgpt.utils.progress import duration
 
     seconds = run.last("seconds")
     return NOTHING if seconds is None else duration(seconds)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from fastgpt import cli
+from fastgpt.utils import cli
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Options:
 def main(args: Sequence[str]) -> None:
     """Prepare the texts, and say what came of it and what to do next."""
     options = tyro.cli(Options, args=args, prog="python -m fastgpt.prepare")
-    from fastgpt.preparation import prepare
+    from fastgpt.data.pipeline import prepare
 
     prepared = prepare(
         options.inputs,

@@ -9,9 +9,9 @@ from typing import Any
 
 import tyro
 
-from fastgpt import cli
-from fastgpt.errors import UsageError
-from fastgpt.recipes import DESCRIPTIONS, Recipe, get_recipe
+from fastgpt.training.recipes import DESCRIPTIONS, Recipe, get_recipe
+from fastgpt.utils import cli
+from fastgpt.utils.errors import UsageError
 
 DEFAULT_RECIPE = "shakespeare-char"
 
@@ -36,8 +36,8 @@ def _fit(
     Torch is imported here, after every mistake in the arguments was answered.
     """
     from fastgpt.plot import loss_in_text
-    from fastgpt.signals import Stopped
-    from fastgpt.trainer import Trainer
+    from fastgpt.training.trainer import Trainer
+    from fastgpt.utils.signals import Stopped
 
     trainer = Trainer(recipe, name, changes) if recipe else Trainer.resume(run, **changes)
     try:
@@ -100,8 +100,8 @@ def _take_resume(args: list[str]) -> Path | None:
 
 def _changes(args: Sequence[str], run: Path) -> dict[str, Any]:
     """Return what `args` changes of the settings that the run was started with."""
-    from fastgpt.checkpoint import resolve_run
-    from fastgpt.run_folder import read_run
+    from fastgpt.checkpoint.load import resolve_run
+    from fastgpt.training.run_folder import read_run
 
     _, before = read_run(resolve_run(run))
     return _different(before, _parse(before, args))

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from fastgpt import __main__ as fastgpt_main
-from fastgpt import cli, generate, train
+from fastgpt import generate, train
+from fastgpt.utils import cli
 
 SMALL = [
     *("--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16"),

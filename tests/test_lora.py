@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fastgpt import GPT, GPTConfig, Recipe, Trainer
-from fastgpt.checkpoint import CheckpointError, find_checkpoint
-from fastgpt.engine import Engine
-from fastgpt.errors import UsageError
-from fastgpt.generation import generate
+from fastgpt.checkpoint.load import CheckpointError, find_checkpoint
+from fastgpt.inference.engine import Engine
+from fastgpt.inference.generation import generate
 from fastgpt.lora import Lora, LoraAttention, LoraMLP, add_lora, merged
-from fastgpt.memory import estimate
 from fastgpt.ops import cpu, products
-from fastgpt.optim import Updater, trainable
+from fastgpt.training.memory_estimate import estimate
+from fastgpt.training.optimizer import Updater, trainable
+from fastgpt.utils.errors import UsageError
 from tests.backends import BACKENDS
-from tests.test_memory import measured_peak
+from tests.training.test_memory_estimate import measured_peak
 
 SHAPES = {
     "gpt2": GPTConfig(31, 16, 2, 2, 32),
@@ -218,7 +218,7 @@ def test_the_number_of_its_parameters(targets: Any) -> None:
 def test_the_estimate_of_its_memory(
     config: GPTConfig, lora: Lora, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastgpt.memory._by_loops", lambda setup: False)
+    monkeypatch.setattr("fastgpt.training.memory_estimate._by_loops", lambda setup: False)
     needed = estimate(config, 4, lora=lora, **settings)
 
     def prepared(*args: Any) -> GPT:

@@ -14,7 +14,7 @@ from fastgpt.model import meta_weights
 from fastgpt.ops import native, reference
 from tests.backends import BACKENDS
 
-NANO = Path(__file__).parent / "data" / "gpt-nano-sort"
+NANO = Path(__file__).parent / "assets" / "gpt-nano-sort"
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 

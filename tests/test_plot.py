@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from fastgpt import __main__ as fastgpt_main
-from fastgpt import cli, plot
+from fastgpt import plot
 from fastgpt.plot import differing, loss_in_text, read_runs, text_curve
+from fastgpt.utils import cli
 
 
 def make_run(folder: Path, steps: int = 30, tokens: bool = True, **recipe: Any) -> Path:
@@ -147,7 +148,7 @@ def test_a_terminal_without_unicode_gets_plain_characters(
 
 def test_help_loads_nothing_heavy(checkout: Path) -> None:
     code = (
-        "import sys, fastgpt.plot, fastgpt.metrics\n"
+        "import sys, fastgpt.plot, fastgpt.training.metrics\n"
         "assert not {'torch', 'matplotlib'} & set(sys.modules), 'heavy'"
     )
     subprocess.run([sys.executable, "-c", code], cwd=checkout, check=True)

@@ -27,11 +27,11 @@ from typing import Literal, Protocol, TypeAlias, get_args
 
 import torch
 
-from fastgpt.errors import UsageError
 from fastgpt.interop import gguf, hub, hugging_face, llmc, mingpt, nanogpt, openai, run
 from fastgpt.interop.foreign import LazyTensor
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer
+from fastgpt.utils.errors import UsageError
 
 Which: TypeAlias = Literal["best", "newest"]
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.checkpoint import refuse_differences
-from fastgpt.errors import UsageError
+from fastgpt.checkpoint.load import refuse_differences
 from fastgpt.model import GPT, GPTConfig, meta_model, meta_weights
 from fastgpt.tokenizer import BaseTokenizer, Tokenizer, load_tokenizer
+from fastgpt.utils.errors import UsageError
 
 
 class NoTokenizerError(UsageError):

@@ -27,11 +27,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgpt.errors import UsageError
 from fastgpt.interop.foreign import Foreign, LazyTensor, NoTokenizerError, make_config
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer
-from fastgpt.vocabulary import read_hugging_face, to_hugging_face
+from fastgpt.tokenizer.vocabulary_files import read_hugging_face, to_hugging_face
+from fastgpt.utils.errors import UsageError
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter

@@ -6,9 +6,9 @@ What was downloaded once is taken from the library's cache, with or without a ne
 import re
 from pathlib import Path
 
-from fastgpt.errors import UsageError
 from fastgpt.interop import hugging_face
 from fastgpt.interop.foreign import Foreign
+from fastgpt.utils.errors import UsageError
 
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")

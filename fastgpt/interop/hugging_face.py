@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.checkpoint import read_json, write_json
-from fastgpt.errors import UsageError
+from fastgpt.checkpoint.load import read_json, write_json
+from fastgpt.checkpoint.tensor_file import stored_tensors, write_tensors
 from fastgpt.interop.foreign import Foreign, LazyTensor, make_config, tokenizer_beside
 from fastgpt.interop.pickled import lazy, unpickle
 from fastgpt.interop.tokenizer_files import TOKENIZER_FILES, write_tokenizer
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.tensor_file import stored_tensors, write_tensors
 from fastgpt.tokenizer import BaseTokenizer
+from fastgpt.utils.errors import UsageError
 
 CONFIG, WEIGHTS, PICKLED, INDEX = (
     "config.json",

@@ -14,8 +14,8 @@ After each block come a byte, 0 if it is not compressed, and the checksum of all
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastgpt.compiled import _C
 from fastgpt.interop.wire import Reader, UnsupportedError
+from fastgpt.utils.extension import _C
 
 MAGIC = 0xDB4775248B80FB57
 FOOTER_BYTES = 48

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from fastgpt.errors import UsageError
+from fastgpt.checkpoint.tensor_file import StoredTensor
 from fastgpt.interop.foreign import Foreign, LazyTensor, make_config, tokenizer_beside
 from fastgpt.model import GPTConfig
-from fastgpt.tensor_file import StoredTensor
+from fastgpt.utils.errors import UsageError
 
 MAGIC = 20240326
 _HEADER_BYTES = 1024

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgpt.checkpoint import read_json
-from fastgpt.errors import UsageError
+from fastgpt.checkpoint.load import read_json
 from fastgpt.interop.foreign import (
     Foreign,
     LazyTensor,
@@ -27,6 +26,7 @@ from fastgpt.interop.foreign import (
 )
 from fastgpt.interop.pickled import lazy, named_tensors, unpickle
 from fastgpt.model import GPTConfig
+from fastgpt.utils.errors import UsageError
 
 CONFIG = "config.json"
 _FILES = ("model.npz", "model.pt")

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.errors import UsageError
-from fastgpt.foreign_tokens import read_meta
+from fastgpt.data.external import read_meta
 from fastgpt.interop.foreign import Foreign, LazyTensor, NoTokenizerError, make_config
 from fastgpt.interop.pickled import lazy, mentions, named_tensors, unpickle
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from fastgpt.utils.errors import UsageError
 
 CHECKPOINT, META = "ckpt.pt", "meta.pkl"
 PADDED_GPT2 = 50304  # rows of GPT-2's vocabulary, up to a multiple of 64

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastgpt.checkpoint import CheckpointError, read_json
+from fastgpt.checkpoint.load import CheckpointError, read_json
 from fastgpt.interop.foreign import Foreign, LazyTensor, tokenizer_beside
 from fastgpt.interop.tensor_bundle import TensorBundle
 from fastgpt.model import GPTConfig

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.errors import UsageError
 from fastgpt.interop.foreign import LazyTensor
+from fastgpt.utils.errors import UsageError
 
 
 def unpickle(path: Path) -> Any:

@@ -20,11 +20,11 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from fastgpt.checkpoint import CheckpointError
-from fastgpt.compiled import _C
+from fastgpt.checkpoint.load import CheckpointError
+from fastgpt.checkpoint.tensor_file import host_memory
 from fastgpt.interop.leveldb_table import masked_crc32c, read_table
 from fastgpt.interop.wire import BYTES, FIXED32, VARINT, Message, UnsupportedError
-from fastgpt.tensor_file import host_memory
+from fastgpt.utils.extension import _C
 
 VERSION = 1  # of the format, as TensorFlow counts
 LARGEST_RANK = 64  # PyTorch's limit

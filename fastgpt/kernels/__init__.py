@@ -9,7 +9,7 @@ Importing it raises ImportError if torch or Triton is outside the versions that 
 
 from pathlib import Path
 
-from fastgpt.requirements import unsupported_version
+from fastgpt.utils.requirements import unsupported_version
 
 if _fault := unsupported_version("torch", "triton"):
     raise ImportError(

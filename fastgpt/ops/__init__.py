@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-from fastgpt.requirements import unsupported_version
+from fastgpt.utils.requirements import unsupported_version
 
 BACKENDS = ("reference", "native", "triton")
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgpt.compiled import _C
-from fastgpt.host_memory import empty, empty_like
 from fastgpt.ops import products
 from fastgpt.ops.products import dtype_of
+from fastgpt.utils.extension import _C
+from fastgpt.utils.host_memory import empty, empty_like
 
 MAX_LOGITS = 2**25  # held at a time: 128 MB
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgpt.compiled import _C
 from fastgpt.ops import cpu
 from fastgpt.ops.reference import cache_mask, merge_heads, split_heads
+from fastgpt.utils.extension import _C
 
 
 def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.compiled import _C
-from fastgpt.host_memory import empty, empty_like
+from fastgpt.utils.extension import _C
+from fastgpt.utils.host_memory import empty, empty_like
 
 FEWEST_ROWS = 16  # with fewer, a product reads its weight once, whoever does it
 

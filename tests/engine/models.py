@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import _C, GPT, GPTConfig
+from fastgpt.inference.quantization import bits, dequantize, quantize
 from fastgpt.ops.reference import merge_heads, split_heads
-from fastgpt.quantization import bits, dequantize, quantize
 
 CODES = _C.engine_codes()
 DTYPES = ["float32", "bfloat16", "int8", "int4"]

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from fastgpt import GPT, CharTokenizer, GPTConfig
-from fastgpt.engine import Engine
-from fastgpt.errors import UsageError
-from fastgpt.generation import complete, generate, stream
+from fastgpt.inference.engine import Engine
+from fastgpt.inference.generation import complete, generate, stream
+from fastgpt.inference.kv_cache import window_start
+from fastgpt.inference.sampling import Sampler
+from fastgpt.inference.text import stream_text, write
 from fastgpt.interop import load
-from fastgpt.kv_cache import window_start
-from fastgpt.sampling import Sampler
-from fastgpt.text_generation import stream_text, write
+from fastgpt.utils.errors import UsageError
 from tests.engine.models import DTYPES, emulated_logits, prompt, random_model, small_model
 
 
@@ -281,7 +281,7 @@ def test_a_thousand_generations_leak_nothing(engine: Engine) -> None:
 FORK = """
 import os, torch
 from tests.engine.models import prompt, small_model
-from fastgpt.engine import Engine
+from fastgpt.inference.engine import Engine
 engines = [Engine(small_model(), "float32", 2) for _ in range(2)]
 expected = engines[0].generate(prompt(), 5, seed=1)
 child = os.fork()
@@ -303,7 +303,7 @@ def test_engines_work_in_a_forked_process() -> None:
 SCARCE = """
 import os, resource, torch
 from fastgpt import GPTConfig
-from fastgpt.engine import Engine
+from fastgpt.inference.engine import Engine
 from tests.engine.models import prompt, random_model, small_model
 
 def allow(megabytes):
@@ -469,7 +469,7 @@ def test_from_a_file_as_from_the_model_that_it_holds(tmp_path: Path, dtype: Any)
         Engine.from_pretrained(tmp_path / "nothing")
 
 
-# --- as `fastgpt.generation` and `fastgpt.text_generation` use it ---------------------------------
+# --- as `fastgpt.inference.generation` and `fastgpt.inference.text` use it ------------------------
 
 
 def test_prompts_of_any_lengths_and_their_logprobs_as_pytorch_does(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastgpt import GPTConfig
-from fastgpt.engine import Engine
-from fastgpt.quantization import dequantize, quantize
+from fastgpt.inference.engine import Engine
+from fastgpt.inference.quantization import dequantize, quantize
 from tests.engine.models import CODES, DTYPES, prompt, random_model, round_inputs
 
 SHAPES = [(61, 48), (32, 64), (33, 80), (31, 100), (96, 33), (1, 1), (65, 300)]

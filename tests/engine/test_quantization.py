@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fastgpt import GPTConfig
-from fastgpt.engine import Engine
-from fastgpt.errors import UsageError
-from fastgpt.quantization import QuantizationError, dequantize, quantize
+from fastgpt.inference.engine import Engine
+from fastgpt.inference.quantization import QuantizationError, dequantize, quantize
+from fastgpt.utils.errors import UsageError
 from tests.engine.models import DTYPES, prompt, random_model, small_model
 
 

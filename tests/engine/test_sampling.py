@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt.engine import Engine
+from fastgpt.inference.engine import Engine
+from fastgpt.inference.sampling import Sampler
 from fastgpt.model import GPT
-from fastgpt.sampling import Sampler
 from tests.engine.models import prompt, small_model
 
 

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.errors import UsageError
+from fastgpt.data.pipeline import prepare
 from fastgpt.interop import gguf as exported
 from fastgpt.interop import load
-from fastgpt.preparation import prepare
-from fastgpt.recipes import Recipe
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer
-from fastgpt.trainer import Trainer
+from fastgpt.training.recipes import Recipe
+from fastgpt.training.trainer import Trainer
+from fastgpt.utils.errors import UsageError
 
 CONFIG = GPTConfig(vocab_size=12, block_size=10, n_layer=2, n_head=2, n_embd=32)
 CHARACTERS = "\n\t\\ abcxn\0\x7f<"
@@ -152,7 +152,7 @@ def encode_by(found: dict[str, Any], text: str) -> list[int]:
 
 
 def test_byte_pairs_have_the_same_ids(checkout: Path, tmp_path: Path) -> None:
-    text = (checkout / "tests" / "data" / "multilingual.txt").read_text(encoding="utf-8")
+    text = (checkout / "tests" / "assets" / "multilingual.txt").read_text(encoding="utf-8")
     tokenizer = Tokenizer.train([text[:20_000]], 600, special_tokens=["<|endoftext|>", "<|x y|>"])
     config = replace(CONFIG, vocab_size=604, n_layer=1)
     found = keys(write(tmp_path, random_model(config), tokenizer))
@@ -394,7 +394,7 @@ def texts(checkout: Path, *, ascii_only: bool) -> list[str]:
     found = [play[at : at + 400] for at in range(0, 400_000, 20_000)]
     found += ["  a  b   c\n\n\n d e ", "it's we're I'LL don't '  's", " ", "\n", "-- a:b;c"]
     if not ascii_only:
-        many = (checkout / "tests" / "data" / "multilingual.txt").read_text(encoding="utf-8")
+        many = (checkout / "tests" / "assets" / "multilingual.txt").read_text(encoding="utf-8")
         found += [many[at : at + 500] for at in range(0, len(many), 5000)]
         found += [
             "x²½Ⅷ ٣٤ 123 4567",

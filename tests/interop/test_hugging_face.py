@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from fastgpt import GPT, CharTokenizer, GPTConfig, Tokenizer
-from fastgpt.errors import UsageError
 from fastgpt.interop import load
+from fastgpt.utils.errors import UsageError
 
 SMALL = {"vocab_size": 301, "n_positions": 40, "n_embd": 48, "n_layer": 3, "n_head": 4}
 # The four released shapes: layers, heads, width. The larger ones with few of their 24 to 48 layers,

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.errors import UsageError
 from fastgpt.interop import load, open_source
 from fastgpt.interop.foreign import NoTokenizerError
 from fastgpt.tokenizer import Tokenizer
+from fastgpt.utils.errors import UsageError
 
 CONFIG = GPTConfig(vocab_size=100, block_size=6, n_layer=3, n_head=2, n_embd=8)
 PADDED = 128

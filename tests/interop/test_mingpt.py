@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.errors import UsageError
 from fastgpt.interop import load, open_source
 from fastgpt.interop.foreign import NoTokenizerError
 from fastgpt.tokenizer import CharTokenizer
+from fastgpt.utils.errors import UsageError
 
 CONFIG = GPTConfig(10, 12, 2, 2, 8, dropout=0.1, tie_weights=False)
 

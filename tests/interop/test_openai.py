@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fastgpt.checkpoint import CheckpointError
-from fastgpt.errors import UsageError
+from fastgpt.checkpoint.load import CheckpointError
 from fastgpt.interop import openai
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import Tokenizer
+from fastgpt.utils.errors import UsageError
 from tests.interop.bundle_writer import write_bundle
 from tests.interop.write_tf_checkpoint import HPARAMS, gpt2_values
 
-WRITTEN = Path(__file__).parents[1] / "data" / "tf-checkpoints"
+WRITTEN = Path(__file__).parents[1] / "assets" / "tf-checkpoints"
 Array = NDArray[np.float64]
 
 

@@ -6,7 +6,7 @@ import torch
 
 from fastgpt import GPT
 
-NANO = Path(__file__).parents[1] / "data" / "gpt-nano-sort"
+NANO = Path(__file__).parents[1] / "assets" / "gpt-nano-sort"
 
 
 def test_it_sorts_every_one_of_a_thousand_inputs() -> None:

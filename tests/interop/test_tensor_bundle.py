@@ -12,13 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgpt.checkpoint import CheckpointError
+from fastgpt.checkpoint.load import CheckpointError
 from fastgpt.interop.tensor_bundle import PIECE, TensorBundle
 from tests.interop import bundle_writer as writer
 from tests.interop.bundle_writer import FLOAT, HEADER, entry, number, part
 from tests.interop.write_tf_checkpoint import gpt2_values, many_values, typed_values
 
-WRITTEN = Path(__file__).parents[1] / "data" / "tf-checkpoints"
+WRITTEN = Path(__file__).parents[1] / "assets" / "tf-checkpoints"
 INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"
 
 

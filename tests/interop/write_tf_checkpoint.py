@@ -1,7 +1,7 @@
-"""Writes the checkpoints in tests/data/tf-checkpoints, with TensorFlow itself.
+"""Writes the checkpoints in tests/assets/tf-checkpoints, with TensorFlow itself.
 
     pip install tensorflow-cpu==2.21.0
-    python tests/interop/write_tf_checkpoint.py tests/data/tf-checkpoints
+    python tests/interop/write_tf_checkpoint.py tests/assets/tf-checkpoints
 
 What is in them, the tests compute again from the same seeds: `values` needs NumPy alone.
 """

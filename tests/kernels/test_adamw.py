@@ -9,9 +9,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
-from fastgpt import fused_adamw
-from fastgpt.fused_adamw import FusedAdamW
 from fastgpt.kernels import adamw
+from fastgpt.training import fused_adamw
+from fastgpt.training.fused_adamw import FusedAdamW
 from tests.kernels.truth import HAS_GPU, assert_as_good_as_plain
 
 # One element, fewer and more than a block, a whole number of blocks, odd and aligned ones.

@@ -13,7 +13,7 @@ import torch
 from packaging.requirements import Requirement
 
 from fastgpt import ops
-from fastgpt.requirements import unsupported_version
+from fastgpt.utils.requirements import unsupported_version
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -30,7 +30,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     versions: dict[str, str] = {}
     real = importlib.metadata.version
     monkeypatch.setattr(
-        "fastgpt.requirements.version", lambda name: versions.get(name) or real(name)
+        "fastgpt.utils.requirements.version", lambda name: versions.get(name) or real(name)
     )
     return versions
 
@@ -100,9 +100,9 @@ def test_packages_that_pip_did_not_install_are_accepted(installed: dict[str, str
 def test_kernels_with_an_old_triton_are_one_clear_line() -> None:
     """In a process of its own: what is imported stays imported."""
     code = """if True:
-        import fastgpt.requirements
-        real = fastgpt.requirements.version
-        fastgpt.requirements.version = lambda name: "3.1.0" if name == "triton" else real(name)
+        from fastgpt.utils import requirements
+        real = requirements.version
+        requirements.version = lambda name: "3.1.0" if name == "triton" else real(name)
         import fastgpt.kernels.gelu
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

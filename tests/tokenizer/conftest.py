@@ -6,10 +6,10 @@ import pytest
 
 from fastgpt._C import BytePairEncoder
 from fastgpt.tokenizer import Tokenizer
-from fastgpt.vocabulary import LETTER_OF_BYTE
+from fastgpt.tokenizer.vocabulary_files import LETTER_OF_BYTE
 
 ASSETS = Path(__file__).parents[2] / "fastgpt" / "assets"
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[1] / "assets"
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 

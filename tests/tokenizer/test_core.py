@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt import bpe
 from fastgpt._C import BytePairEncoder, piece_ends
+from fastgpt.tokenizer import reference as bpe
 
 # As in test_encode.py, and characters of every length in UTF-8 and of every class.
 TRICKY = st.text(

@@ -47,7 +47,7 @@ def test_text_as_tiktoken(gpt2, reference, request, name):
 
 
 def test_story_as_tiktoken(gpt2, reference):
-    text = (Path(__file__).parents[1] / "data" / "the-verdict.txt").read_text("utf-8")
+    text = (Path(__file__).parents[1] / "assets" / "the-verdict.txt").read_text("utf-8")
     assert gpt2.encode(text) == reference.encode_ordinary(text)
 
 

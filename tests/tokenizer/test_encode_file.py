@@ -7,13 +7,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastgpt import documents
-from fastgpt.compiled import _C
-from fastgpt.data import read_text
-from fastgpt.documents import cut_at_pieces, map_in_order, read_blocks
-from fastgpt.errors import UsageError
-from fastgpt.shards import read_shards
+from fastgpt.data import documents
+from fastgpt.data.corpus import read_text
+from fastgpt.data.documents import cut_at_pieces, map_in_order, read_blocks
+from fastgpt.data.shards import read_shards
 from fastgpt.tokenizer import CharTokenizer
+from fastgpt.utils.errors import UsageError
+from fastgpt.utils.extension import _C
 
 SETTINGS = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -15,9 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt import bpe
 from fastgpt._C import BytePairEncoder, piece_ends
-from fastgpt.vocabulary import LETTER_OF_BYTE
+from fastgpt.tokenizer import reference as bpe
+from fastgpt.tokenizer.vocabulary_files import LETTER_OF_BYTE
 
 MILLION = 10**6
 

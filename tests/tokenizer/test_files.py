@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastgpt.tokenizer import GPT2_MERGES, Tokenizer, load_tokenizer
-from fastgpt.vocabulary import LETTER_OF_BYTE
+from fastgpt.tokenizer.vocabulary_files import LETTER_OF_BYTE
 
 TEXTS = ["Hello world", "don't  stop\n\n now", " 1234 é漢字 😀\t\x00", "x" * 200, ""]
 

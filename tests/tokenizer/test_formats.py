@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastgpt import bpe
 from fastgpt.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
-from fastgpt.vocabulary import GPT2_PATTERNS
+from fastgpt.tokenizer import reference as bpe
+from fastgpt.tokenizer.vocabulary_files import GPT2_PATTERNS
 
 TEXTS = ["Hello world", "don't  stop\n\n now", " 1234 é漢字 😀\t\x00", "thethe in he", ""]
 EOT = "<|endoftext|>"

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastgpt.tokenizer import CharTokenizer, Tokenizer
-from fastgpt.vocabulary import END_OF_TEXT
+from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT
 
 SETTINGS = settings(max_examples=150, deadline=None)
 TEXT = st.text() | st.text(st.sampled_from("'s aé漢😀\n\u0301\x00\ud83d\ude00"))

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt import _C
-from fastgpt.bpe_training import learn_vocabulary
-from fastgpt.errors import UsageError
 from fastgpt.tokenizer import Tokenizer
-from fastgpt.vocabulary import LETTER_OF_BYTE
+from fastgpt.tokenizer.training import learn_vocabulary
+from fastgpt.tokenizer.vocabulary_files import LETTER_OF_BYTE
+from fastgpt.utils.errors import UsageError
 
 END = "<|endoftext|>"
 PARAGRAPH = "The cat sat on the mat, the other cat sat on that mat: they'll see 1234 mats.\n\n"

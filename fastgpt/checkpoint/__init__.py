@@ -1,0 +1,1 @@
+"""Checkpoints: reading, writing, and one writer per run folder."""

@@ -1,0 +1,397 @@
+"""Texts into a folder of token shards, ready to train on.
+
+    train-00000.bin ...    the ids, each document ended by <|endoftext|> (see fastgpt.data.shards)
+    val-00000.bin ...      those kept for validation
+    tokenizer.json         what made them
+    meta.json              counts, sources, and the command
+
+The folder is written beside its place and renamed into it: one that is there is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shlex
+import shutil
+import sys
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+import fastgpt
+from fastgpt.data.documents import Advance, Piece, find_sources, map_in_order, read_documents
+from fastgpt.data.shards import TOKENS_PER_SHARD, ShardWriter
+from fastgpt.data.token_files import Ids
+from fastgpt.tokenizer import BaseTokenizer, Tokenizer, load_tokenizer
+from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT
+from fastgpt.utils.errors import UsageError
+from fastgpt.utils.hashing import mix
+from fastgpt.utils.progress import FileProgress
+
+META = "meta.json"
+# Documents are drawn for validation by chance: with fewer than this many to be expected there, it
+# is the last part of the whole text instead.
+ENOUGH_DRAWN = 10
+_DRAW_KEY = 0x76616C  # "val"
+_BATCH_CHARACTERS = 1 << 22
+_EOT = END_OF_TEXT
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part of the data came to."""
+
+    tokens: int
+    documents: int
+    bytes: int  # of text
+    shards: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A folder that :func:`prepare` has made."""
+
+    folder: Path
+    tokenizer: BaseTokenizer
+    train: Part
+    val: Part
+
+    @property
+    def bytes_per_token(self) -> float:
+        """How many bytes of text a token stands for, on average."""
+        text = self.train.bytes + self.val.bytes
+        return text / (self.train.tokens + self.val.tokens)
+
+
+def prepare(
+    inputs: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    tokenizer: str | Path | BaseTokenizer = "gpt2",
+    train_vocab: int | None = None,
+    field: str = "text",
+    val: str | Path | Sequence[str | Path] = (),
+    val_fraction: float = 0.01,
+    tokens_per_shard: int = TOKENS_PER_SHARD,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Prepared:
+    """Turn texts into a folder of token shards that ``load_corpus`` and the trainer read.
+
+    Args:
+        inputs: text files (``.txt`` and others), ``.jsonl``, ``.json``, ``.parquet``, and folders
+            of them; see :func:`fastgpt.data.documents.read_documents`.
+        out: the folder to make.
+        tokenizer: ``"gpt2"``, a file or folder to load one from, or one that is given.
+        train_vocab: instead, train a tokenizer of so many ids on the texts.
+        field: where JSON objects and parquet tables hold the text.
+        val: texts for validation, of the same kinds; then all of `inputs` is for training.
+        val_fraction: without such texts, share of the documents for validation, drawn by their
+            number; if that would be fewer than ten documents, the last such part of the whole text
+            instead.
+        tokens_per_shard: how many ids a file holds at most.
+        threads: how many batches to encode at once; by default one for each CPU.
+        overwrite: replace a folder that this function made.
+        progress: show bars, if standard error is a terminal.
+
+    Memory stays flat however large the texts are. Raises: UsageError, and leaves nothing behind.
+    """
+    folder = Path(out)
+    _refuse_bad_arguments(val_fraction, tokens_per_shard, threads)
+    if train_vocab is not None and tokenizer != "gpt2":
+        raise UsageError("give --tokenizer or --train-vocab, not both")
+    _refuse_to_overwrite(folder, overwrite)
+    reading = _Reading(_listed(inputs), field, progress)
+    if not reading.sources:
+        raise UsageError("nothing to prepare: name a text file, or a folder of some")
+    val_reading = _Reading(_listed(val), field, progress)
+    chosen = _choose_tokenizer(tokenizer, train_vocab, reading)
+    try:
+        with _written_beside(folder) as beside:
+            with (
+                closing(_parts(reading, val_reading, val_fraction)) as split,
+                ShardWriter(beside / "train", chosen, tokens_per_shard) as train_writer,
+                ShardWriter(beside / "val", chosen, tokens_per_shard) as val_writer,
+            ):
+                sinks = {"train": _Sink(train_writer), "val": _Sink(val_writer)}
+                for batch in map_in_order(partial(_encode, chosen), _batches(split), threads):
+                    sinks[batch.split].take(batch)
+                _refuse_empty(sinks, None if val_reading.sources else val_fraction)
+            prepared = Prepared(folder, chosen, sinks["train"].part(), sinks["val"].part())
+            chosen.save(beside / "tokenizer.json")
+            _write_meta(beside / META, prepared, reading, val_reading, val_fraction)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error.strerror}") from None
+    return prepared
+
+
+class _Reading:
+    """Reads the documents of all the sources, as often as asked."""
+
+    def __init__(self, inputs: Sequence[str | Path], field: str, progress: bool) -> None:
+        self.sources = find_sources(inputs)
+        self._field, self._progress = field, progress
+
+    def pieces(self, what: str) -> Generator[Piece, None, None]:
+        """Yield the pieces of all documents, under a bar that says what for; to be closed."""
+        total = sum(path.stat().st_size for path in self.sources)
+        with FileProgress(what, total, self._progress) as bar:
+            yield from self._all(bar.advance)
+
+    def survey(self, most_documents: int) -> int | None:
+        """Return how many characters there are, or None if there are that many documents."""
+        n_characters = n_documents = 0
+        with closing(self.pieces("looking")) as pieces:
+            for text, ends in pieces:
+                n_characters += len(text)
+                n_documents += ends
+                if n_documents >= most_documents:
+                    return None
+        if not n_characters:
+            raise UsageError(f"{', '.join(map(str, self.sources))}: no text in there")
+        return n_characters
+
+    def _all(self, advance: Advance) -> Iterator[Piece]:
+        for path in self.sources:
+            yield from read_documents(path, self._field, advance)
+
+
+def _choose_tokenizer(
+    tokenizer: str | Path | BaseTokenizer, train_vocab: int | None, reading: _Reading
+) -> BaseTokenizer:
+    if train_vocab is not None:
+        try:
+            with closing(reading.pieces("training a tokenizer")) as pieces:
+                texts = (text for text, _ in pieces)
+                trained: Tokenizer = Tokenizer.train(texts, train_vocab, special_tokens=(_EOT,))
+                return trained
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    if tokenizer == "gpt2":
+        return Tokenizer.gpt2()
+    if not isinstance(tokenizer, BaseTokenizer):
+        try:
+            tokenizer = load_tokenizer(tokenizer)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"tokenizer must be gpt2 or a tokenizer's file: {error}") from None
+    if tokenizer.eot_token is None:
+        raise UsageError(f"{tokenizer!r:.60} has no {_EOT}, which ends every document")
+    return tokenizer
+
+
+def _listed(inputs: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    return [inputs] if isinstance(inputs, str | Path) else inputs
+
+
+def _parts(
+    reading: _Reading, val_reading: _Reading, val_fraction: float
+) -> Generator[tuple[str, Piece], None, None]:
+    """Yield all pieces and where they belong; to be closed.
+
+    Texts for validation, if there are any, come first: what is wrong with them is told at once.
+    """
+    if not val_reading.sources:
+        n_characters = reading.survey(most_documents=math.ceil(ENOUGH_DRAWN / val_fraction))
+        with closing(reading.pieces("tokenizing")) as pieces:
+            yield from _split(pieces, val_fraction, n_characters)
+        return
+    for split, texts in (("val", val_reading), ("train", reading)):
+        with closing(texts.pieces("tokenizing")) as pieces:
+            yield from ((split, piece) for piece in pieces)
+
+
+def _split(
+    pieces: Iterator[Piece], val_fraction: float, n_characters: int | None
+) -> Iterator[tuple[str, Piece]]:
+    """Say of each piece where it belongs, "train" or "val".
+
+    n_characters: of the whole text, if validation is to be its last part.
+    """
+    if n_characters is None:
+        yield from _split_by_lot(pieces, val_fraction)
+        return
+    left = n_characters - int(n_characters * val_fraction)  # for training
+    split = "train"
+    for text, ends in pieces:
+        if split == "train" and len(text) > left:
+            yield "train", (text[:left], False)
+            text, split = text[left:], "val"
+        left -= len(text)
+        yield split, (text, ends)
+
+
+def _split_by_lot(pieces: Iterator[Piece], val_fraction: float) -> Iterator[tuple[str, Piece]]:
+    lots = _lots(val_fraction)
+    split = ""
+    for piece in pieces:
+        split = split or next(lots)
+        yield split, piece
+        if piece[1]:
+            split = ""
+
+
+def _lots(val_fraction: float) -> Iterator[str]:
+    """Yield where document 0 belongs, document 1, and so on: a function of the number alone."""
+    limit = np.uint64(val_fraction * 2.0**64)
+    for first in count(0, 4096):
+        hashes = mix(_DRAW_KEY, np.arange(first, first + 4096, dtype=np.uint64))
+        yield from np.where(hashes < limit, "val", "train").tolist()
+
+
+def _batches(pieces: Iterable[tuple[str, Piece]]) -> Iterator[tuple[str, list[Piece]]]:
+    """Gather pieces of each part, in order, until they are worth a thread's while."""
+    held: dict[str, list[Piece]] = {"train": [], "val": []}
+    sizes = dict.fromkeys(held, 0)
+    for split, piece in pieces:
+        held[split].append(piece)
+        sizes[split] += len(piece[0]) + len(_EOT)
+        if sizes[split] >= _BATCH_CHARACTERS:
+            yield split, held[split]
+            held[split], sizes[split] = [], 0
+    yield from held.items()
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Pieces as ids; `ends` are the positions after each document's <|endoftext|>."""
+
+    split: str
+    ids: Ids
+    ends: NDArray[np.int64]
+    n_bytes: int
+
+
+def _encode(tokenizer: BaseTokenizer, batch: tuple[str, list[Piece]]) -> _Batch:
+    """Encode pieces, in one go unless their own text holds what ends documents here."""
+    split, pieces = batch
+    text = "".join(text for text, _ in pieces)
+    if _EOT not in text:
+        marked = "".join(text + _EOT if ends else text for text, ends in pieces)
+        ids = tokenizer.encode_to_numpy(marked, allowed_special={_EOT})
+        ends = np.flatnonzero(ids == tokenizer.eot_token) + 1
+    else:
+        rows = [(tokenizer.encode_to_numpy(text), ends) for text, ends in pieces]
+        end = np.array([tokenizer.eot_token], rows[0][0].dtype)
+        ids = np.concatenate([row for ids, ends in rows for row in ([ids, end] if ends else [ids])])
+        ends = np.cumsum([len(ids) + ends for ids, ends in rows])[[ends for _, ends in rows]]
+    return _Batch(split, ids, ends, len(text.encode(errors="replace")))
+
+
+class _Sink:
+    """Where the batches of one part go."""
+
+    def __init__(self, writer: ShardWriter) -> None:
+        self.writer = writer
+        self._n_bytes = 0
+        self._begins = True  # the next id is a document's first
+
+    def take(self, batch: _Batch) -> None:
+        """Write a batch that follows the one before."""
+        size = len(batch.ids)
+        if not size:
+            return
+        starts = np.append(np.zeros(int(self._begins), np.int64), batch.ends)
+        self.writer.append(batch.ids, starts[starts < size])
+        self._n_bytes += batch.n_bytes
+        self._begins = bool((starts[-1:] == size).any())
+
+    def part(self) -> Part:
+        """Return what it has come to, when all is written."""
+        writer = self.writer
+        return Part(writer.n_tokens, writer.n_documents, self._n_bytes, len(writer.paths))
+
+
+def _refuse_bad_arguments(val_fraction: float, tokens_per_shard: int, threads: int | None) -> None:
+    if not 0.0 < val_fraction < 1.0:
+        raise UsageError(f"val_fraction must be between 0 and 1, not {val_fraction}")
+    if tokens_per_shard < 1:
+        raise UsageError(f"tokens_per_shard must be at least 1, not {tokens_per_shard}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads must be at least 1, not {threads}")
+
+
+def _refuse_to_overwrite(folder: Path, overwrite: bool) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / META).is_file():
+        raise UsageError(f"{folder} exists, and is no prepared folder: choose another --out")
+    if not overwrite:
+        raise UsageError(
+            f"{folder} is prepared already: train on it (--data {shlex.quote(str(folder))}), "
+            "replace it with --overwrite, or choose another --out"
+        )
+
+
+def _refuse_empty(sinks: dict[str, _Sink], val_fraction: float | None) -> None:
+    for name, sink in sinks.items():
+        if sink.writer.n_tokens:
+            continue
+        what = {"train": "training", "val": "validation"}[name]
+        if val_fraction is None:
+            raise UsageError(f"the texts for {what} hold no text")
+        raise UsageError(
+            f"nothing is left for {what}: bring more text, or choose another --val-fraction "
+            f"(now {val_fraction})"
+        )
+
+
+def _write_meta(
+    path: Path, prepared: Prepared, reading: _Reading, val_reading: _Reading, val_fraction: float
+) -> None:
+    tokenizer = prepared.tokenizer
+    has_val = bool(val_reading.sources)
+    content = {
+        "format": 1,
+        "fastgpt": fastgpt.__version__,
+        "command": shlex.join(sys.argv),
+        "tokenizer": {"vocab_size": tokenizer.vocab_size, "sha256": tokenizer.fingerprint},
+        "train": asdict(prepared.train),
+        "val": asdict(prepared.val),
+        "val_fraction": None if has_val else val_fraction,
+        "bytes_per_token": prepared.bytes_per_token,
+        "sources": _described(reading.sources),
+        **({"val_sources": _described(val_reading.sources)} if has_val else {}),
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _described(sources: Sequence[Path]) -> list[dict[str, str | int]]:
+    return [
+        {"path": str(source), "bytes": source.stat().st_size, "sha256": _sha256(source)}
+        for source in sources
+    ]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _written_beside(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into, which takes the place of `folder` at the end, or vanishes."""
+    folder = folder.absolute()  # "." has no name
+    beside, old = (folder.with_name(f".{word}-{folder.name}") for word in ("preparing", "old"))
+    shutil.rmtree(beside, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        if folder.exists():
+            folder.rename(old)
+        beside.rename(folder)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

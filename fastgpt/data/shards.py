@@ -1,0 +1,303 @@
+"""Token shards: files of ids that say what they are.
+
+    256 bytes   header: magic, version, sizes, the tokenizer's fingerprint, SHA-256 of what follows
+    ids         n_tokens of 2 or 4 bytes (uint16 or uint32, little-endian)
+    zeros       up to a multiple of 8 bytes
+    starts      n_documents of 8 bytes (uint64): where in the ids each document starts
+
+A row of ids that is longer than one file is cut into ``NAME-00000.bin``, ``NAME-00001.bin`` and so
+on, anywhere, so that all but the last are of one length. They get their names together, when the
+last one is on the disk: what is there is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgpt.data.token_files import IdFile, Ids, check_ids
+from fastgpt.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from fastgpt.tokenizer import BaseTokenizer
+
+MAGIC = b"fGPTshrd"
+VERSION = 1
+HEADER_BYTES = 256
+TOKENS_PER_SHARD = 100_000_000
+
+# Magic, version, bytes per id; vocab_size, n_tokens, n_documents; index, count; two hashes.
+_FIELDS = struct.Struct("<8sII QQQ II 32s32s")
+_CHECKSUM = struct.Struct("<I")  # CRC-32 of all before it, at the header's end
+
+
+class ShardError(UsageError):
+    """A shard that is missing, damaged or of another kind; the message names file and place."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a shard says of itself."""
+
+    id_bytes: int  # 2 or 4
+    vocab_size: int
+    n_tokens: int
+    n_documents: int  # that start in this shard
+    index: int  # the how-manieth it is, from 0,
+    count: int  # of how many
+    fingerprint: str  # of the tokenizer
+    sha256: str  # of everything after the header
+
+    def pack(self) -> bytes:
+        """Return the header's 256 bytes."""
+        *numbers, fingerprint, sha256 = asdict(self).values()
+        hashes = bytes.fromhex(fingerprint), bytes.fromhex(sha256)
+        packed = _FIELDS.pack(MAGIC, VERSION, *numbers, *hashes)
+        packed = packed.ljust(HEADER_BYTES - _CHECKSUM.size, b"\0")
+        return packed + _CHECKSUM.pack(zlib.crc32(packed))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard on disk: `ids` (uint16 or uint32) and `document_starts` (uint64) are mapped files."""
+
+    path: Path
+    header: Header
+    id_file: IdFile
+    ids: Ids
+    document_starts: NDArray[np.uint64]
+
+
+def read_shard(path: Path, tokenizer: BaseTokenizer | None = None, check: bool = False) -> Shard:
+    """Open a shard; its ids are read from disk when they are looked at.
+
+    tokenizer: what the ids must have been made with. check: read everything once, to be sure that
+    every id is of the vocabulary. Raises: ShardError (UsageError for an id) that names the file,
+    what is wrong, and where.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            header = _unpack(path, file.read(HEADER_BYTES))
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read: {error.strerror}") from None
+    starts_at = HEADER_BYTES + _padded(header.n_tokens * header.id_bytes)
+    expected = starts_at + 8 * header.n_documents
+    if size != expected:
+        raise ShardError(
+            f"{path} has {size:,} bytes, but {header.n_tokens:,} tokens and {header.n_documents:,} "
+            f"documents take {expected:,}: it was cut off or changed"
+        )
+    if tokenizer is not None and tokenizer.fingerprint != header.fingerprint:
+        raise ShardError(
+            f"{path} was made with another tokenizer: its fingerprint is "
+            f"{header.fingerprint[:16]}, not {tokenizer.fingerprint[:16]}"
+        )
+    id_file = IdFile(path, HEADER_BYTES, header.n_tokens, header.id_bytes, header.vocab_size)
+    starts = IdFile(path, starts_at, header.n_documents, 8, header.n_tokens)
+    if check:
+        check_ids(id_file)
+    return Shard(path, header, id_file, id_file.ids(), starts.ids())
+
+
+def read_shards(
+    prefix: Path, tokenizer: BaseTokenizer | None = None, check: bool = False
+) -> list[Shard]:
+    """Open all of ``PREFIX-00000.bin``, ...; ShardError as for one, or if one is missing."""
+    shards = [read_shard(path, tokenizer, check) for path in _existing(Path(prefix))]
+    if not shards:
+        raise ShardError(f"{_name(Path(prefix), 0)} does not exist")
+    count, fingerprint = shards[0].header.count, shards[0].header.fingerprint
+    for index in range(max(count, len(shards))):
+        path = _name(Path(prefix), index)
+        if index >= len(shards) or shards[index].path != path:
+            raise ShardError(f"{path} is missing: there must be {count}")
+        header = shards[index].header
+        if (header.index, header.count, header.fingerprint) != (index, count, fingerprint):
+            raise ShardError(
+                f"{path} says that it is shard {header.index} of {header.count}: it does not "
+                f"belong to the {count} that begin with {shards[0].path.name}"
+            )
+    return shards
+
+
+def verify_shard(shard: Shard) -> None:
+    """Read a shard whole, and check its ids; ShardError if its SHA-256 is not the header's."""
+    sha256 = hashlib.sha256()
+    check_ids(shard.id_file, sha256=sha256)
+    with shard.path.open("rb") as file:
+        file.seek(HEADER_BYTES + shard.id_file.n_bytes)
+        while rest := file.read(1 << 20):
+            sha256.update(rest)
+    if sha256.hexdigest() != shard.header.sha256:
+        raise ShardError(
+            f"{shard.path} was changed since it was written: its SHA-256 is not the header's"
+        )
+
+
+class ShardWriter:
+    """Writes a row of ids into shards; within a ``with`` block, which ends in whole files or none.
+
+    Args:
+        prefix: folder and name; the files are ``PREFIX-00000.bin`` and so on.
+        tokenizer: what the ids are of.
+        tokens_per_shard: how many ids a file holds at most.
+
+    Raises: FileExistsError if there are such files already.
+    """
+
+    def __init__(
+        self,
+        prefix: str | Path,
+        tokenizer: BaseTokenizer,
+        tokens_per_shard: int = TOKENS_PER_SHARD,
+    ) -> None:
+        if tokens_per_shard < 1:
+            raise ValueError(f"tokens_per_shard must be at least 1, not {tokens_per_shard}")
+        self._prefix, self._tokens_per_shard = Path(prefix), tokens_per_shard
+        if existing := _existing(self._prefix):
+            raise FileExistsError(f"{existing[0]} exists: delete it, or choose another name")
+        self._vocab_size, self._fingerprint = tokenizer.vocab_size, tokenizer.fingerprint
+        self._id_bytes = 2 if self._vocab_size <= 1 << 16 else 4
+        self._done: list[Header] = []  # of the shards that are full
+        self._file: IO[bytes] | None = None
+        self.n_tokens = self.n_documents = 0
+
+    def append(self, ids: Ids, document_starts: Sequence[int] | NDArray[np.integer[Any]]) -> None:
+        """Add ids ``[n]`` at the end; documents start at the positions given, from 0 to n - 1."""
+        if ids.size and int(ids.max()) >= self._vocab_size:
+            raise ValueError(f"id {ids.max()} is not of this vocabulary of {self._vocab_size}")
+        starts = np.asarray(document_starts, np.int64)
+        at = 0
+        while at < len(ids):
+            if self._file is None or self._n_tokens == self._tokens_per_shard:
+                self._begin()
+            end = min(len(ids), at + self._tokens_per_shard - self._n_tokens)
+            here = starts[(starts >= at) & (starts < end)]
+            self._starts.append((here - at + self._n_tokens).astype("<u8"))
+            self._write(ids[at:end].astype(f"<u{self._id_bytes}", copy=False).tobytes())
+            self._n_tokens += end - at
+            at = end
+        self.n_tokens += len(ids)
+        self.n_documents += len(starts)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            if self._file is not None:
+                self._file.close()
+            for path in self._parts():
+                path.unlink(missing_ok=True)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that were written."""
+        return [_name(self._prefix, index) for index in range(len(self._done))]
+
+    def _begin(self) -> None:
+        """Open the next shard, under another name, and without a header until the end."""
+        self._end()
+        self._n_tokens, self._starts = 0, [np.zeros(0, "<u8")]
+        self._sha256 = hashlib.sha256()
+        self._prefix.parent.mkdir(parents=True, exist_ok=True)
+        self._file = _part(self._prefix, len(self._done)).open("wb")
+        self._file.write(bytes(HEADER_BYTES))
+
+    def _end(self) -> None:
+        """Finish the open shard, if there is one."""
+        if self._file is None:
+            return
+        size = self._n_tokens * self._id_bytes
+        starts = np.concatenate(self._starts)
+        self._write(bytes(_padded(size) - size) + starts.tobytes())
+        self._file.close()
+        self._file = None
+        self._done.append(
+            Header(
+                id_bytes=self._id_bytes,
+                vocab_size=self._vocab_size,
+                n_tokens=self._n_tokens,
+                n_documents=len(starts),
+                index=len(self._done),
+                count=0,  # known at the end
+                fingerprint=self._fingerprint,
+                sha256=self._sha256.hexdigest(),
+            )
+        )
+
+    def _finish(self) -> None:
+        """Give all shards their headers, have them on the disk, and only then their names."""
+        if self._file is None:  # nothing came: a row of no ids is one empty shard
+            self._begin()
+        self._end()
+        self._done = [Header(**{**asdict(h), "count": len(self._done)}) for h in self._done]
+        for header, part in zip(self._done, self._parts(), strict=True):
+            with part.open("r+b") as file:
+                file.write(header.pack())
+                file.flush()
+                os.fsync(file.fileno())
+        for part, path in zip(self._parts(), self.paths, strict=True):
+            part.rename(path)
+
+    def _parts(self) -> list[Path]:
+        open_too = self._file is not None
+        return [_part(self._prefix, index) for index in range(len(self._done) + open_too)]
+
+    def _write(self, data: bytes) -> None:
+        assert self._file is not None
+        self._file.write(data)
+        self._sha256.update(data)
+
+
+def _unpack(path: Path, data: bytes) -> Header:
+    if not data.startswith(MAGIC):
+        raise ShardError(f"{path} is not a token shard: it does not begin with {MAGIC.decode()}")
+    if len(data) < HEADER_BYTES:
+        raise ShardError(f"{path} is cut off at byte {len(data)}, in its header")
+    _, version, *numbers, fingerprint, sha256 = _FIELDS.unpack_from(data)
+    if version != VERSION:
+        raise ShardError(
+            f"{path} is of version {version} (at offset {len(MAGIC)}); this fastgpt reads version "
+            f"{VERSION}: prepare the data again, or use the fastgpt that made it"
+        )
+    at = HEADER_BYTES - _CHECKSUM.size
+    values: list[Any] = [*numbers, fingerprint.hex(), sha256.hex()]
+    header = Header(*values)
+    if zlib.crc32(data[:at]) != _CHECKSUM.unpack_from(data, at)[0] or header.id_bytes not in (2, 4):
+        raise ShardError(f"{path} is damaged: its header (bytes 0 to {at}) fails its checksum")
+    return header
+
+
+def _padded(size: int) -> int:
+    return -(-size // 8) * 8
+
+
+def _name(prefix: Path, index: int) -> Path:
+    return prefix.with_name(f"{prefix.name}-{index:05d}.bin")
+
+
+def _part(prefix: Path, index: int) -> Path:
+    return prefix.with_name(f".{prefix.name}-{index:05d}.bin.part")
+
+
+def _existing(prefix: Path) -> list[Path]:
+    pattern = re.compile(re.escape(prefix.name) + r"-\d{5}\.bin")
+    if not prefix.parent.is_dir():
+        return []
+    return sorted(path for path in prefix.parent.iterdir() if pattern.fullmatch(path.name))

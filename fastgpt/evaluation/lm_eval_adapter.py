@@ -1,0 +1,179 @@
+"""A fastgpt model to EleutherAI's lm-evaluation-harness, under the name ``fastgpt``.
+
+To import this module makes the name known; `fastgpt.lm_eval` is the command that does. What the
+harness asks of a model: its ``docs/model_guide.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import lm_eval.models  # noqa: F401  # its own kinds, which it adds later only if none is known
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from fastgpt import interop
+from fastgpt.evaluation.log_likelihood import log_likelihoods
+from fastgpt.inference.generation import stream
+from fastgpt.tokenizer import StreamDecoder
+from fastgpt.utils.device import find_device
+from fastgpt.utils.errors import UsageError
+from fastgpt.utils.precision import choose_precision
+from fastgpt.utils.progress import CountProgress
+
+MAX_NEW_TOKENS = 256  # where a task does not say, as in the harness
+BATCH_SIZE = 16  # for the harness's "auto"
+Request = tuple[Any, list[int], list[int]]
+
+
+@register_model("fastgpt")
+class FastGPT(TemplateLM):
+    """A model and its tokenizer, as the harness sees them.
+
+    pretrained: what `fastgpt.interop.load` opens; dtype: float32, bfloat16 or float16, of the
+    products; skip_unknown: leave out characters that the tokenizer does not have. batch_size:
+    sequences at once, or "auto".
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        device: str | None = None,
+        batch_size: int | str = "auto",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        ops: str = "auto",
+        skip_unknown: bool = False,
+        max_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise UsageError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}")
+        self._device = find_device(device or "auto")
+        (self._precision,) = choose_precision(dtype, self._device)
+        self.model, self.gpt_tokenizer = interop.load(str(pretrained), self._device, ops)
+        at_once = BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)
+        self.batch_size = min(at_once, max_batch_size or at_once)
+        self._errors: Literal["ignore", "strict"] = "ignore" if skip_unknown else "strict"
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id of <|endoftext|>, or of what stands in its place."""
+        return self.gpt_tokenizer.start_token
+
+    @property
+    def max_length(self) -> int:
+        """The model's context."""
+        return self.model.config.block_size
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What tells tokenizers apart in the harness's caches."""
+        return self.gpt_tokenizer.fingerprint
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **others: Any
+    ) -> list[int]:
+        """Return the ids of a text, in which special tokens are ordinary text."""
+        return self.gpt_tokenizer.encode(string, errors=self._errors)
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Return ln p of each text, read in windows as the harness has them."""
+        rows: list[Request] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(
+                ids, self.prefix_token_id, self.max_length, context_len=1
+            ):
+                rows.append((None, *make_disjoint_window(window)))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, (total, _) in zip(owners, self._score(rows, disable_tqdm), strict=True):
+            totals[owner] += total
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return what the model writes behind each context, up to what the task says ends it."""
+        texts = []
+        with CountProgress("texts", len(requests), not disable_tqdm) as bar:
+            for request in requests:
+                context, settings = request.args
+                texts.append(self._write(context, dict(settings)))
+                self.cache_hook.add_partial("generate_until", (context, settings), texts[-1])
+                bar.advance(1)
+        return texts
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, **others: Any
+    ) -> list[tuple[float, bool]]:
+        answers = self._score(requests, disable_tqdm)
+        for (texts, _, _), answer in zip(requests, answers, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def _score(self, requests: Sequence[Request], quiet: bool) -> list[tuple[float, bool]]:
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        with self._precision.autocast(), CountProgress("answers", len(pairs), not quiet) as bar:
+            found = log_likelihoods(
+                self.model, pairs, batch_size=self.batch_size, advance=bar.advance
+            )
+        return [(total, greedy) for total, greedy in found]
+
+    def _write(self, context: str, settings: dict[str, Any]) -> str:
+        """Continue one context; as in the harness, it leaves room for the tokens to come."""
+        until, most, sampling = _understand(settings)
+        room = max(1, self.max_length - most)
+        ids = self.tok_encode(context)[-room:] or [self.prefix_token_id]
+        tokens = stream(
+            self.model,
+            torch.tensor([ids], device=self._device),
+            most,
+            stop_token=self.gpt_tokenizer.eot_token,
+            **sampling,
+        )
+        with self._precision.autocast():
+            return _until(self._decoded(tokens), until)
+
+    def _decoded(self, tokens: Iterator[torch.Tensor]) -> Iterator[str]:
+        decoder = StreamDecoder(self.gpt_tokenizer)
+        for token in map(int, tokens):
+            if token == self.gpt_tokenizer.eot_token:
+                break
+            yield decoder.push([token])
+        yield decoder.finish()
+
+
+def _understand(settings: dict[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
+    """Return what ends a text, how many tokens it has at most, and how they are drawn.
+
+    Without ``do_sample`` the likeliest token is taken.
+    """
+    ends = settings.get("until") or []
+    until = [ends] if isinstance(ends, str) else list(ends)
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    most = next((settings[n] for n in names if settings.get(n) is not None), MAX_NEW_TOKENS)
+    drawn = bool(settings.get("do_sample"))
+    temperature = float(settings.get("temperature", 1.0)) if drawn else 0.0
+    chosen = {name: settings.get(name) for name in ("top_k", "top_p")} if drawn else {}
+    return until, int(most), {"temperature": temperature, **chosen}
+
+
+def _until(pieces: Iterator[str], ends: Sequence[str]) -> str:
+    """Join pieces of text until one of `ends` is in it; return what stands before that."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        if any(end and end in text for end in ends):
+            break
+    for end in filter(None, ends):
+        text = text.split(end)[0]
+    return text

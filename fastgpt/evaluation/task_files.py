@@ -1,0 +1,75 @@
+"""Files of questions, and what else tasks share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastgpt.data.documents import read_blocks, read_json_lines
+from fastgpt.utils.errors import UsageError
+
+
+def read_items(path: Path, limit: int | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield the objects of a .jsonl file (also .jsonl.gz) or the rows of a .parquet table.
+
+    Each with its place in words. Raises: UsageError for what cannot be read, or holds none.
+    """
+    rows = _rows(path) if path.suffix == ".parquet" else read_json_lines(path)
+    return _some(path, rows, limit)
+
+
+def read_lines(path: Path, limit: int | None = None) -> Iterator[tuple[str, str]]:
+    """Yield the lines of a text that are not empty, each with its place in words."""
+    text = b"".join(read_blocks(path)).decode()
+    numbered = enumerate(text.split("\n"), 1)
+    lines = ((f"{path}, line {number}", line) for number, line in numbered if line.strip())
+    return _some(path, lines, limit)
+
+
+def text_of(item: Any, field: str, place: str) -> str:
+    """Return the text in a field of an object; UsageError if it is not there."""
+    if not isinstance(item, dict):
+        raise UsageError(f"{place}: holds no object with a field {field!r}, but {item!r:.40}")
+    text = item.get(field)
+    if not isinstance(text, str):
+        found = f"has no field {field!r}" if text is None else f"{field!r} holds {text!r:.40}"
+        raise UsageError(f"{place}: {found}, where a text must be; is it a file of this task?")
+    return text
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of a mean; NaN for a single value."""
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def _some(path: Path, items: Iterator[Any], limit: int | None) -> Iterator[Any]:
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit must be at least 1, not {limit}")
+    empty = True
+    for item in islice(items, limit):
+        empty = False
+        yield item
+    if empty:
+        raise UsageError(f"{path} is empty: it holds no questions")
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UsageError(f"{path}: to read parquet files: pip install pyarrow") from None
+    try:
+        with ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    yield f"{path}, row {number}", row
+                    number += 1
+    except (ArrowException, OSError) as error:
+        raise UsageError(f"{path} is not a parquet file that can be read: {error}") from None

@@ -1,0 +1,137 @@
+"""Beam search: the likeliest continuations that can be found, instead of a draw.
+
+As in transformers with `num_beams` and its defaults, to which the tests hold it.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgpt.inference.kv_cache import KVCache, evaluating
+from fastgpt.inference.sampling import check_prompts
+from fastgpt.model import GPT
+
+
+@dataclass(frozen=True)
+class Beam:
+    """A continuation that was found. score: its log-probability divided by its length to the power
+    of `length_penalty`; a stop token that ends it counts in both, and is in `ids`.
+    """
+
+    ids: list[int]
+    score: float
+
+
+@torch.no_grad()
+def beam_search(
+    model: GPT,
+    ids: Tensor,
+    max_new_tokens: int,
+    *,
+    n_beams: int = 4,
+    length_penalty: float = 1.0,
+    stop_token: int | None = None,
+    n: int = 1,
+) -> list[Beam]:
+    """Return the n best continuations of one prompt `ids` `[T]` or `[1, T]`, the best first.
+
+    Each step keeps the `n_beams` likeliest texts of those that go on; a text that `stop_token` ends
+    is set aside, and the search is over when no text that goes on can get ahead of the `n_beams`
+    best that were set aside (or after `max_new_tokens`). length_penalty: above 0 favours long
+    texts. ValueError for wrong values, or where prompt and new tokens exceed the context.
+    """
+    _check(model, ids, max_new_tokens, n_beams, n)
+    search = _Search(model, ids.reshape(-1).long(), n_beams, length_penalty, stop_token)
+    for step in range(1, max_new_tokens + 1):
+        if search.step(step):
+            break
+    return search.best(max_new_tokens)[:n]
+
+
+class _Search:
+    def __init__(
+        self, model: GPT, prompt: Tensor, n_beams: int, penalty: float, stop_token: int | None
+    ) -> None:
+        self.model, self.n_beams = model, n_beams
+        self.penalty, self.stop_token = penalty, stop_token
+        self.finished: list[Beam] = []
+        self.texts: list[list[int]] = [[]] * n_beams
+        # All beams begin as one text: but for the first, they must not win with the same tokens.
+        self.scores = torch.tensor([0.0] + [-math.inf] * (n_beams - 1), device=model.device)
+        self.cache = KVCache(model, n_beams)
+        self.unread = prompt.to(model.device).expand(n_beams, -1)
+
+    def step(self, length: int) -> bool:
+        """Make each text longer by a token, to `length`; tell whether the search is over."""
+        with evaluating(self.model):
+            logits = self.model.logits(self.model.hidden(self.unread, self.cache)[:, -1])
+        scores = self.scores[:, None] + logits.float().log_softmax(-1)  # [beams, V]
+        # Of so many, at most n_beams end here.
+        found = scores.reshape(-1).topk(min(2 * self.n_beams, scores.numel()))
+        parents = (found.indices // scores.size(1)).tolist()
+        tokens = (found.indices % scores.size(1)).tolist()
+        return self._keep(list(zip(parents, tokens, found.values.tolist(), strict=True)), length)
+
+    def best(self, length: int) -> list[Beam]:
+        """Return all that was found, the best first; `length` of what still goes on."""
+        going = [
+            self._beam(text, score, len(text))
+            for text, score in zip(self.texts, self.scores.tolist(), strict=True)
+            if math.isfinite(score) and len(text) == length
+        ]
+        everything = self.finished + going
+        return sorted(everything, key=lambda beam: -beam.score)
+
+    def _keep(self, candidates: list[tuple[int, int, float]], length: int) -> bool:
+        """Sort candidates (beam, token, log-probability) into those that end and those that go on.
+
+        Only what is among the best `n_beams` may end.
+        """
+        going: list[tuple[int, int, float]] = []
+        for rank, (parent, token, score) in enumerate(candidates):
+            if token != self.stop_token:
+                going.append((parent, token, score))
+            elif rank < self.n_beams and math.isfinite(score):  # else a copy's
+                self.finished.append(self._beam([*self.texts[parent], token], score, length))
+        going = going[: self.n_beams]
+        self.finished = sorted(self.finished, key=lambda beam: -beam.score)[: self.n_beams]
+        self._go_on(going)
+        if len(self.finished) < self.n_beams or not going:
+            return not going
+        ahead: bool = self.finished[-1].score >= going[0][2] / length**self.penalty
+        return ahead
+
+    def _go_on(self, going: list[tuple[int, int, float]]) -> None:
+        """Make the texts that go on the beams; what a beam has read moves with it."""
+        going += [(0, 0, -math.inf)] * (self.n_beams - len(going))  # a tiny vocabulary
+        parents, tokens, scores = zip(*going, strict=True)
+        device = self.model.device
+        self.texts = [[*self.texts[p], t] for p, t in zip(parents, tokens, strict=True)]
+        self.scores = torch.tensor(scores, device=device)
+        self.unread = torch.tensor(tokens, device=device)[:, None]
+        order, filled = torch.tensor(parents, device=device), max(self.cache.held)
+        for kept in (self.cache.k, self.cache.v):
+            kept[:, :, :, :filled] = kept[:, order, :, :filled]
+
+    def _beam(self, ids: list[int], score: float, length: int) -> Beam:
+        return Beam(ids, score / max(length, 1) ** self.penalty)
+
+
+def _check(model: GPT, ids: Tensor, max_new_tokens: int, n_beams: int, n: int) -> None:
+    check_prompts(ids[None] if ids.dim() == 1 else ids, model.config.vocab_size)
+    if ids.dim() == 2 and ids.size(0) != 1:
+        raise ValueError(
+            f"beam search takes one prompt, not {ids.size(0)}: pass one row, as ids[0]"
+        )
+    if not 1 <= n <= n_beams:
+        raise ValueError(f"n must be from 1 to n_beams ({n_beams}), not {n}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+    size, length = model.config.block_size, ids.size(-1)
+    if length + max_new_tokens > size:
+        raise ValueError(
+            f"{length} tokens of prompt and {max_new_tokens} new ones exceed the model's context "
+            f"of {size}: beams cannot slide; shorten the prompt or lower max_new_tokens"
+        )

@@ -1,0 +1,165 @@
+"""Writing with a model and its tokenizer: `write` for whole texts, `stream_text` piece by piece.
+
+An empty prompt starts from `<|endoftext|>`, or what the tokenizer has instead (`start_token`). That
+token ends what is written, and is not part of it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Unpack
+
+import torch
+
+from fastgpt.inference.engine import Engine
+from fastgpt.inference.generation import Completion, arrivals, complete, stream
+from fastgpt.inference.sampling import Sampling
+from fastgpt.model import GPT
+from fastgpt.tokenizer import BaseTokenizer, StreamDecoder
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text behind a prompt. `completion` has its tokens, those of a stop string included."""
+
+    prompt: str
+    text: str
+    completion: Completion
+
+
+def write(
+    model: GPT | Engine,
+    tokenizer: BaseTokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    *,
+    n: int = 1,
+    stop: Sequence[str] = (),
+    seed: int | Sequence[int] | None = None,
+    errors: Literal["strict", "ignore"] = "strict",
+    **sampling: Unpack[Sampling],
+) -> list[list[Written]]:
+    """Continue prompts together; return n texts for each.
+
+    stop: strings that end a text, which ends before them. errors: "ignore" leaves out characters of
+    a prompt that the tokenizer does not have. The other arguments are those of
+    `fastgpt.inference.generation.complete`. Raises ValueError.
+    """
+    ids = [_encode(tokenizer, prompt, errors) for prompt in prompts]
+    texts = [_Text(tokenizer, stop) for _ in range(len(ids) * n)]
+    completions = complete(
+        model,
+        ids,
+        max_new_tokens,
+        n=n,
+        seed=seed,
+        stop_tokens=_end(tokenizer),
+        stop=lambda row, token: texts[row].push(token),
+        **sampling,
+    )
+    found = (text.finish() for text in texts)
+    return [
+        [Written(prompt, next(found), completion) for completion in of_prompt]
+        for prompt, of_prompt in zip(prompts, completions, strict=True)
+    ]
+
+
+def stream_text(
+    model: GPT | Engine,
+    tokenizer: BaseTokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    errors: Literal["strict", "ignore"] = "strict",
+    **sampling: Unpack[Sampling],
+) -> "TextStream":
+    """Iterate over the text behind a prompt as it comes; arguments as for `write`.
+
+    Wrong values raise ValueError at once.
+    """
+    text = _Text(tokenizer, stop)
+    # where the model is: there the tokens stay until they have arrived on the host
+    device = model.device if isinstance(model, GPT) else None
+    ids = torch.tensor([_encode(tokenizer, prompt, errors)], device=device)
+    steps = arrivals(stream(model, ids, max_new_tokens, seed=seed, **sampling))
+    return TextStream(text, (token for _, (token,) in steps), _end(tokenizer))
+
+
+class TextStream:
+    """Iterates over pieces of a text while it is written; `n_tokens` says how many it took so far.
+
+    Pieces are whole characters, and nothing of what may turn out to be a stop string.
+    """
+
+    def __init__(self, text: "_Text", tokens: Iterator[int], end: Sequence[int]) -> None:
+        self.n_tokens = 0
+        self._pieces = self._run(text, tokens, end)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def _run(self, text: "_Text", tokens: Iterator[int], end: Sequence[int]) -> Iterator[str]:
+        for token in tokens:
+            self.n_tokens += 1
+            if token in end or text.push(token):
+                break
+            if piece := text.released():
+                yield piece
+        text.finish()
+        if piece := text.released():
+            yield piece
+
+
+class _Text:
+    """A text as its tokens come, and where a stop string ends it."""
+
+    def __init__(self, tokenizer: BaseTokenizer, stop: Sequence[str]) -> None:
+        if "" in stop or isinstance(stop, str):
+            raise ValueError(f"stop must be a list of strings that are not empty, not {stop!r}")
+        self._decoder = StreamDecoder(tokenizer)
+        self._stop, self._longest = stop, max(map(len, stop), default=1)
+        self._text, self._given, self._stopped = "", 0, False
+
+    def push(self, token: int) -> bool:
+        """Take a token; tell whether a stop string has ended the text."""
+        return self._add(self._decoder.push(token))
+
+    def finish(self) -> str:
+        """Return the whole text, with U+FFFD for a character that was left incomplete."""
+        if not self._stopped:
+            self._add(self._decoder.finish())
+            self._stopped = True
+        return self._text
+
+    def released(self) -> str:
+        """Return what is new and can no longer become part of a stop string."""
+        end = len(self._text)
+        if not self._stopped:
+            end = next((at for at in self._tail() if self._may_become_stop(at)), end)
+        piece, self._given = self._text[self._given : end], end
+        return piece
+
+    def _add(self, piece: str) -> bool:
+        searched = max(0, len(self._text) - self._longest + 1)
+        self._text += piece
+        found = [at for stop in self._stop if (at := self._text.find(stop, searched)) >= 0]
+        if found and not self._stopped:
+            self._text, self._stopped = self._text[: min(found)], True
+        return self._stopped
+
+    def _tail(self) -> range:
+        return range(max(self._given, len(self._text) - self._longest + 1), len(self._text))
+
+    def _may_become_stop(self, at: int) -> bool:
+        return any(stop.startswith(self._text[at:]) for stop in self._stop)
+
+
+def _encode(
+    tokenizer: BaseTokenizer, prompt: str, errors: Literal["strict", "ignore"]
+) -> list[int]:
+    return tokenizer.encode(prompt, errors=errors) or [tokenizer.start_token]
+
+
+def _end(tokenizer: BaseTokenizer) -> tuple[int, ...]:
+    return () if tokenizer.eot_token is None else (tokenizer.eot_token,)

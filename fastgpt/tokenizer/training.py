@@ -1,0 +1,154 @@
+"""Byte-pair encodings learned from text; :meth:`fastgpt.tokenizer.Tokenizer.train` is the door."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from operator import index
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastgpt.data.documents import read_blocks
+from fastgpt.tokenizer.bpe import PathLike, _utf8
+from fastgpt.tokenizer.vocabulary_files import Vocabulary
+from fastgpt.utils.extension import _C
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+Source = PathLike | Iterable[str | bytes | Path]
+
+BLOCK_BYTES = 1 << 24  # of a file, read and counted at a time
+MERGES_AT_A_TIME = 256  # between two moves of the progress bar
+
+
+def learn_vocabulary(
+    source: Source,
+    vocab_size: int,
+    special_tokens: Iterable[str],
+    min_frequency: int = 0,
+    threads: int = 1,
+    progress: bool = False,
+    block_bytes: int = BLOCK_BYTES,
+) -> Vocabulary:
+    """Do what :meth:`Tokenizer.train` says, reading files in blocks of so many bytes."""
+    names = _check_special_tokens(special_tokens)
+    n_merges = index(vocab_size) - 256 - len(names)
+    if n_merges < 0:
+        raise ValueError(
+            f"vocab_size {vocab_size} is too small: 256 bytes and {len(names)} special tokens "
+            f"make at least {256 + len(names)}"
+        )
+    if index(min_frequency) < 0:
+        raise ValueError(f"min_frequency is {min_frequency}, but no pair occurs less than 0 times")
+    if index(threads) < 1:
+        raise ValueError(f"threads is {threads}, but it takes at least one")
+
+    trainer = _C.BpeTrainer(threads)
+    with _bar(progress) as bar:
+        _read(trainer, source, bar, block_bytes)
+        _merge(trainer, n_merges, min_frequency, bar)
+    return _vocabulary(trainer, names)
+
+
+def _check_special_tokens(special_tokens: Iterable[str]) -> list[str]:
+    if isinstance(special_tokens, str):
+        raise TypeError(f"special_tokens is a list of names, not the str {special_tokens!r}")
+    names = list(special_tokens)
+    for i, name in enumerate(names):
+        if not name:
+            raise ValueError("a special token must not be empty")
+        if name in names[:i]:
+            raise ValueError(f"special token {name!r} stands there twice")
+        if _is_one_piece(name):
+            raise ValueError(
+                f"special token {name!r} could also be made by merges, being one word to GPT-2's "
+                f"pattern: take one that is several, such as '<|{name.strip()}|>'"
+            )
+    return names
+
+
+def _is_one_piece(text: str) -> bool:
+    trainer = _C.BpeTrainer()
+    trainer.feed(text.encode())
+    trainer.end_text()
+    return trainer.n_pieces == 1
+
+
+def _read(trainer: _C.BpeTrainer, source: Source, bar: Progress, block_bytes: int) -> None:
+    """Feed all texts and files to the trainer."""
+    items: Iterable[object] = [Path(source)] if isinstance(source, (str, Path)) else source
+    task = bar.add_task("reading", total=None, unit="MB")
+    n_bytes = shown = 0
+    for item in items:
+        for block in _blocks(item, block_bytes):
+            trainer.feed(block)
+            n_bytes += len(block)
+            if n_bytes - shown >= 1_000_000:  # moving the bar costs more than a short text
+                bar.update(task, completed=n_bytes / 1e6)
+                shown = n_bytes
+        trainer.end_text()
+    bar.update(task, completed=n_bytes / 1e6, total=n_bytes / 1e6)
+    if trainer.n_pieces == 0:
+        raise ValueError("there is no text to train on: the source is empty")
+
+
+def _blocks(item: object, block_bytes: int) -> Iterator[bytes]:
+    """Yield the bytes of one text, or of one file."""
+    if isinstance(item, Path):
+        _check_there(item)
+        yield from read_blocks(item, block_bytes)
+    elif isinstance(item, (str, bytes)):
+        data = _utf8(item)
+        for begin in range(0, len(data), block_bytes):  # Ctrl-C waits for the end of a block
+            yield data[begin : begin + block_bytes]
+    else:
+        raise TypeError(
+            f"a text is str, UTF-8 bytes or the Path of a file, not {type(item).__name__} (to "
+            "train on one text, pass a list that holds it)"
+        )
+
+
+def _check_there(path: Path) -> None:
+    if not os.path.exists(path):  # Path.exists raises for what can be no file name
+        name = str(path) if len(str(path)) <= 200 else f"{str(path)[:200]}..."
+        raise FileNotFoundError(
+            f"there is no file {name!r} (a str by itself is a path: to train on one text, pass a "
+            "list that holds it)"
+        )
+
+
+def _merge(trainer: _C.BpeTrainer, n_merges: int, min_frequency: int, bar: Progress) -> None:
+    task = bar.add_task("merging", total=n_merges, unit="merges")
+    made = 0
+    while made < n_merges:
+        slice_size = min(MERGES_AT_A_TIME, n_merges - made)
+        made_now = trainer.train(slice_size, min_frequency)
+        made += made_now
+        bar.advance(task, made_now)
+        if made_now < slice_size:
+            break
+
+
+def _vocabulary(trainer: _C.BpeTrainer, special_tokens: list[str]) -> Vocabulary:
+    tokens, _ = _C.parse_merges_file(b"")  # the 256 bytes
+    merges = trainer.merges()
+    for left, right, _ in merges.tolist():
+        tokens.append(tokens[left] + tokens[right])
+    ids = {name: len(tokens) + i for i, name in enumerate(special_tokens)}
+    return Vocabulary([*tokens, *(name.encode() for name in special_tokens)], merges, ids)
+
+
+def _bar(show: bool) -> Progress:
+    from rich.console import Console  # here, for most training needs none of it
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console()
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:,.0f} {task.fields[unit]}"),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not (show and console.is_terminal),
+    )

@@ -1,0 +1,323 @@
+"""Byte-level BPE vocabularies in files: Hugging Face's tokenizer.json and OpenAI's vocab.bpe.
+
+(tiktoken's are read by :mod:`fastgpt.tokenizer.tiktoken_ranks`.)
+
+Both write a token's bytes as letters: a printable byte as the character of that number, the others
+as U+0100 and up (a space is "Ġ"), so that a token holds neither white space nor invalid UTF-8.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import reprlib
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgpt.utils.extension import _C
+
+END_OF_TEXT = "<|endoftext|>"
+# How GPT-2 splits a text, as it was published, and rewritten by tiktoken to run faster.
+GPT2_PATTERNS = (
+    r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
+)
+# OpenAI's file of merges and the one of ids beside it, and what Hugging Face calls them.
+IDS_FILE = {"vocab.bpe": "encoder.json", "merges.txt": "vocab.json"}
+MERGES_FILES = tuple(IDS_FILE)
+
+_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0x100)} - {0xAD}
+_OTHER = [byte for byte in range(256) if byte not in _PRINTABLE]
+# The letter of each byte, and a table for the way back.
+LETTER_OF_BYTE = "".join(
+    chr(byte if byte in _PRINTABLE else 0x100 + _OTHER.index(byte)) for byte in range(256)
+)
+BYTE_OF_LETTER = codecs.charmap_build(LETTER_OF_BYTE)
+
+
+# A step of tokenizer.json that splits a text into its characters.
+_EACH_CHARACTER = {
+    "type": "Split",
+    "pattern": {"Regex": r"[\s\S]"},
+    "behavior": "Isolated",
+    "invert": False,
+}
+
+
+class Vocabulary(NamedTuple):
+    """What a file says: all that makes a Tokenizer, whose arguments these are."""
+
+    tokens: list[bytes]  # by id
+    merges: NDArray[np.uint32]  # rows (left, right, merged), the one to go first at the top
+    special_tokens: dict[str, int]
+
+
+def read_merges(path: Path, ids_path: Path | None = None) -> Vocabulary:
+    """Read ``vocab.bpe`` and, where there is one, the ``encoder.json`` that numbers its tokens."""
+    with naming(path):
+        tokens, merges = _C.parse_merges_file(path.read_bytes())
+    if ids_path is None:
+        return Vocabulary([*tokens, END_OF_TEXT.encode()], merges, {END_OF_TEXT: len(tokens)})
+    with naming(ids_path):
+        ids = _check_ids(read_json(ids_path))
+        names = list(map(_letters_of, tokens))
+        if unknown := [name for name in names if name not in ids]:
+            raise ValueError(f"token {unknown[0]!r} of {path.name} is missing")
+        new_ids = np.array([ids[name] for name in names], np.uint32)
+        return _build(ids, new_ids[merges], ids.keys() - set(names))
+
+
+def read_hugging_face(path: Path, data: dict[str, Any]) -> Vocabulary:
+    """Return the vocabulary of a parsed ``tokenizer.json``, if it splits words as GPT-2 does."""
+    with naming(path):
+        _refuse_unsupported({**data, "pre_tokenizer": _one_step(data.get("pre_tokenizer"))})
+        specials = _added_tokens(data)
+        ids = _check_ids(_item(data, "model.vocab"), specials)
+        return _build(ids, _merge_rows(_item(data, "model.merges"), ids), specials.keys())
+
+
+def to_hugging_face(vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return what ``tokenizer.json`` holds for a vocabulary."""
+    tokens, merges, special_tokens = vocabulary
+    names = list(map(_letters_of, tokens))
+    for name, token_id in special_tokens.items():
+        names[token_id] = name
+    if len(set(names)) != len(names):
+        raise ValueError("tokenizer.json cannot hold two tokens of the same name")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": token_id, "content": name, **flags, "special": True}
+            for name, token_id in sorted(special_tokens.items(), key=lambda item: item[1])
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {**byte_level, "use_regex": True},
+        "post_processor": None,
+        "decoder": {**byte_level, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {name: token_id for token_id, name in enumerate(names)},
+            "merges": [f"{names[left]} {names[right]}" for left, right, _ in merges.tolist()],
+        },
+    }
+
+
+def characters_to_hugging_face(characters: str) -> dict[str, Any]:
+    """Return a ``tokenizer.json`` that has one token for each of some characters, and no other."""
+    return {
+        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": _EACH_CHARACTER,
+        "decoder": {"type": "Fuse"},  # without it, spaces come between the characters
+        "model": {
+            "type": "WordLevel",
+            "vocab": {character: token_id for token_id, character in enumerate(characters)},
+            "unk_token": "<|unknown|>",  # not in the vocabulary: so other characters are an error
+        },
+    }
+
+
+def read_characters(path: Path, data: dict[str, Any]) -> str | None:
+    """Return the characters of such a ``tokenizer.json``, by id; None if it is of another kind."""
+    if _item(data, "model.type") != "WordLevel" or data.get("pre_tokenizer") != _EACH_CHARACTER:
+        return None
+    with naming(path):
+        ids = _check_ids(_item(data, "model.vocab"))
+        if long := [name for name in ids if len(name) != 1]:
+            raise ValueError(f"token {long[0]!r} is not one character")
+        return "".join(sorted(ids, key=ids.__getitem__))
+
+
+def to_merges(vocabulary: Vocabulary) -> tuple[str, dict[str, int]]:
+    """Return what ``vocab.bpe`` and ``encoder.json`` hold for a vocabulary."""
+    tokens, merges, special_tokens = vocabulary
+    names = list(map(_letters_of, tokens))
+    made = {token_id for token_id, token in enumerate(tokens) if len(token) == 1}
+    made -= set(special_tokens.values())
+    lines = ["#version: 0.2"]
+    for left, right, merged in merges.tolist():
+        line = f"{names[left]} {names[right]}"
+        if not {left, right} <= made or merged in made:
+            raise ValueError(
+                f"{MERGES_FILES[0]} cannot hold the merge {line!r}: each must join what those "
+                "before it make, into something new; save it as tokenizer.json"
+            )
+        made.add(merged)
+        lines.append(line)
+    for name, token_id in special_tokens.items():
+        names[token_id] = name
+    others = set(range(len(tokens))) - made - set(special_tokens.values())
+    if others or len(set(names)) != len(names):
+        what = f"token {names[min(others)]!r}, which no merge makes" if others else "twice one name"
+        raise ValueError(f"{MERGES_FILES[0]} cannot hold {what}; save it as tokenizer.json")
+    return "\n".join(lines) + "\n", {name: token_id for token_id, name in enumerate(names)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds."""
+    with naming(path):
+        try:
+            data = json.loads(path.read_bytes())
+        except RecursionError:
+            raise ValueError("brackets nested too deeply") from None
+        if not isinstance(data, dict):
+            raise ValueError(f"the file holds no JSON object but {reprlib.repr(data)}")
+        return data
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the file's name in front of every ValueError from within."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _check_ids(ids: Any, added: Mapping[str, int] = MappingProxyType({})) -> dict[str, int]:
+    """Return the ids of all tokens by name, the added ones included."""
+    if not isinstance(ids, dict) or not all(type(token_id) is int for token_id in ids.values()):
+        raise ValueError("the vocabulary must map each token to its id, a whole number")
+    by_name: dict[str, int] = {**added, **ids}
+    for name, token_id in added.items():
+        if by_name[name] != token_id:
+            raise ValueError(f"added token {name!r} has two ids: {token_id} and {by_name[name]}")
+    if missing := set(range(len(by_name))) - set(by_name.values()):
+        raise ValueError(
+            f"the ids must be 0 to {len(by_name) - 1}, each once: {min(missing)} is missing"
+        )
+    return by_name
+
+
+def _added_tokens(data: dict[str, Any]) -> dict[str, int]:
+    added: dict[str, int] = {}
+    tokens = data.get("added_tokens") or []
+    if not isinstance(tokens, list):
+        raise ValueError("added_tokens must be a list")
+    for i, token in enumerate(tokens):
+        name, token_id = _item(token, "content"), _item(token, "id")
+        if not isinstance(name, str) or type(token_id) is not int:
+            raise ValueError(f"added_tokens[{i}] must have a content and an id")
+        flags = [flag for flag in ("single_word", "lstrip", "rstrip") if _item(token, flag)]
+        if not _item(token, "special"):
+            flags.append("special = false")
+        if flags:
+            raise ValueError(f"added_tokens[{i}], {name!r}: {', '.join(flags)} is not supported")
+        added[name] = token_id
+    return added
+
+
+def _one_step(pre_tokenizer: Any) -> Any:
+    """Return the ByteLevel step that does what a Sequence of steps does, where one does.
+
+    That is a Sequence of ByteLevel alone, or of a Split by GPT-2's pattern and a ByteLevel that
+    leaves splitting to it.
+    """
+    steps = _item(pre_tokenizer, "pretokenizers")
+    if _item(pre_tokenizer, "type") != "Sequence" or not isinstance(steps, list):
+        return pre_tokenizer
+    if len(steps) == 1:
+        return steps[0]
+    if len(steps) == 2 and _splits_as_gpt2(steps[0]) and _item(steps[1], "use_regex") is False:
+        return {**steps[1], "use_regex": True}
+    return pre_tokenizer
+
+
+def _splits_as_gpt2(step: Any) -> bool:
+    """Tell whether a Split keeps each match of GPT-2's pattern, which leaves nothing between."""
+    kept = (_item(step, "behavior"), _item(step, "invert"))
+    return (
+        _item(step, "type") == "Split"
+        and _item(step, "pattern.Regex") in GPT2_PATTERNS
+        and kept in (("Isolated", False), ("Isolated", True), ("Removed", True))
+    )
+
+
+def _refuse_unsupported(data: dict[str, Any]) -> None:
+    """Raise for every setting that would make other ids than fastgpt's."""
+    supported: dict[str, tuple[Any, ...]] = {
+        "truncation": (None,),
+        "padding": (None,),
+        "normalizer": (None,),
+        "pre_tokenizer.type": ("ByteLevel",),
+        "pre_tokenizer.add_prefix_space": (False,),
+        "pre_tokenizer.use_regex": (True, None),
+        "post_processor.type": ("ByteLevel", None),
+        "decoder.type": ("ByteLevel",),
+        "model.type": ("BPE", None),
+        "model.dropout": (None, 0),
+        "model.continuing_subword_prefix": (None, ""),
+        "model.end_of_word_suffix": (None, ""),
+        "model.ignore_merges": (False, None),
+        "model.byte_fallback": (False, None),
+    }
+    for name, values in supported.items():
+        if (value := _item(data, name)) not in values:
+            raise ValueError(
+                f"{name} = {reprlib.repr(value)} is not supported: fastgpt reads byte-level BPE "
+                f"that splits words as GPT-2 does ({name} = {values[0]!r})"
+            )
+
+
+def _item(data: Any, name: str) -> Any:
+    """Return the value at a dotted name, or None where there is none."""
+    for key in name.split("."):
+        data = data.get(key) if isinstance(data, dict) else None
+    return data
+
+
+def _merge_rows(merges: Any, ids: dict[str, int]) -> NDArray[np.uint32]:
+    """Return the ids of merges that are given as "left right" or, in newer files, [left, right]."""
+    if not isinstance(merges, list):
+        raise ValueError("model.merges must be a list")
+    rows: dict[tuple[int, int], tuple[int, int, int]] = {}
+    for i, entry in enumerate(merges):
+        try:
+            left, right = entry.split(" ") if isinstance(entry, str) else entry
+            row = ids[left], ids[right], ids[left + right]
+        except (TypeError, ValueError, KeyError):
+            raise ValueError(
+                f"model.merges[{i}]: {reprlib.repr(entry)} is not two tokens of the vocabulary "
+                "that make a third"
+            ) from None
+        if rows.setdefault(row[:2], row) is not row:
+            raise ValueError(f"model.merges[{i}]: {entry!r} stands there for the second time")
+    return np.array(list(rows.values()), np.uint32).reshape(-1, 3)
+
+
+def _build(ids: dict[str, int], merges: NDArray[np.uint32], specials: Set[str]) -> Vocabulary:
+    names = sorted(ids, key=ids.__getitem__)
+    tokens = [name.encode() if name in specials else _bytes_of(name) for name in names]
+    return Vocabulary(tokens, merges, {name: ids[name] for name in names if name in specials})
+
+
+def _bytes_of(name: str) -> bytes:
+    try:
+        return codecs.charmap_encode(name, "strict", BYTE_OF_LETTER)[0]
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"token {name!r} holds {name[error.start]!r}, which stands for no byte"
+        ) from None
+
+
+def _letters_of(token: bytes) -> str:
+    return codecs.charmap_decode(token, "strict", LETTER_OF_BYTE)[0]

@@ -1,0 +1,1 @@
+"""Training: recipes, the trainer, optimizer, processes, memory and logs."""

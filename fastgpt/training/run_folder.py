@@ -1,0 +1,141 @@
+"""A run's folder: made, found again, and what it says of the run."""
+
+import itertools
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from fastgpt.checkpoint.load import CheckpointError, read_json, write_json
+from fastgpt.checkpoint.run_lock import NAME as LOCK
+from fastgpt.data.corpus import PACKAGED
+from fastgpt.model import GPTConfig
+from fastgpt.training.distributed import launcher
+from fastgpt.training.environment import command_line, describe_environment
+from fastgpt.training.recipes import Recipe, recipe_from_dict
+from fastgpt.utils.errors import UsageError
+
+# What a run is: changed at a resume, it would be another run.
+FIXED_SETTINGS = (
+    *("n_layer", "n_head", "n_embd", "block_size", "bias", "tokenizer", "val_fraction"),
+    *("vocab_size", "init", "lora_rank", "lora_alpha", "lora_targets", "seed", "out", "ema"),
+)
+
+
+def refuse_occupied(recipe: Recipe) -> None:
+    """Raise UsageError if there is something in the folder that a new run is to have."""
+    run = Path(recipe.out or "")
+    if not recipe.out or not run.exists():
+        return
+    if not run.is_dir() or any(file.name != LOCK for file in run.iterdir()):
+        raise UsageError(
+            f"{run} is not empty; continue it with --resume {run}, or choose another --out"
+        )
+
+
+def new_run_folder(recipe: Recipe, name: str) -> Path:
+    """Make the folder of a new run; UsageError if there is something in it, or it cannot be."""
+    refuse_occupied(recipe)
+    run = Path(recipe.out) if recipe.out else _unused(f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"run folder {run} cannot be created: {error.strerror}") from None
+    return run
+
+
+@contextmanager
+def writing(run: Path) -> Iterator[None]:
+    """Within the block, tell an error of the disk as a UsageError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"run folder {run} cannot be written: {error.strerror or error}; mend that, then "
+            f"continue with --resume or, if nothing was saved yet, delete it and start anew"
+        ) from None
+
+
+def describe_run(run: Path, name: str, recipe: Recipe, config: GPTConfig) -> None:
+    """Write `config.json`: the settings, the command, and what it ran with."""
+    write_json(
+        run / "config.json",
+        {
+            "name": name,
+            "recipe": asdict(recipe),
+            "model": asdict(config),
+            "command": command_line(),
+            "launcher": launcher(),
+            **describe_environment(),
+        },
+    )
+
+
+def read_run(run: Path) -> tuple[str, Recipe]:
+    """Return the name and the recipe that a run folder was made with."""
+    path = run / "config.json"
+    config = read_json(path)
+    if not isinstance(config.get("recipe"), dict):
+        raise CheckpointError(f"{path} holds no recipe")
+    return str(config.get("name", "run")), recipe_from_dict(config["recipe"], str(path))
+
+
+def find_data(run: Path, recipe: Recipe) -> dict[str, str | None]:
+    """Return a run's `data` and `val_data`.
+
+    A relative path begins where the run was started, if it still does.
+    """
+    directory = read_json(run / "config.json").get("directory")
+    found = {"data": recipe.data, "val_data": recipe.val_data}
+    if not isinstance(directory, str) or Path.cwd() == Path(directory):
+        return found
+    for name, path in found.items():
+        if path and path not in PACKAGED and (Path(directory) / path).exists():
+            found[name] = str(Path(directory) / path)
+    return found
+
+
+def refuse_changes(before: Recipe, after: Recipe) -> None:
+    """Refuse to continue a run as another run: another model, data split or order."""
+    names = list(FIXED_SETTINGS)
+    if before.batch_size * before.grad_accum != after.batch_size * after.grad_accum:
+        names += ["batch_size", "grad_accum"]  # other sequences a step: data would come twice
+    changed = [
+        f"{name} {getattr(before, name)} → {getattr(after, name)}"
+        for name in names
+        if getattr(before, name) != getattr(after, name)
+    ]
+    if changed:
+        raise CheckpointError(f"cannot resume with changes: {', '.join(changed)}")
+
+
+def refuse_end_before(step: int, after: Recipe) -> None:
+    """Refuse to continue a run at a step behind its end."""
+    if after.max_steps < step:
+        raise CheckpointError(f"the run is at step {step:,} already: raise --max-steps above it")
+
+
+def interrupted_run(restarted_by: str, recipe: Recipe) -> Path | None:
+    """Return the folder of the run that a launcher's processes were at when one of them failed.
+
+    None if they had not saved anything yet: what is there of it is then deleted.
+    """
+    candidates = [Path(recipe.out)] if recipe.out else sorted(Path("runs").glob("*"))
+    for run in reversed(candidates):
+        try:
+            if read_json(run / "config.json").get("launcher") != restarted_by:
+                continue
+        except CheckpointError:
+            continue
+        if any(run.glob("checkpoints/step-*")):
+            return run
+        shutil.rmtree(run)
+    return None
+
+
+def _unused(name: str) -> Path:
+    """Return a folder in `runs` that is not there yet: runs may start within one second."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(run for run in map(Path("runs").joinpath, names) if not run.exists())

@@ -1,0 +1,141 @@
+"""What a run leaves on the disk, from its first file to its last.
+
+One process, the main one, writes. The others call the same methods, in which they wait for it and
+are told what went wrong.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from fastgpt.checkpoint.load import Checkpoint, find_checkpoint, open_checkpoint
+from fastgpt.checkpoint.run_lock import RunLock
+from fastgpt.checkpoint.save import Checkpointer, TrainingState
+from fastgpt.model import GPTConfig
+from fastgpt.tokenizer import BaseTokenizer
+from fastgpt.training.distributed import World, restarted_by
+from fastgpt.training.loggers import Loggers, open_loggers
+from fastgpt.training.metrics import cut_metrics
+from fastgpt.training.recipes import Recipe
+from fastgpt.training.run_folder import (
+    describe_run,
+    interrupted_run,
+    new_run_folder,
+    refuse_occupied,
+    writing,
+)
+
+
+class RunWriter:
+    """Writes the run folder `path`, which is this process's alone from `begin` or `take` on."""
+
+    def __init__(self, world: World) -> None:
+        self.path = Path()
+        self._world = world
+        self._lock: RunLock | None = None
+        self._checkpointer: Checkpointer | None = None
+        self._loggers: Loggers | None = None
+
+    # --- before training -----------------------------------------------------------------------
+
+    def interrupted(self, recipe: Recipe) -> Path | None:
+        """Return the run that these processes were at before `torchrun` started them again."""
+        before = restarted_by()
+        if before is None:
+            return None
+        with self._world.only_main() as main:
+            run = interrupted_run(before, recipe) if main else None
+        told: Path | None = self._world.tell(run)
+        return told
+
+    def refuse_occupied(self, recipe: Recipe) -> None:
+        """Raise UsageError if there is something in the folder that a new run is to have."""
+        with self._world.only_main() as main:
+            if main:
+                refuse_occupied(recipe)
+
+    def begin(self, name: str, recipe: Recipe, config: GPTConfig, tokenizer: BaseTokenizer) -> None:
+        """Make a new run's folder, and say in it what the run is."""
+        run = Path()
+        with self._world.only_main() as main:
+            if main:
+                run = new_run_folder(recipe, name)
+                self._own(run, recipe.keep)
+                with writing(run):
+                    tokenizer.save(run / "tokenizer.json")
+                    describe_run(run, name, recipe, config)
+        self.path = self._world.tell(run)
+
+    def take(self, run: Path, keep: int, notes: list[str]) -> Checkpoint:
+        """Take an existing run; return its newest good checkpoint, as the main process found it.
+
+        Which are damaged is added to `notes`.
+        """
+        self.path, found = run, None
+        with self._world.only_main() as main:
+            if main:
+                self._own(run, keep)
+                found = find_checkpoint(run, report=notes.append)
+        path = self._world.tell(found and found.path)
+        return found or open_checkpoint(path)
+
+    def go_on(self, name: str, recipe: Recipe, config: GPTConfig, step: int) -> None:
+        """Say what the run is from this step on, and drop what was logged behind it."""
+        with self._world.only_main() as main:
+            if main:
+                with writing(self.path):
+                    describe_run(self.path, name, recipe, config)
+                    cut_metrics(self.path / "metrics.jsonl", step)
+
+    def _own(self, run: Path, keep: int) -> None:
+        """Make the folder this process's alone, before anything in it is read or changed."""
+        self._lock = RunLock(run)
+        self._checkpointer = Checkpointer(run, keep)
+
+    # --- while training ------------------------------------------------------------------------
+
+    @contextmanager
+    def opened(self, recipe: Recipe, step: int) -> Iterator[None]:
+        """Within the block, take records and checkpoints; the last one is on the disk at its end.
+
+        If the block ends by Ctrl-C or SystemExit, a checkpoint in flight is given up.
+        """
+        with self._world.only_main() as main:
+            if main:
+                self._lock_again()
+                self._loggers = open_loggers(recipe.log, self.path, asdict(recipe), step)
+        if self._checkpointer is None:
+            yield
+        else:
+            with self._checkpointer:
+                yield
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Log named figures of a step."""
+        if self._loggers is not None:
+            self._loggers.log(step, values)
+
+    def text(self, step: int, text: str) -> None:
+        """Log a text of a step."""
+        if self._loggers is not None:
+            self._loggers.text(step, text)
+
+    def save(self, state: TrainingState) -> None:
+        """Save a checkpoint."""
+        with self._world.only_main():
+            if self._checkpointer is not None:
+                self._checkpointer.save(state)
+
+    def close(self) -> None:
+        """Let others write the folder; nothing happens the second time."""
+        if self._loggers is not None:
+            self._loggers.close()
+            self._loggers = None
+        if self._lock is not None:
+            self._lock.release()
+
+    def _lock_again(self) -> None:
+        """Take the folder's lock, if a training before this one has let go of it."""
+        if self._lock is not None and not self._lock.held:
+            self._lock = RunLock(self.path)

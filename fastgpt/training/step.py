@@ -1,0 +1,314 @@
+"""What learns: a model with its data and its optimizer, over however many processes there are.
+
+A `Learner` does single steps. Evaluations, files and stopping belong to `fastgpt.training.trainer`.
+The result of a step is a function of the recipe and of the step's number alone.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt import ops
+from fastgpt.checkpoint.load import Checkpoint
+from fastgpt.data.corpus import Batches, Corpus, load_corpus, mix, validation_windows
+from fastgpt.data.prefetch import Feeder
+from fastgpt.lora import Lora, add_lora
+from fastgpt.model import GPT, GPTConfig, meta_model
+from fastgpt.training.compile import compiled_or_not
+from fastgpt.training.distributed import World, accumulating, part_like, share_out, whole, wrap
+from fastgpt.training.initialization import Origin, begin_from
+from fastgpt.training.memory_estimate import (
+    MemoryEstimate,
+    available,
+    batches,
+    check_fits,
+    estimate,
+    explain_out_of_memory,
+    find_batch,
+    largest_batch,
+)
+from fastgpt.training.optimizer import Updater, learning_rate
+from fastgpt.training.recipes import Recipe
+from fastgpt.training.run_length import settle_length
+from fastgpt.utils.errors import UsageError
+from fastgpt.utils.host_memory import give_back, keep_freed_memory
+from fastgpt.utils.precision import Precision, choose_precision, fastest
+
+TRIAL_TOKENS = 1024  # to see which precision is the fastest
+
+
+class Learner:
+    """A model, and all that trains it on this device.
+
+    Args:
+        recipe: see `fastgpt.training.recipes`. Values that it leaves open (precision, batch size,
+            steps, the shape of a pretrained model) are filled in in `self.recipe`.
+        device: where to train.
+        world: the processes that share each step.
+        origin: what a run that goes on takes over from itself.
+        given: names of settings that what the recipe begins with (`init`) must not change.
+
+    Attributes: `model`; `module`, which is the model as training calls it (spread, compiled);
+    `updater`, with the optimizer; `corpus`; `val_starts`, the windows to validate on;
+    `precision`; `notes`, lines about what was settled.
+    Wrong settings or data raise UsageError. On a CPU the process keeps freed memory from then on.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        world: World,
+        origin: Origin | None = None,
+        given: Collection[str] = (),
+    ) -> None:
+        self.device, self.world = device, world
+        self.notes: list[str] = []
+        self._precisions = choose_precision(recipe.dtype, device)
+        self.precision = self._precisions[0]
+        if origin is None and recipe.init is not None:
+            recipe, origin, note = begin_from(recipe, world, given)
+            self.notes.append(note)
+        self.corpus = _load(recipe, world, origin)
+        self.config = origin.config if origin else _model_config(recipe, self.corpus)
+        self.lora = Lora.of(recipe)
+        self.backend = _backend_name(recipe.ops, device, self.config)
+        self.batches = Batches(self.corpus.train, recipe.block_size, recipe.seed)
+        self.val_starts = validation_windows(self.corpus.val, recipe.block_size, recipe.eval_tokens)
+        self.recipe, length = settle_length(recipe, self.batches.n_windows)
+        self.notes += filter(None, [length])
+        torch.manual_seed(recipe.seed)
+        self.free = available(device)
+        with self.enough_memory():
+            self._make_model(origin.weights if origin else None)
+        self._spread()
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences a step is, over all processes."""
+        return self.recipe.batch_size * self.recipe.grad_accum
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step."""
+        return float(self.updater.optimizer.param_groups[0]["lr"])
+
+    # --- a step --------------------------------------------------------------------------------
+
+    def feeder(self, first: int) -> Feeder:
+        """Return this process's micro-batches from step number `first` on."""
+        plan = (
+            (step * self.sequences + at, count)
+            for step in range(first, self.recipe.max_steps)
+            for at, count in self.share
+        )
+        return Feeder(self.batches, plan, self.device)
+
+    def step(self, number: int, feed: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Do the optimizer step of a number (from 0), with the next micro-batches of `feed`.
+
+        Returns this process's share of the loss, the mean over all tokens of all processes being
+        the shares' mean, and the gradient's norm: both on the device, not waited for.
+        """
+        recipe, world = self.recipe, self.world
+        self._seed(int(mix(mix(recipe.seed, number), world.rank)) >> 1)
+        losses = []
+        for position, (_, count) in enumerate(self.share, start=1):
+            # Gradients are averaged over the processes: so each counts for that much more.
+            weight = count * world.size / self.sequences
+            with accumulating(self.module, last=position == len(self.share)):
+                losses.append(self.backward(*next(feed), weight))
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        return loss, self.updater.step(learning_rate(number, recipe))
+
+    def backward(self, inputs: Tensor, targets: Tensor, weight: float) -> Tensor:
+        """Add one micro-batch's gradients; return its share of the loss, still on the device."""
+        with self.precision.autocast():
+            loss: Tensor = self.module(inputs, targets) * weight
+        self.updater.scaled(loss).backward()
+        return loss.detach()
+
+    def _seed(self, seed: int) -> None:
+        """Set where dropout's randomness begins.
+
+        On a CPU its generator alone: to `torch.manual_seed` every kind of device that is not in use
+        is a stack trace to keep, a hundredth of a small model's step.
+        """
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
+
+    # --- to and from a checkpoint --------------------------------------------------------------
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """Return the weights by name, whole ones; all processes must call."""
+        return {name: whole(p.detach()) for name, p in self.model.named_parameters()}
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """Return the optimizer's state, `wte.weight.exp_avg` and so on; all must call."""
+        moments = self.updater.optimizer.state
+        return {
+            f"{name}.{key}": whole(value)
+            for name, p in self.model.named_parameters()
+            for key, value in moments.get(p, {}).items()
+        }
+
+    def average_tensors(self) -> dict[str, Tensor] | None:
+        """Return the averaged weights, None if the recipe asks for none; all must call."""
+        return {n: whole(t) for n, t in self.updater.average.items()} or None
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take weights, their average and the optimizer's state from a checkpoint."""
+        with self.enough_memory():
+            checkpoint.restore(self.model, self.updater.optimizer, part_like)
+            if self.updater.average:
+                saved = checkpoint.model_tensors(ema=True)
+                for name, average in self.updater.average.items():
+                    average.copy_(part_like(saved[name], average))
+        self.updater.restore_extra(checkpoint.extra)
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold besides tensors."""
+        lora = {"lora": self.lora.as_dict()} if self.lora else {}
+        return {**self.updater.extra_state(), **lora}
+
+    # --- memory --------------------------------------------------------------------------------
+
+    def enough_memory(self) -> AbstractContextManager[None]:
+        """Return the context in which a want of memory is told with what to change."""
+        return explain_out_of_memory(self.memory(), self.free)
+
+    def memory(self) -> MemoryEstimate:
+        """Return what a step is expected to need on this device."""
+        recipe = self.recipe
+        return estimate(
+            self.config,
+            recipe.batch_size,
+            grad_accum=recipe.grad_accum,
+            dtype=self.precision.dtype,
+            backend=self.backend,
+            device=self.device.type,
+            world_size=self.world.size,
+            fsdp=recipe.parallel == "fsdp" and self.world.size > 1,
+            recompute=recipe.recompute,
+            lora=self.lora,
+        )
+
+    # --- making it -----------------------------------------------------------------------------
+
+    def _make_model(self, weights: Mapping[str, Tensor] | None) -> None:
+        """Make the model, new, or with weights that the main process has."""
+        if weights is None:
+            self.model = GPT(self.config, self.recipe.ops).to(self.device)
+        else:
+            model = meta_model(self.config, self.recipe.ops)
+            self.model = model.to_empty(device=self.device)
+            if self.world.is_main:
+                self.model.load_state_dict(weights)
+        if self.lora:
+            add_lora(self.model, self.lora)
+        if weights is not None:
+            self.world.share(self.model.parameters())
+        self.model.recompute = self.recipe.recompute
+        if self.device.type == "cpu":
+            keep_freed_memory()
+
+    def _spread(self) -> None:
+        """Make what trains the model: spread over the processes, with an optimizer, compiled."""
+        with self.enough_memory():
+            self.module = wrap(self.model, self.world, self.recipe.parallel)
+            self._choose_precision()
+            self.updater = Updater(self.model, self.recipe, self.precision.dtype)
+            if self.recipe.find_batch:  # before a batch that may not fit is tried in compiling
+                self._find_batch()
+            if _wants_compile(self.recipe.compile, self.device):
+                self.module, note = compiled_or_not(self.module, self._trial, self.world)
+                self.notes.append(note)
+        self.share = share_out(self.sequences, self.recipe.batch_size, self.world)
+        if warning := check_fits(self.memory(), self.free):
+            self.notes.append(f"warning: {warning}")
+
+    def _choose_precision(self) -> None:
+        """Take the fastest precision, and stay with it: a resume must not find another."""
+        if len(self._precisions) == 1:
+            return
+        batch = min(self.recipe.batch_size, max(1, TRIAL_TOKENS // self.recipe.block_size))
+        found = fastest(self._precisions, lambda tried: self._trial(self.module, batch, tried))
+        give_back()  # what the other precision needed
+        self.precision = self.world.tell(found)
+        changes: dict[str, Any] = {"dtype": self.precision.name}
+        self.recipe = replace(self.recipe, **changes)
+
+    def _find_batch(self) -> None:
+        """Take the largest micro-batch that fits by the estimate, and on CUDA when it is tried."""
+        most = 1 if self.free is None else largest_batch(self.memory(), self.free) or 1
+        found = batches(self.sequences, most)
+        if self.device.type == "cuda" and self.recipe.parallel == "ddp":
+            found = [find_batch(lambda size: self._trial(self.model, size), found)]
+        batch = -self.world.agree(-found[0])[0]  # the smallest that any process found
+        accum = self.sequences // batch
+        self.recipe = replace(self.recipe, batch_size=batch, grad_accum=accum, find_batch=False)
+        self.notes.append(f"the largest micro-batch: --batch-size {batch} --grad-accum {accum}")
+
+    def _trial(self, module: nn.Module, batch: int = 0, precision: Precision | None = None) -> None:
+        """Do a micro-batch without consequences, to see whether it works."""
+        inputs, targets = self.batches.samples(0, batch or self.recipe.batch_size)
+        try:
+            with (precision or self.precision).autocast():
+                loss = module(inputs.to(self.device), targets.to(self.device))
+            loss.backward()
+        finally:  # a backward that fails half-way leaves gradients too
+            self.model.zero_grad()
+
+
+def _load(recipe: Recipe, world: World, origin: Origin | None) -> Corpus:
+    """Load the data; the main process checks it, for all, and makes the tokenizer."""
+    if not recipe.data:
+        raise UsageError("this recipe needs a text to train on: add --data my.txt")
+    load = partial(
+        load_corpus,
+        recipe.data,
+        val_fraction=recipe.val_fraction,
+        val_data=recipe.val_data,
+        vocab_size=recipe.vocab_size,
+    )
+    tokenizer = origin.tokenizer if origin else recipe.tokenizer
+    sha256 = origin.data_sha256 if origin else None
+    with world.only_main() as main:
+        corpus = load(tokenizer=tokenizer, sha256=sha256) if main else None
+    tokenizer, sha256 = world.tell(corpus and (corpus.tokenizer, corpus.sha256))
+    return corpus or load(tokenizer=tokenizer, sha256=sha256, check=False)
+
+
+def _model_config(recipe: Recipe, corpus: Corpus) -> GPTConfig:
+    try:
+        return GPTConfig(
+            vocab_size=corpus.tokenizer.vocab_size,
+            block_size=recipe.block_size,
+            n_layer=recipe.n_layer,
+            n_head=recipe.n_head,
+            n_embd=recipe.n_embd,
+            dropout=recipe.dropout,
+            bias=recipe.bias,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _backend_name(name: str, device: torch.device, config: GPTConfig) -> str:
+    """Return which backend will compute; UsageError if it cannot."""
+    try:
+        fit = ops.kernels_fit(config.n_embd, config.n_head, torch.float32)
+        return ops.check_device(name, device, fit)
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from None
+
+
+def _wants_compile(wish: str, device: torch.device) -> bool:
+    return wish == "yes" or (wish == "auto" and device.type == "cuda")

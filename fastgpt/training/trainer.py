@@ -1,0 +1,438 @@
+"""The training loop.
+
+`Trainer(recipe).fit()` trains, evaluates, keeps the best checkpoint, draws the loss curve and ends
+with a sample. What happens at a step is a function of the recipe and the step alone, so a run that
+was stopped and resumed computes the same as one that was not, on any number of processes.
+
+The step itself is in `fastgpt.training.step`, measurements between steps in
+`fastgpt.training.validation`, and the files of a run in `fastgpt.training.run_output`.
+"""
+
+import contextlib
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt.checkpoint.load import Checkpoint, find_checkpoint, load_run_tokenizer, resolve_run
+from fastgpt.checkpoint.save import TrainingState
+from fastgpt.data.prefetch import Feeder
+from fastgpt.model import GPT
+from fastgpt.tokenizer import CharTokenizer
+from fastgpt.training.distributed import World
+from fastgpt.training.initialization import Origin
+from fastgpt.training.loggers import check_loggers
+from fastgpt.training.memory_estimate import gigabytes, used
+from fastgpt.training.nonfinite import SkippedUpdates
+from fastgpt.training.recipes import Recipe
+from fastgpt.training.run_folder import (
+    find_data,
+    read_run,
+    refuse_changes,
+    refuse_end_before,
+    writing,
+)
+from fastgpt.training.run_output import RunWriter
+from fastgpt.training.step import Learner
+from fastgpt.training.throughput import device_peak, flops_per_token
+from fastgpt.training.validation import (
+    averaged,
+    mean_loss,
+    perplexity,
+    told,
+    whole_model,
+    write_sample,
+)
+from fastgpt.utils.device import find_device
+from fastgpt.utils.errors import UsageError
+from fastgpt.utils.progress import Progress
+from fastgpt.utils.signals import Stopped, StopSignal
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run came to."""
+
+    run: Path
+    step: int
+    best_step: int
+    best_val_loss: float
+    sample: str
+    seconds: float
+    val_loss_before: float | None = None
+    """Of the model that the run began with, if it began with one."""
+    shows_perplexity: bool = True
+    """Whether a token is more than a character, so that the perplexity says something."""
+
+    @property
+    def losses(self) -> str:
+        """What it came to, in words."""
+        best = self._told(self.best_val_loss)
+        if self.val_loss_before is None:
+            return f"best validation loss {best} at step {self.best_step:,}"
+        before = self._told(self.val_loss_before)
+        if not self.best_step:
+            return f"validation loss before: {before}; nothing was better, so that is the best"
+        return f"validation loss before: {before}; after: {best} at step {self.best_step:,}"
+
+    def _told(self, loss: float) -> str:
+        return told(loss, self.shows_perplexity)
+
+
+@dataclass
+class Standing:
+    """How far a run has come: what a checkpoint holds besides tensors."""
+
+    step: int = 0
+    best_step: int = 0
+    best_val_loss: float = math.inf
+    evaluations_since: int = 0  # the best one
+    val_loss_before: float | None = None  # of the model that the run began with
+    seconds: float = 0.0  # of training, in all the sessions that the run took
+
+    def evaluated(self, val_loss: float) -> None:
+        """Note the validation loss of this step."""
+        self.evaluations_since += 1
+        if val_loss < self.best_val_loss:
+            self.best_val_loss, self.best_step, self.evaluations_since = val_loss, self.step, 0
+
+
+class Trainer:
+    """Trains one recipe into one run folder.
+
+    recipe: see `fastgpt.training.recipes`. name: part of the run folder's name. given: names of
+    settings that a pretrained model (`init`) must not change. `Trainer.resume(run)` continues a run
+    from its newest good checkpoint. Started by `torchrun`, the processes share the work of each
+    step; started again by it after a failure, they continue the run they were at. Wrong settings,
+    data or folders raise UsageError before the first step. On a CPU the process keeps freed memory
+    from then on.
+    """
+
+    def __init__(self, recipe: Recipe, name: str = "run", given: Collection[str] = ()) -> None:
+        with self._joined(recipe):
+            if run := self.writer.interrupted(recipe):
+                self._continue(run, {})
+            else:
+                self._begin(recipe, name, given)
+
+    @classmethod
+    def resume(cls, run: str | Path, **changes: Any) -> "Trainer":
+        """Continue the run in folder `run`, with settings changed as given (say, `max_steps`)."""
+        run = resolve_run(Path(run))
+        trainer = cls.__new__(cls)
+        with trainer._joined(replace(read_run(run)[1], **changes)):
+            trainer._continue(run, changes)
+        return trainer
+
+    def fit(self) -> Result:
+        """Train to `max_steps`, or until `patience` evaluations in a row brought no better loss.
+
+        Ctrl-C or SIGTERM finishes the step, saves, and raises `Stopped`.
+        """
+        try:
+            with contextlib.ExitStack() as stack:
+                stop = stack.enter_context(StopSignal())
+                stack.enter_context(self.writer.opened(self.recipe, self.step))
+                progress = stack.enter_context(self._progress())
+                self._feed = stack.enter_context(self._feeder())
+                stack.enter_context(self.learner.enough_memory())
+                self._train(progress, stop)
+                self.standing.seconds = progress.seconds()
+            return self._finish()
+        finally:
+            self.close()
+
+    def validation_loss(self) -> float:
+        """Return the mean loss, in nats per token, over the fixed validation windows.
+
+        Of the averaged weights, if the run keeps them. All processes must call.
+        """
+        with averaged(self.learner):
+            return mean_loss(self.learner)
+
+    def close(self) -> None:
+        """Let others write the run folder, and part from the other processes; `fit` does it."""
+        self.writer.close()
+        self.world.close()
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        return self.writer.path
+
+    @property
+    def recipe(self) -> Recipe:
+        """The settings, with all that was left open settled."""
+        return self.learner.recipe
+
+    @property
+    def model(self) -> GPT:
+        """The model; with fsdp, this process's part of it."""
+        return self.learner.model
+
+    @property
+    def step(self) -> int:
+        """How many steps the run has done."""
+        return self.standing.step
+
+    @property
+    def step_tokens(self) -> int:
+        """How many tokens a step is, over all processes."""
+        return self.learner.sequences * self.recipe.block_size
+
+    # --- before the first step -----------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _joined(self, recipe: Recipe) -> Iterator[None]:
+        """Find the device and the other processes; part from them if the block fails."""
+        self.standing, self._evaluated = Standing(), False
+        self._skipped = SkippedUpdates()
+        self._notes: list[str] = []
+        self.world = World()
+        self.writer = RunWriter(self.world)
+        self.device = find_device(recipe.device, self.world.local_rank)
+        self.world.start(self.device)
+        try:
+            check_loggers(recipe.log)
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, recipe: Recipe, name: str, given: Collection[str]) -> None:
+        """Start a new run."""
+        self.writer.refuse_occupied(recipe)  # before the data are read
+        self.learner = Learner(recipe, self.device, self.world, given=given)
+        self._notes += self.learner.notes
+        tokenizer = self.learner.corpus.tokenizer
+        self.writer.begin(name, self.recipe, self.learner.config, tokenizer)
+
+    def _continue(self, run: Path, changes: dict[str, Any]) -> None:
+        """Go on with the run in a folder, from its newest good checkpoint."""
+        name, before = read_run(run)
+        recipe = replace(before, **{**find_data(run, before), **changes})
+        checkpoint = self.writer.take(run, recipe.keep, self._notes)
+        refuse_changes(before, recipe)
+        tokenizer = load_run_tokenizer(run, checkpoint)
+        config = replace(checkpoint.config, dropout=recipe.dropout)
+        origin = Origin(tokenizer, config, checkpoint.data_sha256)
+        self.learner = Learner(recipe, self.device, self.world, origin)
+        refuse_end_before(checkpoint.step, self.recipe)
+        self._notes += self.learner.notes
+        self.learner.restore(checkpoint)
+        self._stand_at(checkpoint)
+        self.writer.go_on(name, self.recipe, self.learner.config, self.step)
+
+    def _stand_at(self, checkpoint: Checkpoint) -> None:
+        standing = {key: checkpoint.extra.get(key, v) for key, v in asdict(self.standing).items()}
+        self.standing = Standing(**{**standing, "step": checkpoint.step})
+        self._notes.append(f"continued at step {self.step:,}")
+        self._evaluated = checkpoint.val_loss is not None
+
+    # --- training ------------------------------------------------------------------------------
+
+    def _train(self, progress: Progress, stop: StopSignal) -> None:
+        """Do the steps, and what is due between them."""
+        progress.say(self._summary())
+        if self.recipe.init is not None and self.step == 0 and not self._evaluated:
+            self._evaluate(progress)  # what there is to lose
+        if self._evaluation_due() and not self._evaluated:  # stopped just before it
+            self._evaluate(progress)
+        while not self._finished():
+            self._step()
+            progress.stepped(self.step, self.step_tokens)
+            self._tell_skipped(progress, self._skipped.known())
+            requested, due = self.world.agree(stop.requested, progress.due())
+            if due:
+                self._log(progress)
+            if requested and not self._last_step():
+                self.standing.seconds = progress.seconds()
+                self._save(None)
+                raise Stopped(requested, self.run, self.step)
+            if self._evaluation_due():
+                self._evaluate(progress)
+            if self.recipe.sample_interval and self.step % self.recipe.sample_interval == 0:
+                self._show_sample(progress)
+
+    def _step(self) -> None:
+        """Do one step of the optimizer."""
+        self.loss, self.norm = self.learner.step(self.step, self._feed)
+        self.standing.step += 1
+        self._evaluated = False
+        self._skipped.add(self.step, self.learner.updater.skipped, self.norm)
+        if self.device.type == "cpu":  # where looking does not mean waiting
+            self._check_skipped()
+
+    def _feeder(self) -> Feeder:
+        """Return this process's micro-batches from the present step on."""
+        return self.learner.feeder(self.step)
+
+    def _check_skipped(self) -> None:
+        """End the run after too many updates in a row that had to be left out."""
+        if (skipped := int(self.learner.updater.skipped)) >= self.learner.updater.patience:
+            raise self._diverged(
+                f"{skipped} updates in a row left out, because their gradient is not finite"
+            )
+
+    def _tell_skipped(self, progress: Progress, begun: list[tuple[int, float]]) -> None:
+        """Tell of updates left out, once a streak; float16 has them whenever its scale is high."""
+        if self.learner.updater.scale is None:
+            for step, norm in begun:
+                progress.say(f"step {step:,}: gradient norm {norm}; this update is left out")
+
+    def _log(self, progress: Progress) -> None:
+        loss = self.world.sums(self.loss.item())[0] / self.world.size
+        lr, norm = self.learner.lr, self.norm.item()
+        self._check_skipped()
+        self._tell_skipped(progress, self._skipped.look())
+        progress.show(loss, lr, norm)
+        self._record(loss=loss, lr=lr, grad_norm=norm, **progress.figures())
+
+    def _last_step(self) -> bool:
+        return self.step >= self.recipe.max_steps
+
+    def _finished(self) -> bool:
+        patience = self.recipe.patience
+        return self._last_step() or 0 < patience <= self.standing.evaluations_since
+
+    # --- evaluation, samples, saving -----------------------------------------------------------
+
+    def _evaluation_due(self) -> bool:
+        return self.step > 0 and (self.step % self.recipe.eval_interval == 0 or self._last_step())
+
+    def _evaluate(self, progress: Progress) -> None:
+        """Measure the validation loss, report it, and save."""
+        self._evaluated = True
+        with progress.paused():
+            val_loss = self.validation_loss()
+            self._record_evaluation(val_loss, progress.seconds())
+            if not math.isfinite(val_loss):
+                raise self._diverged(f"validation loss {val_loss}")
+            if self.step:
+                progress.evaluated(told(val_loss, self._shows_perplexity))
+            else:
+                progress.say(f"before: validation loss {told(val_loss, self._shows_perplexity)}")
+                self.standing.val_loss_before = val_loss
+            self.standing.evaluated(val_loss)
+            self.standing.seconds = progress.seconds()
+            self._save(val_loss)
+            if self._finished() and not self._last_step():
+                patience = self.recipe.patience
+                progress.say(f"no better loss for {patience} evaluations: stopped early")
+
+    def _record_evaluation(self, val_loss: float, seconds: float) -> None:
+        words = {"val_perplexity": perplexity(val_loss)} if self._shows_perplexity else {}
+        self._record(val_loss=val_loss, **words, seconds=seconds)
+
+    @property
+    def _shows_perplexity(self) -> bool:
+        """Whether a token is more than a character."""
+        return not isinstance(self.learner.corpus.tokenizer, CharTokenizer)
+
+    def _diverged(self, what: str) -> UsageError:
+        return UsageError(
+            f"{what} at step {self.step}: training has diverged; lower --lr (now "
+            f"{self.recipe.lr}); the saved checkpoints are untouched"
+        )
+
+    def _save(self, val_loss: float | None) -> None:
+        """Have the main process save a checkpoint; with fsdp all processes give their parts."""
+        self.writer.save(self._state(val_loss))
+
+    def _state(self, val_loss: float | None) -> TrainingState:
+        learner = self.learner
+        return TrainingState(
+            self.step,
+            learner.model_tensors(),
+            learner.optimizer_tensors(),
+            val_loss,
+            learner.config,
+            learner.corpus.tokenizer.fingerprint,
+            learner.corpus.sha256,
+            learner.average_tensors(),
+            {**asdict(self.standing), **learner.extra_state()},
+        )
+
+    def _show_sample(self, progress: Progress) -> None:
+        """Print a sample of the present model; nothing of the training is disturbed."""
+        with progress.paused(), averaged(self.learner), torch.random.fork_rng():
+            model = whole_model(self.learner)
+            if self.world.is_main:
+                text = self._sample(model)
+                progress.say(f"--- a sample at step {self.step:,}\n{text}\n---")
+                self.writer.text(self.step, text)
+
+    def _sample(self, model: GPT) -> str:
+        recipe = self.recipe
+        return write_sample(model, self.learner.corpus.tokenizer, recipe.sample_tokens, recipe.seed)
+
+    def _finish(self) -> Result:
+        """Draw the loss curve and write a sample with the best weights."""
+        result = None
+        with self.world.only_main() as main:
+            if main:
+                result = self._finish_alone()
+        told: Result = self.world.tell(result)
+        return told
+
+    def _finish_alone(self) -> Result:
+        from fastgpt.plot import plot_losses  # matplotlib: only when there is something to draw
+
+        plot_losses(self.run)
+        best = find_checkpoint(self.run, "best", weights_only=True)
+        assert best.val_loss is not None  # the last step was evaluated
+        model = best.load_model(self.device, self.recipe.ops, ema=best.has_ema)
+        sample = self._sample(model)
+        with writing(self.run):
+            (self.run / "sample.txt").write_text(sample + "\n", encoding="utf-8")
+        standing = self.standing
+        return Result(
+            *(self.run, self.step, best.step, best.val_loss, sample, standing.seconds),
+            standing.val_loss_before,
+            self._shows_perplexity,
+        )
+
+    # --- what a person sees --------------------------------------------------------------------
+
+    def _progress(self) -> Progress:
+        dtype = self.learner.precision.dtype
+        self.peak = peak = device_peak(self.device, dtype) if self.world.is_main else None
+        return Progress(
+            self.step,
+            self.recipe.max_steps,
+            seconds=self.standing.seconds,
+            flops_per_token=flops_per_token(
+                self.model.config,
+                self.model.num_params(embeddings=False),
+                frozen=self.learner.lora is not None,
+            ),
+            peak=peak.flops * self.world.size if peak else None,
+            memory=lambda: used(self.device),
+            shown=self.world.is_main,
+        )
+
+    def _record(self, **values: float) -> None:
+        self.writer.record(self.step, {**values, "tokens": self.step * self.step_tokens})
+
+    def _summary(self) -> str:
+        """Say what is about to happen, and what was decided on the way."""
+        corpus, parameters = self.learner.corpus, self.model.num_params() / 1e6
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        kernels = ", Triton kernels" if self.learner.backend == "triton" else ""
+        several = f", {self.world.size} processes" if self.world.size > 1 else ""
+        mfu = f"; MFU is of the {self.peak}" if self.peak else ""
+        lora = self.learner.lora
+        trained = f" ({lora.n_params(self.model.config):,} trained)" if lora else ""
+        vocab_size = corpus.tokenizer.vocab_size
+        lines = [
+            f"{parameters:.2f}M parameters{trained}, vocabulary of {vocab_size:,}, "
+            f"{len(corpus.train):,} training and {len(corpus.val):,} validation tokens",
+            f"{self.device.type}{kernels}{threads}{several}; {self.learner.precision}; "
+            f"a step's tensors: about {gigabytes(self.learner.memory().total)}{mfu}",
+            *self._notes,
+            f"run folder: {self.run}",
+        ]
+        return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of GPT: hardware, files, progress display, signals."""

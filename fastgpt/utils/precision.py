@@ -1,0 +1,98 @@
+"""In which precision a device multiplies, and why."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fastgpt.utils.errors import UsageError
+from fastgpt.utils.processor import bfloat16_units
+
+TRIAL_SECONDS = 0.5  # for all precisions together, if a trial does not take longer
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What `recipe.dtype` came to: the products' `dtype`, TF32 or not, and the reason in words."""
+
+    device: torch.device
+    dtype: torch.dtype
+    tf32: bool = False
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """As a recipe's `dtype` has it."""
+        return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context to run the model in."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})" if self.reason else self.name
+
+
+def choose_precision(name: str, device: torch.device) -> list[Precision]:
+    """Return the precisions that a recipe's `dtype` can mean on a device; UsageError if none.
+
+    More than one where only a trial can tell which is the faster: see `fastest`.
+    """
+    if name == "auto":
+        return _best(device)
+    if name == "tf32":
+        if device.type != "cuda":
+            raise UsageError(f"dtype tf32 is for NVIDIA GPUs, not for {device.type}: use float32")
+        torch.set_float32_matmul_precision("high")
+        return [Precision(device, torch.float32, tf32=True)]
+    if name == "float32":
+        torch.set_float32_matmul_precision("highest")  # a run before may have asked for TF32
+    return [Precision(device, getattr(torch, name))]
+
+
+def fastest(precisions: Sequence[Precision], trial: Callable[[Precision], object]) -> Precision:
+    """Return the precision in which `trial` takes the least time.
+
+    A processor with bfloat16 units multiplies large matrices twice as fast in it. The conversions
+    cost something too, and in a small model more than is gained. A short trial is repeated, the
+    precisions taking turns, and the best time counts: a neighbour's work must not decide.
+    """
+    if len(precisions) == 1:
+        return precisions[0]
+    for precision in precisions:  # memory is taken, code is loaded
+        _time(trial, precision)
+    seconds = dict.fromkeys(precisions, math.inf)
+    until = time.perf_counter() + TRIAL_SECONDS
+    while math.inf in seconds.values() or time.perf_counter() < until:
+        for precision in precisions:
+            seconds[precision] = min(seconds[precision], _time(trial, precision))
+    best, next_best = sorted(precisions, key=seconds.__getitem__)[:2]
+    reason = (
+        f"a trial took {1e3 * seconds[best]:,.0f} ms, {1e3 * seconds[next_best]:,.0f} in "
+        f"{next_best.name}"
+    )
+    return replace(best, reason=reason)
+
+
+def _best(device: torch.device) -> list[Precision]:
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return [Precision(device, torch.bfloat16)]
+        return [Precision(device, torch.float16, reason="this GPU has no bfloat16 units")]
+    if device.type == "cpu":
+        if bfloat16_units():
+            return [Precision(device, torch.float32), Precision(device, torch.bfloat16)]
+        return [Precision(device, torch.float32, reason="this processor has no bfloat16 units")]
+    return [Precision(device, torch.float32)]
+
+
+def _time(trial: Callable[[Precision], object], precision: Precision) -> float:
+    began = time.perf_counter()
+    trial(precision)
+    return time.perf_counter() - began

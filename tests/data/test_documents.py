@@ -1,0 +1,152 @@
+"""Documents out of files of every kind, and mistakes in them."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastgpt.data import documents
+from fastgpt.data.documents import find_sources, read_documents
+from fastgpt.utils.errors import UsageError
+
+EOT = "<|endoftext|>"
+
+
+def read(path: Path, field: str = "text") -> list[str]:
+    """Return the documents of a file, whole."""
+    found = [""]
+    for text, ends in read_documents(path, field):
+        found[-1] += text
+        if ends:
+            found.append("")
+    assert found.pop() == "", "the last one is not ended"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("one\n", ["one\n"]),
+        (f"one {EOT} two\n", [f"one {EOT} two\n"]),  # not a line of its own: ordinary text
+        (f"one\n{EOT}\ntwo\n", ["one", "two\n"]),
+        (f"one\n\n{EOT}\n\n two\n{EOT}\n", ["one", " two"]),
+        (f"one\n{EOT}\n{EOT}\ntwo", ["one", "two"]),
+        (f"{EOT}\none\n{EOT}", ["one"]),
+        (f"one\n{EOT} \n{EOT}!\n", [f"one\n{EOT} \n{EOT}!\n"]),
+        (f"\r\none\r\n{EOT}\r\ntwo", ["\none", "two"]),
+        (EOT, []),
+        ("", []),
+        ("\n\n", ["\n\n"]),
+    ],
+)
+@pytest.mark.parametrize("block", [1, 3, 1000])
+def test_lines_that_part_a_text(tmp_path, monkeypatch, text, expected, block) -> None:
+    monkeypatch.setattr(documents, "BLOCK_BYTES", block)
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    assert read(path) == expected
+
+
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    parts=st.lists(st.sampled_from(["a", "b.", " ", "\n", EOT, f"\n{EOT}\n", "<|", ">"])),
+    block=st.integers(1, 30),
+)
+def test_blocks_do_not_matter(tmp_path, monkeypatch, parts, block) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("".join(parts), "utf-8")
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 1 << 20)
+    whole = read(path)
+    monkeypatch.setattr(documents, "BLOCK_BYTES", block)
+    assert read(path) == whole
+    assert all(whole)
+
+
+def test_the_same_from_every_kind_of_file(tmp_path: Path) -> None:
+    texts = ["one\r\n", "zwei é漢😀", f"three {EOT}\n"]
+    lines = "\n".join(json.dumps({"id": i, "story": text}) for i, text in enumerate(texts))
+    empty = json.dumps({"story": ""})
+    files = {
+        "a.jsonl": lines.encode() + b"\n\n" + empty.encode(),
+        "b.jsonl": b"\xef\xbb\xbf" + lines.replace("\n", "\r\n").encode(),
+        "c.json": json.dumps([*texts, ""]).encode(),
+        "d.json": json.dumps([{"story": text} for text in texts], ensure_ascii=False).encode(),
+        "e.jsonl.gz": gzip.compress(lines.encode()),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        assert read(tmp_path / name, "story") == texts, name
+    (tmp_path / "f.txt.gz").write_bytes(gzip.compress(b"one\n" * 5000))
+    assert read(tmp_path / "f.txt.gz") == ["one\n" * 5000]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    texts = [f"story {i} é" for i in range(3000)]
+    table = pyarrow.table({"id": range(3001), "story": [*texts, ""]})
+    parquet.write_table(table, path, row_group_size=700)
+    advanced: list[int] = []
+    assert [text for text, _ in read_documents(path, "story", advanced.append)] == texts
+    assert sum(advanced) == path.stat().st_size
+    for field, message in (("text", "no field 'text'.*there are: id, story"), ("id", "row 0: ")):
+        with pytest.raises(UsageError, match=message):
+            read(path, field)
+    path.write_bytes(b"PAR1 not really")
+    with pytest.raises(UsageError, match=r"a\.parquet is not a parquet file that can be read"):
+        read(path)
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(UsageError, match=r"a\.parquet: .* pip install pyarrow"):
+        read(tmp_path / "a.parquet")
+
+
+# Without the time in it, which would be in a test's name: several processes must agree on that.
+CUT_SHORT = gzip.compress(b"one" * 999, mtime=0)[:-9]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', "a.jsonl, line 2, column 10: Expecting value"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"body": 1, "id": 2}', "line 3: has no field 'text'; .* id"),
+        ("a.jsonl", b'{"text": null}', "line 1: field 'text' holds no text but None"),
+        ("a.jsonl", b'["text"]', "line 1: holds no object with a field 'text', but"),
+        ("a.jsonl", b"{}", "line 1: has no field 'text'; .* there are: none"),
+        ("a.jsonl", b'{"text": "\xe9"}', "line 1: is not JSON: .* 0xe9"),
+        ("a.jsonl", b"[" * 100_000, "line 1: brackets nested too deeply"),
+        ("a.json", b'{"text": "a"}', "a.json holds no list of texts but a dict"),
+        ("a.json", b'["a",\n 7]', "a.json, item 1: holds no object with a field 'text', but 7"),
+        ("a.json", b'["a",\n b]', "a.json, line 2, column 2: Expecting value"),
+        ("a.txt.gz", b"no gzip", "a.txt.gz is not a whole gzip file"),
+        ("a.txt.gz", CUT_SHORT, "a.txt.gz is not a whole gzip file"),
+        ("a.txt", b"caf\xe9", "not UTF-8: byte 0xe9 at offset 3"),
+    ],
+)
+def test_mistakes_in_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message) as error:
+        read(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_find_sources(tmp_path: Path) -> None:
+    for name in ("b.txt", "sub/a.jsonl", "sub/c.txt.gz", "d.parquet", "e.md", "f/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    named = [tmp_path, tmp_path / "e.md", tmp_path / "f" / "config.json"]
+    names = [str(path.relative_to(tmp_path)) for path in find_sources(named)]
+    in_folder = ["b.txt", "d.parquet", "sub/a.jsonl", "sub/c.txt.gz"]
+    assert names == [*in_folder, "e.md", "f/config.json"]
+    with pytest.raises(UsageError, match=r"no\.txt does not exist"):
+        find_sources([tmp_path / "no.txt"])
+    with pytest.raises(UsageError, match=r"holds no file named \*\.txt, \*\.jsonl, \*\.parquet"):
+        find_sources([tmp_path / "f"])

@@ -1,0 +1,232 @@
+"""Steps recorded once and replayed. A tape stands for the CUDA graph where there is no GPU.
+
+It is as blind as a graph: it keeps which operators ran on which memory, and nothing of Python. What
+would make the host look at a number, or bring one from it, it refuses, as a graph's recording does.
+"""
+
+import gc
+import weakref
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from fastgpt import GPT, GPTConfig
+from fastgpt.inference import cuda_graph as replay
+from fastgpt.inference import generation
+from fastgpt.inference.generation import Writing, complete, generate
+from fastgpt.inference.kv_cache import KVCache, StepCache
+from fastgpt.inference.sampling import Sampler
+from tests.backends import INTERPRETED
+
+ATEN = torch.ops.aten
+OF_THE_HOST = (
+    ATEN._local_scalar_dense.default,
+    ATEN.lift_fresh.default,
+    ATEN.nonzero.default,
+    ATEN.masked_select.default,
+    ATEN.equal.default,
+)
+
+
+class Watch(TorchDispatchMode):
+    """Refuses what has the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in OF_THE_HOST, f"{func} makes the host wait"
+        return func(*args, **kwargs or {})
+
+
+class Tape(Watch):
+    """Records operators, then undoes what they did: a graph's recording runs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self.kept: list[Any] = []  # or else new tensors would take their addresses
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self._save(value)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.calls.append((func, args, kwargs, out))
+        return out
+
+    def _save(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+
+    def undo(self) -> None:
+        for storage, before in self.before.values():
+            storage.copy_(before)
+
+    def play(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            inputs = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+            again = func(*args, **kwargs)
+            for old, new in zip(_tensors(out), _tensors(again), strict=True):
+                if old.untyped_storage().data_ptr() not in inputs:  # no view, not in place
+                    old.copy_(new)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def record_on_tape(function: Callable[[], Any]) -> Callable[[], Any]:
+    tape = Tape()
+    with tape:
+        result = function()
+    tape.undo()
+
+    def play() -> Any:
+        tape.play()
+        return result
+
+    return play
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Make every step a tape's; the list tells how many tapes there were."""
+    found: list[Any] = []
+
+    def record(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+        found.append(function.__name__)
+        return record_on_tape(function)
+
+    monkeypatch.setattr(generation, "can_record", lambda model: True)
+    monkeypatch.setattr(replay, "record", record)
+    return found
+
+
+@pytest.fixture
+def model() -> GPT:
+    model = GPT(GPTConfig(61, 32, 2, 2, 32), ops="reference")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model.eval()
+
+
+PROMPTS = [torch.arange(n) for n in (3, 9, 1, 40)]
+SETTINGS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+    {"temperature": 1.0, "repetition_penalty": 1.3, "frequency_penalty": 0.4},
+]
+
+
+@pytest.mark.parametrize("sampling", SETTINGS)
+@pytest.mark.parametrize("n", [1, 2])
+def test_replayed_steps_write_the_same(
+    model: GPT, recordings: list[Any], sampling: dict[str, Any], n: int
+) -> None:
+    """Past the context, where windows slide at different times between the replays."""
+    found = complete(model, PROMPTS, 90, n=n, seed=4, **sampling)
+    assert len(recordings) == 1
+    twin = complete(model, PROMPTS, 90, n=n, seed=4, use_cache=False, **sampling)
+    assert len(recordings) == 1
+    for ours, theirs in zip(chain(*found), chain(*twin), strict=True):
+        assert ours.ids == theirs.ids
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+def test_replayed_steps_fill_rows_that_have_ended(model: GPT, recordings: list[Any]) -> None:
+    ids = torch.arange(12).view(4, 3)
+    free = generate(model, ids, 60, seed=2)
+    stop = int(free[0, 30])
+    found = generate(model, ids, 60, seed=2, stop_token=stop)
+    assert len(recordings) == 2
+    for row, whole in zip(found, free, strict=True):
+        end = next((i for i, token in enumerate(whole.tolist()) if i > 2 and token == stop), 62)
+        assert torch.equal(row[: end + 1], whole[: row.numel()][: end + 1])
+        assert (row[end:] == stop).all() or end == 62
+
+
+def test_what_has_been_written_leaves_nothing_for_the_collector(
+    model: GPT, recordings: list[Any]
+) -> None:
+    """On a GPU that would be a cache and a graph."""
+    writing = Writing(model, [torch.tensor([1])], 30, Sampler(), 1)
+    while writing.step() is not None:
+        pass
+    assert recordings == ["_next"]
+    gone = weakref.ref(writing)
+    gc.disable()
+    try:
+        del writing
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_recording_must_be_worth_it(model: GPT, recordings: list[Any]) -> None:
+    generate(model, torch.tensor([[1]]), 18, temperature=0)
+    assert not recordings
+    generate(model, torch.tensor([[1]]), 25, temperature=0)
+    assert len(recordings) == 1
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter")
+def test_the_kernels_steps_replay(model: GPT, recordings: list[Any]) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    expected = generate(model, ids, 22, seed=1)
+    assert torch.equal(generate(model.use_ops("triton"), ids, 22, seed=1), expected)
+    assert len(recordings) == 2
+
+
+@pytest.mark.parametrize("sampling", SETTINGS)
+def test_the_host_waits_for_no_step(
+    model: GPT, recordings: list[Any], sampling: dict[str, Any]
+) -> None:
+    """Of a step between two windows and two lots of random numbers."""
+    sampler = Sampler(**sampling)
+    writing = Writing(model, [torch.tensor([1, 2]), torch.tensor([3])], 28, sampler, 1)
+    for _ in range(4):
+        writing.step()
+    with Watch():
+        for _ in range(20):
+            writing.step()
+    assert len(recordings) == 1
+    assert writing.lengths == [26, 25]
+
+
+def test_a_step_depends_on_no_number_of_the_host(model: GPT) -> None:
+    cache = KVCache(model, 2, 9)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    model.hidden(ids, cache)
+    cache.hold([3, 1])
+    last = torch.tensor([[7], [8]])
+    with torch.no_grad():
+        play = record_on_tape(lambda: model.hidden(last, StepCache(cache)))
+        assert cache.lengths.tolist() == [3, 1]
+        play()
+        last.copy_(torch.tensor([[9], [10]]))
+        found = play()
+    assert cache.lengths.tolist() == [5, 3]
+    for row, text in enumerate(([1, 2, 3, 7, 9], [4, 8, 10])):
+        expected = model.hidden(torch.tensor([text]))[0, -1]
+        torch.testing.assert_close(found[row, 0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+@pytest.mark.parametrize("sampling", SETTINGS)
+@pytest.mark.parametrize("backend", ["triton", "native"])
+def test_a_gpu_replays_what_it_would_write(sampling: dict[str, Any], backend: str) -> None:
+    model = GPT(GPTConfig(1000, 64, 2, 2, 64), ops=backend).cuda().eval()
+    ids = torch.arange(12).view(4, 3)
+    found = generate(model, ids, 150, seed=1, **sampling)
+    before = torch.cuda.memory_allocated()
+    assert torch.equal(found, generate(model, ids.cuda(), 150, seed=1, **sampling).cpu())
+    twin = generate(model, ids, 150, seed=1, use_cache=False, **sampling)
+    assert (found == twin).float().mean() > 0.9
+    assert torch.cuda.memory_allocated() == before
