@@ -3,15 +3,16 @@
 Nothing heavy is imported until it is used: ``import fastgpt`` alone loads neither torch nor Triton.
 """
 
-from importlib import import_module
 from pkgutil import extend_path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 # In a checkout, `python -m fastgpt.train` finds this folder first, but the compiled module lies in
 # site-packages: let the package span both, so that `pip install .` works from inside and outside.
 __path__ = extend_path(__path__, __name__)
 
 __version__ = "0.1.0"
+
+from fastgpt.utils.lazy import lazy_names  # noqa: E402
 
 if TYPE_CHECKING:
     from fastgpt.interop import load as load
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from fastgpt.training.recipes import Recipe as Recipe
     from fastgpt.training.trainer import Trainer as Trainer
 
-_HOME = {
+_HOMES = {
     "FusedAdamW": "training.fused_adamw",
     "GPT": "model",
     "GPTConfig": "model",
@@ -43,22 +44,10 @@ _HOME = {
     "patch": "interop.transformers_patch",
     "unpatch": "interop.transformers_patch",
 }
-
-_MODULES = {
+_MODULES = (
     *("checkpoint", "data", "evaluate", "evaluation", "inference", "interop", "model", "ops"),
     *("tokenizer", "training"),
-}
+)
 
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"fastgpt.{name}")
-    if name in _HOME:
-        return getattr(import_module(f"fastgpt.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'fastgpt' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_MODULES})
+__all__ = sorted(_HOMES)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, _MODULES)

@@ -1,7 +1,6 @@
 """`python -m fastgpt.evaluate RUN --data my.txt`: how well a model predicts a text, or does a task.
 
-In Python, `perplexity` scores tokens (:mod:`fastgpt.evaluation.log_likelihood`), `evaluate_text` a
-text (:mod:`fastgpt.evaluation.texts`, which defines what is counted).
+In Python: `fastgpt.evaluation`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,22 +19,13 @@ from fastgpt.utils import cli
 from fastgpt.utils.errors import UsageError
 
 if TYPE_CHECKING:
-    from fastgpt.evaluation.log_likelihood import Scores as Scores
-    from fastgpt.evaluation.log_likelihood import perplexity as perplexity
     from fastgpt.evaluation.texts import ScoredText
-    from fastgpt.evaluation.texts import evaluate_text as evaluate_text
+    from fastgpt.interop.run import Run
     from fastgpt.model import GPT
     from fastgpt.tokenizer import BaseTokenizer
     from fastgpt.utils.precision import Precision
 
-_HOME = {"Scores": "scoring", "perplexity": "scoring", "evaluate_text": "scored_text"}
 TRIAL_TOKENS = 2048  # to see which precision is the fastest
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:  # torch is imported when they are used
-        return getattr(import_module(f"fastgpt.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'fastgpt.evaluate' has no attribute {name!r}")
 
 
 @dataclass(frozen=True)
@@ -174,7 +163,7 @@ def _evaluate_text(options: Options, model: GPT, tokenizer: BaseTokenizer) -> di
 
 def _load_text(options: Options, tokenizer: BaseTokenizer) -> ScoredText:
     """Return what the options name, or what the run keeps for validation."""
-    from fastgpt.evaluation.texts import load_run_text, load_text
+    from fastgpt.evaluation.texts import load_text
     from fastgpt.interop import run
 
     if options.data is not None:
@@ -188,7 +177,28 @@ def _load_text(options: Options, tokenizer: BaseTokenizer) -> ScoredText:
     path = Path(options.model)
     if not run.recognises(path):
         raise UsageError(f"{path} is no run, which would know its text: name one with --data")
-    return load_run_text(run.read(path), tokenizer, options.part, options.max_tokens)
+    return _load_run_text(run.read(path), tokenizer, options)
+
+
+def _load_run_text(run: Run, tokenizer: BaseTokenizer, options: Options) -> ScoredText:
+    """Return the validation part of a run's data, or the part that the options name.
+
+    UsageError if the data is not there any more, or has changed.
+    """
+    from fastgpt.data.corpus import load_corpus
+    from fastgpt.evaluation.texts import part_of
+    from fastgpt.training.run_folder import find_data, read_run
+
+    _, recipe = read_run(run.path)
+    found = find_data(run.path, recipe)
+    data, val_data = found["data"], found["val_data"]
+    if not data:
+        raise UsageError(f"{run.path} does not say what it was trained on; name a text with --data")
+    sha256 = run.checkpoint.data_sha256
+    corpus = load_corpus(data, tokenizer, recipe.val_fraction, sha256, val_data=val_data)
+    name = val_data if val_data and options.part != "train" else data
+    text = part_of(corpus.train, corpus.val, options.part, tokenizer, name)
+    return text.cut(options.max_tokens)
 
 
 def _evaluate_task(options: Options, model: GPT, tokenizer: BaseTokenizer) -> dict[str, Any]:

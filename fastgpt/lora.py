@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt.model import GPT, MLP, Attention, Block, GPTConfig, Norm
-from fastgpt.training.recipes import Recipe
 
 A, B = "lora_a", "lora_b"  # parameters of a linear layer, beside its `weight`
 
@@ -28,13 +27,6 @@ class Lora:
     alpha: float
     dropout: float = 0.0
     targets: Literal["all", "attention", "mlp"] = "all"
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> "Lora | None":
-        """Return what a recipe asks for."""
-        if not recipe.lora_rank:
-            return None
-        return cls(recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout, recipe.lora_targets)
 
     @property
     def scale(self) -> float:

@@ -35,7 +35,7 @@ def _fit(
 
     Torch is imported here, after every mistake in the arguments was answered.
     """
-    from fastgpt.plot import loss_in_text
+    from fastgpt.training.loss_curves import loss_in_text
     from fastgpt.training.trainer import Trainer
     from fastgpt.utils.signals import Stopped
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from fastgpt import Tokenizer
+
 if not torch.cuda.is_available():
     # The kernels then run in Triton's interpreter, which must be on before anything loads Triton:
     # its own library is made of `@triton.jit` functions too, and transformers imports it.
@@ -40,3 +42,18 @@ def verse(tmp_path: Path) -> Path:
     path = tmp_path / "verse.txt"
     path.write_text(whole[:12_000], encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> Tokenizer:
+    return Tokenizer.gpt2()
+
+
+@pytest.fixture(scope="session")
+def multilingual() -> str:
+    return (ROOT / "tests" / "assets" / "multilingual.txt").read_text("utf-8")
+
+
+@pytest.fixture(scope="session")
+def shakespeare() -> str:
+    return (ROOT / "fastgpt" / "assets" / "tinyshakespeare.txt").read_text("utf-8")

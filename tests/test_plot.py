@@ -11,7 +11,7 @@ import pytest
 
 from fastgpt import __main__ as fastgpt_main
 from fastgpt import plot
-from fastgpt.plot import differing, loss_in_text, read_runs, text_curve
+from fastgpt.training.loss_curves import differing, loss_in_text, read_runs, text_curve
 from fastgpt.utils import cli
 
 

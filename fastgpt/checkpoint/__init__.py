@@ -1,1 +1,5 @@
 """Checkpoints: reading, writing, and one writer per run folder."""
+
+from fastgpt.utils.lazy import lazy_names
+
+__getattr__, __dir__ = lazy_names(__name__, {}, ("load", "run_lock", "save"))

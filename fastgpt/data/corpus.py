@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastgpt.data.documents import map_in_order, not_utf8, split_documents
+from fastgpt.data.documents import split_documents
 from fastgpt.data.external import is_foreign, read_foreign
 from fastgpt.data.pipeline import META
 from fastgpt.data.pipeline import prepare as prepare
@@ -37,6 +37,8 @@ from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.hashing import mix as mix
 from fastgpt.utils.progress import FileProgress
+from fastgpt.utils.text_files import not_utf8
+from fastgpt.utils.threads import map_in_order
 
 PACKAGED = {"shakespeare": Path(__file__).parents[1] / "assets" / "tinyshakespeare.txt"}
 

@@ -8,29 +8,18 @@ encoding them one by one gives the same ids as encoding the whole.
 from __future__ import annotations
 
 import codecs
-import gzip
-import io
 import json
-import os
 import re
-import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias
 
 from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT
 from fastgpt.utils.errors import UsageError
-from fastgpt.utils.extension import _C
+from fastgpt.utils.text_files import Advance, open_counted, read_blocks
 
 Piece: TypeAlias = tuple[str, bool]
-Advance: TypeAlias = Callable[[int], None]  # is told how many more bytes of the file were read
-In = TypeVar("In")
-Out = TypeVar("Out")
 
-BLOCK_BYTES = 1 << 21  # enough for the work on a block to outweigh its handling by far
 IN_FOLDERS = (".txt", ".jsonl", ".parquet")  # .json, too, is often something else than texts
 
 # The last place before ASCII white space that follows another ASCII character. White space after
@@ -82,7 +71,7 @@ def read_json_lines(path: Path, advance: Advance = lambda n: None) -> Iterator[t
 
     Empty lines are left out. Raises: UsageError that names the place.
     """
-    with _opened(path, advance) as file:
+    with open_counted(path, advance) as file:
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
@@ -101,43 +90,6 @@ def split_documents(text: str) -> list[str]:
         return [text]
     documents = [ended[0].rstrip("\n"), *(document.strip("\n") for document in ended[1:])]
     return [*filter(None, documents), last.lstrip("\n")]
-
-
-def read_blocks(
-    path: Path, block_bytes: int | None = None, advance: Advance = lambda n: None
-) -> Iterator[bytes]:
-    """Read a UTF-8 file in blocks of about so many bytes, each of whole characters.
-
-    A byte order mark is left out, and Windows's line ends become newlines. Raises: UsageError.
-    """
-    n_bytes, started, held = 0, False, b""
-    with _opened(path, advance) as file:
-        while True:
-            read = file.read(block_bytes or BLOCK_BYTES)
-            n_bytes += len(read)
-            block, held = _whole_characters(path, held + read, n_bytes, final=not read)
-            if block and not started:
-                block, started = block.removeprefix(codecs.BOM_UTF8), True
-            if read and block.endswith(b"\r"):  # a newline may follow
-                block, held = block[:-1], b"\r" + held
-            if b"\r" in block:
-                block = _C.unix_newlines(block)
-            if block:
-                yield block
-            if not read:
-                return
-
-
-def _whole_characters(path: Path, block: bytes, read: int, final: bool) -> tuple[bytes, bytes]:
-    """Part a block, which ends at byte `read` of the file, at the end of its last character."""
-    size = _C.valid_utf8(block)
-    if size == len(block):
-        return block, b""
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(block[size:], final)
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, error.object[error.start], read - len(block) + size) from None
-    return block[:size], block[size:]
 
 
 def cut_at_pieces(blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -163,37 +115,6 @@ def _last_cut(text: bytes) -> int:
     return 0
 
 
-def map_in_order(
-    function: Callable[[In], Out], items: Iterable[In], threads: int | None
-) -> Iterator[Out]:
-    """Yield the function's results in order, computed in threads, a few items ahead at most.
-
-    threads: None for one for each CPU that this process may use. Taking items and using results is
-    for the caller's own thread, meanwhile.
-    """
-    if threads is None:
-        here = getattr(os, "sched_getaffinity", None)
-        threads = len(here(0)) if here else os.cpu_count() or 1
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
-    with ThreadPoolExecutor(threads) as pool:
-        running: deque[Future[Out]] = deque()
-        for item in items:
-            running.append(pool.submit(function, item))
-            if len(running) > threads:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-
-
-def not_utf8(path: Path, byte: int, at: int) -> UsageError:
-    """Return the error for a text with this byte at this offset."""
-    return UsageError(
-        f"data file {path} is not UTF-8: byte 0x{byte:02x} at offset {at:,}; convert it "
-        f"from what it is, for example with: iconv -f latin1 -t utf-8"
-    )
-
-
 def _text(path: Path, advance: Advance) -> Iterator[Piece]:
     within = False  # a document
     for block in cut_at_pieces(read_blocks(path, advance=advance)):
@@ -217,7 +138,7 @@ def _json_lines(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
 
 
 def _json_list(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
-    with _opened(path, advance) as file:
+    with open_counted(path, advance) as file:
         items = _parse_json(file.read().removeprefix(codecs.BOM_UTF8), str(path))
     if not isinstance(items, list):
         raise UsageError(f"{path} holds no list of texts but a {type(items).__name__}")
@@ -284,34 +205,3 @@ def _no_text(place: str, field: str, value: Any) -> UsageError:
 
 def _kind(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix
-
-
-@contextmanager
-def _opened(path: Path, advance: Advance) -> Iterator[IO[bytes]]:
-    """Open a file, unpacked if it ends in ``.gz``; turn what can go wrong into UsageError."""
-    try:
-        with io.BufferedReader(_Counted(path, advance), 1 << 20) as file:
-            yield cast(IO[bytes], gzip.GzipFile(fileobj=file)) if path.suffix == ".gz" else file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UsageError(f"{path} is not a whole gzip file: {error}") from None
-    except OSError as error:
-        raise UsageError(f"data file {path} cannot be read: {error.strerror}") from None
-
-
-class _Counted(io.RawIOBase):
-    """A file that tells how much of it was read."""
-
-    def __init__(self, path: Path, advance: Advance) -> None:
-        self._file, self._advance = io.FileIO(path), advance
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        n_bytes = self._file.readinto(buffer)
-        self._advance(n_bytes or 0)
-        return n_bytes
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastgpt
-from fastgpt.data.documents import Advance, Piece, find_sources, map_in_order, read_documents
+from fastgpt.data.documents import Piece, find_sources, read_documents
 from fastgpt.data.shards import TOKENS_PER_SHARD, ShardWriter
 from fastgpt.data.token_files import Ids
 from fastgpt.tokenizer import BaseTokenizer, Tokenizer, load_tokenizer
@@ -35,6 +35,8 @@ from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.hashing import mix
 from fastgpt.utils.progress import FileProgress
+from fastgpt.utils.text_files import Advance
+from fastgpt.utils.threads import map_in_order
 
 META = "meta.json"
 # Documents are drawn for validation by chance: with fewer than this many to be expected there, it

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgpt.data.documents import map_in_order
 from fastgpt.utils.errors import UsageError
+from fastgpt.utils.threads import map_in_order
 
 Ids = NDArray[np.unsignedinteger[Any]]
 Advance = Callable[[int], None]  # is told how many more bytes were looked through

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fastgpt.data.documents import read_blocks, read_json_lines
+from fastgpt.data.documents import read_json_lines
 from fastgpt.utils.errors import UsageError
+from fastgpt.utils.text_files import read_blocks
 
 
 def read_items(path: Path, limit: int | None = None) -> Iterator[tuple[str, Any]]:

@@ -16,15 +16,14 @@ from typing import Literal
 import numpy as np
 
 from fastgpt.data.corpus import PACKAGED, Tokens, load_corpus, read_text
-from fastgpt.data.documents import cut_at_pieces, read_blocks, read_documents, split_documents
+from fastgpt.data.documents import cut_at_pieces, read_documents, split_documents
 from fastgpt.data.token_files import Ids
 from fastgpt.evaluation.log_likelihood import Advance, Scores, perplexity
-from fastgpt.interop.run import Run
 from fastgpt.model import GPT
 from fastgpt.tokenizer import BaseTokenizer
-from fastgpt.training.run_folder import find_data, read_run
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.progress import FileProgress
+from fastgpt.utils.text_files import read_blocks
 
 VAL_FRACTION = 0.1  # of a text that no run says it of
 FIELD = "text"  # of JSON objects and parquet tables
@@ -139,44 +138,27 @@ def load_text(
     path = PACKAGED.get(data, Path(data))
     if path.is_dir():
         corpus = load_corpus(data, tokenizer)
-        return _part_of(corpus.train, corpus.val, part, tokenizer, data).cut(max_tokens)
+        return part_of(corpus.train, corpus.val, part, tokenizer, data).cut(max_tokens)
     if data in PACKAGED or part is not None:
         name = f"the {_PARTS[part or 'val']} part of {data}"
-        documents = _documents(_part_of_file(path, part or "val"), tokenizer)
+        documents = _documents(_text_of_part(path, part or "val"), tokenizer)
         return _tokenize(documents, tokenizer, name, skip_unknown).cut(max_tokens)
     with _reading(path) as bar:
         pieces = _read_file(path, tokenizer, bar.advance)
         return _tokenize(pieces, tokenizer, data, skip_unknown, max_tokens).cut(max_tokens)
 
 
-def load_run_text(
-    run: Run, tokenizer: BaseTokenizer, part: Part | None = None, max_tokens: int | None = None
+def part_of(
+    train: Tokens, val: Tokens, part: Part | None, tokenizer: BaseTokenizer, data: str
 ) -> ScoredText:
-    """Return the validation part of what a run was trained on, or the training part.
-
-    UsageError if that is not there any more, or is not what it was.
-    """
-    _, recipe = read_run(run.path)
-    found = find_data(run.path, recipe)
-    data, val_data = found["data"], found["val_data"]
-    if not data:
-        raise UsageError(f"{run.path} does not say what it was trained on; name a text with --data")
-    sha256 = run.checkpoint.data_sha256
-    corpus = load_corpus(data, tokenizer, recipe.val_fraction, sha256, val_data=val_data)
-    name = val_data if val_data and part != "train" else data
-    return _part_of(corpus.train, corpus.val, part, tokenizer, name).cut(max_tokens)
+    """Return the training or, by default, the validation part of `data`."""
+    tokens = train if part == "train" else val
+    return ScoredText(tokens, tokenizer, f"the {_PARTS[part or 'val']} part of {data}")
 
 
 # --- helpers ---------------------------------------------------------------------------------
 
 _PARTS: dict[Part, str] = {"train": "training", "val": "validation"}
-
-
-def _part_of(
-    train: Tokens, val: Tokens, part: Part | None, tokenizer: BaseTokenizer, data: str
-) -> ScoredText:
-    tokens = train if part == "train" else val
-    return ScoredText(tokens, tokenizer, f"the {_PARTS[part or 'val']} part of {data}")
 
 
 def _read_file(path: Path, tokenizer: BaseTokenizer, advance: Advance) -> Iterator[str | None]:
@@ -196,7 +178,7 @@ def _read_file(path: Path, tokenizer: BaseTokenizer, advance: Advance) -> Iterat
             yield None
 
 
-def _part_of_file(path: Path, part: Part) -> str:
+def _text_of_part(path: Path, part: Part) -> str:
     """Return one part of a plain text, cut where training cuts it."""
     text = read_text(path)
     cut = len(text) - int(len(text) * VAL_FRACTION)

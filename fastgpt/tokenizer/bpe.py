@@ -27,8 +27,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgpt.data.documents import cut_at_pieces, map_in_order, read_blocks
-from fastgpt.data.shards import TOKENS_PER_SHARD, ShardWriter
 from fastgpt.tokenizer.tiktoken_ranks import read_rank_file, to_rank_file, to_ranks
 from fastgpt.tokenizer.vocabulary_files import (
     END_OF_TEXT,
@@ -43,8 +41,8 @@ from fastgpt.tokenizer.vocabulary_files import (
     to_hugging_face,
     to_merges,
 )
-from fastgpt.utils.errors import UsageError
 from fastgpt.utils.extension import _C
+from fastgpt.utils.threads import map_in_order
 
 if TYPE_CHECKING:
     import tiktoken
@@ -217,60 +215,6 @@ class BaseTokenizer(ABC):
         )
         return list(map(encode, texts) if threads == 1 else map_in_order(encode, texts, threads))
 
-    def encode_file(
-        self,
-        path: PathLike,
-        out: PathLike,
-        *,
-        threads: int | None = None,
-        progress: bool = True,
-        tokens_per_shard: int = TOKENS_PER_SHARD,
-    ) -> list[Path]:
-        """Encode a UTF-8 text file of any size into token shards, without holding it in memory.
-
-        The ids are those of the whole text, as one document; special tokens in it are ordinary
-        text. A byte order mark is left out, and Windows's line ends become newlines.
-
-        Args:
-            path: the text.
-            out: folder and name of the shards: ``OUT-00000.bin`` and so on
-                (:mod:`fastgpt.data.shards`).
-            threads: how many blocks to encode at once, while the caller's thread reads and writes;
-                by default one for each CPU.
-            progress: show a bar, if standard error is a terminal.
-            tokens_per_shard: how many ids a file holds at most.
-
-        Returns: the files. Raises: UsageError for a text that is missing, empty or not UTF-8 (it
-            says where), ValueError for a character that the vocabulary does not have,
-            FileExistsError if there are such shards already. Then none are written.
-        """
-        from fastgpt.utils.progress import (
-            FileProgress,  # rich: only when there is something to show
-        )
-
-        path = Path(path)
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise UsageError(f"data file {path} cannot be read: {error.strerror}") from None
-        with (
-            FileProgress(path.name, size, progress) as bar,
-            ShardWriter(out, self, tokens_per_shard) as writer,
-        ):
-            blocks = _numbered(cut_at_pieces(read_blocks(path, advance=bar.advance)))
-            for ids in map_in_order(partial(self._encode_block, path), blocks, threads):
-                writer.append(ids, document_starts=() if writer.n_tokens else (0,))
-            if not writer.n_tokens:
-                raise UsageError(f"data file {path} is empty ({size} bytes)")
-        return writer.paths
-
-    def _encode_block(self, path: Path, block: tuple[int, bytes]) -> IdArray:
-        first, text = block
-        try:
-            return self.encode_to_numpy(text)
-        except ValueError as error:
-            raise ValueError(f"{path}, after {first:,} bytes: {error}") from None
-
     def decode(self, ids: TokenIds, errors: str = "replace") -> str:
         """Return the text of one row of ids: a list, an array or a tensor.
 
@@ -371,8 +315,8 @@ class Tokenizer(BaseTokenizer):
 
         Args:
             source: the path of a file; or texts (str or bytes) and files (Path objects) one after
-                the other, so that a list with one str is one text. Files are read in blocks, as
-                :meth:`encode_file` reads them: UTF-8, perhaps in a ``.gz``. What stands in the
+                the other, so that a list with one str is one text. Files are UTF-8, compressed
+                if they end in ``.gz``, and read in blocks. What stands in the
                 text as a special token counts as ordinary text.
             vocab_size: how many ids: 256 bytes in GPT-2's order, then a token for each merge, then
                 the special tokens. It is smaller where the text holds no more pairs to merge.
@@ -794,14 +738,6 @@ def _utf8(text: str | bytes) -> bytes:
 
 def _code_points(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-
-
-def _numbered(blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Put in front of each block how many bytes came before it."""
-    first = 0
-    for block in blocks:
-        yield first, block
-        first += len(block)
 
 
 def _in_characters(offsets: NDArray[np.int64], text: str) -> NDArray[np.int64]:

@@ -8,10 +8,10 @@ from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastgpt.data.documents import read_blocks
 from fastgpt.tokenizer.bpe import PathLike, _utf8
 from fastgpt.tokenizer.vocabulary_files import Vocabulary
 from fastgpt.utils.extension import _C
+from fastgpt.utils.text_files import read_blocks
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -76,7 +76,7 @@ class Learner:
             self.notes.append(note)
         self.corpus = _load(recipe, world, origin)
         self.config = origin.config if origin else _model_config(recipe, self.corpus)
-        self.lora = Lora.of(recipe)
+        self.lora = _lora_of(recipe)
         self.backend = _backend_name(recipe.ops, device, self.config)
         self.batches = Batches(self.corpus.train, recipe.block_size, recipe.seed)
         self.val_starts = validation_windows(self.corpus.val, recipe.block_size, recipe.eval_tokens)
@@ -312,3 +312,10 @@ def _backend_name(name: str, device: torch.device, config: GPTConfig) -> str:
 
 def _wants_compile(wish: str, device: torch.device) -> bool:
     return wish == "yes" or (wish == "auto" and device.type == "cuda")
+
+
+def _lora_of(recipe: Recipe) -> Lora | None:
+    """Return the adapters that a recipe asks for."""
+    if not recipe.lora_rank:
+        return None
+    return Lora(recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout, recipe.lora_targets)

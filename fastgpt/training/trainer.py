@@ -25,6 +25,7 @@ from fastgpt.tokenizer import CharTokenizer
 from fastgpt.training.distributed import World
 from fastgpt.training.initialization import Origin
 from fastgpt.training.loggers import check_loggers
+from fastgpt.training.loss_curves import plot_losses
 from fastgpt.training.memory_estimate import gigabytes, used
 from fastgpt.training.nonfinite import SkippedUpdates
 from fastgpt.training.recipes import Recipe
@@ -379,8 +380,6 @@ class Trainer:
         return told
 
     def _finish_alone(self) -> Result:
-        from fastgpt.plot import plot_losses  # matplotlib: only when there is something to draw
-
         plot_losses(self.run)
         best = find_checkpoint(self.run, "best", weights_only=True)
         assert best.val_loss is not None  # the last step was evaluated

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastgpt.data import documents
 from fastgpt.data.documents import find_sources, read_documents
+from fastgpt.utils import text_files
 from fastgpt.utils.errors import UsageError
 
 EOT = "<|endoftext|>"
@@ -44,7 +44,7 @@ def read(path: Path, field: str = "text") -> list[str]:
 )
 @pytest.mark.parametrize("block", [1, 3, 1000])
 def test_lines_that_part_a_text(tmp_path, monkeypatch, text, expected, block) -> None:
-    monkeypatch.setattr(documents, "BLOCK_BYTES", block)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", block)
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
     assert read(path) == expected
@@ -60,9 +60,9 @@ def test_lines_that_part_a_text(tmp_path, monkeypatch, text, expected, block) ->
 def test_blocks_do_not_matter(tmp_path, monkeypatch, parts, block) -> None:
     path = tmp_path / "a.txt"
     path.write_text("".join(parts), "utf-8")
-    monkeypatch.setattr(documents, "BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 1 << 20)
     whole = read(path)
-    monkeypatch.setattr(documents, "BLOCK_BYTES", block)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", block)
     assert read(path) == whole
     assert all(whole)
 

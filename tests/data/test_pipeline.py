@@ -106,7 +106,7 @@ def test_small_batches_are_the_same(stories, tmp_path, small_tokenizer, monkeypa
 
 
 def test_one_document_is_cut_as_load_corpus_cuts_it(verse, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("fastgpt.data.documents.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("fastgpt.utils.text_files.BLOCK_BYTES", 1000)
     monkeypatch.setattr("fastgpt.data.pipeline._BATCH_CHARACTERS", 3000)
     prepare_data(verse, tmp_path / "made", val_fraction=0.1)
     made, plain = load_corpus(str(tmp_path / "made")), load_corpus(str(verse), "gpt2", 0.1)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import fastgpt.evaluate
+import fastgpt.evaluation
 from fastgpt import __main__ as fastgpt_main
 from fastgpt import evaluate, train
 from fastgpt.data.corpus import load_corpus
 from fastgpt.data.pipeline import prepare
-from fastgpt.evaluate import evaluate_text, perplexity
+from fastgpt.evaluation import evaluate_text, perplexity
 from fastgpt.evaluation.texts import load_text
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer
@@ -137,7 +137,7 @@ def test_other_formats_hold_the_same_documents(tmp_path: Path, kind: str) -> Non
 
 
 def test_a_long_text_is_tokenized_as_a_whole(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("fastgpt.data.documents.BLOCK_BYTES", 50)
+    monkeypatch.setattr("fastgpt.utils.text_files.BLOCK_BYTES", 50)
     text = "It wasn't  him — 1234567 né!\n\n" * 30
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
     assert load_text(str(tmp_path / "t.txt"), GPT2).tokens.tolist() == GPT2.encode(text)
@@ -207,10 +207,10 @@ def test_files_that_are_no_text(tmp_path: Path, content: bytes | None, message: 
             evaluate_text(small_model(tokenizer), tokenizer, path)
 
 
-def test_the_module_offers_what_it_says() -> None:
-    assert fastgpt.evaluate.perplexity is perplexity
-    with pytest.raises(AttributeError, match=r"fastgpt\.evaluate.*'nothing'"):
-        fastgpt.evaluate.nothing  # noqa: B018
+def test_the_package_exports_its_functions() -> None:
+    assert fastgpt.evaluation.perplexity is perplexity
+    with pytest.raises(AttributeError, match=r"fastgpt\.evaluation.*'nothing'"):
+        fastgpt.evaluation.nothing  # noqa: B018
 
 
 # --- the command ---------------------------------------------------------------------------------

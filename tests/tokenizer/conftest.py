@@ -5,17 +5,11 @@ from pathlib import Path
 import pytest
 
 from fastgpt._C import BytePairEncoder
-from fastgpt.tokenizer import Tokenizer
 from fastgpt.tokenizer.vocabulary_files import LETTER_OF_BYTE
 
 ASSETS = Path(__file__).parents[2] / "fastgpt" / "assets"
 DATA = Path(__file__).parents[1] / "assets"
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-
-
-@pytest.fixture(scope="session")
-def gpt2():
-    return Tokenizer.gpt2()
 
 
 @pytest.fixture(scope="session")
@@ -48,13 +42,3 @@ def reference(packaged_merges):
         mergeable_ranks={token: i for i, token in enumerate(tokens)},
         special_tokens={"<|endoftext|>": 50256},
     )
-
-
-@pytest.fixture(scope="session")
-def multilingual():
-    return (DATA / "multilingual.txt").read_text("utf-8")
-
-
-@pytest.fixture(scope="session")
-def shakespeare():
-    return (ASSETS / "tinyshakespeare.txt").read_text("utf-8")

@@ -7,13 +7,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastgpt.data import documents
 from fastgpt.data.corpus import read_text
-from fastgpt.data.documents import cut_at_pieces, map_in_order, read_blocks
+from fastgpt.data.documents import cut_at_pieces
+from fastgpt.data.encode import encode_file
 from fastgpt.data.shards import read_shards
 from fastgpt.tokenizer import CharTokenizer
+from fastgpt.utils import text_files
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.extension import _C
+from fastgpt.utils.text_files import read_blocks
+from fastgpt.utils.threads import map_in_order
 
 SETTINGS = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -25,7 +28,7 @@ NOTHING = ("", "\ufeff")  # of these there is a test of their own
 
 
 def encoded(tokenizer, path: Path, out: Path, **options) -> list[int]:
-    paths = tokenizer.encode_file(path, out, **options)
+    paths = encode_file(tokenizer, path, out, **options)
     shards = read_shards(out, tokenizer, check=True)
     assert [shard.path for shard in shards] == paths
     assert [shard.document_starts.tolist() for shard in shards] == [[0], *[[]] * (len(paths) - 1)]
@@ -38,7 +41,7 @@ def encoded(tokenizer, path: Path, out: Path, **options) -> list[int]:
 @SETTINGS
 @given(text=TRICKY.filter(lambda text: text not in NOTHING), size=st.integers(1, 9), data=st.data())
 def test_any_blocks_are_the_whole_text(gpt2, tmp_path, monkeypatch, text, size, data):
-    monkeypatch.setattr(documents, "BLOCK_BYTES", size)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", size)
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
     whole = read_text(path)
@@ -89,16 +92,16 @@ def test_valid_utf8_of_all_characters_and_their_neighbours():
 
 
 def test_a_long_text_in_several_threads(gpt2, tmp_path, monkeypatch, multilingual):
-    monkeypatch.setattr(documents, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 1 << 12)
     path = tmp_path / "a.txt"
     path.write_text(multilingual * 3, encoding="utf-8")
     assert encoded(gpt2, path, tmp_path / "a", threads=3) == gpt2.encode(multilingual * 3)
     with pytest.raises(ValueError, match="threads must be at least 1, not 0"):
-        gpt2.encode_file(path, tmp_path / "a", threads=0)
+        encode_file(gpt2, path, tmp_path / "a", threads=0)
 
 
 def test_single_characters(tmp_path, shakespeare, monkeypatch):
-    monkeypatch.setattr(documents, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 1 << 12)
     tokenizer = CharTokenizer.from_text(shakespeare)
     path = tmp_path / "a.txt"
     path.write_text(shakespeare[:50_000], encoding="utf-8")
@@ -106,7 +109,7 @@ def test_single_characters(tmp_path, shakespeare, monkeypatch):
     assert tokenizer.decode(ids) == shakespeare[:50_000]
     path.write_text(shakespeare[:50_000] + "é", encoding="utf-8")
     with pytest.raises(ValueError, match=r"a\.txt, after 4\d,\d* bytes: character 'é'"):
-        tokenizer.encode_file(path, tmp_path / "b")
+        encode_file(tokenizer, path, tmp_path / "b")
     assert not [*tmp_path.glob("*b-*")]
 
 
@@ -130,7 +133,7 @@ def test_fault_35_not_utf8(gpt2, tmp_path, content, size):
         list(read_blocks(path, size))
     assert str(error.value) == str(expected.value)
     with pytest.raises(UsageError, match="not UTF-8"):
-        gpt2.encode_file(path, tmp_path / "out")
+        encode_file(gpt2, path, tmp_path / "out")
     assert [*tmp_path.iterdir()] == [path]
 
 
@@ -139,10 +142,10 @@ def test_fault_31_no_text(gpt2, tmp_path):
         (tmp_path / "empty.txt").write_text(content, "utf-8")
         message = rf"empty\.txt is empty \({len(content.encode())} bytes\)"
         with pytest.raises(UsageError, match=message):
-            gpt2.encode_file(tmp_path / "empty.txt", tmp_path / "a")
+            encode_file(gpt2, tmp_path / "empty.txt", tmp_path / "a")
     for name, what in (("no.txt", "No such file"), (".", "Is a directory")):
         with pytest.raises(UsageError, match=f"cannot be read: {what}"):
-            gpt2.encode_file(tmp_path / name, tmp_path / "a")
+            encode_file(gpt2, tmp_path / name, tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
 
 
@@ -164,5 +167,5 @@ def test_fault_37_memory_is_flat():
 
 
 def test_progress_is_for_terminals(gpt2, tmp_path, capfd, verse):
-    gpt2.encode_file(verse, tmp_path / "a", progress=True)
+    encode_file(gpt2, verse, tmp_path / "a", progress=True)
     assert capfd.readouterr() == ("", "")

@@ -1,0 +1,270 @@
+"""Loss curves of runs, from their `metrics.jsonl`: as a picture, a table, and in the terminal."""
+
+import itertools
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastgpt.training.metrics import read_metrics
+from fastgpt.utils.errors import UsageError
+
+Points = list[tuple[float, float]]
+NOTHING = "-"
+FRAME = 11  # characters to the left of a curve in text
+AXES = {"step": "step", "tokens": "tokens", "time": "seconds"}  # and the key in a record
+LABELS = {"loss": "training", "val_loss": "validation"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder tells of it."""
+
+    name: str
+    folder: Path
+    records: list[dict[str, Any]]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def curve(self, key: str, x: str = "step") -> Points:
+        """Return the finite points (x, value) of the records that have both."""
+        axis = AXES[x]
+        points = [(r[axis], r[key]) for r in self.records if _number(r, axis) and _number(r, key)]
+        return [(float(a), float(b)) for a, b in points]
+
+    def last(self, key: str) -> float | None:
+        """Return the newest value of a figure."""
+        values = [record[key] for record in self.records if _number(record, key)]
+        return float(values[-1]) if values else None
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read run folders; UsageError if one is none or has logged nothing.
+
+    Runs are called by their folders' names, or whole paths where two have the same.
+    """
+    from fastgpt.checkpoint.load import read_json, resolve_run
+
+    folders = list(dict.fromkeys(resolve_run(folder) for folder in folders))
+    names = [folder.resolve().name for folder in folders]
+    runs = []
+    for folder, name in zip(folders, names, strict=True):
+        records = read_metrics(folder / "metrics.jsonl")
+        if not records:
+            raise UsageError(f"{folder / 'metrics.jsonl'} has no records: nothing was trained yet")
+        recipe = read_json(folder / "config.json").get("recipe")
+        settings = recipe if isinstance(recipe, dict) else {}
+        unique = name if names.count(name) == 1 else str(folder)
+        runs.append(Run(unique, folder, records, settings))
+    return runs
+
+
+def plot_losses(run: Path) -> Path:
+    """Draw `metrics.jsonl` of a run folder into its `loss.png`; return the picture's path."""
+    return draw([Run(run.name, run, read_metrics(run / "metrics.jsonl"))], run / "loss.png")
+
+
+def loss_in_text(run: Path, width: int | None = None, height: int = 12) -> str:
+    """Return the training and validation losses of a run folder as lines of text."""
+    one = Run(run.name, run, read_metrics(run / "metrics.jsonl"))
+    curves = {label: one.curve(key) for key, label in LABELS.items() if one.curve(key)}
+    return text_curve(curves, width, height, label="loss over steps")
+
+
+def draw(runs: Sequence[Run], picture: Path, x: str = "step") -> Path:
+    """Draw the losses of runs into one picture, and return its path; UsageError if it cannot be."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    for run in runs:
+        if not any(run.curve(key, x) for key in LABELS):
+            raise UsageError(f"{run.folder / 'metrics.jsonl'} has no losses with their {AXES[x]}")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display and leaves pyplot's state alone
+    axes = figure.add_subplot(xlabel=axis_label(x), ylabel="loss (nats per token)")
+    for index, run in enumerate(runs):
+        for key, label in LABELS.items():
+            points = run.curve(key, x)
+            if points:
+                color = f"C{index}" if len(runs) > 1 else None
+                name = f"{run.name}, {label}" if len(runs) > 1 else label
+                axes.plot(*zip(*points, strict=True), label=name, color=color, **_STYLES[key])
+    if len(runs) == 1:
+        axes.set_title(runs[0].name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(picture, dpi=120)
+    except (OSError, ValueError) as error:  # no such folder, or no such format
+        raise UsageError(f"{picture} cannot be drawn: {error}") from None
+    return picture
+
+
+def print_table(runs: Sequence[Run]) -> None:
+    """Print what runs came to, a column each, and below it the settings in which they differ."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", *(run.name for run in runs))
+    for name, show in _ROWS.items():
+        table.add_row(name, *(show(run) for run in runs))
+    for index, name in enumerate(differing(runs)):
+        if index == 0:
+            table.add_section()
+        table.add_row(name, *(str(run.settings.get(name, NOTHING)) for run in runs))
+    Console(highlight=False, safe_box=not _can_print("┃")).print(table, markup=False)
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """Return the settings that are not the same in all runs, but for where they were written."""
+    names = dict.fromkeys(name for run in runs for name in run.settings if name != "out")
+    return [n for n in names if any(r.settings.get(n) != runs[0].settings.get(n) for r in runs)]
+
+
+def text_curve(
+    curves: dict[str, Points],
+    width: int | None = None,
+    height: int = 12,
+    label: str = "",
+    ascii_only: bool | None = None,
+) -> str:
+    """Draw curves in characters: `width` by `height` of them, and a frame with the range.
+
+    width: 72 by default, or less where the terminal is narrower than that and the frame.
+
+    One curve is dots of Braille, eight to a character; several have a letter each, as in a terminal
+    that cannot show Braille (`ascii_only`, by default found out from the standard output).
+    """
+    curves = {name: points for name, points in curves.items() if points}
+    if not curves:
+        return "(no points)"
+    if width is None:
+        width = max(20, min(72, shutil.get_terminal_size().columns - FRAME - 1))
+    if ascii_only is None:
+        ascii_only = not _can_print("⣿")
+    dots = not ascii_only and len(curves) == 1
+    across, down = (2, 4) if dots else (1, 1)  # points in a character
+    bounds = _bounds(curves)
+    cells: list[list[int | str]] = [[0 if dots else " "] * width for _ in range(height)]
+    for index, points in enumerate(curves.values()):
+        for column, row in _pixels(points, bounds, width * across, height * down):
+            line, cell = cells[row // down], column // across
+            if dots:
+                line[cell] |= _BRAILLE[row % 4][column % 2]  # type: ignore[operator]
+            else:
+                line[cell] = "*" if len(curves) == 1 else _letter(index)
+    rows = ["".join(_character(cell) for cell in line) for line in cells]
+    return "\n".join(_framed(rows, curves, bounds, width, label))
+
+
+_STYLES: dict[str, dict[str, Any]] = {
+    "loss": {"linewidth": 0.8, "alpha": 0.6},
+    "val_loss": {"linewidth": 1.8, "marker": "o", "markersize": 3},
+}
+_BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # [row][column] of a character
+
+
+def _best(run: Run) -> str:
+    points = run.curve("val_loss")
+    if not points:
+        return NOTHING
+    step, loss = min(points, key=lambda point: point[1])
+    return f"{loss:.4f} at step {step:,.0f}"
+
+
+def _speed(run: Run) -> str:
+    """Show the median, which the first steps and a busy moment do not move."""
+    speeds = sorted(r["tokens_per_s"] for r in run.records if _number(r, "tokens_per_s"))
+    return f"{speeds[len(speeds) // 2]:,.0f}" if speeds else NOTHING
+
+
+def _time(run: Run) -> str:
+    from fastgpt.utils.progress import duration
+
+    seconds = run.last("seconds")
+    return NOTHING if seconds is None else duration(seconds)
+
+
+_ROWS = {
+    "best validation loss": _best,
+    "steps": lambda run: f"{run.records[-1]['step']:,}",
+    "tokens": lambda run: NOTHING if run.last("tokens") is None else f"{run.last('tokens'):,.0f}",
+    "tokens/s": _speed,
+    "training time": _time,
+}
+
+
+def _number(record: dict[str, Any], key: str) -> bool:
+    value = record.get(key)
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def axis_label(x: str) -> str:
+    """Return the label of the horizontal axis."""
+    return {"step": "steps", "tokens": "tokens", "time": "seconds of training"}[x]
+
+
+def _can_print(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _bounds(curves: dict[str, Points]) -> tuple[float, float, float, float]:
+    """Return the ranges of x and y, neither of them empty."""
+    xs, ys = zip(*(point for points in curves.values() for point in points), strict=True)
+    return min(xs), max(max(xs), min(xs) + 1e-9), min(ys), max(max(ys), min(ys) + 1e-9)
+
+
+def _pixels(
+    points: Points, bounds: tuple[float, float, float, float], width: int, height: int
+) -> list[tuple[int, int]]:
+    """Return the (column, row) that lines between the points pass, from the top left."""
+    left, right, low, high = bounds
+    spots = [
+        ((x - left) / (right - left) * (width - 1), (high - y) / (high - low) * (height - 1))
+        for x, y in points
+    ]
+    passed = [(round(column), round(row)) for column, row in spots[:1]]
+    for (x0, y0), (x1, y1) in itertools.pairwise(spots):
+        steps = max(1, math.ceil(max(abs(x1 - x0), abs(y1 - y0))))
+        passed += [
+            (round(x0 + (x1 - x0) * i / steps), round(y0 + (y1 - y0) * i / steps))
+            for i in range(1, steps + 1)
+        ]
+    return passed
+
+
+def _character(cell: int | str) -> str:
+    """Return a character, of Braille if it is given as dots."""
+    if isinstance(cell, int):
+        return chr(0x2800 + cell) if cell else " "
+    return cell
+
+
+def _framed(
+    rows: list[str],
+    curves: dict[str, Points],
+    bounds: tuple[float, float, float, float],
+    width: int,
+    label: str,
+) -> list[str]:
+    left, right, low, high = bounds
+    marks = {0: f"{high:.3f}", len(rows) - 1: f"{low:.3f}"}
+    framed = [f"{marks.get(index, ''):>9} |{row.rstrip()}" for index, row in enumerate(rows)]
+    ends = f"{left:,.0f}", f"{right:,.0f}"
+    middle = label.center(width - len(ends[0]) - len(ends[1]))
+    framed.append(f"{'':>9} +{'-' * width}")
+    framed.append(f"{'':>11}{ends[0]}{middle}{ends[1]}")
+    if len(curves) > 1:
+        names = "  ".join(f"{_letter(index)} {name}" for index, name in enumerate(curves))
+        framed.append(f"{'':>11}{names}")
+    return framed
+
+
+def _letter(index: int) -> str:
+    return chr(ord("a") + index % 26)
