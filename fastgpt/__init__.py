@@ -12,7 +12,7 @@ __path__ = extend_path(__path__, __name__)
 
 __version__ = "0.1.0"
 
-from fastgpt.utils.lazy import lazy_names  # noqa: E402
+from fastgpt.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastgpt.interop import load as load
