@@ -1,4 +1,4 @@
-#include "generation.hpp"
+#include "engine/generation.hpp"
 
 #include <algorithm>
 #include <atomic>

@@ -8,8 +8,8 @@
 #include <optional>
 #include <vector>
 
-#include "network.hpp"
-#include "sampling.hpp"
+#include "engine/network.hpp"
+#include "engine/sampling.hpp"
 
 namespace fastgpt::engine {
 

@@ -1,4 +1,4 @@
-#include "kernel_set.hpp"
+#include "engine/kernel_set.hpp"
 
 #include <algorithm>
 #include <stdexcept>

@@ -1,9 +1,9 @@
-#include "kernels.hpp"
+#include "engine/kernels.hpp"
 
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 
-#include "kernels_of.hpp"
+#include "engine/kernels_of.hpp"
 
 namespace fastgpt::engine {
 namespace {

@@ -1,7 +1,7 @@
-#include "kernels.hpp"
+#include "engine/kernels.hpp"
 
 #if defined(__AVX512F__)
-#include "avx512_vector.hpp"
+#include "simd/avx512_vector.hpp"
 
 namespace fastgpt::engine {
 namespace {

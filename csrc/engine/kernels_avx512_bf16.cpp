@@ -1,7 +1,7 @@
-#include "kernels.hpp"
+#include "engine/kernels.hpp"
 
 #if defined(__AVX512BF16__)
-#include "avx512_vector.hpp"
+#include "simd/avx512_vector.hpp"
 
 namespace fastgpt::engine {
 namespace {

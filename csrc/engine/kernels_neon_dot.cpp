@@ -1,7 +1,7 @@
-#include "kernels.hpp"
+#include "engine/kernels.hpp"
 
 #if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
-#include "neon_vector.hpp"
+#include "simd/neon_vector.hpp"
 
 namespace fastgpt::engine {
 namespace {

@@ -7,11 +7,11 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../bfloat16.hpp"
-#include "../gelu_formula.hpp"
-#include "../repeat.hpp"
-#include "kernels.hpp"
-#include "products_of.hpp"
+#include "common/bfloat16.hpp"
+#include "common/repeat.hpp"
+#include "engine/kernels.hpp"
+#include "engine/products_of.hpp"
+#include "training/gelu_formula.hpp"
 
 namespace fastgpt::engine {
 namespace {

@@ -1,4 +1,4 @@
-#include "plain_vector.hpp"
+#include "simd/plain_vector.hpp"
 
 namespace fastgpt::engine {
 namespace {

@@ -1,10 +1,10 @@
-#include "network.hpp"
+#include "engine/network.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
-#include "../bfloat16.hpp"
+#include "common/bfloat16.hpp"
 
 namespace fastgpt::engine {
 namespace {

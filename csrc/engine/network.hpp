@@ -7,10 +7,10 @@
 #include <string>
 #include <vector>
 
-#include "../lazy_array.hpp"
-#include "kernels.hpp"
-#include "thread_pool.hpp"
-#include "weights.hpp"
+#include "engine/kernels.hpp"
+#include "engine/thread_pool.hpp"
+#include "engine/weights.hpp"
+#include "tokenizer/lazy_array.hpp"
 
 namespace fastgpt::engine {
 

@@ -18,9 +18,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../gelu_formula.hpp"
-#include "../repeat.hpp"
-#include "kernels.hpp"
+#include "common/repeat.hpp"
+#include "engine/kernels.hpp"
+#include "training/gelu_formula.hpp"
 
 namespace fastgpt::engine {
 namespace {

@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "kernels.hpp"
+#include "engine/kernels.hpp"
 
 namespace fastgpt::engine {
 

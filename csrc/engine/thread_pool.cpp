@@ -1,4 +1,4 @@
-#include "thread_pool.hpp"
+#include "engine/thread_pool.hpp"
 
 #include <stdexcept>
 #include <string>

@@ -1,10 +1,10 @@
-#include "weights.hpp"
+#include "engine/weights.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
-#include "../bfloat16.hpp"
+#include "common/bfloat16.hpp"
 
 namespace fastgpt::engine {
 namespace {

@@ -160,7 +160,7 @@ def _maybe_add_layer_norm(
 
 
 def _cpu_gelu(x: Tensor) -> Tensor:
-    """GELU by csrc/gelu.cpp, on PyTorch's own threads; x: fp32, any strides."""
+    """GELU by csrc/training/gelu.cpp, on PyTorch's own threads; x: fp32, any strides."""
     x = x.contiguous()
     y = torch.empty_like(x)
     _C.gelu_forward(x.numpy(), y.numpy(), torch.get_num_threads())

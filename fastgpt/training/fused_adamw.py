@@ -17,7 +17,7 @@ State = dict[str, Tensor]
 class FusedAdamW(torch.optim.AdamW):
     """`clip_grad_norm_` and `torch.optim.AdamW` in one `step`.
 
-    On CUDA that is `fastgpt.kernels.adamw`, on a CPU csrc/adamw.cpp.
+    On CUDA that is `fastgpt.kernels.adamw`, on a CPU csrc/training/adamw.cpp.
 
     params, lr, betas, eps, weight_decay: as for AdamW, groups of parameters too; fp32, all on one
     device. max_norm: gradients of a larger norm count as if scaled down to it (None: never). After

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fastgpt import _C
 
-STREAM = 4096  # what csrc/crc32c.cpp gives each of its three streams
+STREAM = 4096  # what csrc/common/crc32c.cpp gives each of its three streams
 
 # RFC 3720, B.4; the last is the check value of the catalogue of parametrised CRC algorithms.
 KNOWN = {

@@ -97,7 +97,7 @@ def all_code_points(frame):
         yield (
             text,
             f"between U+{first:04X} and U+{first + 0xFFF:04X}: if tiktoken has moved to a newer "
-            "Unicode, see csrc/generate_unicode_tables.py",
+            "Unicode, see csrc/tokenizer/generate_unicode_tables.py",
         )
 
 

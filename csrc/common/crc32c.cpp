@@ -1,0 +1,131 @@
+// A CRC is the remainder of a polynomial over GF(2) that is divided by a fixed one. Bit 31 - i of a
+// word stands for x^i here, so that the first bit of a byte, its lowest, has the highest power.
+#include "common/crc32c.hpp"
+
+#include <array>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FASTGPT_HAS_SSE42 1
+#include <nmmintrin.h>
+
+#include <cstring>
+#endif
+
+namespace fastgpt {
+
+namespace {
+
+constexpr std::uint32_t kPolynomial = 0x82F63B78;  // without its x^32
+
+constexpr std::uint32_t times_x(std::uint32_t a) {
+  return (a >> 1U) ^ ((a & 1U) != 0 ? kPolynomial : 0U);
+}
+
+using Tables = std::array<std::array<std::uint32_t, 256>, 8>;
+
+// tables[k][b] is what a byte b contributes to the CRC when k more bytes follow it.
+constexpr Tables make_tables() {
+  Tables tables{};
+  for (std::uint32_t byte = 0; byte < 256; ++byte) {
+    std::uint32_t crc = byte;
+    for (auto& table : tables) {
+      for (int bit = 0; bit < 8; ++bit) crc = times_x(crc);
+      table[byte] = crc;
+    }
+  }
+  return tables;
+}
+
+constexpr Tables kTables = make_tables();
+
+std::uint32_t byte_at(const unsigned char* from, std::size_t i) { return from[i]; }
+
+// Eight bytes at a time by eight tables: Kounavis and Berry, "Novel Table Lookup-Based Algorithms
+// for High-Performance CRC Generation", 2008.
+std::uint32_t update_portable(std::uint32_t crc, const unsigned char* data, std::size_t size) {
+  const Tables& t = kTables;
+  for (; size >= 8; data += 8, size -= 8) {
+    crc ^= byte_at(data, 0) | byte_at(data, 1) << 8U | byte_at(data, 2) << 16U |
+           byte_at(data, 3) << 24U;
+    crc = t[7][crc & 255U] ^ t[6][crc >> 8U & 255U] ^ t[5][crc >> 16U & 255U] ^ t[4][crc >> 24U] ^
+          t[3][data[4]] ^ t[2][data[5]] ^ t[1][data[6]] ^ t[0][data[7]];
+  }
+  for (; size > 0; ++data, --size) crc = (crc >> 8U) ^ t[0][(crc ^ *data) & 255U];
+  return crc;
+}
+
+#if defined(FASTGPT_HAS_SSE42)
+
+// The instruction takes one cycle, but its result comes after three: so many streams run at once.
+constexpr std::size_t kStream = 4096;  // bytes of each
+
+constexpr std::uint32_t product(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t sum = 0;
+  for (std::uint32_t bit = 1U << 31U; bit != 0; bit >>= 1U) {  // from x^0 on
+    if ((a & bit) != 0) sum ^= b;
+    b = times_x(b);
+  }
+  return sum;
+}
+
+constexpr std::uint32_t power_of_x(std::size_t exponent) {
+  std::uint32_t result = 1U << 31U;  // x^0
+  std::uint32_t square = 1U << 30U;  // x^1
+  for (; exponent != 0; exponent >>= 1U) {
+    if ((exponent & 1U) != 0) result = product(result, square);
+    square = product(square, square);
+  }
+  return result;
+}
+
+std::uint32_t past_a_stream(std::uint32_t crc) {
+  constexpr std::uint32_t kShift = power_of_x(8 * kStream);
+  return product(kShift, crc);
+}
+
+std::uint64_t word_at(const unsigned char* from) {
+  std::uint64_t word = 0;
+  std::memcpy(&word, from, sizeof word);
+  return word;
+}
+
+__attribute__((target("sse4.2"))) std::uint32_t update_sse42(std::uint32_t crc,
+                                                             const unsigned char* data,
+                                                             std::size_t size) {
+  std::uint64_t first = crc;
+  for (; size >= 3 * kStream; data += 3 * kStream, size -= 3 * kStream) {
+    std::uint64_t second = 0;
+    std::uint64_t third = 0;
+    for (const unsigned char* at = data; at != data + kStream; at += 8) {
+      first = _mm_crc32_u64(first, word_at(at));
+      second = _mm_crc32_u64(second, word_at(at + kStream));
+      third = _mm_crc32_u64(third, word_at(at + 2 * kStream));
+    }
+    const auto both =
+        past_a_stream(static_cast<std::uint32_t>(first)) ^ static_cast<std::uint32_t>(second);
+    first = past_a_stream(both) ^ third;
+  }
+  for (; size >= 8; data += 8, size -= 8) first = _mm_crc32_u64(first, word_at(data));
+  crc = static_cast<std::uint32_t>(first);
+  for (; size > 0; ++data, --size) crc = _mm_crc32_u8(crc, *data);
+  return crc;
+}
+
+bool has_sse42() {
+  static const bool has = __builtin_cpu_supports("sse4.2");
+  return has;
+}
+
+#endif
+
+}  // namespace
+
+std::uint32_t crc32c(const unsigned char* data, std::size_t size, std::uint32_t initial,
+                     [[maybe_unused]] bool hardware) {
+#if defined(FASTGPT_HAS_SSE42)
+  if (hardware && has_sse42()) return ~update_sse42(~initial, data, size);
+#endif
+  return ~update_portable(~initial, data, size);
+}
+
+}  // namespace fastgpt

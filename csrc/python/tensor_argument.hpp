@@ -1,0 +1,125 @@
+// PyTorch's tensors as arguments of this module's functions, without a header of PyTorch's.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "common/bfloat16.hpp"
+#include "python/dlpack.hpp"
+
+namespace fastgpt {
+
+// How to look at PyTorch's tensors. What it holds lives as long as the process.
+struct TensorType {
+  TensorType() {
+    namespace py = pybind11;
+    const py::object tensor = py::module_::import("torch").attr("Tensor");
+    const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
+    const void* found = PyCapsule_CheckExact(capsule.ptr())
+                            ? PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api")
+                            : nullptr;
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+    const auto* exchange = static_cast<const DlExchange*>(found);
+    while (exchange != nullptr && exchange->major != 1) exchange = exchange->older;
+    if (exchange == nullptr || exchange->look_at == nullptr) {
+      throw std::runtime_error("PyTorch 2.11 or newer is needed");
+    }
+    look_at = exchange->look_at;
+    type = reinterpret_cast<PyTypeObject*>(py::object(tensor).release().ptr());
+  }
+
+  static const TensorType& get() {
+    static const TensorType found;
+    return found;
+  }
+
+  decltype(DlExchange::look_at) look_at;
+  PyTypeObject* type;
+};
+
+// Looks at a tensor of that type on the CPU; refuses all others.
+inline DlTensor look_at(pybind11::handle tensor, const char* name, std::uint8_t type_code,
+                        std::uint8_t bits, const char* type, bool bf16_too = false) {
+  const auto refuse = [=](const std::string& what) {
+    throw std::invalid_argument(std::string(name) + " must be " + what);
+  };
+  const TensorType& known = TensorType::get();
+  if (PyObject_TypeCheck(tensor.ptr(), known.type) == 0) refuse("a torch.Tensor");
+  DlTensor seen{};
+  const bool visible = known.look_at(tensor.ptr(), &seen) == 0;
+  if (!visible) PyErr_Clear();  // one without memory
+  const bool fits = (seen.type_code == type_code && seen.type_bits == bits) ||
+                    (bf16_too && seen.type_code == kDlBfloat && seen.type_bits == 16);
+  if (!visible || !fits || seen.type_lanes != 1 || seen.device_type != kDlCpu) {
+    refuse(std::string("of ") + type + (bf16_too ? " or bfloat16" : "") + " and on the CPU");
+  }
+  return seen;
+}
+
+inline DlTensor look_at_floats(pybind11::handle tensor, const char* name, bool bf16_too) {
+  return look_at(tensor, name, kDlFloat, 32, "float32", bf16_too);
+}
+
+inline void* memory_of(const DlTensor& seen) {
+  return static_cast<char*>(seen.data) + seen.byte_offset;
+}
+
+inline Floats numbers_in(const DlTensor& seen) {
+  return {memory_of(seen), seen.type_code == kDlBfloat};
+}
+
+// How many numbers a tensor has; refuses one that has gaps between them.
+inline std::size_t size_without_gaps(const DlTensor& seen, const char* name) {
+  std::size_t size = 1;
+  for (std::int32_t i = seen.dimensions - 1; i >= 0; --i) {
+    const bool gaps = seen.strides != nullptr && seen.shape[i] != 1 &&
+                      seen.strides[i] != static_cast<std::int64_t>(size);
+    size *= static_cast<std::size_t>(seen.shape[i]);
+    if (gaps && size != 0) throw std::invalid_argument(std::string(name) + " must be contiguous");
+  }
+  return size;
+}
+
+// Numbers that lie side by side on the CPU.
+template <typename Number>
+struct Numbers {
+  Number* data = nullptr;
+  std::size_t size = 0;
+};
+
+template <typename Number>
+Numbers<Number> numbers_of(pybind11::handle tensor, const char* name) {
+  constexpr bool kFloats = std::is_floating_point_v<Number>;
+  const DlTensor seen = look_at(tensor, name, kFloats ? kDlFloat : kDlInt, 8 * sizeof(Number),
+                                kFloats ? "float32" : "int64");
+  const std::size_t size = size_without_gaps(seen, name);
+  return {static_cast<Number*>(memory_of(seen)), size};
+}
+
+inline void check_size(std::size_t size, std::size_t wanted, const char* name) {
+  if (size != wanted) {
+    throw std::invalid_argument(std::string(name) + " has " + std::to_string(size) +
+                                " elements, not " + std::to_string(wanted));
+  }
+}
+
+// The numbers of a contiguous fp32 tensor of that size; null for None.
+inline float* floats(pybind11::handle tensor, const char* name, std::size_t size) {
+  if (tensor.is_none()) return nullptr;
+  const Numbers<float> numbers = numbers_of<float>(tensor, name);
+  check_size(numbers.size, size, name);
+  return numbers.data;
+}
+
+// Those of one in fp32 or in bfloat16.
+inline Floats any_floats(pybind11::handle tensor, const char* name, std::size_t size) {
+  const DlTensor seen = look_at_floats(tensor, name, true);
+  check_size(size_without_gaps(seen, name), size, name);
+  return numbers_in(seen);
+}
+
+}  // namespace fastgpt

@@ -1,0 +1,66 @@
+// For the engine's files that are compiled for 64-bit ARM: all but products of words of four.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "engine/kernels_of.hpp"
+
+namespace fastgpt::engine {
+namespace {
+
+// Of the 32 registers, 20 hold the sums of a tile that takes half of a panel, 4 or 8 hold weights;
+// 16 and 8 those of one that takes all of it.
+struct NeonBase {
+  using Register = float32x4_t;
+  using Integers = int32x4_t;
+  static constexpr std::size_t kWidth = 4;
+  static constexpr bool kManyRegisters = true;
+  static constexpr std::size_t kFloatRows = 5, kPanelRows = 2;
+
+  static Register zero() { return vdupq_n_f32(0.0F); }
+  static Register load(const void* from) { return vld1q_f32(static_cast<const float*>(from)); }
+  static void store(float* to, Register value) { vst1q_f32(to, value); }
+  static Register broadcast(const float& from) { return vld1q_dup_f32(&from); }
+  static Register add(Register x, Register y) { return vaddq_f32(x, y); }
+  static Register multiply(Register x, Register y) { return vmulq_f32(x, y); }
+  static Register multiply_add(Register x, Register y, Register sum) {
+    return vfmaq_f32(sum, x, y);
+  }
+  static Register multiply_pairs(Register x, Register y, Register sum) {
+    return vfmaq_f32(vfmaq_f32(sum, first(x), first(y)), second(x), second(y));
+  }
+  static Register load_narrow(const void* from) {
+    const uint16x4_t narrow = vld1_u16(static_cast<const std::uint16_t*>(from));
+    return vreinterpretq_f32_u32(vshll_n_u16(narrow, 16));
+  }
+  static float square_root(float x) { return vget_lane_f32(vsqrt_f32(vdup_n_f32(x)), 0); }
+
+  static Integers load_integers(const std::uint32_t* from) {
+    return vreinterpretq_s32_u32(vld1q_u32(from));
+  }
+  static Integers broadcast_integer(const std::int32_t& from) { return vld1q_dup_s32(&from); }
+  static Register to_floats(Integers x) { return vcvtq_f32_s32(x); }
+  static Integers low_nibbles(Integers x) {
+    return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(x), vdupq_n_u8(15)));
+  }
+  static Integers high_nibbles(Integers x) {
+    return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(x), 4));
+  }
+
+ protected:
+  // Stored weights with what was added to them taken off.
+  static int8x16_t signed_bytes(Integers weights) {
+    return vreinterpretq_s8_u8(veorq_u8(vreinterpretq_u8_s32(weights), vdupq_n_u8(128)));
+  }
+
+ private:
+  static Register first(Register pair) {
+    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(pair), 16));
+  }
+  static Register second(Register pair) {
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(pair), vdupq_n_u32(0xFFFF0000U)));
+  }
+};
+
+}  // namespace
+}  // namespace fastgpt::engine

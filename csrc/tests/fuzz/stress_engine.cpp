@@ -1,0 +1,305 @@
+// Engines used by many threads, for ThreadSanitizer, AddressSanitizer or Valgrind to watch:
+//
+//   stress_engine [CODE]
+//
+// CODE is one of the engine's codes, by default "best". Valgrind knows no AVX-512: "avx2" there.
+#include <algorithm>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "engine/generation.hpp"
+#include "engine/kernel_set.hpp"
+#include "tests/fuzz/fuzz.hpp"
+
+#if defined(__unix__) && !defined(__SANITIZE_THREAD__)
+#include <sys/wait.h>
+#include <unistd.h>
+#define STRESS_HAS_FORK 1
+#endif
+#if defined(__has_feature)
+#if __has_feature(thread_sanitizer)  // which allows no threads in a forked process
+#undef STRESS_HAS_FORK
+#endif
+#endif
+
+namespace fastgpt::engine {
+namespace {
+
+using Ids = Generation::Ids;
+
+std::string code = "best";
+
+constexpr Format kAllFormats[] = {Format::kFloat32, Format::kBfloat16, Format::kInt8,
+                                  Format::kInt4};
+
+// Odd sizes, so that panels, groups and threads' shares end somewhere within.
+Shape small_shape() {
+  Shape shape;
+  shape.vocab_size = 61;
+  shape.block_size = 24;
+  shape.n_layer = 2;
+  shape.n_head = 2;
+  shape.n_embd = 44;
+  return shape;
+}
+
+std::vector<float> random_floats(std::size_t size, std::mt19937& random) {
+  std::vector<float> numbers(size);
+  for (float& x : numbers) x = static_cast<float>(random() >> 8) * 0x1p-24F - 0.5F;
+  return numbers;
+}
+
+void fill_matrix(Engine& engine, Matrix& matrix, std::mt19937& random) {
+  const std::vector<float> weights = random_floats(matrix.outputs() * matrix.inputs(), random);
+  const std::size_t outputs = matrix.outputs(), inputs = matrix.inputs();
+  const std::size_t threads = engine.pool.size();
+  const bool whole = is_integer(matrix.format());
+  Integers integers(whole ? matrix.format() : Format::kInt8, outputs, inputs, matrix.group());
+  engine.pool.run([&](std::size_t rank) {
+    const Panels mine{matrix.panels() * rank / threads, matrix.panels() * (rank + 1) / threads};
+    if (!whole) return matrix.take_floats(weights.data(), mine);
+    quantize(weights.data(), outputs * rank / threads, outputs * (rank + 1) / threads, inputs,
+             matrix.format(), matrix.group(), integers);
+    engine.pool.meet();
+    matrix.take_integers(integers.integers.data(), integers.scales.data(), mine);
+  });
+}
+
+std::shared_ptr<Engine> make_engine(Format format, std::size_t threads, unsigned seed = 1) {
+  constexpr std::size_t kGroup = 32;
+  auto engine = std::make_shared<Engine>(small_shape(), format, kGroup, threads, kernel_set(code));
+  std::mt19937 random(seed);
+  for (const std::string& name : engine->network.matrix_names()) {
+    fill_matrix(*engine, engine->network.linear(name)->weight, random);
+  }
+  for (const std::string& name : engine->network.vector_names()) {
+    std::vector<float>& vector = *engine->network.vector(name);
+    vector = random_floats(vector.size(), random);
+  }
+  return engine;
+}
+
+Ids prompt(std::size_t size, std::uint32_t seed) {
+  Ids ids(size);
+  for (std::size_t i = 0; i < size; ++i) {
+    ids[i] = static_cast<std::uint32_t>((seed + 7 * i * i) % small_shape().vocab_size);
+  }
+  return ids;
+}
+
+// A way of writing, and prompts for it: inside the context, as long as it, and longer.
+struct Task {
+  std::vector<Ids> prompts;
+  Sampling sampling;
+  std::optional<std::uint32_t> stop;
+  std::size_t ends_early = SIZE_MAX;  // a row that is ended from outside
+  std::size_t copies = 1;
+};
+
+std::vector<Task> make_tasks() {
+  Sampling greedy, some, probable, penalties;
+  greedy.temperature = 0.0;
+  some.top_k = 5;
+  probable.top_p = 0.7;
+  probable.min_p = 0.01;
+  penalties.repetition_penalty = 1.3;
+  penalties.presence_penalty = penalties.frequency_penalty = 0.5;
+  const std::vector<Ids> one{prompt(3, 1)}, two{prompt(30, 2), prompt(1, 3)};
+  std::vector<Ids> five;
+  for (std::uint32_t i = 0; i < 5; ++i) five.push_back(prompt(1 + 12 * i, i));
+  return {{one, greedy, std::nullopt}, {one, Sampling(), 9U},    {two, some, 17U, 0},
+          {five, Sampling(), 11U},     {five, probable, 40U, 3}, {five, penalties, 5U},
+          {two, Sampling(), 13U, 1, 3}};
+}
+
+struct Written {
+  std::vector<std::int64_t> tokens;  // [steps, rows]
+  std::vector<double> logprobs;
+  bool operator==(const Written& other) const {
+    return tokens == other.tokens && logprobs == other.logprobs;
+  }
+};
+
+using Pause = std::function<void()>;
+
+Written write(const std::shared_ptr<Engine>& engine, const Task& task, const Pause& pause = {}) {
+  constexpr std::size_t kNewTokens = 20;  // past the context
+  const std::size_t rows = task.prompts.size() * task.copies;
+  std::vector<std::uint64_t> seeds;
+  for (std::size_t i = 0; i < rows; ++i) seeds.push_back(100 + i);
+  Generation generation(engine, task.prompts, task.copies, kNewTokens, task.sampling, seeds,
+                        task.stop, true);
+  Written written;
+  std::vector<std::int64_t> tokens(rows);
+  for (std::size_t steps = 0; generation.step(tokens.data()); ++steps) {
+    written.tokens.insert(written.tokens.end(), tokens.begin(), tokens.end());
+    for (std::size_t r = 0; r < rows; ++r) written.logprobs.push_back(generation.logprob(r));
+    if (steps == 4 && task.ends_early < rows) generation.end(task.ends_early);
+    if (pause) pause();
+  }
+  return written;
+}
+
+std::vector<Written> write_all(const std::shared_ptr<Engine>& engine) {
+  std::vector<Written> all;
+  for (const Task& task : make_tasks()) all.push_back(write(engine, task));
+  return all;
+}
+
+std::vector<float> logits_of(Engine& engine) {
+  const Ids ids = prompt(small_shape().block_size, 5);
+  std::vector<float> logits(ids.size() * small_shape().vocab_size);
+  all_logits(engine, ids, logits.data());
+  return logits;
+}
+
+void run_side_by_side(std::size_t count, const std::function<void(std::size_t)>& work) {
+  std::vector<std::thread> threads;
+  for (std::size_t i = 0; i < count; ++i) threads.emplace_back(work, i);
+  for (std::thread& thread : threads) thread.join();
+}
+
+void sleep_for(std::size_t microseconds) {
+  std::this_thread::sleep_for(std::chrono::microseconds(microseconds));
+}
+
+// --- what is tried -------------------------------------------------------------------------------
+
+// Between two meetings each thread reads what the others have written before the first. Pauses are
+// of about the time in which a thread that waits falls asleep, so that some just do.
+void meet_after_pauses() {
+  constexpr std::size_t kRounds = 50, kMeetings = 3, kLongest = 400;
+  for (const std::size_t size : {1U, 2U, 3U, 8U}) {
+    ThreadPool pool(size);
+    std::vector<std::size_t> written(size);
+    std::vector<std::mt19937> random;
+    for (std::size_t rank = 0; rank < size; ++rank) random.emplace_back(rank);
+    for (std::size_t round = 0; round < kRounds; ++round) {
+      pool.run([&](std::size_t rank) {
+        for (std::size_t meeting = 0; meeting < kMeetings; ++meeting) {
+          if (random[rank]() % 4 == 0) sleep_for(random[rank]() % kLongest);
+          written[rank] = round * kMeetings + meeting;
+          pool.meet();
+          for (const std::size_t other : written) {
+            check(other == round * kMeetings + meeting, "who has met has seen all");
+          }
+          pool.meet();
+        }
+      });
+      if (round % 3 == 0) sleep_for(random[0]() % kLongest);
+    }
+  }
+}
+
+void threads_change_no_bit() {
+  for (const Format format : kAllFormats) {
+    const auto alone = make_engine(format, 1);
+    const std::vector<Written> expected = write_all(alone);
+    const std::vector<float> logits = logits_of(*alone);
+    for (const std::size_t threads : {2U, 3U}) {
+      const auto engine = make_engine(format, threads);
+      check(write_all(engine) == expected, "any number of threads writes the same");
+      check(logits_of(*engine) == logits, "any number of threads has the same logits");
+    }
+  }
+}
+
+void engines_side_by_side() {
+  std::vector<Written> expected[2];
+  for (unsigned i = 0; i < 2; ++i) expected[i] = write_all(make_engine(Format::kInt8, 1, i));
+  check(!(expected[0] == expected[1]), "the two engines write different texts");
+  run_side_by_side(2, [&](std::size_t i) {
+    const auto engine = make_engine(Format::kInt8, 2, static_cast<unsigned>(i));
+    check(write_all(engine) == expected[i], "engines do not disturb each other");
+  });
+}
+
+void share_an_engine() {
+  for (const std::size_t threads : {1U, 2U}) {
+    const auto engine = make_engine(Format::kFloat32, threads);
+    const std::vector<Written> expected = write_all(engine);
+    const std::vector<float> logits = logits_of(*engine);
+    run_side_by_side(3, [&](std::size_t i) {
+      if (i == 0) check(logits_of(*engine) == logits, "logits, while others write");
+      check(write_all(engine) == expected, "a shared engine writes what it writes for one");
+    });
+  }
+}
+
+void wake_after_pauses() {
+  const Task task = make_tasks()[2];
+  const auto engine = make_engine(Format::kBfloat16, 3);
+  const Written expected = write(engine, task);
+  for (const std::size_t pause : {100U, 300U, 5'000U}) {
+    check(write(engine, task, [&] { sleep_for(pause); }) == expected, "pauses change nothing");
+  }
+}
+
+// Some never used, some used at once, some when their threads sleep; the last that holds an engine
+// may be a text.
+void come_and_go() {
+  const Task task = make_tasks()[0];
+  const Written expected = write(make_engine(Format::kFloat32, 1), task);
+  for (std::size_t i = 0; i < 24; ++i) {
+    const ThreadPool unused(1 + i % 8);
+    auto engine = make_engine(Format::kFloat32, 1 + i % 4);
+    if (i % 3 == 0) sleep_for(1000);
+    if (i % 2 == 0) check(write(engine, task) == expected, "an engine among many");
+    Generation text(std::move(engine), task.prompts, 1, 2, task.sampling, {1}, std::nullopt, false);
+    std::int64_t token = 0;
+    while (text.step(&token)) {
+    }
+  }
+}
+
+#ifdef STRESS_HAS_FORK
+// In the child each pool starts new threads, which may get the handles of those that were the
+// parent's. What it cannot free is forgotten with the program that it then becomes.
+void fork_with_engines() {
+  const Task task = make_tasks()[3];
+  auto first = make_engine(Format::kFloat32, 2), second = make_engine(Format::kFloat32, 3);
+  const Written expected = write(first, task);
+  const pid_t child = fork();
+  if (child == 0) {
+    check(write(first, task) == expected, "an engine in a forked process");
+    check(write(second, task) == expected, "another one");
+    first.reset();
+    second.reset();
+    execlp("true", "true", nullptr);
+    _exit(1);
+  }
+  int status = 1;
+  check(waitpid(child, &status, 0) == child && status == 0, "a forked process ends well");
+  check(write(first, task) == expected, "an engine after a fork");
+}
+#endif
+
+void stress() {
+  meet_after_pauses();
+  threads_change_no_bit();
+  engines_side_by_side();
+  share_an_engine();
+  wake_after_pauses();
+  come_and_go();
+#ifdef STRESS_HAS_FORK
+  fork_with_engines();
+#endif
+}
+
+}  // namespace
+}  // namespace fastgpt::engine
+
+int main(int argc, char** argv) {
+  if (argc > 1) fastgpt::engine::code = argv[1];
+  fastgpt::engine::stress();
+  std::printf("stress_engine %s: all right\n", fastgpt::engine::code.c_str());
+}

@@ -1,0 +1,370 @@
+#include "tokenizer/bpe_trainer.hpp"
+
+#include <algorithm>
+#include <array>
+#include <future>
+#include <limits>
+#include <stdexcept>
+
+#include "common/prefetch.hpp"
+#include "tokenizer/merges_file.hpp"
+#include "tokenizer/pretokenizer.hpp"
+
+namespace fastgpt {
+namespace {
+
+// A slot below it is a token's id; the slot before a word is this plus the word's number.
+constexpr std::uint32_t kBoundary = std::uint32_t{1} << 31;
+constexpr std::uint32_t kInsideToken = std::numeric_limits<std::uint32_t>::max();
+
+constexpr std::size_t kNowhere = std::numeric_limits<std::size_t>::max();
+
+// Pairs are collected down to this fraction of the most frequent one's count: with 8 the words are
+// gone through too often, with 8192 too many rare pairs are kept. Any makes the same merges.
+constexpr std::uint64_t kCollectedFraction = 512;
+
+// The logarithm of the number of bounds (see bound_counts): few enough to stay in the cache.
+constexpr int kBoundBits = 18;
+
+// So many bytes take a thread longer to count than it takes to start.
+constexpr std::size_t kWorthAThread = std::size_t{1} << 18;
+
+// Memory is prefetched for this many steps ahead.
+constexpr std::size_t kAhead = 16;
+
+std::uint64_t pair_of(TokenId left, TokenId right) {
+  return static_cast<std::uint64_t>(left) << 32 | right;
+}
+
+std::uint64_t spread(std::uint64_t pair) {
+  pair *= 0x9E3779B97F4A7C15;  // 2^64 divided by the golden ratio
+  return (pair ^ pair >> 32) * 0xD6E8FEB86659FD93;
+}
+
+std::size_t bound_of(std::uint64_t pair) { return spread(pair) >> (64 - kBoundBits); }
+
+std::array<TokenId, 256> gpt2_byte_ids() {
+  const TokenBytes bytes = parse_merges_file("").tokens;
+  std::array<TokenId, 256> ids{};
+  for (TokenId id = 0; id < bytes.size(); ++id) {
+    ids[static_cast<unsigned char>(bytes[id].front())] = id;
+  }
+  return ids;
+}
+
+// Returns the last place where a piece starts whatever the rest of the text, or 0.
+std::size_t last_start(std::string_view text) {
+  for (std::size_t at = text.size(); at-- > 1;) {
+    if (starts_piece(text, at)) return at;
+  }
+  return 0;
+}
+
+}  // namespace
+
+void PairTable::clear() {
+  constexpr int kFirstBits = 12;
+  entries_.assign(std::size_t{1} << kFirstBits, Entry{kFree, 0, 0, 0});
+  shift_ = 64 - kFirstBits;
+  size_ = 0;
+}
+
+PairTable::Entry& PairTable::insert(std::uint64_t pair) {
+  std::size_t at = slot_of(pair);
+  if (entries_[at].pair == pair) return entries_[at];
+  if (2 * ++size_ > entries_.size()) {
+    grow();
+    at = slot_of(pair);
+  }
+  entries_[at].pair = pair;
+  return entries_[at];
+}
+
+PairTable::Entry* PairTable::find(std::uint64_t pair) {
+  Entry& entry = entries_[slot_of(pair)];
+  return entry.pair == pair ? &entry : nullptr;
+}
+
+void PairTable::prefetch_slot(std::uint64_t pair) const {
+  prefetch(&entries_[spread(pair) >> shift_]);
+}
+
+// Returns the slot that holds the pair, or the free one where it would go.
+std::size_t PairTable::slot_of(std::uint64_t pair) const {
+  std::size_t at = spread(pair) >> shift_;
+  while (entries_[at].pair != pair && entries_[at].pair != kFree) {
+    at = (at + 1) & (entries_.size() - 1);
+  }
+  return at;
+}
+
+void PairTable::grow() {
+  std::vector<Entry> old(2 * entries_.size(), Entry{kFree, 0, 0, 0});
+  old.swap(entries_);
+  --shift_;
+  for (const Entry& entry : old) {
+    if (entry.pair != kFree) entries_[slot_of(entry.pair)] = entry;
+  }
+}
+
+PairMerger::PairMerger(const PieceCounter& pieces, std::uint64_t min_count)
+    : min_count_(std::max<std::uint64_t>(min_count, 1)), lengths_(256, 1) {
+  left_.by_token.resize(256);
+  right_.by_token.resize(256);
+  lay_out(pieces);
+}
+
+std::optional<Merge> PairMerger::merge_next() {
+  while (!find_candidate()) {
+    if (threshold_ <= min_count_) return std::nullopt;
+    collect_pairs();
+  }
+  const PairTable::Entry entry = *pairs_.find(heap_.front().pair);
+  std::pop_heap(heap_.begin(), heap_.end());
+  heap_.pop_back();
+
+  const Merge merge{static_cast<TokenId>(entry.pair >> 32), static_cast<TokenId>(entry.pair),
+                    static_cast<TokenId>(lengths_.size())};
+  lengths_.push_back(lengths_[merge.left] + lengths_[merge.right]);
+  left_.by_token.emplace_back();
+  right_.by_token.emplace_back();
+  replace(entry, merge);
+  update_counts(merge);
+  return merge;
+}
+
+void PairMerger::lay_out(const PieceCounter& pieces) {
+  const std::array<TokenId, 256> byte_ids = gpt2_byte_ids();
+  pieces.for_each([&](std::string_view piece, Count count) {
+    if (piece.size() < 2) return;
+    if (slots_.size() + piece.size() >= std::numeric_limits<std::uint32_t>::max()) {
+      throw std::length_error("the text has 4 GiB of different words: train on less of it");
+    }
+    slots_.push_back(kBoundary + static_cast<std::uint32_t>(word_counts_.size()));
+    word_counts_.push_back(count);
+    for (const char byte : piece) slots_.push_back(byte_ids[static_cast<unsigned char>(byte)]);
+  });
+  slots_.push_back(kBoundary);  // the end of the last word
+}
+
+// Brings to the heap's front the pair to merge next. Returns false if the table may not have it.
+bool PairMerger::find_candidate() {
+  while (!heap_.empty() && heap_.front().count >= threshold_) {
+    const Candidate front = heap_.front();
+    const Count count = pairs_.find(front.pair)->count;
+    if (count == front.count) return true;
+    std::pop_heap(heap_.begin(), heap_.end());
+    heap_.back().count = count;
+    std::push_heap(heap_.begin(), heap_.end());
+  }
+  return false;
+}
+
+void PairMerger::collect_pairs() {
+  const std::vector<Count> bounds = bound_counts();
+  Count threshold = *std::max_element(bounds.begin(), bounds.end());
+  do {
+    threshold = std::max(threshold / kCollectedFraction, min_count_);
+    collect_pairs_from(threshold, bounds);
+  } while (heap_.empty() && threshold > min_count_);
+}
+
+// Counts the pairs by their hash: none of a hash is more frequent than all of it together. Most
+// pairs are rare, and these numbers, far fewer than there are pairs, rule most of them out.
+std::vector<PairMerger::Count> PairMerger::bound_counts() const {
+  std::vector<Count> bounds(std::size_t{1} << kBoundBits);
+  for_each_pair(
+      [&](std::uint64_t pair, Place place) { bounds[bound_of(pair)] += word_counts_[place.word]; });
+  return bounds;
+}
+
+void PairMerger::collect_pairs_from(Count threshold, const std::vector<Count>& bounds) {
+  threshold_ = threshold;
+  pairs_.clear();
+  for_each_pair([&](std::uint64_t pair, Place place) {
+    if (bounds[bound_of(pair)] < threshold) return;
+    PairTable::Entry& entry = pairs_.insert(pair);
+    entry.count += word_counts_[place.word];
+    ++entry.size;
+  });
+
+  heap_.clear();
+  std::size_t n_places = 0;
+  pairs_.for_each([&](PairTable::Entry& entry) {
+    if (entry.count < threshold) return;
+    heap_.push_back({entry.count, entry.pair});
+    entry.begin = n_places;
+    n_places += entry.size;
+    entry.size = 0;  // until the places are written
+  });
+  std::make_heap(heap_.begin(), heap_.end());
+
+  places_.resize(n_places);
+  for_each_pair([&](std::uint64_t pair, Place place) {
+    if (bounds[bound_of(pair)] < threshold) return;
+    PairTable::Entry& entry = *pairs_.find(pair);
+    if (entry.count >= threshold) places_[entry.begin + entry.size++] = place;
+  });
+}
+
+// Calls visit(pair, place) for each pair of all words, from left to right.
+template <typename Visit>
+void PairMerger::for_each_pair(const Visit& visit) const {
+  std::size_t at = 0;
+  while (at + 1 < slots_.size()) {
+    const std::uint32_t word = slots_[at++] - kBoundary;
+    while (true) {
+      const TokenId token = slots_[at];
+      const std::size_t next_at = at + lengths_[token];
+      const TokenId next = slots_[next_at];
+      if (next < kBoundary) visit(pair_of(token, next), {static_cast<std::uint32_t>(at), word});
+      at = next_at;
+      if (next >= kBoundary) break;
+    }
+  }
+}
+
+void PairMerger::replace(const PairTable::Entry& entry, Merge merge) {
+  const Place* const begin = places_.data() + entry.begin;
+  const Place* const end = begin + entry.size;
+  for (const Place* place = begin; place < end; ++place) {
+    if (place + kAhead < end) {
+      prefetch(&slots_[place[kAhead].at]);
+      prefetch(&word_counts_[place[kAhead].word]);
+    }
+    replace_at(*place, merge);
+  }
+}
+
+void PairMerger::replace_at(Place place, Merge merge) {
+  const std::size_t left_at = place.at;
+  const std::size_t right_at = left_at + lengths_[merge.left];
+  // A merge since may have taken either token. (If so, no token of the same id is in its place,
+  // for what has taken it is longer.)
+  if (slots_[left_at] != merge.left || slots_[right_at] != merge.right) return;
+  const std::size_t end = right_at + lengths_[merge.right];
+  slots_[right_at - 1] = slots_[right_at] = kInsideToken;
+  slots_[left_at] = slots_[end - 1] = merge.merged;
+
+  const Count count = word_counts_[place.word];
+  const TokenId before = slots_[left_at - 1];
+  const TokenId after = slots_[end];
+  if (before < kBoundary) {
+    left_.add(before, {place.at - lengths_[before], place.word}, count);
+  }
+  if (after < kBoundary) right_.add(after, place, count);
+}
+
+void PairMerger::Side::add(TokenId neighbour, Place place, Count count) {
+  Neighbour& entry = by_token[neighbour];
+  if (entry.n_places++ == 0) touched.push_back(neighbour);
+  entry.count += count;
+  events.push_back({neighbour, place});
+}
+
+// What stands beside a merge forms a pair with the new token now, and no longer with the left or
+// the right one.
+void PairMerger::update_counts(Merge merge) {
+  const auto& [left, right, merged] = merge;
+  for (const TokenId before : left_.touched) pairs_.prefetch_slot(pair_of(before, left));
+  for (const TokenId after : right_.touched) pairs_.prefetch_slot(pair_of(right, after));
+  for (const TokenId before : left_.touched) {
+    Neighbour& neighbour = left_.by_token[before];
+    take_away(pair_of(before, left), neighbour.count);
+    add_pair(pair_of(before, merged), neighbour, neighbour.count);
+  }
+  for (const TokenId after : right_.touched) {
+    Neighbour& neighbour = right_.by_token[after];
+    take_away(pair_of(right, after), neighbour.count);
+    // In a row as "abab", the first "ab" has an "a" after it only until that is merged as well.
+    const Count merged_since = after == left ? left_.by_token[merged].count : 0;
+    add_pair(pair_of(merged, after), neighbour, neighbour.count - merged_since);
+  }
+  write_places(left_);
+  write_places(right_);
+}
+
+void PairMerger::take_away(std::uint64_t pair, Count count) {
+  if (PairTable::Entry* entry = pairs_.find(pair)) entry->count -= count;
+}
+
+// A pair is new only once, in the merge that makes the later of its tokens: no two merges make the
+// same token. (Where its bytes are a token, no token ever spanned their ends, so what went on
+// inside was the same in every word.) So all places of the pair are known now, and their list never
+// grows.
+void PairMerger::add_pair(std::uint64_t pair, Neighbour& neighbour, Count count) {
+  neighbour.next_place = kNowhere;
+  if (count < threshold_) return;
+  neighbour.next_place = places_.size();
+  PairTable::Entry& entry = pairs_.insert(pair);
+  entry = {pair, count, places_.size(), neighbour.n_places};
+  places_.resize(places_.size() + neighbour.n_places);
+  heap_.push_back({count, pair});
+  std::push_heap(heap_.begin(), heap_.end());
+}
+
+void PairMerger::write_places(Side& side) {
+  for (const Event& event : side.events) {
+    std::size_t& next_place = side.by_token[event.neighbour].next_place;
+    if (next_place != kNowhere) places_[next_place++] = event.place;
+  }
+  for (const TokenId neighbour : side.touched) side.by_token[neighbour] = Neighbour{};
+  side.events.clear();
+  side.touched.clear();
+}
+
+void BpeTrainer::feed(std::string_view block) {
+  if (merger_) throw std::invalid_argument("no more text can be added once merging has begun");
+  if (!unfinished_.empty()) {
+    const std::size_t begin = find_start(block, 0);
+    unfinished_ += block.substr(0, begin);
+    if (begin == block.size()) return;
+    end_text();
+    block.remove_prefix(begin);
+  }
+  const std::size_t end = last_start(block);
+  count(block.substr(0, end));
+  unfinished_ = block.substr(end);
+}
+
+void BpeTrainer::end_text() {
+  count(unfinished_);
+  unfinished_.clear();
+}
+
+// Leaves parts of about the same size to other threads, from the end of the text on.
+void BpeTrainer::count(std::string_view text) {
+  std::vector<std::future<void>> others;
+  for (std::size_t n = std::min(counters_.size(), text.size() / kWorthAThread); n > 1; --n) {
+    const std::size_t part = text.size() - text.size() / n;
+    const std::size_t begin = find_start(text, part + 1);
+    others.push_back(std::async(
+        std::launch::async,
+        [counter = &counters_[n - 1], rest = text.substr(begin)] { counter->count(rest); }));
+    text = text.substr(0, begin);
+  }
+  counters_[0].count(text);
+  for (std::future<void>& other : others) other.get();
+}
+
+std::uint64_t BpeTrainer::n_pieces() const {
+  std::uint64_t total = 0;
+  for (const PieceCounter& counter : counters_) total += counter.total();
+  return total;
+}
+
+bool BpeTrainer::merge_next(std::uint64_t min_count) {
+  if (!merger_) start_merging(min_count);
+  const std::optional<Merge> merge = merger_->merge_next();
+  if (merge) merges_.push_back(*merge);
+  return merge.has_value();
+}
+
+void BpeTrainer::start_merging(std::uint64_t min_count) {
+  end_text();
+  for (; counters_.size() > 1; counters_.pop_back()) counters_[0].count(counters_.back());
+  merger_.emplace(counters_[0], min_count);
+  counters_[0] = PieceCounter();  // for its memory
+}
+
+}  // namespace fastgpt

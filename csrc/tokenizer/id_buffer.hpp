@@ -1,0 +1,63 @@
+// Token ids in a block of memory that grows in place where the system can, and that NumPy can own.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "common/huge_pages.hpp"
+
+namespace fastgpt {
+
+template <typename Id>
+class IdBuffer {
+ public:
+  std::size_t size() const { return size_; }
+  Id* data() { return ids_.get(); }
+  const Id* data() const { return ids_.get(); }
+
+  // Makes room for `count` more ids, and returns where they go. They count as there only after
+  // extend_by or extend_to.
+  Id* reserve(std::size_t count) {
+    if (capacity_ - size_ < count) grow(std::max(size_ + count, size_ + size_ / 2));
+    return ids_.get() + size_;
+  }
+  void extend_by(std::size_t count) { size_ += count; }
+  void extend_to(const Id* end) { size_ = static_cast<std::size_t>(end - ids_.get()); }
+  void truncate(std::size_t size) { size_ = size; }
+
+  template <typename Other>
+  void append(const Other* ids, std::size_t count) {
+    std::copy(ids, ids + count, reserve(count));
+    size_ += count;
+  }
+
+  // Gives back what is not needed.
+  void shrink() {
+    if (size_ < capacity_) grow(size_);
+  }
+
+ private:
+  struct Free {
+    void operator()(Id* ids) const { std::free(ids); }
+  };
+
+  // realloc moves pages, not bytes, once a block is large.
+  void grow(std::size_t capacity) {
+    void* moved = std::realloc(ids_.get(), std::max<std::size_t>(capacity, 1) * sizeof(Id));
+    if (moved == nullptr) throw std::bad_alloc();
+    static_cast<void>(ids_.release());  // realloc has freed it
+    ids_.reset(static_cast<Id*>(moved));
+    capacity_ = capacity;
+    use_huge_pages(ids_.get(), capacity * sizeof(Id));
+  }
+
+  std::unique_ptr<Id[], Free> ids_;
+  std::size_t size_ = 0;
+  std::size_t capacity_ = 0;
+};
+
+}  // namespace fastgpt

@@ -1,0 +1,343 @@
+#include "tokenizer/piece_encoder.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "tokenizer/pretokenizer.hpp"
+
+#if defined(__GNUC__)
+#define FASTGPT_NOINLINE __attribute__((noinline))
+#else
+#define FASTGPT_NOINLINE
+#endif
+
+namespace fastgpt {
+namespace {
+
+// Long pieces are cut into chunks that the cache takes.
+constexpr std::size_t kChunk = PieceKey::kMaxSize;
+
+// Returns how long the first chunk of a piece should be: if there is such a place, up to one that
+// no merge crosses, else up to a character's end.
+std::size_t chunk_size(const Vocabulary& vocabulary, std::string_view piece, bool& apart) {
+  apart = true;
+  if (piece.size() <= kChunk) return piece.size();
+  for (std::size_t size = kChunk; size > 0; --size) {
+    if (!vocabulary.joins(piece[size - 1], piece[size])) return size;
+  }
+  apart = false;
+  for (std::size_t size = kChunk; size > kChunk - 4; --size) {
+    if ((static_cast<unsigned char>(piece[size]) & 0xC0U) != 0x80U) return size;
+  }
+  return kChunk;
+}
+
+}  // namespace
+
+template <typename Id>
+void PieceEncoder<Id>::encode(std::string_view text, IdBuffer<Id>& ids) {
+  Pretokenizer pretokenizer(text);
+  std::size_t begin = 0;
+  for (Ends ends = pretokenizer.next(); !ends.empty(); ends = pretokenizer.next()) {
+    encode_stretch(text, begin, ends, ids);
+    begin = ends.end()[-1];
+  }
+}
+
+// Looks up all pieces of the stretch first, and then sees to the few that the cache does not have:
+// several at a time are learnt quicker than one by one (see ShortMerge).
+template <typename Id>
+void PieceEncoder<Id>::encode_stretch(std::string_view text, std::size_t begin, Ends ends,
+                                      IdBuffer<Id>& ids) {
+  holes_.clear();
+  Id* const first = ids.reserve(PieceCache<Id>::kWrittenIds * (ends.size() + 1));
+  Id* to = first;
+  for (const std::size_t* end = ends.begin(); end != ends.end(); begin = end[-1]) {
+    const std::size_t count = std::min(static_cast<std::size_t>(ends.end() - end), kGroup);
+    to = look_up_group(text, begin, end, count, first, to);
+    end += count;
+  }
+  if (holes_.empty()) return ids.extend_to(to);
+  learn(holes_.data(), holes_.data() + holes_.size());
+  looked_up_.assign(first + holes_[0].at, to);
+  ids.extend_to(first + holes_[0].at);
+  fill_holes(ids);
+}
+
+// Writes the ids of those of the pieces that the cache has, and returns where they end; notes where
+// the others are missing. The pieces start at `begin` and end at the `count` places `ends`.
+//
+// Most of the time goes by waiting for entries of the cache to come from memory. So all are asked
+// for before the first is used.
+template <typename Id>
+Id* PieceEncoder<Id>::look_up_group(std::string_view text, std::size_t begin,
+                                    const std::size_t* ends, std::size_t count, const Id* first,
+                                    Id* to) {
+  using Cache = PieceCache<Id>;
+  if (text.size() - ends[count - 1] < PieceKey::kMaxSize) {  // keys would be read beyond the text
+    for (std::size_t i = 0, at = begin; i < count; at = ends[i++]) {
+      to += find_or_note(text, at, ends[i] - at, first, to);
+    }
+    return to;
+  }
+  std::array<std::uint64_t, kGroup> lows;  // the first word of each key
+  std::array<const typename Cache::HalfLine*, kGroup> halves;
+  const auto homes = cache_.homes();
+  for (std::size_t i = 0, at = begin; i < count; at = ends[i++]) {
+    const std::size_t size = ends[i] - at;
+    if (size > PieceKey::kMaxSize) continue;
+    const PieceKey key = PieceKey::load(text.data() + at, size);
+    lows[i] = key.low;
+    halves[i] = homes.ask_for(key);
+  }
+  for (std::size_t i = 0, at = begin; i < count; at = ends[i++]) {
+    const std::size_t size = ends[i] - at;
+    if (size <= Cache::kShortSize) {
+      const auto& slot = halves[i]->slot_for(lows[i]);
+      if (slot.holds(lows[i], size)) {
+        to += slot.copy(to);
+        continue;
+      }
+    } else if (size <= PieceKey::kMaxSize) {
+      const std::size_t tokens =
+          Cache::copy_long(*halves[i], PieceKey::load(text.data() + at, size), size, to);
+      if (tokens != 0) {
+        to += tokens;
+        continue;
+      }
+    }
+    to += find_or_note(text, at, size, first, to);
+  }
+  return to;
+}
+
+// Writes the ids of the piece, wherever the cache has it, and returns how many they are; notes a
+// piece that it does not have.
+template <typename Id>
+FASTGPT_NOINLINE std::size_t PieceEncoder<Id>::find_or_note(std::string_view text, std::size_t at,
+                                                            std::size_t size, const Id* first,
+                                                            Id* to) {
+  const bool is_short = size <= PieceKey::kMaxSize;
+  const PieceKey key = is_short ? key_at(text, at, size) : PieceKey{};
+  const std::size_t tokens = is_short ? cache_.find(key, size, to) : 0;
+  if (tokens == 0) {
+    if (is_short) vocabulary_.ask_for_whole_token(key);  // for learn()
+    holes_.emplace_back(key, text.substr(at, size), static_cast<std::size_t>(to - first));
+  }
+  return tokens;
+}
+
+// Finds the tokens of the short ones of the missing pieces, and has the caches keep them.
+template <typename Id>
+void PieceEncoder<Id>::learn(Hole* hole, Hole* end) {
+  std::array<Hole*, kBatch> unknown;
+  std::size_t unknowns = 0;
+  for (; hole != end; ++hole) {
+    if (!hole->is_short() || is_known(*hole)) continue;
+    unknown[unknowns++] = hole;
+    if (unknowns == kBatch) merge_holes(unknown.data(), std::exchange(unknowns, 0));
+  }
+  merge_holes(unknown.data(), unknowns);
+}
+
+// Whether the piece needs no merging: because it has been learnt since it was missed, or is a
+// token.
+template <typename Id>
+bool PieceEncoder<Id>::is_known(Hole& hole) {
+  auto& [ids, count] = hole.tokens;
+  if (!hole.in_cache()) {
+    count = long_cache_.find(hole.piece, ids.data());
+    return count != 0;
+  }
+  count = cache_.find(hole.key, hole.piece.size(), ids.data());
+  if (count != 0) return true;
+  const TokenId whole = vocabulary_.whole_token(hole.key, hole.piece.size());
+  if (whole == kNoToken) return false;
+  ids[0] = static_cast<Id>(whole);
+  count = 1;
+  cache_.insert(hole.key, hole.piece.size(), ids.data(), 1);
+  return true;
+}
+
+template <typename Id>
+void PieceEncoder<Id>::merge_holes(Hole* const* holes, std::size_t count) {
+  std::array<std::string_view, kBatch> pieces;
+  std::array<ShortTokens<Id>*, kBatch> tokens{};
+  for (std::size_t i = 0; i < count; ++i) {
+    pieces[i] = holes[i]->piece;
+    tokens[i] = &holes[i]->tokens;
+  }
+  merge_short(vocabulary_, pieces.data(), tokens.data(), count);
+  for (std::size_t i = 0; i < count; ++i) {
+    const Hole& hole = *holes[i];
+    if (hole.in_cache()) {
+      cache_.insert(hole.key, hole.piece.size(), hole.tokens.ids.data(), hole.tokens.count);
+    } else {
+      long_cache_.insert(hole.piece, hole.tokens.ids.data(), hole.tokens.count);
+    }
+  }
+}
+
+// Appends looked_up_, with the ids of what is missing put in.
+template <typename Id>
+void PieceEncoder<Id>::fill_holes(IdBuffer<Id>& ids) {
+  const std::size_t first = holes_[0].at;
+  std::size_t at = first;
+  for (const Hole& hole : holes_) {
+    ids.append(looked_up_.data() + (at - first), hole.at - at);
+    if (hole.is_short()) {
+      const auto& [tokens, count] = hole.tokens;
+      std::copy(tokens.begin(), tokens.end(), ids.reserve(tokens.size()));  // of fixed size: quick
+      ids.extend_by(count);
+    } else {
+      encode_long(hole.piece, ids);
+    }
+    at = hole.at;
+  }
+  ids.append(looked_up_.data() + (at - first), looked_up_.size() - (at - first));
+}
+
+template <typename Id>
+void PieceEncoder<Id>::encode_long(std::string_view piece, IdBuffer<Id>& ids) {
+  const bool cached = piece.size() <= LongPieceCache<Id>::kMaxPiece;
+  if (cached) {
+    const std::size_t count = long_cache_.find(piece, ids.reserve(piece.size()));
+    if (count != 0) return ids.extend_by(count);
+  }
+  const std::size_t first = ids.size();
+  encode_chunks(piece, ids);
+  if (cached) long_cache_.insert(piece, ids.data() + first, ids.size() - first);
+}
+
+// Encodes chunk by chunk. That is exact where a chunk ends at a place that no merge crosses, or
+// where the tokens at the seam can stand side by side (see below); else the seam is mended.
+template <typename Id>
+void PieceEncoder<Id>::encode_chunks(std::string_view piece, IdBuffer<Id>& ids) {
+  const std::size_t first = ids.size();
+  std::size_t fence = first;  // no merge crosses the place before this id
+  // Many pieces are the same few bytes again and again: the first chunks are learnt before the rest
+  // is looked up.
+  std::size_t count = 1;
+  for (std::size_t at = 0; at < piece.size(); count = std::min(2 * count, kBatch)) {
+    at = cut_chunks(piece, at, count);
+    learn(chunks_.data(), chunks_.data() + chunks_.size());
+    for (const Hole& chunk : chunks_) {
+      if (!append_chunk(piece, chunk, fence, ids)) {
+        ids.truncate(first);
+        const std::vector<TokenId>& tokens = merger_.merge(piece);
+        ids.append(tokens.data(), tokens.size());
+        return;
+      }
+      if (chunk.ends_apart) fence = ids.size();
+    }
+  }
+}
+
+// Cuts up to `count` chunks from a piece, and returns the place after them.
+template <typename Id>
+std::size_t PieceEncoder<Id>::cut_chunks(std::string_view piece, std::size_t at,
+                                         std::size_t count) {
+  chunks_.clear();
+  while (at < piece.size() && chunks_.size() < count) {
+    bool apart;
+    const std::size_t size = chunk_size(vocabulary_, piece.substr(at), apart);
+    const PieceKey key = key_at(piece, at, size);
+    vocabulary_.ask_for_whole_token(key);
+    chunks_.emplace_back(key, piece.substr(at, size), at);
+    chunks_.back().ends_apart = apart;
+    at += size;
+  }
+  return at;
+}
+
+// Returns false if the seam cannot be mended.
+template <typename Id>
+bool PieceEncoder<Id>::append_chunk(std::string_view piece, const Hole& chunk, std::size_t fence,
+                                    IdBuffer<Id>& ids) {
+  const std::size_t seam = ids.size();
+  ids.append(chunk.tokens.ids.data(), chunk.tokens.count);
+  if (seam == fence || stand_side_by_side(ids.data()[seam - 1], ids.data()[seam])) return true;
+  return mend(piece, chunk.at, fence, seam, ids);
+}
+
+// Merges as many tokens anew on both sides of a seam, which is at that place of the piece and
+// before that id, as it takes for the rest to stand. Returns false if that would be too many.
+template <typename Id>
+bool PieceEncoder<Id>::mend(std::string_view piece, std::size_t at, std::size_t fence,
+                            std::size_t seam, IdBuffer<Id>& ids) {
+  constexpr std::size_t kMostTaken = 64;
+  const auto size_of = [&](std::size_t i) { return vocabulary_.tokens().size_of(ids.data()[i]); };
+  std::size_t begin = seam;  // of the tokens to be merged anew
+  std::size_t end = seam;
+  std::size_t bytes_left = 0;
+  std::size_t bytes_right = 0;
+  std::size_t take_left = 1;
+  std::size_t take_right = 1;
+  while (take_left <= kMostTaken) {
+    for (; begin > fence && seam - begin < take_left; --begin) bytes_left += size_of(begin - 1);
+    for (; end < ids.size() && end - seam < take_right; ++end) bytes_right += size_of(end);
+    const std::vector<Id>& tokens =
+        merge_again(piece.substr(at - bytes_left, bytes_left + bytes_right));
+    const bool left_stands =
+        begin == fence || stand_side_by_side(ids.data()[begin - 1], tokens.front());
+    const bool right_stands =
+        end == ids.size() || stand_side_by_side(tokens.back(), ids.data()[end]);
+    if (left_stands && right_stands) {
+      merged_again_.insert(merged_again_.end(), ids.data() + end, ids.data() + ids.size());
+      ids.truncate(begin);
+      ids.append(merged_again_.data(), merged_again_.size());
+      return true;
+    }
+    if (!left_stands) take_left *= 2;
+    if (!right_stands) take_right *= 2;
+  }
+  return false;
+}
+
+// Returns the tokens of the bytes, valid until the next call.
+template <typename Id>
+const std::vector<Id>& PieceEncoder<Id>::merge_again(std::string_view bytes) {
+  merged_again_.resize(bytes.size());
+  const bool cached = bytes.size() <= LongPieceCache<Id>::kMaxPiece;
+  std::size_t count = cached ? long_cache_.find(bytes, merged_again_.data()) : 0;
+  if (count == 0) {
+    const std::vector<TokenId>& tokens = merger_.merge(bytes);
+    count = tokens.size();
+    for (std::size_t i = 0; i < count; ++i) merged_again_[i] = static_cast<Id>(tokens[i]);
+    if (cached) long_cache_.insert(bytes, merged_again_.data(), count);
+  }
+  merged_again_.resize(count);
+  return merged_again_;
+}
+
+// Whether the two tokens stay as they are when their bytes are encoded together.
+//
+// If that is so of every two neighbours in a list of tokens, the list is what the bytes of them all
+// are encoded to. For look at the first merge that crosses a place between two of the tokens. All
+// merges before it were within tokens, and those within these two the same, in the same order, as
+// when the two are encoded alone; so it would come there, too.
+template <typename Id>
+bool PieceEncoder<Id>::stand_side_by_side(TokenId left, TokenId right) {
+  constexpr std::size_t kSlots = 4096;
+  constexpr std::uint64_t kKnown = std::uint64_t{1} << 62;
+  if (side_by_side_.empty()) side_by_side_.resize(kSlots);
+  const std::uint64_t pair = kKnown | static_cast<std::uint64_t>(left) << kIdBits | right;
+  std::uint64_t& known = side_by_side_[(pair * 0x9E3779B97F4A7C15) >> 52];
+  if (known >> 1 != pair) {
+    const TokenBytes& bytes = vocabulary_.tokens();
+    std::string both(bytes[left]);
+    both += bytes[right];
+    const std::vector<TokenId>& tokens = merger_.merge(both);
+    const bool stand = tokens.size() == 2 && tokens[0] == left && tokens[1] == right;
+    known = pair << 1 | (stand ? 1 : 0);
+  }
+  return (known & 1) != 0;
+}
+
+template class PieceEncoder<std::uint16_t>;
+template class PieceEncoder<std::uint32_t>;
+
+}  // namespace fastgpt

@@ -1,0 +1,140 @@
+#include "tokenizer/vocabulary.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "tokenizer/merger.hpp"
+
+namespace fastgpt {
+namespace {
+
+std::string numbered(const char* what, std::size_t number) {
+  return std::string(what) + " " + std::to_string(number);
+}
+
+// Returns the list if it can be indexed: ids and ranks must fit into the bits that they get.
+std::vector<Merge> checked_size(std::vector<Merge> merges, const TokenBytes& tokens) {
+  if (tokens.size() > kMaxTokens || merges.size() >= kNoMerge) {
+    throw std::invalid_argument("a vocabulary may have " + std::to_string(kMaxTokens) +
+                                " tokens at most, not " + std::to_string(tokens.size()));
+  }
+  for (std::size_t i = 0; i < merges.size(); ++i) {
+    const Merge& merge = merges[i];
+    if (std::max({merge.left, merge.right, merge.merged}) >= tokens.size()) {
+      throw std::invalid_argument(numbered("merge", i) + " names an id that has no token");
+    }
+  }
+  return merges;
+}
+
+}  // namespace
+
+MergeTable::MergeTable(const std::vector<Merge>& merges) {
+  int bits = 2;
+  while ((std::size_t{2} << bits) < merges.size()) ++bits;  // half of the slots stay free
+  const Bucket free = {{kFree, kFree, kFree, kFree}};
+  buckets_.assign(std::size_t{1} << bits, free);
+  mask_ = buckets_.size() - 1;
+  shift_ = 64 - bits;
+  constexpr std::size_t kAhead = 16;  // by the time a merge's turn comes, its bucket is there
+  for (std::size_t i = 0; i < merges.size(); ++i) {
+    if (i + kAhead < merges.size())
+      ask_for(pair(merges[i + kAhead].left, merges[i + kAhead].right));
+    const auto [left, right, merged] = merges[i];
+    if (const Rank other = rank(pair(left, right)); other != kNoMerge) {
+      throw std::invalid_argument(numbered("merge", i) + " repeats " + numbered("merge", other));
+    }
+    const std::uint64_t slot = pair(left, right) | i;
+    std::size_t at = home(slot);
+    while (buckets_[at].slots.back() != kFree) at = (at + 1) & mask_;
+    *std::find(buckets_[at].slots.begin(), buckets_[at].slots.end(), kFree) = slot;
+  }
+}
+
+void TokenBytes::push_back(std::string_view token) {
+  const std::size_t begin = begins_.back();
+  const std::size_t end = begin + token.size();
+  if (end > std::numeric_limits<std::uint32_t>::max()) {
+    throw std::invalid_argument("the tokens of a vocabulary may have 4 GiB in all");
+  }
+  if (end + kPadding > bytes_.size()) bytes_.resize(2 * (end + kPadding));
+  std::memcpy(bytes_.data() + begin, token.data(), token.size());
+  begins_.push_back(static_cast<std::uint32_t>(end));
+}
+
+Vocabulary::Vocabulary(TokenBytes tokens, std::vector<Merge> merges)
+    : Vocabulary(std::move(tokens), std::move(merges), TokenIndex()) {
+  check_merges();
+  index_whole_tokens();
+}
+
+Vocabulary::Vocabulary(TokenBytes tokens, std::vector<Merge> merges, TokenIndex whole_tokens)
+    : tokens_(std::move(tokens)),
+      merges_(checked_size(std::move(merges), tokens_)),
+      ranks_(merges_),
+      whole_tokens_(std::move(whole_tokens)) {
+  index_bytes();
+  index_merges();
+}
+
+void Vocabulary::check_merges() const {
+  for (std::size_t i = 0; i < merges_.size(); ++i) {
+    const std::string_view left = tokens_[merges_[i].left];
+    const std::string_view right = tokens_[merges_[i].right];
+    const std::string_view merged = tokens_[merges_[i].merged];
+    if (merged.size() != left.size() + right.size() || merged.substr(0, left.size()) != left ||
+        merged.substr(left.size()) != right) {
+      throw std::invalid_argument(numbered("merge", i) +
+                                  " makes a token that is not its two parts");
+    }
+  }
+}
+
+void Vocabulary::index_bytes() {
+  of_byte_.fill(kNoToken);
+  for (TokenId id = 0; id < tokens_.size(); ++id) {
+    const std::string_view bytes = tokens_[id];
+    if (bytes.empty()) throw std::invalid_argument(numbered("token", id) + " is empty");
+    if (bytes.size() > 1) continue;
+    TokenId& of_byte = of_byte_[static_cast<unsigned char>(bytes[0])];
+    if (of_byte != kNoToken) {
+      throw std::invalid_argument(numbered("token", id) + " is the same byte as " +
+                                  numbered("token", of_byte));
+    }
+    of_byte = id;
+  }
+  const auto* missing = std::find(of_byte_.begin(), of_byte_.end(), kNoToken);
+  if (missing != of_byte_.end()) {
+    const auto byte = static_cast<std::size_t>(missing - of_byte_.begin());
+    throw std::invalid_argument("no token for " + numbered("byte", byte));
+  }
+}
+
+void Vocabulary::index_merges() {
+  rank_of_bytes_.assign(65536, kNoMerge);
+  first_merged_ = merges_.empty() ? kNoToken : merges_[0].merged;
+  for (std::size_t i = 0; i < merges_.size(); ++i) {
+    const std::string_view left = tokens_[merges_[i].left];
+    const std::string_view right = tokens_[merges_[i].right];
+    const std::size_t pair = pair_of(left.back(), right.front());
+    joins_[pair / 64] |= std::uint64_t{1} << pair % 64;
+    if (left.size() + right.size() == 2) rank_of_bytes_[pair] = static_cast<Rank>(i);
+    if (merges_[i].merged != merges_[0].merged + i) first_merged_ = kNoToken;
+  }
+}
+
+// Merging need not arrive at a token though the piece is its bytes: not if it is a special token,
+// and of some vocabularies not of others either.
+void Vocabulary::index_whole_tokens() {
+  Merger merger(*this);
+  for (TokenId id = 0; id < tokens_.size(); ++id) {
+    const std::vector<TokenId>& ids = merger.merge(tokens_[id]);
+    if (ids.size() != 1 || ids[0] != id) continue;
+    whole_tokens_.insert(tokens_, TokenIndex::hash(tokens_[id]), id);
+  }
+}
+
+}  // namespace fastgpt

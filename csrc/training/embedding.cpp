@@ -1,0 +1,30 @@
+#include "training/embedding.hpp"
+
+#include <algorithm>
+
+#include "simd/vector_loops.hpp"
+
+namespace fastgpt {
+namespace {
+
+constexpr std::size_t kTileColumns = 64;  // of all rows: no two threads add to one number
+
+void add_to(std::size_t n, const float* __restrict from, float* __restrict to) {
+  for (std::size_t i = 0; i < n; ++i) to[i] += from[i];
+}
+
+}  // namespace
+
+void add_rows(const std::int64_t* ids, std::size_t n, std::size_t columns, const float* values,
+              float* table, unsigned threads) {
+  for_each_tile((columns + kTileColumns - 1) / kTileColumns, threads, [&](std::size_t tile) {
+    const std::size_t begin = tile * kTileColumns;
+    const std::size_t size = std::min(kTileColumns, columns - begin);
+    for (std::size_t i = 0; i < n; ++i) {
+      float* row = table + static_cast<std::size_t>(ids[i]) * columns;
+      run_vectorized<add_to>(size, values + i * columns + begin, row + begin);
+    }
+  });
+}
+
+}  // namespace fastgpt

@@ -1,0 +1,368 @@
+#include "training/gemm.hpp"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <thread>
+
+#include "common/parallel.hpp"
+#include "tokenizer/lazy_array.hpp"
+#include "training/gemm_kernels.hpp"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
+namespace fastgpt {
+namespace {
+
+// A panel of B of that depth stays in the first-level cache beside one of A, a block of A in the
+// second level, and a chunk of B in the third.
+constexpr std::size_t kWordsDeep = 256;
+constexpr std::size_t kRows = 144;
+constexpr std::size_t kColumns = 768;
+constexpr std::size_t kBlocksInChunk = 4;
+constexpr std::size_t kWordsInChunk = std::size_t{1} << 20;
+constexpr std::size_t kWordsToPack = std::size_t{1} << 14;  // in one task
+constexpr std::size_t kTilesPerThread = 8;  // so that a slow thread delays the others little
+constexpr std::size_t kFewRows = 24, kFewColumns = 64;       // of a tile that is not all
+constexpr std::size_t kWorthATile = std::size_t{1} << 19;    // multiplications
+constexpr std::size_t kWorthAThread = std::size_t{1} << 20;  // multiplications
+
+std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
+std::size_t round_up(std::size_t a, std::size_t b) { return ceil_div(a, b) * b; }
+
+// The part of at most `limit`, a multiple of `unit`, that cuts n into parts as equal as can be.
+std::size_t equal_part(std::size_t n, std::size_t limit, std::size_t unit) {
+  const std::size_t parts = std::max(ceil_div(n, limit), std::size_t{1});
+  return std::max(round_up(ceil_div(n, parts), unit), unit);
+}
+
+struct Range {
+  std::size_t begin, end;
+  std::size_t size() const { return end - begin; }
+};
+
+// The `index`th of the parts of n.
+Range part_of(std::size_t n, std::size_t part, std::size_t index) {
+  return {std::min(n, index * part), std::min(n, (index + 1) * part)};
+}
+
+// What gets A · B and the bias as they are, if anything does.
+const MatrixView<Floats>& target_of_sums(const Gemm& g) {
+  return g.pre.numbers.data != nullptr ? g.pre : g.c;
+}
+
+// Whether that cannot hold sums of fp32.
+bool sums_aside(const Gemm& g) { return target_of_sums(g).numbers.bf16; }
+
+// How the product is cut up. Each element of C is the sum of blocks in depth, in their order,
+// whatever the rest is: that alone decides its bits.
+struct Plan {
+  Plan(const Gemm& g, const GemmKernels& kernels, unsigned threads) {
+    cut_b(g, kernels);
+    cut_c(g, kernels, threads);
+    // A panel's sums that are complete after one block go where the next panel's will, so that they
+    // stay in the first-level cache.
+    if (!sums_aside(g)) return;
+    const std::size_t panel = rows * kernels.columns;
+    sums_step = g.k > depth ? panel : 0;
+    sums = std::max(sums_step * ceil_div(columns, kernels.columns), panel);
+  }
+
+  std::size_t chunks() const { return column_chunks * depth_chunks; }
+  std::size_t tiles() const { return row_tiles * column_tiles; }
+
+  std::size_t depth, chunk_depth, depth_chunks;
+  std::size_t chunk_columns, column_chunks, chunk_words;
+  std::size_t rows, row_tiles, columns, column_tiles;
+  std::size_t pack_columns, pack_tasks;  // in a chunk
+  std::size_t sums = 0, sums_step = 0;   // floats for a thread's, and from panel to panel
+
+ private:
+  // B into chunks, and a chunk's packing into tasks.
+  void cut_b(const Gemm& g, const GemmKernels& kernels) {
+    depth = equal_part(g.k, kWordsDeep * kernels.depths_per_word, 8);
+    const std::size_t whole = std::max(round_up(g.k, depth), depth);
+    // Between chunks of depth, sums wait in C: it must be able to hold them.
+    chunk_depth = sums_aside(g) ? whole : depth * kBlocksInChunk;
+    depth_chunks = std::max(ceil_div(g.k, chunk_depth), std::size_t{1});
+    const std::size_t words = kernels.words(std::min(chunk_depth, whole));
+    const std::size_t most = std::max(kWordsInChunk / words, kernels.columns);
+    chunk_columns = equal_part(g.n, most, kernels.columns);
+    column_chunks = std::max(ceil_div(g.n, chunk_columns), std::size_t{1});
+    chunk_words = chunk_columns * words;
+
+    pack_columns = std::max(kWordsToPack / words / kernels.columns, std::size_t{1});
+    pack_columns = std::min(pack_columns * kernels.columns, chunk_columns);
+    pack_tasks = ceil_div(chunk_columns, pack_columns);
+  }
+
+  // The columns of C that a chunk of B gives, and all its rows, into tiles.
+  void cut_c(const Gemm& g, const GemmKernels& kernels, unsigned threads) {
+    const std::size_t work = g.m * chunk_columns * std::min(chunk_depth, round_up(g.k, depth));
+    const std::size_t wanted =
+        threads < 2 ? 1 : std::min(kTilesPerThread * threads, work / kWorthATile + 1);
+    // Fewer rows cost less than fewer columns: for each column tile A is packed anew.
+    const std::size_t most_columns = std::min(kColumns, chunk_columns);
+    const std::size_t row_cuts = ceil_div(wanted, ceil_div(chunk_columns, most_columns));
+    const std::size_t few_rows = std::max(g.m / row_cuts, kFewRows);
+    rows = equal_part(g.m, std::min({few_rows, kRows, g.m}), kernels.rows);
+    row_tiles = ceil_div(g.m, rows);
+    const std::size_t few_columns =
+        std::max(chunk_columns / ceil_div(wanted, row_tiles), kFewColumns);
+    columns = equal_part(chunk_columns, std::min(few_columns, most_columns), kernels.columns);
+    column_tiles = ceil_div(chunk_columns, columns);
+  }
+};
+
+// What a thread's products pack into, kept for the next.
+float* workspace(std::size_t floats) {
+  thread_local std::unique_ptr<LazyArray<float>> memory;
+  if (!memory || memory->size() < floats) {
+    memory.reset();
+    memory = std::make_unique<LazyArray<float>>(floats);
+  }
+  return memory->data();
+}
+
+// The product as a row of tasks, taken in order by threads that are free: for each chunk of B,
+// those that pack it and then those that multiply with it; all chunks of one depth before those of
+// the next, which add to what they left. A task waits only for earlier ones, all of which somebody
+// is at: so the work gets done by as many threads as come, and the quick ones take more of it.
+class Job {
+ public:
+  Job(const Gemm& product, const GemmKernels& kernels, unsigned threads)
+      : g_(product), kernels_(kernels), plan_(product, kernels, threads) {
+    a_words_ = round_up(plan_.rows * kernels.words(plan_.depth) + kGemmSlack, kCacheLine);
+    own_words_ = a_words_ + round_up(plan_.sums, kCacheLine);
+    const std::size_t b_words = round_up(plan_.chunk_words + kGemmSlack, kCacheLine);
+    const std::size_t b_buffers = std::min(plan_.chunks(), b_.size());
+    float* memory = workspace(b_buffers * b_words + threads * own_words_);
+    for (std::size_t i = 0; i < b_buffers; ++i) b_[i] = memory + i * b_words;
+    own_ = memory + b_buffers * b_words;
+  }
+
+  void work(std::size_t rank) {
+    const std::size_t in_chunk = plan_.pack_tasks + plan_.tiles();
+    const std::size_t all = in_chunk * plan_.chunks();
+    for (std::size_t task = next_++; task < all; task = next_++) {
+      const std::size_t chunk = task / in_chunk;
+      const std::size_t index = task % in_chunk;
+      if (index < plan_.pack_tasks) {
+        if (chunk >= kBuffers) wait_for_tiles(chunk - kBuffers);
+        pack(chunk, index);
+        packed_[chunk % kBuffers].fetch_add(1, std::memory_order_release);
+      } else {
+        wait_for_packing(chunk);
+        if (chunk >= plan_.column_chunks) wait_for_tiles(chunk - plan_.column_chunks);
+        multiply(chunk, index - plan_.pack_tasks, own_ + rank * own_words_);
+        multiplied_[chunk % kBuffers].fetch_add(1, std::memory_order_release);
+      }
+    }
+  }
+
+ private:
+  static constexpr std::size_t kCacheLine = 16;  // floats
+  static constexpr std::size_t kBuffers = 3;     // chunks that a thread may be ahead of another
+  using Counter = std::atomic<std::size_t>;
+
+  // The counters are of all chunks so far that use the same buffer.
+  void wait_for_packing(std::size_t chunk) const {
+    wait_until(packed_[chunk % kBuffers], plan_.pack_tasks * (chunk / kBuffers + 1));
+  }
+  void wait_for_tiles(std::size_t chunk) const {
+    wait_until(multiplied_[chunk % kBuffers], plan_.tiles() * (chunk / kBuffers + 1));
+  }
+  static void wait_until(const Counter& counter, std::size_t count) {
+    constexpr int kPatience = 2000;
+    for (int spins = 0; counter.load(std::memory_order_acquire) < count; ++spins) {
+      if (spins > kPatience) std::this_thread::yield();  // whoever is at it may need this processor
+#if defined(__x86_64__) && defined(__GNUC__)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+
+  Range columns_of(std::size_t chunk) const {
+    return part_of(g_.n, plan_.chunk_columns, chunk % plan_.column_chunks);
+  }
+  Range depths_of(std::size_t chunk) const {
+    return part_of(g_.k, plan_.chunk_depth, chunk / plan_.column_chunks);
+  }
+  std::size_t blocks_in(const Range& depths) const {
+    return std::max(ceil_div(depths.size(), plan_.depth), std::size_t{1});
+  }
+
+  // Packs some columns of a chunk of B. What of the chunk has a depth block lies together.
+  void pack(std::size_t chunk, std::size_t index) {
+    const Range all = columns_of(chunk), depths = depths_of(chunk);
+    const Range columns = part_of(all.size(), plan_.pack_columns, index);
+    for (std::size_t block = 0; block < blocks_in(depths); ++block) {
+      const Range part = part_of(depths.size(), plan_.depth, block);
+      const std::size_t column = all.begin + columns.begin, depth = depths.begin + part.begin;
+      const ConstFloats from = g_.b.numbers + (g_.transpose_b ? column * g_.b.stride + depth
+                                                              : depth * g_.b.stride + column);
+      kernels_.pack_b({from, g_.b.stride, !g_.transpose_b, columns.size(), part.size(), g_.gelu_b},
+                      packed_b(chunk, part, columns.begin));
+    }
+  }
+
+  float* packed_b(std::size_t chunk, const Range& block, std::size_t column) const {
+    return b_[chunk % kBuffers] + plan_.chunk_columns * kernels_.words(block.begin) +
+           column * kernels_.words(block.size());
+  }
+
+  // own: this thread's memory for packed rows of A, and for sums behind them.
+  void multiply(std::size_t chunk, std::size_t index, float* own) {
+    const Range all = columns_of(chunk), depths = depths_of(chunk);
+    const Range rows = part_of(g_.m, plan_.rows, index / plan_.column_tiles);
+    const Range columns = part_of(all.size(), plan_.columns, index % plan_.column_tiles);
+    const std::size_t column = all.begin + columns.begin;
+    const bool sums = g_.row_sums != nullptr && column == 0;
+    if (columns.size() == 0 && !sums) return;
+    for (std::size_t block = 0; block < blocks_in(depths); ++block) {
+      const Range part = part_of(depths.size(), plan_.depth, block);
+      const std::size_t depth = depths.begin + part.begin;
+      const ConstFloats from = g_.a.numbers + (g_.transpose_a ? depth * g_.a.stride + rows.begin
+                                                              : rows.begin * g_.a.stride + depth);
+      kernels_.pack_a({from, g_.a.stride, g_.transpose_a, rows.size(), part.size()}, own);
+      if (sums) {
+        float* to = g_.row_sums + rows.begin;
+        if (depth == 0 && !g_.accumulate) std::fill_n(to, rows.size(), 0.0F);
+        kernels_.add_row_sums(own, rows.size(), kernels_.words(part.size()), to);
+      }
+      GemmBlock tile = block_of(rows, column, depth, part.size(), own + a_words_);
+      tile.a = own;
+      tile.b = packed_b(chunk, part, columns.begin);
+      tile.columns = columns.size();
+      kernels_.multiply(tile);
+    }
+  }
+
+  // The block of C at some rows and a column to which some depths are added: all but what is added.
+  GemmBlock block_of(const Range& rows, std::size_t column, std::size_t depth, std::size_t depths,
+                     float* sums) const {
+    const auto at = [&](const auto& matrix) {
+      return GemmRows<decltype(matrix.numbers)>{
+          matrix.numbers + (rows.begin * matrix.stride + column), matrix.stride};
+    };
+    const MatrixView<Floats>& target = target_of_sums(g_);
+    GemmBlock block{};
+    block.rows = rows.size();
+    block.depth = kernels_.words(depths);
+    block.add = g_.accumulate || depth > 0;
+    if (sums_aside(g_)) {
+      block.sum = sums;
+      block.sum_stride = kernels_.columns;
+      block.panel_step = plan_.sums_step;
+    } else {
+      block.sum = static_cast<float*>(at(target).first.data);
+      block.sum_stride = target.stride;
+      block.panel_step = kernels_.columns;
+    }
+    if (depth + depths == g_.k) {
+      block.bias = g_.bias != nullptr ? g_.bias + column : nullptr;
+      if (g_.gelu_grad.numbers.data != nullptr) block.gelu_grad = at(g_.gelu_grad);
+      if (sums_aside(g_) && (!g_.gelu || g_.pre.numbers.data != nullptr)) block.c = at(target);
+      if (g_.gelu) block.gelu = at(g_.c);
+    }
+    return block;
+  }
+
+  const Gemm& g_;
+  const GemmKernels& kernels_;
+  const Plan plan_;
+  std::array<float*, kBuffers> b_{};
+  float* own_ = nullptr;  // memory of each thread, [threads, own_words_]
+  std::size_t own_words_ = 0, a_words_ = 0;
+  alignas(64) Counter next_{0};
+  alignas(64) std::array<Counter, kBuffers> packed_{};
+  alignas(64) std::array<Counter, kBuffers> multiplied_{};
+};
+
+const GemmKernels* kernels_of(GemmCode code) {
+  switch (code) {
+    case GemmCode::kAvx2:
+      return gemm_kernels_avx2();
+    case GemmCode::kAvx512:
+      return gemm_kernels_avx512();
+    case GemmCode::kBf16Portable:
+      return gemm_kernels_bf16_portable();
+    case GemmCode::kBf16Avx512:
+      return gemm_kernels_bf16_avx512();
+    default:
+      return gemm_kernels_portable();
+  }
+}
+
+// Whether the processor says that it is one of AMD's or of Hygon's, which builds AMD's.
+bool is_amd() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  unsigned level = 0;
+  std::array<unsigned, 3> name{};
+  if (__get_cpuid(0, &level, &name[0], &name[2], &name[1]) == 0) return false;
+  return std::memcmp(name.data(), "AuthenticAMD", 12) == 0 ||
+         std::memcmp(name.data(), "HygonGenuine", 12) == 0;
+#else
+  return false;
+#endif
+}
+
+// Whether the processor has AMX's tiles for bfloat16: leaf 7, bit 22 of EDX.
+bool has_amx() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22U & 1U) != 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+bool can_run(GemmCode code) {
+  if (kernels_of(code) == nullptr) return false;
+#if defined(__x86_64__) && defined(__GNUC__)
+  const bool avx512 = __builtin_cpu_supports("avx512f");
+  if (code == GemmCode::kAvx512) return avx512;
+  if (code == GemmCode::kBf16Avx512) {
+    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl");
+  }
+  if (code == GemmCode::kAvx2) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  }
+#endif
+  return true;
+}
+
+const GemmKernels& gemm_kernels(GemmCode code) { return *kernels_of(code); }
+
+GemmCode best_gemm_code(bool bf16) {
+  static const GemmCode best = can_run(GemmCode::kAvx512) ? GemmCode::kAvx512
+                               : can_run(GemmCode::kAvx2) ? GemmCode::kAvx2
+                                                          : GemmCode::kPortable;
+  static const GemmCode best_bf16 =
+      can_run(GemmCode::kBf16Avx512) ? GemmCode::kBf16Avx512 : GemmCode::kBf16Portable;
+  return bf16 ? best_bf16 : best;
+}
+
+bool gemm_is_faster(bool bf16) {
+  static const bool faster = best_gemm_code() != GemmCode::kPortable && is_amd();
+  static const bool faster_bf16 = best_gemm_code(true) == GemmCode::kBf16Avx512 && !has_amx();
+  return bf16 ? faster_bf16 : faster;
+}
+
+void gemm(const Gemm& product, unsigned threads, GemmCode code) {
+  if (product.m == 0) return;
+  const std::size_t work = product.m * product.n * std::max(product.k, std::size_t{1});
+  const std::size_t useful = std::max(work / kWorthAThread, std::size_t{1});
+  const auto team = static_cast<unsigned>(std::min(std::size_t{std::max(threads, 1U)}, useful));
+  Job job(product, gemm_kernels(code), team);
+  run_team(team, [&job](std::size_t rank) { job.work(rank); });
+}
+
+}  // namespace fastgpt

@@ -1,0 +1,74 @@
+// The kernels of products in bfloat16 for AVX512-BF16; CMakeLists.txt has this file compiled for
+// it.
+#include "training/gemm_kernels.hpp"
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include "simd/avx512_registers.hpp"
+#include "simd/transpose_avx.hpp"
+#include "training/gemm_kernels_of.hpp"
+
+namespace fastgpt {
+namespace {
+
+struct Avx512Bf16 : Avx512Registers {
+  static Register multiply_add(Register x, Register y, Register z) {
+    return _mm512_dpbf16_ps(z, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));
+  }
+};
+
+struct Pairs {
+  template <std::size_t n, typename Number>
+  static void pack_words(const Number* row, const Number* next, float* to) {
+    constexpr std::size_t kLast = n % 16 == 0 ? 16 : n % 16;
+    constexpr std::size_t kVectors = (n + 15) / 16;
+    repeat<kVectors>([&](auto v) FASTGPT_INLINE {
+      constexpr std::size_t kAt = 16 * v;
+      constexpr auto kMask = static_cast<__mmask16>((1U << (v + 1 < kVectors ? 16 : kLast)) - 1U);
+      const __m512i words =
+          next == nullptr ? one_row(kMask, row + kAt) : two_rows(kMask, row + kAt, next + kAt);
+      _mm512_mask_storeu_epi32(to + kAt, kMask, words);
+    });
+  }
+
+  template <typename Number>
+  static void transpose_8x4(const Number* const* rows, float* to, std::size_t stride) {
+    transpose_8x4_avx([rows](int i) { return four_words(rows[i]); }, to, stride);
+  }
+
+ private:
+  static __m512i two_rows(__mmask16 mask, const float* row, const float* next) {
+    const __m512 low = _mm512_maskz_loadu_ps(mask, row), high = _mm512_maskz_loadu_ps(mask, next);
+    const auto side_by_side = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+    const __m512i order =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, side_by_side);
+  }
+  static __m512i two_rows(__mmask16 mask, const Bfloat16* row, const Bfloat16* next) {
+    return _mm512_or_si512(one_row(mask, row), _mm512_slli_epi32(one_row(mask, next), 16));
+  }
+  static __m512i one_row(__mmask16 mask, const float* row) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(__m512{}, _mm512_maskz_loadu_ps(mask, row));
+    return _mm512_cvtepu16_epi32(_mm512_castsi512_si256(reinterpret_cast<__m512i>(rounded)));
+  }
+  static __m512i one_row(__mmask16 mask, const Bfloat16* row) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row));
+  }
+  static __m128 four_words(const float* from) {
+    return reinterpret_cast<__m128>(_mm256_cvtneps_pbh(_mm256_loadu_ps(from)));
+  }
+  static __m128 four_words(const Bfloat16* from) {
+    return _mm_castsi128_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+};
+
+constexpr GemmKernels kKernels = Kernels<Avx512Bf16, PairPacking<Pairs>>::table();
+
+}  // namespace
+
+const GemmKernels* gemm_kernels_bf16_avx512() { return &kKernels; }
+
+}  // namespace fastgpt
+#else
+const fastgpt::GemmKernels* fastgpt::gemm_kernels_bf16_avx512() { return nullptr; }
+#endif

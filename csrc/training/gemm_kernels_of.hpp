@@ -1,0 +1,204 @@
+// gemm_kernels.hpp for one kind of vector register. Each file that includes this is compiled for
+// another instruction set: internal linkage keeps the linker from taking one copy for all, and
+// nothing of the standard library is called for the same reason.
+#pragma once
+
+#include <cstddef>
+
+#include "common/prefetch.hpp"
+#include "training/gelu_formula.hpp"
+#include "training/gemm_kernels.hpp"
+#include "training/gemm_packing.hpp"
+
+namespace fastgpt {
+namespace {
+
+// Vector: a register of kWidth floats, and kTileRows × kTileVectors of them that hold a tile of C.
+// Packing: how words come about; Vector::multiply_add multiplies registers full of them.
+template <typename Vector, typename Packing = FloatPacking<Vector>>
+class Kernels {
+ public:
+  static constexpr std::size_t kRows = Vector::kTileRows;
+  static constexpr std::size_t kColumns = Vector::kTileVectors * Vector::kWidth;
+  static_assert(kColumns % 8 == 0, "packing writes whole eights, and threads pack side by side");
+
+  static constexpr GemmKernels table() {
+    return {kRows,
+            kColumns,
+            Packing::kDepthsPerWord,
+            Packing::template pack<kRows>,
+            Packing::template pack<kColumns>,
+            multiply,
+            add_row_sums};
+  }
+
+ private:
+  // --- multiplying -----------------------------------------------------------------------------
+
+  static void multiply(const GemmBlock& block) {
+    for (std::size_t j = 0; j < block.columns; j += kColumns) {
+      const std::size_t columns = smaller(kColumns, block.columns - j);
+      float* sum = block.sum + j / kColumns * block.panel_step;
+      const float* bias = block.bias != nullptr ? block.bias + j : nullptr;
+      for (std::size_t i = 0; i < block.rows; i += kRows) {
+        const std::size_t rows = smaller(kRows, block.rows - i);
+        float* to = sum + i * block.sum_stride;
+        if (rows == kRows && columns == kColumns) {
+          tile<Vector::kTileVectors>(block, i, j, to, block.sum_stride, block.add, bias);
+        } else {
+          edge_tile<Vector::kTileVectors>(block, i, j, to, bias, rows, columns);
+        }
+      }
+      if (columns == kColumns) {
+        finish(block, sum, j, kColumns);
+      } else {
+        finish(block, sum, j, columns);
+      }
+    }
+  }
+
+  // Depths in a turn of the loop. What a turn costs beside them is felt where another program has
+  // the other half of the core.
+  static constexpr std::size_t kUnrolled = 8;
+
+  // One tile of C, of the first kVectors vectors of B's panel.
+  template <std::size_t kVectors>
+  static inline void tile(const GemmBlock& block, std::size_t i, std::size_t j, float* c,
+                          std::size_t stride, bool add, const float* bias) {
+    const float* __restrict a = block.a + i * block.depth;
+    const float* __restrict b = block.b + j * block.depth;
+    // The tiles of this panel share in fetching the next: each the like of one row of the tiles.
+    const float* next_b = b + kColumns * block.depth + i / kRows * block.depth;
+    for (std::size_t r = 0; add && r < kRows; ++r) {
+      prefetch(c + r * stride);
+      prefetch(c + r * stride + kVectors * Vector::kWidth - 1);
+    }
+    typename Vector::Register sum[kRows][kVectors];
+    repeat<kRows * kVectors>(
+        [&](auto t) FASTGPT_INLINE { sum[t / kVectors][t % kVectors] = Vector::zero(); });
+    const auto add_depth = [&](std::size_t d) FASTGPT_INLINE {
+      typename Vector::Register from_b[kVectors];
+      repeat<kVectors>([&](auto v) FASTGPT_INLINE {
+        from_b[v] = Vector::load(b + d * kColumns + v * Vector::kWidth);
+      });
+      repeat<kRows>([&](auto r) FASTGPT_INLINE {
+        const typename Vector::Register from_a = Vector::broadcast(a[d * kRows + r]);
+        repeat<kVectors>([&](auto v) FASTGPT_INLINE {
+          sum[r][v] = Vector::multiply_add(from_a, from_b[v], sum[r][v]);
+        });
+      });
+    };
+    std::size_t depths = block.depth;
+    for (; depths >= kUnrolled; depths -= kUnrolled) {
+      prefetch_far(next_b);
+      repeat<kUnrolled>([&](auto d) FASTGPT_INLINE { add_depth(d); });
+      a += kUnrolled * kRows;
+      b += kUnrolled * kColumns;
+      next_b += kUnrolled;
+    }
+    for (; depths > 0; --depths) {
+      add_depth(0);
+      a += kRows;
+      b += kColumns;
+    }
+    repeat<kRows * kVectors>([&](auto t) FASTGPT_INLINE {
+      constexpr std::size_t r = t / kVectors, v = t % kVectors;
+      float* to = c + r * stride + v * Vector::kWidth;
+      typename Vector::Register value = sum[r][v];
+      if (add) value = Vector::add(value, Vector::load(to));
+      if (bias != nullptr) value = Vector::add(value, Vector::load(bias + v * Vector::kWidth));
+      Vector::store(to, value);
+    });
+  }
+
+  // A tile that reaches past C's end is computed aside.
+  template <std::size_t kVectors>
+  static void edge_tile(const GemmBlock& block, std::size_t i, std::size_t j, float* sum,
+                        const float* bias, std::size_t rows, std::size_t columns) {
+    if constexpr (kVectors > 1) {
+      if (columns <= (kVectors - 1) * Vector::kWidth) {
+        edge_tile<kVectors - 1>(block, i, j, sum, bias, rows, columns);
+        return;
+      }
+    }
+    float aside[kRows * kColumns];
+    tile<kVectors>(block, i, j, aside, kColumns, false, nullptr);
+    for (std::size_t r = 0; r < rows; ++r) {
+      float* to = sum + r * block.sum_stride;
+      for (std::size_t column = 0; column < columns; ++column) {
+        float value = aside[r * kColumns + column];
+        if (block.add) value += to[column];
+        if (bias != nullptr) value += bias[column];
+        to[column] = value;
+      }
+    }
+  }
+
+  // --- what follows the sum --------------------------------------------------------------------
+
+  static inline void finish(const GemmBlock& block, float* sum, std::size_t j,
+                            std::size_t columns) {
+    if (!given(block.gelu_grad) && !given(block.c) && !given(block.gelu)) return;
+    for (std::size_t i = 0; i < block.rows; ++i) {
+      float* row = sum + i * block.sum_stride;
+      const auto at = [=](const auto& rows) { return rows.first + (i * rows.stride + j); };
+      if (given(block.gelu_grad)) multiply_by_gelu_gradient(at(block.gelu_grad), columns, row);
+      if (given(block.c)) write(row, columns, at(block.c), [](float x) { return x; });
+      if (given(block.gelu)) write(row, columns, at(block.gelu), gelu_of);
+    }
+  }
+
+  template <typename Rows>
+  static bool given(const Rows& rows) {
+    return rows.first.data != nullptr;
+  }
+
+  static inline void multiply_by_gelu_gradient(const ConstFloats& of, std::size_t n, float* grad) {
+    if (of.bf16) {
+      const auto* at = static_cast<const Bfloat16*>(of.data);
+      for (std::size_t i = 0; i < n; ++i) grad[i] = gelu_gradient_of(grad[i], widened(at[i]));
+    } else {
+      const auto* at = static_cast<const float*>(of.data);
+      for (std::size_t i = 0; i < n; ++i) grad[i] = gelu_gradient_of(grad[i], at[i]);
+    }
+  }
+
+  template <typename Function>
+  static inline void write(const float* from, std::size_t n, const Floats& to,
+                           const Function& function) {
+    if (to.bf16) {
+      auto* numbers = static_cast<Bfloat16*>(to.data);
+      for (std::size_t i = 0; i < n; ++i) numbers[i] = narrowed(function(from[i]));
+    } else {
+      auto* numbers = static_cast<float*>(to.data);
+      for (std::size_t i = 0; i < n; ++i) numbers[i] = function(from[i]);
+    }
+  }
+
+  // --- sums ------------------------------------------------------------------------------------
+
+  static float in_word(float word) { return Packing::first(word) + Packing::second(word); }
+
+  // Every kStep-th word is summed apart, which fills vector registers.
+  static void add_row_sums(const float* a, std::size_t rows, std::size_t depth, float* sums) {
+    constexpr std::size_t kStep = 4;
+    for (std::size_t i = 0; i < rows; i += kRows) {
+      float parts[kStep * kRows] = {};
+      const float* panel = a + i * depth;
+      std::size_t d = 0;
+      for (; d + kStep <= depth; d += kStep) {
+        for (std::size_t p = 0; p < kStep * kRows; ++p) parts[p] += in_word(panel[d * kRows + p]);
+      }
+      for (std::size_t p = 0; p < (depth - d) * kRows; ++p) {
+        parts[p] += in_word(panel[d * kRows + p]);
+      }
+      for (std::size_t r = 0; r < smaller(kRows, rows - i); ++r) {
+        sums[i + r] +=
+            (parts[r] + parts[r + kRows]) + (parts[r + 2 * kRows] + parts[r + 3 * kRows]);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fastgpt

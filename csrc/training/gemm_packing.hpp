@@ -1,0 +1,255 @@
+// Packing for gemm_kernels_of.hpp, in which is said how it is to be included.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "common/repeat.hpp"
+#include "training/gelu_formula.hpp"
+#include "training/gemm_kernels.hpp"
+
+namespace fastgpt {
+namespace {
+
+inline std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
+
+// Turns rows into panels, four words of eight indices at a time, by `transpose(rows, depth, to)`;
+// `rest(word)` is to pack the words after the last four. Where kWidth is no multiple of 8, what is
+// written past one word's indices is overwritten by the next, and past the last word by the next
+// panel; so the last indices come first.
+template <std::size_t kWidth, typename Number, typename Transpose, typename Rest>
+inline void transpose_panel(const Number* from, std::size_t stride, std::size_t words, float* to,
+                            const Transpose& transpose, const Rest& rest) {
+  constexpr std::size_t kBlocks = (kWidth + 7) / 8;
+  std::size_t w = 0;
+  for (; w + 4 <= words; w += 4) {
+    for (std::size_t block = kBlocks; block-- > 0;) {
+      const Number* rows[8];
+      for (std::size_t i = 0; i < 8; ++i) {
+        rows[i] = from + smaller(8 * block + i, kWidth - 1) * stride;
+      }
+      transpose(rows, w, to + w * kWidth + 8 * block);
+    }
+  }
+  for (; w < words; ++w) rest(w);
+}
+
+// --- floats --------------------------------------------------------------------------------------
+
+// Every word is a float. Vector: see `Kernels`.
+template <typename Vector>
+class FloatPacking {
+ public:
+  static constexpr std::size_t kDepthsPerWord = 1;
+
+  template <std::size_t kWidth>
+  static void pack(const GemmPacking& from, float* to) {
+    const auto* first = static_cast<const float*>(from.from.data);
+    const std::size_t whole = from.size / kWidth * kWidth;
+    if (from.across) {
+      copy_panels<kWidth>(from, first, whole, to);
+    } else {
+      for (std::size_t i = 0; i < whole; i += kWidth) {
+        turn_panel<kWidth>(first + i * from.stride, from.stride, from.depth, to + i * from.depth);
+      }
+    }
+    if (whole < from.size) pack_rest<kWidth>(from, first, whole, to + whole * from.depth);
+    if (!from.gelu) return;
+    const std::size_t packed = (from.size + kWidth - 1) / kWidth * kWidth * from.depth;
+    for (std::size_t i = 0; i < packed; ++i) to[i] = gelu_of(to[i]);
+  }
+
+  // The first and the second float of a word: there is only one.
+  static float first(float word) { return word; }
+  static float second(float /*word*/) { return 0.0F; }
+
+ private:
+  static constexpr std::size_t kDepthsAtOnce = 4;
+
+  // A few depths of all panels, then the next few: whole rows of the matrix are read in order.
+  // Whole vectors are quicker than what a panel is wide; what they write too much, the next depth
+  // overwrites, so that the last one goes without.
+  template <std::size_t kWidth>
+  static void copy_panels(const GemmPacking& from, const float* first, std::size_t size,
+                          float* to) {
+    constexpr std::size_t kVectors = (kWidth + Vector::kWidth - 1) / Vector::kWidth;
+    for (std::size_t begin = 0; begin < from.depth; begin += kDepthsAtOnce) {
+      const std::size_t end = smaller(begin + kDepthsAtOnce, from.depth);
+      for (std::size_t i = 0; i < size; i += kWidth) {
+        const bool whole_vectors = i + kVectors * Vector::kWidth <= from.size;
+        const std::size_t vector_end = !whole_vectors ? begin : smaller(end, from.depth - 1);
+        const float* row = first + begin * from.stride + i;
+        float* panel = to + i * from.depth + begin * kWidth;
+        std::size_t d = begin;
+        for (; d < vector_end; ++d, row += from.stride, panel += kWidth) {
+          repeat<kVectors>([&](auto v) FASTGPT_INLINE {
+            Vector::store(panel + v * Vector::kWidth, Vector::load(row + v * Vector::kWidth));
+          });
+        }
+        for (; d < end; ++d, row += from.stride, panel += kWidth) {
+          std::memcpy(panel, row, sizeof(float[kWidth]));
+        }
+      }
+    }
+  }
+
+  template <std::size_t kWidth>
+  static void turn_panel(const float* from, std::size_t stride, std::size_t depth, float* to) {
+    transpose_panel<kWidth>(
+        from, stride, depth, to,
+        [](const float* const* rows, std::size_t d, float* target) {
+          const float* at[8];
+          for (std::size_t i = 0; i < 8; ++i) at[i] = rows[i] + d;
+          Vector::transpose_8x4(at, target, kWidth);
+        },
+        [=](std::size_t d) {
+          for (std::size_t i = 0; i < kWidth; ++i) to[d * kWidth + i] = from[i * stride + d];
+        });
+  }
+
+  template <std::size_t kWidth>
+  static void pack_rest(const GemmPacking& from, const float* all, std::size_t begin, float* to) {
+    const std::size_t by_index = from.across ? 1 : from.stride;
+    const std::size_t by_depth = from.across ? from.stride : 1;
+    const float* first = all + begin * by_index;
+    for (std::size_t d = 0; d < from.depth; ++d) {
+      for (std::size_t i = 0; i < kWidth; ++i) {
+        const bool inside = begin + i < from.size;
+        to[d * kWidth + i] = inside ? first[i * by_index + d * by_depth] : 0.0F;
+      }
+    }
+  }
+};
+
+// --- bfloat16 ------------------------------------------------------------------------------------
+
+// The word of two depths of one index.
+inline float word_of(float first, float second) {
+  const std::uint32_t bits = narrowed(first) | static_cast<std::uint32_t>(narrowed(second)) << 16;
+  float word;
+  std::memcpy(&word, &bits, sizeof word);
+  return word;
+}
+
+// Every word is two depths in bfloat16, of an operand in fp32 or in bfloat16. Pairs::pack_words<n>
+// packs n words of neighbouring indices from two rows, Pairs::transpose_8x4 four words of 8 rows.
+template <typename Pairs>
+class PairPacking {
+ public:
+  static constexpr std::size_t kDepthsPerWord = 2;
+
+  template <std::size_t kWidth>
+  static void pack(const GemmPacking& from, float* to) {
+    if (from.from.bf16) {
+      pack_from<kWidth>(from, static_cast<const Bfloat16*>(from.from.data), to);
+    } else {
+      pack_from<kWidth>(from, static_cast<const float*>(from.from.data), to);
+    }
+  }
+
+  static float first(float word) { return widened(static_cast<Bfloat16>(unsigned_bits(word))); }
+  static float second(float word) {
+    return widened(static_cast<Bfloat16>(unsigned_bits(word) >> 16));
+  }
+
+ private:
+  static constexpr std::size_t kWordsAtOnce = 4;
+
+  template <std::size_t kWidth, typename Number>
+  static void pack_from(const GemmPacking& from, const Number* first, float* to) {
+    const std::size_t words = (from.depth + 1) / 2;
+    const std::size_t whole = from.size / kWidth * kWidth;
+    std::size_t packed = whole;
+    if (from.across && from.gelu) {
+      pack_panels_of_gelu<kWidth>(from, first, whole, words, to);
+    } else if (from.across) {
+      pack_panels<kWidth>(from, first, whole, words, to);
+    } else if (from.gelu) {
+      packed = 0;  // no product of a network needs it: it may be slow
+    } else {
+      for (std::size_t i = 0; i < whole; i += kWidth) {
+        turn_panel<kWidth>(first + i * from.stride, from.stride, from.depth, to + i * words);
+      }
+    }
+    for (std::size_t i = packed; i < from.size; i += kWidth) {
+      pack_slowly<kWidth>(from, first, i, to + i * words);
+    }
+  }
+
+  // A few words of all panels, then the next few: whole rows of the matrix are read in order.
+  template <std::size_t kWidth, typename Number>
+  static void pack_panels(const GemmPacking& from, const Number* first, std::size_t size,
+                          std::size_t words, float* to) {
+    for (std::size_t begin = 0; begin < words; begin += kWordsAtOnce) {
+      const std::size_t end = smaller(begin + kWordsAtOnce, words);
+      for (std::size_t i = 0; i < size; i += kWidth) {
+        for (std::size_t w = begin; w < end; ++w) {
+          const Number* row = first + 2 * w * from.stride + i;
+          const Number* next = 2 * w + 1 < from.depth ? row + from.stride : nullptr;
+          Pairs::template pack_words<kWidth>(row, next, to + i * words + w * kWidth);
+        }
+      }
+    }
+  }
+
+  // The same of gelu, which is made aside, some panels at a time.
+  template <std::size_t kWidth, typename Number>
+  static void pack_panels_of_gelu(const GemmPacking& from, const Number* first, std::size_t size,
+                                  std::size_t words, float* to) {
+    constexpr std::size_t kAside = 8 * kWidth;
+    float rows[2][kAside];
+    for (std::size_t w = 0; w < words; ++w) {
+      const bool two = 2 * w + 1 < from.depth;
+      for (std::size_t begin = 0; begin < size; begin += kAside) {
+        const std::size_t n = smaller(kAside, size - begin);
+        for (std::size_t r = 0; r < (two ? 2U : 1U); ++r) {
+          const Number* row = first + (2 * w + r) * from.stride + begin;
+          for (std::size_t i = 0; i < n; ++i) rows[r][i] = gelu_of(widened(row[i]));
+        }
+        for (std::size_t i = 0; i < n; i += kWidth) {
+          Pairs::template pack_words<kWidth>(rows[0] + i, two ? rows[1] + i : nullptr,
+                                             to + (begin + i) * words + w * kWidth);
+        }
+      }
+    }
+  }
+
+  template <std::size_t kWidth, typename Number>
+  static void turn_panel(const Number* from, std::size_t stride, std::size_t depth, float* to) {
+    const std::size_t words = (depth + 1) / 2;
+    const auto rest = [=](std::size_t w) {
+      for (std::size_t i = 0; i < kWidth; ++i) {
+        const Number* at = from + i * stride + 2 * w;
+        const bool two = 2 * w + 1 < depth;
+        to[w * kWidth + i] = word_of(widened(at[0]), two ? widened(at[1]) : 0.0F);
+      }
+    };
+    const auto transpose = [](const Number* const* rows, std::size_t w, float* target) {
+      const Number* at[8];
+      for (std::size_t i = 0; i < 8; ++i) at[i] = rows[i] + 2 * w;
+      Pairs::transpose_8x4(at, target, kWidth);
+    };
+    transpose_panel<kWidth>(from, stride, depth / 2, to, transpose, rest);
+    if (depth % 2 != 0) rest(words - 1);
+  }
+
+  template <std::size_t kWidth, typename Number>
+  static void pack_slowly(const GemmPacking& from, const Number* first, std::size_t begin,
+                          float* to) {
+    const auto number = [&](std::size_t i, std::size_t d) {
+      if (begin + i >= from.size || d >= from.depth) return 0.0F;
+      const std::size_t row = from.across ? d : begin + i, column = from.across ? begin + i : d;
+      const float x = widened(first[row * from.stride + column]);
+      return from.gelu ? gelu_of(x) : x;
+    };
+    for (std::size_t d = 0; d < from.depth; d += 2) {
+      for (std::size_t i = 0; i < kWidth; ++i) {
+        to[d / 2 * kWidth + i] = word_of(number(i, d), number(i, d + 1));
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fastgpt
