@@ -2,7 +2,7 @@
 
 Each step allocates activations and gradients and frees them again. The system's allocator either
 hands them back, and the system then gives them again page by page, zeroed, or keeps them in pieces
-that no longer fit together. So large ones come from a pool of their own (csrc/common/host_pool.hpp).
+that no longer fit together. Large tensors therefore come from a pool (csrc/common/host_pool.hpp).
 """
 
 import ctypes
