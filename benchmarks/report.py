@@ -1,7 +1,7 @@
 """From pytest-benchmark's JSON to a Markdown table and a bar chart.
 
     pytest benchmarks/ --benchmark-only --benchmark-json=results.json
-    python benchmarks/report.py results.json --out docs/benchmarks.md
+    python benchmarks/report.py results.json --out results.md
 
 The chart goes beside the Markdown file, under the same name. "Speed" is that of the group's
 baseline, what a user would pick instead, taken as 1: 2 is twice as fast. Each benchmark names
