@@ -1,12 +1,13 @@
-# Options for files that are compiled for some processors only. An older compiler does not know all,
-# and leaves those kernels out.
+# Compiler options for files that are compiled for particular instruction sets. If the compiler does
+# not support an instruction set, its kernels are left out.
 include(CheckCXXCompilerFlag)
 
 if(MSVC)
   set(FASTGPT_AVX2 /arch:AVX2)
   set(FASTGPT_AVX512 /arch:AVX512)
 else()
-  # Nobody reads the floating-point exception flags; while they count, GELU's loops stay scalar.
+  # The floating-point exception flags are never read. Preserving them would keep the compiler from
+  # vectorizing the loops of GELU.
   set(FASTGPT_NO_TRAPS -fno-trapping-math)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
     set(FASTGPT_AVX2 -mavx2 -mfma)

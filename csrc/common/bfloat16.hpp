@@ -1,4 +1,4 @@
-// bfloat16, the upper half of a float, and arrays that hold either.
+// Conversion between float32 and bfloat16, and type-erased arrays of either.
 #pragma once
 
 #include <cstddef>
@@ -7,9 +7,9 @@
 
 namespace fastgpt {
 
-using Bfloat16 = std::uint16_t;  // its bits
+using Bfloat16 = std::uint16_t;  // the bits of a bfloat16: the upper half of a float32
 
-// Numbers in fp32 or in bfloat16, one after the other.
+// A pointer to contiguous elements of type float32 or bfloat16.
 template <typename Void>
 struct AnyFloats {
   Void* data = nullptr;
@@ -18,11 +18,12 @@ struct AnyFloats {
 using Floats = AnyFloats<void>;
 using ConstFloats = AnyFloats<const void>;
 
-// Internal linkage, because the files that include this are compiled for different instruction
-// sets, and a linker would keep one copy for all; memcpy is no call.
+// Internal linkage, because the files that include this header are compiled for different
+// instruction sets, and the linker would otherwise keep one copy for all of them. The calls of
+// memcpy compile to register moves.
 namespace {
 
-// The numbers from the `index`th on.
+// Returns a pointer to the element at `index`.
 inline Floats operator+(const Floats& all, std::size_t index) {
   return {static_cast<char*>(all.data) + index * (all.bf16 ? sizeof(Bfloat16) : sizeof(float)),
           all.bf16};
@@ -33,7 +34,7 @@ inline ConstFloats operator+(const ConstFloats& all, std::size_t index) {
       all.bf16};
 }
 
-// Calls body with the pointer that it is.
+// Calls body(pointer) with the pointer cast to the type of the elements.
 template <typename Body>
 inline void of_type(const Floats& all, const Body& body) {
   if (all.bf16) {
@@ -43,6 +44,7 @@ inline void of_type(const Floats& all, const Body& body) {
   }
 }
 
+// Converts to float32, which is exact.
 inline float widened(Bfloat16 x) {
   const std::uint32_t bits = static_cast<std::uint32_t>(x) << 16;
   float wide;
@@ -51,7 +53,9 @@ inline float widened(Bfloat16 x) {
 }
 inline float widened(float x) { return x; }
 
-// The nearest bfloat16, of two equally near the even one; NaN stays NaN.
+// Converts to bfloat16, rounding to nearest, ties to even; NaN becomes a quiet NaN. Adding 0x7FFF
+// plus the lowest bit that is kept carries into the upper half exactly if the value rounds up. For
+// NaN the addition could overflow, so bits are truncated instead, and the quiet bit set.
 inline Bfloat16 narrowed(float x) {
   std::uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
@@ -60,6 +64,7 @@ inline Bfloat16 narrowed(float x) {
   return static_cast<Bfloat16>((bits & 0x7FFFFFFFU) > 0x7F800000U ? quiet : rounded);
 }
 
+// Stores x in the type of the destination.
 inline void put(float x, float* to) { *to = x; }
 inline void put(float x, Bfloat16* to) { *to = narrowed(x); }
 

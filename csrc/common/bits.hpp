@@ -1,4 +1,4 @@
-// Questions about the bits of a word.
+// Bit operations on 64-bit words.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +6,7 @@
 
 namespace fastgpt {
 
-// The place of the lowest set bit; needs bits != 0.
+// Returns the index of the lowest set bit. Requires bits != 0.
 inline unsigned lowest_bit(std::uint64_t bits) {
 #if defined(__GNUC__)
   return static_cast<unsigned>(__builtin_ctzll(bits));
@@ -17,7 +17,7 @@ inline unsigned lowest_bit(std::uint64_t bits) {
 #endif
 }
 
-// The place of the highest set bit; needs bits != 0.
+// Returns the index of the highest set bit. Requires bits != 0.
 inline unsigned highest_bit(std::uint64_t bits) {
 #if defined(__GNUC__)
   return 63U - static_cast<unsigned>(__builtin_clzll(bits));
@@ -28,6 +28,7 @@ inline unsigned highest_bit(std::uint64_t bits) {
 #endif
 }
 
+// Returns the number of set bits.
 inline std::size_t count_bits(std::uint64_t bits) {
 #if defined(__GNUC__)
   return static_cast<std::size_t>(__builtin_popcountll(bits));

@@ -1,5 +1,6 @@
-// A CRC is the remainder of a polynomial over GF(2) that is divided by a fixed one. Bit 31 - i of a
-// word stands for x^i here, so that the first bit of a byte, its lowest, has the highest power.
+// A CRC is the remainder of the message, taken as a polynomial over GF(2), divided by a fixed
+// polynomial. Words are bit-reflected: bit 31 - i is the coefficient of x^i, so the lowest bit of a
+// byte, which comes first, has the highest power.
 #include "common/crc32c.hpp"
 
 #include <array>
@@ -15,15 +16,16 @@ namespace fastgpt {
 
 namespace {
 
-constexpr std::uint32_t kPolynomial = 0x82F63B78;  // without its x^32
+constexpr std::uint32_t kPolynomial = 0x82F63B78;  // without its x^32 term
 
+// Returns a polynomial times x, modulo the CRC polynomial.
 constexpr std::uint32_t times_x(std::uint32_t a) {
   return (a >> 1U) ^ ((a & 1U) != 0 ? kPolynomial : 0U);
 }
 
 using Tables = std::array<std::array<std::uint32_t, 256>, 8>;
 
-// tables[k][b] is what a byte b contributes to the CRC when k more bytes follow it.
+// tables[k][b] is the contribution of a byte b to the CRC if k more bytes follow it.
 constexpr Tables make_tables() {
   Tables tables{};
   for (std::uint32_t byte = 0; byte < 256; ++byte) {
@@ -40,8 +42,8 @@ constexpr Tables kTables = make_tables();
 
 std::uint32_t byte_at(const unsigned char* from, std::size_t i) { return from[i]; }
 
-// Eight bytes at a time by eight tables: Kounavis and Berry, "Novel Table Lookup-Based Algorithms
-// for High-Performance CRC Generation", 2008.
+// Processes eight bytes per step with eight tables ("slicing-by-8"): Kounavis and Berry, "Novel
+// Table Lookup-Based Algorithms for High-Performance CRC Generation", 2008.
 std::uint32_t update_portable(std::uint32_t crc, const unsigned char* data, std::size_t size) {
   const Tables& t = kTables;
   for (; size >= 8; data += 8, size -= 8) {
@@ -56,18 +58,23 @@ std::uint32_t update_portable(std::uint32_t crc, const unsigned char* data, std:
 
 #if defined(FASTGPT_HAS_SSE42)
 
-// The instruction takes one cycle, but its result comes after three: so many streams run at once.
-constexpr std::size_t kStream = 4096;  // bytes of each
+// The crc32 instruction has a throughput of one per cycle but a latency of three cycles. Therefore
+// three independent streams, which are consecutive stretches of the data, are computed interleaved.
+// Their CRCs are then combined: since the CRC is linear, the CRC of A followed by B is that of A
+// followed by zeros (past_a_stream) XOR that of B.
+constexpr std::size_t kStream = 4096;  // bytes per stream
 
+// Returns the product of two polynomials modulo the CRC polynomial.
 constexpr std::uint32_t product(std::uint32_t a, std::uint32_t b) {
   std::uint32_t sum = 0;
-  for (std::uint32_t bit = 1U << 31U; bit != 0; bit >>= 1U) {  // from x^0 on
+  for (std::uint32_t bit = 1U << 31U; bit != 0; bit >>= 1U) {  // x^0, x^1, ...
     if ((a & bit) != 0) sum ^= b;
     b = times_x(b);
   }
   return sum;
 }
 
+// Returns x^exponent modulo the CRC polynomial, by repeated squaring.
 constexpr std::uint32_t power_of_x(std::size_t exponent) {
   std::uint32_t result = 1U << 31U;  // x^0
   std::uint32_t square = 1U << 30U;  // x^1
@@ -78,6 +85,7 @@ constexpr std::uint32_t power_of_x(std::size_t exponent) {
   return result;
 }
 
+// Returns the CRC after kStream zero bytes, which multiply it by x^(8 * kStream).
 std::uint32_t past_a_stream(std::uint32_t crc) {
   constexpr std::uint32_t kShift = power_of_x(8 * kStream);
   return product(kShift, crc);

@@ -18,7 +18,8 @@ constexpr std::size_t kAlignment = 64;
 }  // namespace
 
 HostPool& HostPool::get() {
-  static HostPool& pool = *new HostPool;  // blocks may be released after statics are destroyed
+  // Never deleted, because blocks may be released after the destruction of static objects.
+  static HostPool& pool = *new HostPool;
   return pool;
 }
 
@@ -26,6 +27,7 @@ HostPool::HostPool() {
 #if defined(__linux__)
   const std::size_t memory = static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) *
                              static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  // MAP_NORESERVE: reserve addresses only, without a claim on memory or swap space.
   void* range = mmap(nullptr, memory, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (range == MAP_FAILED) return;
@@ -39,6 +41,7 @@ HostPool::HostPool() {
 void* HostPool::allocate(std::size_t bytes) {
   const std::size_t size = std::max(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
   const std::lock_guard lock(mutex_);
+  // Best fit; among free ranges of the same size the one at the lowest offset.
   auto best = free_.end();
   for (auto gap = free_.begin(); gap != free_.end(); ++gap) {
     const bool fits = gap->second >= size;
@@ -61,6 +64,8 @@ void HostPool::release(void* block) {
   std::size_t size = found->second;
   blocks_.erase(found);
   used_ -= size;
+  // Merge with the free range that starts at the end of the block, then with the one that ends at
+  // its start.
   auto next = free_.lower_bound(begin);
   if (next != free_.end() && next->first == begin + size) {
     size += next->second;
@@ -79,6 +84,7 @@ void HostPool::release(void* block) {
 void HostPool::trim() {
   const std::lock_guard lock(mutex_);
 #if defined(__linux__)
+  // Only whole pages within free ranges, and none beyond held_, which were never accessed.
   const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   for (const auto& [begin, size] : free_) {
     const std::size_t first = (begin + page - 1) / page * page;

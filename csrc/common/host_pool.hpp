@@ -1,4 +1,4 @@
-// Memory for what a training step allocates and frees again, step after step.
+// A pool of host memory for the buffers that each training step allocates and frees.
 #pragma once
 
 #include <cstddef>
@@ -7,28 +7,34 @@
 
 namespace fastgpt {
 
-// Blocks of one range of addresses, reserved at the start and taken from the system page by page
-// as it fills. A block goes to the smallest gap where it fits, and a freed one joins the gaps
-// beside it, so that what is held stays close to what is in use; the system gets nothing back
-// unless it is said to, so that no step pays again for pages that it had before.
+// An allocator within one range of virtual addresses, as large as the physical memory. The range is
+// reserved once; the system backs it with memory page by page on first access.
 //
-// malloc does worse with large aligned blocks: it cuts them from larger ones, gives the cuttings
-// to small objects, and then has no room for a block where one of its size was freed.
+// Allocation is best-fit: a block is placed at the start of the smallest free range that it fits
+// into. A released block is merged with the free ranges next to it. This keeps fragmentation low,
+// so that the memory held stays close to the memory in use. Pages are returned to the system only
+// by trim(), so that later steps do not pay for page faults again.
+//
+// malloc is worse for large aligned blocks: it splits them off larger ones, uses the remainders for
+// small objects, and then cannot place a block where one of the same size was freed.
+//
+// Thread-safe: all functions lock a mutex.
 class HostPool {
  public:
-  // The pool of this process; lives as long as it does.
+  // Returns the pool of this process. It is never destroyed.
   static HostPool& get();
 
-  // Returns a block of that many bytes, aligned for any vector instruction; null if there is no
-  // room, or no such memory on this system.
+  // Returns a block of at least `bytes` bytes, aligned to 64 bytes (for any vector instruction).
+  // Returns null if no free range is large enough, or if the system does not support the pool.
   void* allocate(std::size_t bytes);
+  // Frees a block that allocate() returned.
   void release(void* block);
 
-  // Gives the system all pages back in which no block lies.
+  // Returns all unused pages to the system.
   void trim();
 
-  // Bytes from the start of the range to the end of the highest block that there has been, since
-  // the last trim; and bytes in blocks now.
+  // held() returns the size of the range up to the end of the highest block since the last trim(),
+  // in bytes; used() returns the total size of the current blocks.
   std::size_t held() const;
   std::size_t used() const;
 
@@ -40,8 +46,10 @@ class HostPool {
   mutable std::mutex mutex_;
   std::byte* base_ = nullptr;
   std::size_t capacity_ = 0, held_ = 0, used_ = 0;
-  std::map<Offset, std::size_t> free_;    // sizes of what lies between blocks and behind them
-  std::map<Offset, std::size_t> blocks_;  // sizes of blocks
+  // Sizes by offset. Together, both maps cover the whole range without overlaps, and no two free
+  // ranges are adjacent.
+  std::map<Offset, std::size_t> free_;
+  std::map<Offset, std::size_t> blocks_;
 };
 
 }  // namespace fastgpt

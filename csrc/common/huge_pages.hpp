@@ -1,4 +1,4 @@
-// Asks the system for large pages of memory, where it has them.
+// Use of huge memory pages, where the system supports them.
 #pragma once
 
 #include <cstddef>
@@ -12,8 +12,9 @@ namespace fastgpt {
 
 constexpr std::size_t kHugePage = std::size_t{1} << 21;
 
-// Has what lies in whole huge pages of these bytes laid in such pages when it is first touched:
-// fewer faults to serve, fewer addresses to translate. A wish: without it all works, only slower.
+// Advises the system to back the whole huge pages within memory[0 : bytes] by huge pages on first
+// access, which reduces page faults and TLB misses. A hint: failure is ignored and only costs
+// speed.
 inline void use_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const auto begin = reinterpret_cast<std::uintptr_t>(memory);

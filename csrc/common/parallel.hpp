@@ -1,4 +1,4 @@
-// Loops on the threads that PyTorch computes with.
+// Parallel loops on PyTorch's OpenMP threads.
 #pragma once
 
 #include <cstddef>
@@ -9,9 +9,10 @@
 
 namespace fastgpt {
 
-// GNU OpenMP, as PyTorch has loaded it: `run` calls `body(data)` on a team of threads, and `rank`
-// and `size` tell a member its place. Linking a second OpenMP would bring a second set of threads,
-// which fight with PyTorch's for the cores; so the one that is there is looked up.
+// The functions of the GNU OpenMP runtime that PyTorch has loaded: `run` calls `body(data)` on a
+// team of threads, and `rank` and `size` return a thread's index in its team and the size of the
+// team. They are looked up at run time, because linking a second OpenMP runtime would create a
+// second set of threads that compete with PyTorch's for the cores.
 struct OpenMp {
   void (*run)(void (*body)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
   int (*rank)() = nullptr;
@@ -29,11 +30,12 @@ struct OpenMp {
   bool complete() const { return run != nullptr && rank != nullptr && size != nullptr; }
 };
 
-// Calls body(rank) on up to `threads` threads at once, this one among them; where no OpenMP was
-// found, on this one alone. The body must work for any number of calls.
+// Calls body(rank) concurrently on up to `threads` threads, including the calling one; if no OpenMP
+// runtime was found, only body(0) on the calling thread. The body must be correct for any number of
+// threads. Returns when all calls have returned.
 template <typename Body>
 void run_team(unsigned threads, const Body& body) {
-  thread_local OpenMp omp;  // looked up until it is found: PyTorch may be loaded later
+  thread_local OpenMp omp;  // looked up again until found, since PyTorch may be loaded later
   if (threads > 1 && !omp.complete()) omp = OpenMp::find();
   if (threads < 2 || !omp.complete()) {
     body(std::size_t{0});
@@ -50,8 +52,8 @@ void run_team(unsigned threads, const Body& body) {
   omp.run(member, &team, threads, 0);
 }
 
-// Calls body(begin, end) for parts that make up [0, n): one part a thread where OpenMP was found
-// and n is worth it, else all in one.
+// Splits [0, n) into contiguous parts and calls body(begin, end) for each: one part per thread if
+// an OpenMP runtime was found and n is large enough, otherwise body(0, n) on the calling thread.
 template <typename Body>
 void parallel_for(std::size_t n, unsigned threads, const Body& body) {
   constexpr std::size_t kWorthAThread = 16384;

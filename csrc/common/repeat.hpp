@@ -1,4 +1,4 @@
-// Loops that are written out by the compiler.
+// Loops that are fully unrolled at compile time.
 #pragma once
 
 #include <cstddef>
@@ -19,8 +19,8 @@ FASTGPT_INLINE inline void repeat(std::index_sequence<kIndex...> /*indices*/, co
   (body(std::integral_constant<std::size_t, kIndex>{}), ...);
 }
 
-// Calls body(0) to body(n - 1) without a loop: only then do compilers keep arrays of registers in
-// registers.
+// Calls body(0), ..., body(n - 1) with the index as a compile-time constant. Only without a loop do
+// compilers keep arrays of vectors in registers.
 template <std::size_t n, typename Body>
 FASTGPT_INLINE inline void repeat(const Body& body) {
   repeat(std::make_index_sequence<n>{}, body);

@@ -16,7 +16,8 @@ std::size_t longest(const std::vector<Generation::Ids>& prompts) {
   return most;
 }
 
-// Any number of tokens may be asked for: adding it to another could overflow.
+// Returns the number of cache positions to allocate. `new_tokens` may be any number: it is limited
+// before the addition, which could overflow.
 std::size_t positions_needed(const Shape& shape, std::size_t prompt, std::size_t new_tokens) {
   return std::min(prompt + std::min(new_tokens, shape.block_size), shape.block_size);
 }
@@ -67,6 +68,8 @@ Generation::Generation(std::shared_ptr<Engine> engine, const std::vector<Ids>& p
   }
 }
 
+// Returns the tokens that are not in the cache, and marks them as cached. If a row's window has
+// moved, all of its positions have changed, and the whole window is processed again.
 std::vector<Token> Generation::unread() {
   std::vector<Token> tokens;
   for (std::size_t r = 0; r < rows_.size(); ++r) {
@@ -75,7 +78,7 @@ std::vector<Token> Generation::unread() {
     const std::size_t start = window_start(row.text.size(), engine_->network.shape.block_size);
     if (start != row.start) row.cached = 0;
     row.start = start;
-    if (r % copies_ != 0) row.cached = row.text.size() - start;  // by copy_first_rows
+    if (r % copies_ != 0) row.cached = row.text.size() - start;  // copied by copy_first_rows
     for (; start + row.cached < row.text.size(); ++row.cached) {
       const std::size_t index = start + row.cached;
       tokens.push_back({r, row.cached, row.text[index], index + 1 == row.text.size()});
@@ -87,7 +90,7 @@ std::vector<Token> Generation::unread() {
 float* Generation::read() {
   const std::lock_guard lock(engine_->mutex);
   if (std::any_of(rows_.begin(), rows_.end(), [](const Row& row) { return row.ended; })) {
-    copies_ = 1;
+    copies_ = 1;  // logits are stored for active rows only: copy_first_rows expects those of all
   }
   const std::vector<Token> tokens = unread();
   float* logits = logits_.data();
@@ -103,7 +106,8 @@ float* Generation::read() {
   return logits_.data();
 }
 
-// Gives the copies of each prompt what its first row has read; they go their own ways from here on.
+// Copies the cache and the logits of the first row of each prompt to its other rows. Iterates
+// backwards, since the logits, one row per prompt, are expanded in place.
 void Generation::copy_first_rows() {
   for (std::size_t r = rows_.size(); r-- > 0;) {
     const std::size_t first = r / copies_ * copies_;
@@ -128,7 +132,8 @@ bool Generation::step(std::int64_t* tokens) {
   return true;
 }
 
-// Each thread chooses for some of the rows, whose logits stand in their order.
+// Samples a token for each of `rows`, whose logits are in the same order. With n threads, each
+// takes every nth row.
 void Generation::sample(const std::vector<std::size_t>& rows) {
   std::atomic<bool> failed{false};
   const std::lock_guard lock(engine_->mutex);

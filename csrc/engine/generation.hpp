@@ -1,4 +1,4 @@
-// Writing text: rows of tokens, each with its own window, seed and end.
+// Text generation: rows of tokens, each with its own context window, seed and end.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@
 
 namespace fastgpt::engine {
 
-// A network and what computes with it. One pass at a time: others wait.
+// A network and its kernels, threads and buffers. The mutex serializes forward passes.
 struct Engine {
   Engine(const Shape& shape, Format format, std::size_t group, std::size_t threads,
          const Kernels& which)
@@ -26,36 +26,39 @@ struct Engine {
   std::mutex mutex;
 };
 
-// Where the visible part of a text of `length` tokens begins. When a text outgrows the context, its
-// oldest tokens fall away half a context at a time.
+// Returns the start of the context window in a text of `length` tokens. When a text outgrows the
+// context, its oldest tokens are dropped half a context at a time.
 std::size_t window_start(std::size_t length, std::size_t block_size);
 
-// Some prompts and what is written behind them.
+// The generation of continuations for a batch of prompts.
 class Generation {
  public:
   using Ids = std::vector<std::uint32_t>;
 
-  // copies: rows of each prompt, which follow one another; it is read once for all of them. seeds:
-  // one for each row. stop: the token that ends a row. with_logprobs: whether `logprob` will be
-  // asked. Prompts are not empty.
+  // prompts: must not be empty. copies: the number of consecutive rows for each prompt, which is
+  // processed once for all of them. seeds: one for each row. stop: the token that ends a row.
+  // with_logprobs: whether to compute the values of `logprob`.
   Generation(std::shared_ptr<Engine> engine, const std::vector<Ids>& prompts, std::size_t copies,
              std::size_t max_new_tokens, const Sampling& sampling,
              const std::vector<std::uint64_t>& seeds, std::optional<std::uint32_t> stop,
              bool with_logprobs);
 
-  // Reads what is not yet read, and returns the logits behind each row that has not ended, in
-  // order: `logits_stride()` apart. They stay until the next call.
+  // Processes all tokens that are not in the cache yet, and returns the next-token logits of each
+  // row that has not ended, in order and `logits_stride()` apart. They are valid until the next
+  // call.
   float* read();
   std::size_t logits_stride() const { return stride_; }
 
-  // Writes a token for each row to `tokens`: in a row that has ended, its last. Returns false, and
-  // writes nothing, if all have ended or all tokens are written.
+  // Generates a token for each row and stores it in `tokens`; for a row that has ended, stores its
+  // last token. Returns false, without storing anything, if all rows have ended or max_new_tokens
+  // tokens have been generated.
   bool step(std::int64_t* tokens);
 
-  // Ends a row: nothing more is computed for it.
+  // Ends a row: no more tokens are generated for it.
   void end(std::size_t row) { rows_.at(row).ended = true; }
 
-  // How likely the network itself found a row's last token, before penalties and the like, in nats.
+  // Returns the log-probability of a row's last token in nats, under the model's own distribution:
+  // before penalties, temperature and filters.
   double logprob(std::size_t row) const { return rows_.at(row).logprob; }
 
   std::size_t rows() const { return rows_.size(); }
@@ -63,7 +66,7 @@ class Generation {
  private:
   struct Row {
     Ids text;
-    std::size_t start = 0, cached = 0;  // of the window; positions in the cache
+    std::size_t start = 0, cached = 0;  // start of the window; positions in the cache
     Uniform uniform;
     std::optional<Counts> counts;
     bool ended = false;
@@ -76,7 +79,7 @@ class Generation {
 
   std::shared_ptr<Engine> engine_;
   std::vector<Row> rows_;
-  std::size_t copies_;  // rows that are still alike; from the first reading on, 1
+  std::size_t copies_;  // identical rows per prompt; 1 after the first `read`
   std::size_t left_;
   Sampling sampling_;
   std::optional<std::uint32_t> stop_;
@@ -84,10 +87,11 @@ class Generation {
   std::size_t stride_;
   Cache cache_;
   std::vector<float> logits_;
-  std::vector<Sampler> samplers_;  // of each thread
+  std::vector<Sampler> samplers_;  // one for each thread
 };
 
-// The logits behind each token of a text that fits the context, [tokens, vocab_size].
+// Computes the next-token logits [tokens, vocab_size] at each token of a text, which must fit the
+// context.
 void all_logits(Engine& engine, const Generation::Ids& text, float* logits);
 
 }  // namespace fastgpt::engine

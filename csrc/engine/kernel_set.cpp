@@ -44,24 +44,25 @@ bool has_vnni() {
 #endif
 }
 
-// The dot product of bytes, which ARMv8.2 may have.
+// The dot product of bytes, an optional extension of ARMv8.2.
 bool has_neon_dot() {
 #if defined(__aarch64__) && defined(__linux__)
   return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #elif defined(__aarch64__) && defined(__APPLE__)
-  return true;  // since the first Mac of this kind
+  return true;  // all Macs with ARM processors have it
 #else
   return false;
 #endif
 }
 
-// What a code adds to those before it.
+// A code and the kernels that it adds to those of the codes before it.
 struct Code {
   const char* name;
   bool (*runs)();
   const Kernels* (*kernels)();
 };
 
+// From the slowest to the fastest.
 const Code kCodes[] = {
     {"portable", [] { return true; }, kernels_portable},
     {"avx2", has_avx2, kernels_avx2},
@@ -72,7 +73,8 @@ const Code kCodes[] = {
     {"neon-dot", has_neon_dot, kernels_neon_dot},
 };
 
-// Takes what the next code has in place of what there was.
+// Replaces kernels by those that the next code has. A code with `attend` has everything except,
+// possibly, some products; the others have only products.
 void replace(Kernels& all, const Kernels& next) {
   Kernels merged = next.attend != nullptr ? next : all;
   for (std::size_t i = 0; i < kFormats; ++i) {
@@ -88,8 +90,8 @@ Kernels kernel_set(const std::string& code) {
   if (code != "best" && std::find(codes.begin(), codes.end(), code) == codes.end()) {
     std::string known;
     for (const std::string& name : codes) known += ", " + name;
-    throw std::invalid_argument("this processor has no code \"" + code + "\"; it has: best" +
-                                known);
+    throw std::invalid_argument("code \"" + code +
+                                "\" is not available on this processor; available: best" + known);
   }
   Kernels all{};
   for (const Code& next : kCodes) {

@@ -1,4 +1,4 @@
-// The kernels that an engine computes with.
+// Selection of an engine's kernels at run time.
 #pragma once
 
 #include <string>
@@ -8,12 +8,13 @@
 
 namespace fastgpt::engine {
 
-// The best of what this processor can run and `code` allows: "best", or one of `kernel_codes()`.
-// `multiply` is complete. Throws std::invalid_argument if it cannot run that code.
+// Returns the fastest kernels that this processor can run, up to the instruction set `code`:
+// "best", or one of `kernel_codes()`. `multiply` is set for all formats. Throws
+// std::invalid_argument if the processor cannot run that code.
 Kernels kernel_set(const std::string& code);
 
-// What this processor can run: "portable" and, as the case may be, "avx2", "avx512" (neither of the
-// following), "avx512-bf16" and "avx512-vnni", or "neon" and "neon-dot".
+// Returns the codes that this processor can run: "portable" and, where supported, "avx2", "avx512"
+// (without the following two), "avx512-bf16" and "avx512-vnni", or "neon" and "neon-dot".
 std::vector<std::string> kernel_codes();
 
 }  // namespace fastgpt::engine

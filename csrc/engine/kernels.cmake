@@ -1,7 +1,11 @@
-# How the engine is compiled; to be included where that is done, after instructions.cmake. Weights and
-# inputs are to be rounded alike on all processors: no product and sum in one, but where it is asked
-# for. GCC 12 takes what its own intrinsics leave undefined for a mistake, and the last two of its
-# optimisations copy tiles of registers to memory in each turn of a loop.
+# Compile options of the engine's files. Include after instructions.cmake.
+#
+# -ffp-contract=off: products and sums are fused only where the code does so explicitly, so that
+#   weights and inputs are rounded the same way on all processors.
+# -Wno-uninitialized, -Wno-maybe-uninitialized: GCC 12 warns of the undefined values in its own
+#   intrinsics.
+# -fno-tree-pre, -fno-gcse: these optimizations of GCC spill tiles of registers to memory in each
+#   iteration of a loop.
 set(FASTGPT_ENGINE_FLAGS ${FASTGPT_NO_TRAPS})
 if(NOT MSVC)
   file(GLOB FASTGPT_ENGINE_FILES ${CMAKE_SOURCE_DIR}/csrc/engine/*.cpp)
@@ -13,7 +17,8 @@ if(NOT MSVC)
   endif()
 endif()
 
-function(fastgpt_engine_file name) # and the instructions that it may use
+# Sets the options of the source file `name`; further arguments select its instruction set.
+function(fastgpt_engine_file name)
   set_source_files_properties(${CMAKE_SOURCE_DIR}/csrc/${name}.cpp
                               PROPERTIES COMPILE_OPTIONS "${FASTGPT_ENGINE_FLAGS};${ARGN}")
 endfunction()

@@ -1,10 +1,11 @@
-// The part of the engine that is compiled for each instruction set.
+// The interface of the inference engine's kernels, which are compiled once for each instruction
+// set.
 //
-// Weights lie in panels of 32 outputs, in the order in which they are read: of word after word of
-// depth, those of all 32 outputs side by side. So one pass over the memory from its beginning to
-// its end multiplies, each output has a lane of its own, and nothing is added across lanes. An
-// output's terms are added in one order, whatever else is computed beside it: its bits do not
-// depend on what else is in the batch, nor on the number of threads.
+// Weights are packed in panels of 32 outputs. Within a panel, the 32-bit words of one depth are
+// side by side for all 32 outputs, followed by those of the next depth. A product thus reads the
+// weights sequentially, each output has a vector lane of its own, and there are no horizontal
+// additions. The terms of an output are always added in the same order, so that its bits depend
+// neither on the other rows of the batch nor on the number of threads.
 #pragma once
 
 #include <cstddef>
@@ -12,17 +13,18 @@
 
 namespace fastgpt::engine {
 
-// How weights are stored, and with that how they are multiplied:
-//   kFloat32   in fp32.
-//   kBfloat16  weights and inputs are rounded to bfloat16, products are added up in fp32.
-//   kInt8      weights -127 to 127 with a scale for each output; inputs -127 to 127 with a scale
-//              for each 64 of a token's; products are added up exactly.
-//   kInt4      weights -8 to 7 with a scale in bfloat16 for each group of 32 or 64 inputs of an
-//              output; inputs as for kInt8, with a scale for each group.
+// The storage format of weights, which determines how they are multiplied:
+//   kFloat32   fp32.
+//   kBfloat16  weights and inputs are rounded to bfloat16; products are accumulated in fp32.
+//   kInt8      weights from -127 to 127 with an fp32 scale per output; inputs are quantized to -127
+//              to 127 with a scale per group of 64 of a token's inputs; the products of a group are
+//              accumulated exactly, in int32.
+//   kInt4      weights from -8 to 7 with a bfloat16 scale per output and group of 32 or 64 inputs;
+//              inputs as for kInt8, with a scale per group of the same size.
 enum class Format { kFloat32, kBfloat16, kInt8, kInt4 };
 constexpr std::size_t kFormats = 4;
 
-namespace {  // a linker must not choose among what several files make of it
+namespace {  // internal linkage: each file compiles its own copy for its instruction set
 
 constexpr bool is_integer(Format format) { return format >= Format::kInt8; }
 
@@ -30,32 +32,32 @@ constexpr bool is_integer(Format format) { return format >= Format::kInt8; }
 
 constexpr std::size_t kPanel = 32;               // outputs
 constexpr std::size_t kInt8Group = 64;           // inputs that share a scale
-constexpr std::size_t kScaleWords = kPanel / 2;  // 32-bit words that a group's scales take (kInt4)
+constexpr std::size_t kScaleWords = kPanel / 2;  // 32-bit words of a group's scales (kInt4)
 constexpr std::int32_t kInt8Zero = 128,
-                       kInt4Zero = 8;    // added to weights, so that none is negative
-constexpr std::size_t kRowsAtOnce = 96;  // of inputs, that stay in the second-level cache
-constexpr std::size_t kKeys = 16;        // that lie side by side in the cache of keys
+                       kInt4Zero = 8;    // added to weights to store them unsigned
+constexpr std::size_t kRowsAtOnce = 96;  // of inputs, which then stay in the L2 cache
+constexpr std::size_t kKeys = 16;        // side by side in the key cache
 
-// Rows of inputs in the form that a format multiplies.
+// Rows of inputs, converted for the weights' format.
 struct Inputs {
-  const float* words = nullptr;         // kFloat32: a depth each; kBfloat16: bits of two
-  const std::int32_t* quads = nullptr;  // kInt8, kInt4: four depths each
-  std::size_t stride = 0;               // of words or quads
+  const float* words = nullptr;         // kFloat32: one input each; kBfloat16: two
+  const std::int32_t* quads = nullptr;  // kInt8, kInt4: four inputs each
+  std::size_t stride = 0;               // of a row, in words or quads
   const float* scales = nullptr;        // kInt8, kInt4: [row, group]
-  const std::int32_t* sums = nullptr;   // and the sum of each group's integers
+  const std::int32_t* sums = nullptr;   // likewise, the sum of the group's integers
 };
 
 enum class Finish { kStore, kAdd, kGelu };  // y = s, y += s, y = gelu(s)
 
-// y = x · Wᵀ + bias for some rows of x and some panels of W. y has a column for each output of the
-// panels, also where the matrix has ended.
+// The arguments of y = x · Wᵀ + bias for a range of rows of x and a range of panels of W. y has a
+// column for each output of the panels, including those that pad the last panel.
 struct Product {
   Format format = Format::kFloat32;
   const std::uint32_t* weights = nullptr;
-  std::size_t panel_words = 0;              // how far apart panels are
-  std::size_t words = 0;                    // of depth, in kFloat32 and kBfloat16
-  std::size_t groups = 0, group_depth = 0;  // in kInt8 and kInt4
-  const float* scales = nullptr;            // kInt8: of each output
+  std::size_t panel_words = 0;              // distance between panels
+  std::size_t words = 0;                    // per output, kFloat32 and kBfloat16
+  std::size_t groups = 0, group_depth = 0;  // kInt8 and kInt4
+  const float* scales = nullptr;            // kInt8: one per output
   const float* bias = nullptr;
   Inputs x;
   float* y = nullptr;
@@ -64,7 +66,7 @@ struct Product {
   std::size_t row_begin = 0, row_end = 0, panel_begin = 0, panel_end = 0;
 };
 
-// Where an input row is to be put. Exactly what the format needs is set.
+// The destination of a converted input row. Only the members that the format uses are set.
 struct InputRow {
   float* words = nullptr;
   std::int32_t* quads = nullptr;
@@ -72,9 +74,10 @@ struct InputRow {
   std::int32_t* sums = nullptr;
 };
 
-// A head's keys and values, in fp32 or in bfloat16.
-//   keys    [position / kKeys][dimension][kKeys]
-//   values  [position][value_stride], with zeros behind the head's dimensions
+// The cached keys and values of a head, in fp32 or in bfloat16.
+//   keys    [position / kKeys][dimension][kKeys]: for one dimension, kKeys keys fill vector lanes,
+//           so that scores are computed without horizontal additions
+//   values  [position][value_stride], padded with zeros after the head's dimensions
 struct HeadCache {
   void* keys = nullptr;
   void* values = nullptr;
@@ -82,8 +85,9 @@ struct HeadCache {
   std::size_t dimensions = 0, value_stride = 0;
 };
 
-// Queries of one head that follow one another: the first sees `visible` positions, the next one
-// more. `scores` has room for kQueries times the positions, rounded up to kKeysAtOnce.
+// The arguments of attention for consecutive queries of one head. The first query sees `visible`
+// positions, each following query one more. `scores` is a buffer of kQueries rows of the number of
+// positions, rounded up to kKeysAtOnce.
 struct Attention {
   HeadCache head;
   const float* queries = nullptr;
@@ -97,27 +101,29 @@ constexpr std::size_t kQueries = 4;
 constexpr std::size_t kKeysAtOnce = 4 * kKeys;
 
 struct Kernels {
-  // Turns x[0, size) into inputs; what is left of the last word or group is filled with zeros.
+  // Converts x[0, size) to inputs for `format`. The last word or group is padded with zeros.
   void (*prepare)(Format format, std::size_t group, const float* x, std::size_t size,
                   const InputRow& to);
   void (*layer_norm)(const float* x, const float* gain, const float* bias, float epsilon,
                      std::size_t size, float* y);
+  // Stores the key and the value of a position.
   void (*append)(const HeadCache& head, std::size_t position, const float* key, const float* value);
+  // Computes softmax(q kᵀ · scale) v for each query.
   void (*attend)(const Attention& attention);
-  // The largest of x[0, size); NaN if any is not finite.
+  // Returns the maximum of x[0, size), or NaN if any element is not finite.
   float (*largest)(const float* x, std::size_t size);
   // y[i] = exp((x[i] - largest) / temperature)
   void (*exponentials)(const float* x, std::size_t size, float largest, float temperature,
                        float* y);
-  void (*multiply[kFormats])(const Product& product);  // null for what another file has
+  void (*multiply[kFormats])(const Product& product);  // null if not in this file's set
 };
 
-// Null where the compiler cannot make such code.
+// Each returns null if the compiler does not support the instruction set.
 const Kernels* kernels_portable();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_neon();
-// Nothing but `multiply` for kBfloat16, and for kInt8 and kInt4.
+// These have only `multiply`: the first for kBfloat16, the others for kInt8 and kInt4.
 const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_avx512_vnni();
 const Kernels* kernels_neon_dot();

@@ -14,7 +14,7 @@ struct Avx2 {
   static constexpr std::size_t kWidth = 8;
   static constexpr bool kManyRegisters = false;
   static constexpr std::size_t kFloatRows = 3, kIntegerRows = 2, kPanelRows = 3;
-  static constexpr std::int32_t kZeroOfDot8 = 0;  // dot8 takes it off by itself
+  static constexpr std::int32_t kZeroOfDot8 = 0;  // dot8 subtracts the offset itself
 
   static Register zero() { return _mm256_setzero_ps(); }
   static Register load(const void* from) {
@@ -41,7 +41,9 @@ struct Avx2 {
   }
   static Integers broadcast_integer(std::int32_t x) { return _mm256_set1_epi32(x); }
   static Register to_floats(Integers x) { return _mm256_cvtepi32_ps(x); }
-  // Pairs of products must fit into 16 bits with a sign: |w| · ±x do, w + 128 times x would not.
+  // maddubs multiplies unsigned by signed bytes and adds pairs of products in 16 bits, saturating.
+  // With unsigned weights up to 255 they could overflow; |w| · (±x), with the sign of w moved to x,
+  // is at most 2 · 127². XOR with 0x80 recovers the signed weight w.
   static Integers dot8(Integers weights, Integers inputs, Integers sum) {
     const __m256i w = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
     return dot4(_mm256_abs_epi8(w), _mm256_sign_epi8(inputs, w), sum);

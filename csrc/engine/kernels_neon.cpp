@@ -8,7 +8,7 @@ namespace {
 
 struct Neon : NeonBase {
   static constexpr std::size_t kIntegerRows = 4;
-  static constexpr std::int32_t kZeroOfDot8 = 0;  // dot8 takes it off by itself
+  static constexpr std::int32_t kZeroOfDot8 = 0;  // dot8 subtracts the offset itself
 
   static Integers dot8(Integers weights, Integers inputs, Integers sum) {
     return dot(signed_bytes(weights), inputs, sum);
@@ -18,7 +18,8 @@ struct Neon : NeonBase {
   }
 
  private:
-  // 16 bits with a sign hold two products.
+  // Multiplies to 16 bits, adds neighbouring products, which do not overflow (2 · 127²), and adds
+  // these pairs to the 32-bit sums.
   static Integers dot(int8x16_t weights, Integers inputs, Integers sum) {
     const int8x16_t x = vreinterpretq_s8_s32(inputs);
     const int16x8_t low = vmull_s8(vget_low_s8(weights), vget_low_s8(x));

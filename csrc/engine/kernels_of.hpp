@@ -1,6 +1,9 @@
-// What a step does between products, over the instructions of `Vector`: see products_of.hpp, which
-// says how both are to be included, and what a Vector has. Besides that: load_narrow, kWidth
-// numbers in bfloat16 as floats.
+// The kernels other than products, as templates over a vector type: conversion of inputs,
+// LayerNorm, attention and sampling. See products_of.hpp for the rules of inclusion and the members
+// of Vector, to which are added:
+//   load_narrow     loads kWidth bfloat16 numbers as floats
+//   square_root     of one float
+//   kManyRegisters  whether there are 32 registers, not 16
 #pragma once
 
 #include <cstddef>
@@ -18,8 +21,9 @@ namespace {
 
 // --- inputs --------------------------------------------------------------------------------------
 
-constexpr std::size_t kLanes = 16;  // side by side in loops that compilers make vectors of
+constexpr std::size_t kLanes = 16;  // independent accumulators of a reduction, to be vectorized
 
+// Returns the largest absolute value of x[0, size).
 inline float largest_size(const float* x, std::size_t size) {
   float lanes[kLanes] = {};
   std::size_t i = 0;
@@ -35,7 +39,8 @@ inline float largest_size(const float* x, std::size_t size) {
   return largest;
 }
 
-// Rounds x[i] · inverse to whole numbers: the lowest bits of what adding 1.5 · 2²³ leaves.
+// Rounds x[i] · inverse to integers, and returns their sum. Adding 1.5 · 2²³ rounds to the nearest
+// integer, ties to even, which is then in the low bits of the float.
 inline std::int32_t round_group(const float* x, std::size_t size, float inverse, std::int8_t* to) {
   constexpr float kRound = 12582912.0F;
   std::int32_t sum = 0;
@@ -47,6 +52,8 @@ inline std::int32_t round_group(const float* x, std::size_t size, float inverse,
   return sum;
 }
 
+// Quantizes a row of inputs to int8 by groups. Each group's scale makes its largest absolute value
+// 127; its integers are also summed, for the offset of the weights (see add_up_integers).
 inline void quantize(std::size_t group, const float* x, std::size_t size, const InputRow& to) {
   std::int8_t whole[kInt8Group] = {};
   for (std::size_t begin = 0, index = 0; begin < size; begin += group, ++index) {
@@ -60,6 +67,7 @@ inline void quantize(std::size_t group, const float* x, std::size_t size, const 
   }
 }
 
+// Rounds a row of inputs to bfloat16, two to a word; an odd last one is paired with zero.
 inline void narrow_pairs(const float* x, std::size_t size, float* to) {
   for (std::size_t word = 0; word < size / 2; ++word) {
     const std::uint32_t bits =
@@ -82,7 +90,7 @@ inline void prepare(Format format, std::size_t group, const float* x, std::size_
 
 // --- LayerNorm -----------------------------------------------------------------------------------
 
-// The sum of value(i) for i in [0, size), in lanes.
+// Returns the sum of value(i) for i in [0, size), in kLanes accumulators that are added pairwise.
 template <typename Value>
 FASTGPT_INLINE inline float lane_sum(std::size_t size, const Value& value) {
   float lanes[kLanes] = {};
@@ -111,6 +119,7 @@ void layer_norm(const float* x, const float* gain, const float* bias, float epsi
 
 // --- attention -----------------------------------------------------------------------------------
 
+// Stores the key and the value of a position, in the layout of HeadCache.
 template <typename Number>
 void append_as(const HeadCache& head, std::size_t position, const float* key, const float* value) {
   Number* keys = static_cast<Number*>(head.keys) + position / kKeys * head.dimensions * kKeys +
@@ -139,8 +148,14 @@ typename Vector::Register load_any(const Bfloat16* from) {
   return Vector::load_narrow(from);
 }
 
-// Attention of kCount queries over what a head holds. The positions' scores are written out, those
-// that a query must not see count nothing.
+// Attention of kCount consecutive queries over the cached positions of a head, in three steps: all
+// scores (`score`), the softmax of each query (`soften`) and the weighted sum of values (`mix`).
+//
+// The queries share the loads of keys and values: scores are computed for all positions that the
+// last query sees, and the softmax sets those after a query's own position to zero. A tile of
+// scores is kCount queries by kBlocks blocks of kKeys keys, one of outputs kCount queries by
+// kOutVectors registers of dimensions. Their sizes are limited by the number of registers; a single
+// query takes larger tiles, to have several independent accumulators.
 template <typename Vector, typename Number, std::size_t kCount>
 struct Attender {
   using Register = typename Vector::Register;
@@ -149,7 +164,7 @@ struct Attender {
   static constexpr std::size_t kOutVectors = kCount == 1 || Vector::kManyRegisters ? 4 : 2;
 
   const Attention& a;
-  std::size_t stride;  // of scores
+  std::size_t stride;  // of a query's scores
 
   explicit Attender(const Attention& attention) : a(attention) {
     stride = (a.visible + kCount - 1 + kKeysAtOnce - 1) / kKeysAtOnce * kKeysAtOnce;
@@ -169,7 +184,8 @@ struct Attender {
   }
 
  private:
-  // The scores of some blocks of keys.
+  // Computes the scores of kBlocks blocks of keys, from `key` on. A block may extend past the last
+  // position; the softmax does not read those scores.
   void score(std::size_t key) const {
     constexpr std::size_t kVectors = kBlocks * kPerBlock;
     const std::size_t block = a.head.dimensions * kKeys;
@@ -200,7 +216,8 @@ struct Attender {
     });
   }
 
-  // Turns a query's scores into exp(score - largest); returns the inverse of their sum.
+  // Replaces a query's scores by exp(score - maximum), and those that it must not see by 0. Returns
+  // the reciprocal of their sum, by which `mix` multiplies at the end.
   float soften(std::size_t q, std::size_t positions) const {
     float* scores = a.scores + q * stride;
     const std::size_t visible = a.visible + q;
@@ -221,6 +238,8 @@ struct Attender {
     return 1.0F / lane_sum(visible, [=](std::size_t k) FASTGPT_INLINE { return scores[k]; });
   }
 
+  // Computes kVectors registers of each query's output from dimension d on: the sum of the values,
+  // weighted by the scores. Dimensions that pad the values are not stored.
   template <std::size_t kVectors>
   void mix(std::size_t d, std::size_t positions, const float* inverse) const {
     const Number* values = static_cast<const Number*>(a.head.values) + d;
@@ -253,6 +272,7 @@ struct Attender {
   }
 };
 
+// Processes queries in groups of kQueries, and the remaining ones one by one.
 template <typename Vector, typename Number>
 void attend_as(const Attention& all) {
   Attention part = all;
@@ -281,11 +301,13 @@ void attend(const Attention& attention) {
 
 // --- sampling ------------------------------------------------------------------------------------
 
+// Returns the maximum, or NaN if any element is not finite: y - y is 0 for finite numbers and NaN
+// for others, and the sum of these is added to the result. Unlike a test, this can be vectorized.
 inline float largest_of(const float* x, std::size_t size) {
   float lanes[kLanes];
   for (float& lane : lanes) lane = x[0];
   std::size_t i = 0;
-  float poison[kLanes] = {};  // NaN where there was one
+  float poison[kLanes] = {};  // NaN where an element is not finite
   for (; i + kLanes <= size; i += kLanes) {
     for (std::size_t lane = 0; lane < kLanes; ++lane) {
       const float y = x[i + lane];

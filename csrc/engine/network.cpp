@@ -21,7 +21,8 @@ Linear make_linear(Format format, std::size_t outputs, std::size_t inputs, std::
 
 Network::Network(const Shape& of, Format stored, std::size_t group) : shape(of), format(stored) {
   const std::size_t width = shape.n_embd;
-  // The head's and the embedding's rounding would show most: they stay at 8 bits.
+  // In int4, the token embedding and the output projection stay at 8 bits, since they are the most
+  // sensitive to quantization.
   const Format ends = format == Format::kInt4 ? Format::kInt8 : format;
   tokens = make_linear(ends, shape.vocab_size, width, group);
   if (!shape.tied) untied_head = make_linear(ends, shape.vocab_size, width, group);
@@ -44,7 +45,8 @@ void Network::place_matrices() {
   std::size_t words = 0;
   for (const Matrix* matrix : matrices) words += round_up(matrix->memory_words(), kCacheLine);
   constexpr std::size_t kPageWords = kHugePage / sizeof(std::uint32_t);
-  if (words > kPageWords) words = round_up(words, kPageWords);  // its end is in one, too
+  // Round up, so that the last part is in a huge page as well.
+  if (words > kPageWords) words = round_up(words, kPageWords);
   memory_ = std::make_unique<LazyArray<std::uint32_t>>(words);
   std::uint32_t* place = memory_->data();
   for (Matrix* matrix : matrices) {
@@ -80,7 +82,8 @@ std::vector<std::string> Network::vector_names() const {
 
 namespace {
 
-// Takes "h.3." off the front of a name, and returns the layer; null if it does not begin so.
+// Removes a prefix such as "h.3." from a name, and returns that layer; null if there is no such
+// prefix or layer.
 template <typename Layers>
 auto take_layer(Layers& layers, std::string& name) -> decltype(layers.data()) {
   if (name.rfind("h.", 0) != 0) return nullptr;
@@ -136,8 +139,10 @@ std::size_t Network::bytes_per_token() const {
   return bytes;
 }
 
-// --- the cache -----------------------------------------------------------------------------------
+// --- KV cache ------------------------------------------------------------------------------------
 
+// The memory is in units of 16 bits, one for a bfloat16 number and two for a float. Each head of a
+// row in a layer has its keys, then its values.
 Cache::Cache(const Shape& shape, std::size_t rows, std::size_t capacity, bool bf16)
     : layers_(shape.n_layer),
       rows_(rows),
@@ -168,11 +173,11 @@ void Cache::copy_row(std::size_t from, std::size_t to, std::size_t positions) co
   }
 }
 
-// --- the workspace -------------------------------------------------------------------------------
+// --- workspace -----------------------------------------------------------------------------------
 
 namespace {
 
-constexpr std::size_t kFewTokens = 3;  // fewer: each thread prepares all inputs for itself
+constexpr std::size_t kFewTokens = 3;  // with fewer, each thread converts all inputs for itself
 constexpr std::size_t kSmallestGroup = 32;
 
 }  // namespace
@@ -184,7 +189,7 @@ void Workspace::reserve(std::size_t tokens, std::size_t positions) {
   if (tokens <= tokens_ && positions <= positions_) return;
   tokens = std::max(tokens, tokens_);
   positions = round_up(std::max(positions, positions_), kKeysAtOnce);
-  tokens_ = positions_ = 0;  // until there is room: memory may end on the way
+  tokens_ = positions_ = 0;  // stays so if an allocation below throws
   memory_.clear();
   quads_.clear();
   const std::size_t width = network_.shape.n_embd;
@@ -210,7 +215,8 @@ float* Workspace::take(std::size_t floats) {
   return memory_.back().data();
 }
 
-// A cache line more than needed: rows a power of two apart would share too few lines of a cache.
+// The stride has an extra cache line, so that it is not a power of two: such rows would map to few
+// cache sets.
 Workspace::Rows Workspace::take_rows(std::size_t rows, std::size_t columns) {
   const std::size_t stride = round_up(columns, kPanel) + kCacheLine;
   return {take(rows * stride), stride};
@@ -234,11 +240,11 @@ Workspace::InputRows Workspace::take_inputs(std::size_t rows) {
   return inputs;
 }
 
-// --- a pass --------------------------------------------------------------------------------------
+// --- forward pass --------------------------------------------------------------------------------
 
 namespace {
 
-// Tokens of one row that follow one another.
+// Consecutive tokens of one row.
 struct Segment {
   std::size_t first, count, row, position;
 };
@@ -261,7 +267,9 @@ struct Range {
   std::size_t begin, end;
 };
 
-// What one thread of a team does of a pass. All do the same steps, and meet between them.
+// A forward pass, which every thread of the pool runs with its own rank. Each step is divided among
+// the threads; `meet` is a barrier, after every step whose results other threads read, or whose
+// inputs the next step overwrites.
 class Pass {
  public:
   Pass(const Network& network, const Kernels& kernels, ThreadPool& pool, const Workspace& workspace,
@@ -293,6 +301,7 @@ class Pass {
  private:
   using Rows = Workspace::Rows;
 
+  // qkv, attention, its output projection and the MLP, each on the residual stream `hidden`.
   void run_layer(std::size_t rank, std::size_t index) const {
     const Layer& layer = net_.layers[index];
     const std::size_t n = tokens_.size();
@@ -323,12 +332,14 @@ class Pass {
     }
   }
 
+  // Returns this thread's contiguous share of n items.
   Range share(std::size_t n, std::size_t rank) const {
     return {n * rank / pool_.size(), n * (rank + 1) / pool_.size()};
   }
 
-  // Makes inputs for `matrix` of rows, by put(row, where): each thread all of a few, for itself, or
-  // its share of many.
+  // Converts rows of inputs for `matrix`, by put(row, destination). If there are few rows, each
+  // thread converts all of them into its own buffer, which saves a barrier; otherwise each converts
+  // its share, into a shared buffer.
   template <typename Put>
   Inputs prepare(std::size_t rank, const Matrix& matrix, std::size_t rows, const Put& put) const {
     const bool few = rows < kFewTokens;
@@ -346,7 +357,7 @@ class Pass {
     return {nullptr, rows.quads + i * rows.stride, rows.scales + group, rows.sums + group};
   }
 
-  // Inputs that are rows of floats, which may be ready as they are.
+  // Converts rows of floats to inputs; in kFloat32 they are used as they are.
   Inputs prepare_rows(std::size_t rank, const Matrix& matrix, const Rows& rows) const {
     if (matrix.format() == Format::kFloat32) {
       return {rows.first, nullptr, rows.stride, nullptr, nullptr};
@@ -356,7 +367,7 @@ class Pass {
     });
   }
 
-  // Inputs that are the norm of hidden states, of all or of those listed.
+  // Normalizes hidden states and converts them to inputs: all of them, or those listed in `which`.
   Inputs prepare_norm(std::size_t rank, const Matrix& matrix, const Norm& norm,
                       const std::vector<std::size_t>* which) const {
     const std::size_t width = net_.shape.n_embd;
@@ -370,6 +381,9 @@ class Pass {
     });
   }
 
+  // Computes y = x · Wᵀ + bias with an epilogue. The work is divided into pairs of a chunk of up to
+  // kRowsAtOnce rows and a panel, ordered by chunk, then by panel. A thread's share is a contiguous
+  // range of these, which takes one kernel call for each chunk that it touches.
   void multiply(std::size_t rank, const Linear& linear, const Inputs& x, std::size_t rows,
                 const Rows& y, Finish finish) const {
     const std::size_t panels = linear.weight.panels();
@@ -393,6 +407,7 @@ class Pass {
     }
   }
 
+  // Divides pairs of a segment and a head among the threads.
   void attend(std::size_t rank, std::size_t layer) const {
     const std::size_t heads = net_.shape.n_head;
     const Range mine = share(segments_.size() * heads, rank);
@@ -401,6 +416,7 @@ class Pass {
     }
   }
 
+  // Adds a segment's keys and values of one head to the cache, then computes its attention.
   void attend_segment(std::size_t rank, std::size_t layer, const Segment& segment,
                       std::size_t head) const {
     const std::size_t width = net_.shape.n_embd, size = net_.shape.head_dim();

@@ -1,4 +1,4 @@
-// GPT-2 on a CPU: the network, and one pass of it over some tokens.
+// GPT-2 inference on the CPU: the network, its KV cache, and a forward pass over a batch of tokens.
 #pragma once
 
 #include <cstddef>
@@ -14,6 +14,7 @@
 
 namespace fastgpt::engine {
 
+// The model configuration. `tied`: the output projection shares the token embedding's weights.
 struct Shape {
   std::size_t vocab_size = 0, block_size = 0, n_layer = 0, n_head = 0, n_embd = 0;
   float epsilon = 1e-5F;
@@ -21,10 +22,10 @@ struct Shape {
   std::size_t head_dim() const { return n_embd / n_head; }
 };
 
-// A matrix and what is added to its product, zeros where the model has nothing.
+// A linear layer. The bias is zero where the model has none.
 struct Linear {
   Matrix weight;
-  std::vector<float> bias;  // for whole panels
+  std::vector<float> bias;  // padded to whole panels
 };
 
 struct Norm {
@@ -38,41 +39,41 @@ struct Layer {
 
 struct Network {
   Network(const Shape& shape, Format format, std::size_t group);
-  Network(const Network&) = delete;  // its matrices lie in its memory
+  Network(const Network&) = delete;  // its matrices point into memory_
   Network& operator=(const Network&) = delete;
 
-  // Where a weight belongs by its name in a checkpoint (`h.0.attn.c_attn.weight`); null if it is
-  // none of this network's.
-  Linear* linear(const std::string& name);  // of its weight
+  // Return the layer or the vector of a parameter by its checkpoint name, such as
+  // `h.0.attn.c_attn.weight`; null if the network has no such parameter.
+  Linear* linear(const std::string& name);  // by the name of its weight
   std::vector<float>* vector(const std::string& name);
   std::vector<std::string> matrix_names() const;
   std::vector<std::string> vector_names() const;
 
   const Linear& head() const { return shape.tied ? tokens : untied_head; }
-  // The bytes of weights that a step reads for each token.
+  // Returns the number of bytes of weights that generating one token reads.
   std::size_t bytes_per_token() const;
 
   Shape shape;
   Format format;
-  Linear tokens;  // of which rows are taken, too
+  Linear tokens;  // the token embedding, whose rows are also looked up
   Linear untied_head;
   std::vector<float> positions;  // [block_size, n_embd]
   std::vector<Layer> layers;
   Norm last;
 
  private:
-  // Of all matrices, in the order in which a step reads them: alone, many would be too small for
-  // huge pages, without which memory is read at two thirds of its speed.
+  // One allocation for all matrices, in the order in which a step reads them. By themselves many
+  // would be too small for huge pages, without which memory is read at two thirds of its speed.
   std::unique_ptr<LazyArray<std::uint32_t>> memory_;
   void place_matrices();
 };
 
-// The keys and values of some rows of tokens, each with room for `capacity` positions.
+// The KV cache of `rows` sequences, each with room for `capacity` positions.
 class Cache {
  public:
   Cache(const Shape& shape, std::size_t rows, std::size_t capacity, bool bf16);
   HeadCache head(std::size_t layer, std::size_t row, std::size_t head) const;
-  // Gives a row the first positions of another.
+  // Copies the first `positions` positions of row `from` to row `to`, in all layers and heads.
   void copy_row(std::size_t from, std::size_t to, std::size_t positions) const;
   std::size_t capacity() const { return capacity_; }
 
@@ -82,21 +83,21 @@ class Cache {
   mutable LazyArray<std::uint16_t> memory_;
 };
 
-// A token to be read: at which position of which row. Those of a row come in order, one after the
-// other, and what came before them is in the cache.
+// An input token of a forward pass, and its row and position. The tokens of a row must be
+// consecutive and in order, and the positions before them must be in the cache.
 struct Token {
   std::size_t row, position;
   std::uint32_t id;
-  bool wanted;  // whether the logits of what follows it are
+  bool wanted;  // whether to compute its next-token logits
 };
 
-constexpr std::size_t kMostTokens = 512;  // in one pass
+constexpr std::size_t kMostTokens = 512;  // per forward pass
 
-// What a pass computes in: kept from one to the next.
+// The buffers of activations, which are reused from one forward pass to the next.
 class Workspace {
  public:
   Workspace(const Network& network, std::size_t threads);
-  // Makes room for a pass over so many tokens, that attend to up to `positions`.
+  // Makes room for a pass over `tokens` tokens that attend to up to `positions` positions.
   void reserve(std::size_t tokens, std::size_t positions);
 
   struct Rows {  // of floats
@@ -112,10 +113,10 @@ class Workspace {
     std::size_t stride = 0;
   };
 
-  Rows hidden, qkv, mixed, inner;
-  InputRows shared;
-  std::vector<InputRows> own;  // a thread's
-  std::vector<float*> scores, normed;
+  Rows hidden, qkv, mixed, inner;      // mixed: attention output; inner: MLP activations
+  InputRows shared;                    // converted inputs that the threads prepare together
+  std::vector<InputRows> own;          // converted inputs of each thread, for few tokens
+  std::vector<float*> scores, normed;  // of each thread
 
  private:
   const Network& network_;
@@ -127,8 +128,9 @@ class Workspace {
   InputRows take_inputs(std::size_t rows);
 };
 
-// Reads up to kMostTokens tokens, and writes the logits behind those that are wanted to `logits`,
-// [wanted, logits_stride], the stride a whole number of panels.
+// Runs a forward pass over up to kMostTokens tokens, adds their keys and values to the cache, and
+// writes the logits of those that are wanted to `logits`, [wanted, logits_stride]. The stride is a
+// whole number of panels, at least the head's.
 void run_pass(const Network& network, const Kernels& kernels, ThreadPool& pool,
               Workspace& workspace, const Cache& cache, const std::vector<Token>& tokens,
               float* logits, std::size_t logits_stride);

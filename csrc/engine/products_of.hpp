@@ -1,18 +1,29 @@
-// Products of weights and inputs over the instructions of `Vector`. To be included by the files
-// that are compiled for one instruction set each: all of it has internal linkage, because a linker
-// would keep one copy for all; for the same reason it calls nothing of the standard library but
-// memcpy, which is no call.
+// Products of packed weights and inputs, as templates over a vector type.
+//
+// Each file that includes this is compiled for a different instruction set. Everything has internal
+// linkage, since the linker would otherwise keep one copy for all of them. For the same reason no
+// function of the standard library is called, except memcpy, which compilers expand inline.
+//
+// A product is computed in tiles of up to kFloatRows or kIntegerRows rows of inputs by the outputs
+// of one panel, or of half a panel. For each word of depth, a tile loads the words of its outputs,
+// broadcasts the word of each row, and multiplies and adds every pair into an accumulator register.
+// The weights, by far the larger operand, are thus loaded once for all rows of a tile.
 //
 // A Vector has registers of kWidth floats (Register) or 32-bit integers (Integers), and:
 //   zero, load, store, broadcast, add, multiply, multiply_add       on floats
-//   multiply_pairs(x, y, sum)                        on words of two numbers in bfloat16
+//   multiply_pairs(x, y, sum)                        on words of two bfloat16 numbers
 //   load_integers, broadcast_integer, to_floats
-//   dot8, dot4(weights, inputs, sum)                 on words of four: weights from 0 to 255 with
-//                                                    kInt8Zero added, or from 0 to 15; inputs -127
-//                                                    to 127
-//   low_nibbles, high_nibbles
-// and says how many rows a tile has at most (kFloatRows, kIntegerRows), and up to how many it takes
-// a panel's outputs all at once (kPanelRows): of more, half of them at a time.
+//   dot8, dot4(weights, inputs, sum)                 on words of four bytes: adds the four products
+//                                                    to the lane's sum. Weights are unsigned, for
+//                                                    dot8 with kInt8Zero added, for dot4 from 0 to
+//                                                    15; inputs are from -127 to 127
+//   low_nibbles, high_nibbles                        the halves of each byte, as bytes
+//   kZeroOfDot8                                      the offset that dot8 leaves in the weights: 0
+//                                                    if it subtracts kInt8Zero itself
+//   kFloatRows, kIntegerRows                         the maximum number of rows of a tile
+//   kPanelRows                                       the maximum number of rows of a tile that has
+//                                                    all outputs of a panel; a tile of more rows
+//                                                    has half of them, for lack of registers
 #pragma once
 
 #include <cstddef>
@@ -25,22 +36,24 @@
 namespace fastgpt::engine {
 namespace {
 
-// Terms are added up in blocks of so many words, and the blocks' sums after that: quicker than
-// nothing, and closer to the truth.
+// Sums are accumulated in registers over blocks of this many words, and the blocks' sums are then
+// added in memory. This is faster than a single long loop, and reduces the rounding error.
 constexpr std::size_t kBlock = 256;
 
 inline std::size_t smaller_of(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
-// What a tile of kRows rows and one panel of outputs comes to.
+// The sums of a tile of kRows rows by one panel of outputs.
 template <std::size_t kRows>
 struct Sums {
   float of[kRows][kPanel];
 };
 
-// How many outputs of a panel a tile of kRows rows takes at once.
+// The number of outputs of a panel that a tile of kRows rows computes at once.
 template <typename Vector, std::size_t kRows>
 constexpr std::size_t kOutputs = kRows <= Vector::kPanelRows ? kPanel : kPanel / 2;
 
+// Computes the sums of a tile in kFloat32, or in kBfloat16 (kPairs), for the outputs of a panel
+// from kFirst on.
 template <typename Vector, std::size_t kRows, bool kPairs, std::size_t kFirst>
 void add_up_floats(const Product& p, std::size_t row, const std::uint32_t* weights,
                    Sums<kRows>& sums) {
@@ -77,6 +90,18 @@ void add_up_floats(const Product& p, std::size_t row, const std::uint32_t* weigh
   }
 }
 
+// Computes the sums of a tile in kInt8, or in kInt4 (kNibbles), for the outputs of a panel from
+// kFirst on.
+//
+// With stored weights u = w + z, Σ w x = Σ u x - z Σ x over the inputs of a group. The accumulators
+// therefore start at -z Σ x, from the precomputed sum of the group's inputs; the integer sum is
+// then exact. At the end of a group it is converted to float, multiplied by the scale of the
+// inputs, and in kInt4 by that of the weights, and added to the total. In kInt8 the weights' scale
+// is the same for all groups of an output, and is applied by `finish`.
+//
+// A group of a panel in kInt4 is kScaleWords words with the 32 scales in bfloat16, followed by rows
+// of 32 words. Such a word has eight inputs of one output: the low nibbles of its bytes are the
+// weights of one quad of inputs, the high nibbles those of the next quad.
 template <typename Vector, std::size_t kRows, bool kNibbles, std::size_t kFirst>
 void add_up_integers(const Product& p, std::size_t row, const std::uint32_t* weights,
                      Sums<kRows>& sums) {
@@ -89,7 +114,7 @@ void add_up_integers(const Product& p, std::size_t row, const std::uint32_t* wei
     const std::uint32_t* scales = weights;
     if constexpr (kNibbles) weights += kScaleWords;
     typename Vector::Integers tile[kRows][kVectors];
-    repeat<kRows>([&](auto r) FASTGPT_INLINE {  // what was added to the weights is taken off again
+    repeat<kRows>([&](auto r) FASTGPT_INLINE {  // subtracts the offset of the weights
       const auto start = Vector::broadcast_integer(-kZero * p.x.sums[at + r * p.groups]);
       repeat<kVectors>([&](auto v) FASTGPT_INLINE { tile[r][v] = start; });
     });
@@ -117,7 +142,7 @@ void add_up_integers(const Product& p, std::size_t row, const std::uint32_t* wei
         });
       }
     }
-    // The totals stay in memory: a tile takes all registers.
+    // The totals are kept in memory, since the accumulators occupy the registers.
     repeat<kRows>([&](auto r) FASTGPT_INLINE {
       const auto input_scale = Vector::broadcast(p.x.scales[at + r * p.groups]);
       repeat<kVectors>([&](auto v) FASTGPT_INLINE {
@@ -134,6 +159,7 @@ void add_up_integers(const Product& p, std::size_t row, const std::uint32_t* wei
   }
 }
 
+// Applies the scales of kInt8, the bias and the epilogue to one row of a panel.
 inline void finish(const Product& p, std::size_t panel, const float* sums, float* y) {
   const float* bias = p.bias + panel * kPanel;
   float all[kPanel];
@@ -156,7 +182,7 @@ inline void finish(const Product& p, std::size_t panel, const float* sums, float
   }
 }
 
-// Outputs of a panel from kFirst on.
+// Computes the sums of a tile for the outputs of a panel from kFirst on.
 template <typename Vector, Format kFormat, std::size_t kFirst, std::size_t kRows>
 void add_up(const Product& p, std::size_t row, const std::uint32_t* weights, Sums<kRows>& sums) {
   if constexpr (is_integer(kFormat)) {
@@ -166,6 +192,7 @@ void add_up(const Product& p, std::size_t row, const std::uint32_t* weights, Sum
   }
 }
 
+// Computes kRows rows of one panel of y.
 template <typename Vector, Format kFormat, std::size_t kRows>
 void multiply_tile(const Product& p, std::size_t row, std::size_t panel) {
   Sums<kRows> sums;
@@ -179,7 +206,7 @@ void multiply_tile(const Product& p, std::size_t row, std::size_t panel) {
   }
 }
 
-// A tile of `rows` rows, from 1 to kMost.
+// Computes a tile of `rows` rows, from 1 to kMost: selects the template for that number.
 template <typename Vector, Format kFormat, std::size_t kMost>
 void multiply_rows(const Product& p, std::size_t row, std::size_t rows, std::size_t panel) {
   if constexpr (kMost > 1) {
@@ -191,8 +218,9 @@ void multiply_rows(const Product& p, std::size_t row, std::size_t rows, std::siz
   multiply_tile<Vector, kFormat, kMost>(p, row, panel);
 }
 
-// Each panel is read once, and stays in a near cache for all tiles of rows, which are as equal as
-// can be.
+// Computes a product. Panels are in the outer loop: each is read from memory once, and from a cache
+// for the further tiles of rows. The rows are split into the fewest tiles, of nearly equal size,
+// since a tile of few rows does less work for each load of weights.
 template <typename Vector, Format kFormat>
 void multiply(const Product& p) {
   constexpr std::size_t kMost = is_integer(kFormat) ? Vector::kIntegerRows : Vector::kFloatRows;

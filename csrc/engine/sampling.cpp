@@ -10,8 +10,8 @@ namespace {
 
 constexpr std::size_t kBlock = 64;
 
-// The first of `size` items whose running sum of weight(item) exceeds the point that lies `uniform`
-// of the way; so never one of weight 0.
+// Inverse transform sampling: returns the first of `size` items at which the cumulative weight
+// exceeds uniform · total. An item of weight 0 is never returned.
 template <typename Weight>
 std::size_t locate(std::size_t size, float uniform, double total, const Weight& weight) {
   const double point = static_cast<double>(uniform) * total;
@@ -23,7 +23,7 @@ std::size_t locate(std::size_t size, float uniform, double total, const Weight& 
     sum += w;
     if (sum > point) return i;
   }
-  return last;  // rounding may leave the sum a little short
+  return last;  // rounding may leave the sum slightly below the point
 }
 
 double sum_of(const float* x, std::size_t size) {
@@ -90,7 +90,8 @@ std::uint32_t Sampler::draw(const Sampling& sampling, const Kernels& kernels, fl
                       [&](std::size_t i) { return weights_[kept_[i]]; })];
 }
 
-// Sums of blocks first, then within the block.
+// Draws from all tokens: locates a block of kBlock tokens by the blocks' sums, then a token within
+// it.
 std::uint32_t Sampler::draw_from_all(std::size_t size, float uniform) const {
   const std::size_t blocks = (size + kBlock - 1) / kBlock;
   std::vector<double> sums(blocks);
@@ -112,8 +113,9 @@ std::uint32_t Sampler::draw_from_all(std::size_t size, float uniform) const {
   return static_cast<std::uint32_t>(last);
 }
 
-// The k largest logits, of equal ones the first. At least k are not below the k-th largest of the
-// blocks' maxima: few are left to be put in order.
+// Keeps the k largest logits; of equal ones, the first. The k-th largest of the blocks' maxima is a
+// lower bound of the k-th largest logit, since k blocks have a logit at least as large. Only logits
+// that reach it, usually few, need to be ordered.
 void Sampler::keep_top_k(const float* logits, std::size_t size, std::size_t top_k) {
   const std::size_t blocks = (size + kBlock - 1) / kBlock;
   float least = -INFINITY;
@@ -149,8 +151,9 @@ void Sampler::keep_top_k(const float* logits, std::size_t size, std::size_t top_
   kept_.erase(kth, kept_.end());
 }
 
-// All but those so improbable that together they hold less than what top-p leaves out: that is,
-// each less than `least`, that by the number of tokens.
+// Keeps all tokens except the improbable ones, as a filter before top-p. With `least` the total
+// weight that top-p leaves out, divided by the number of tokens, all tokens below it together weigh
+// less than that total, so that top-p would not keep any of them. The factor allows for rounding.
 void Sampler::keep_probable(double least) {
   kept_.clear();
   for (std::size_t i = 0; i < weights_.size(); ++i) {
@@ -160,8 +163,8 @@ void Sampler::keep_probable(double least) {
   }
 }
 
-// The smallest set of likeliest tokens whose weights come to `enough`. Puts them in order a few at
-// a time: mostly few are needed.
+// Keeps the smallest set of most likely tokens whose weights sum to at least `enough`. Tokens are
+// sorted in steps of growing size, since usually few are needed.
 void Sampler::keep_top_p(const float* logits, double enough) {
   const auto likelier = [&](std::uint32_t a, std::uint32_t b) {
     return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;

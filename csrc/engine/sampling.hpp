@@ -1,4 +1,4 @@
-// From logits to a token: penalties, temperature, top-k, top-p, min-p, then a draw.
+// Sampling of a token from logits: penalties, temperature, top-k, top-p, min-p, then a random draw.
 #pragma once
 
 #include <cstddef>
@@ -11,19 +11,19 @@
 namespace fastgpt::engine {
 
 struct Sampling {
-  double temperature = 1.0;  // 0: the likeliest
-  std::size_t top_k = 0;     // 0: all
+  double temperature = 1.0;  // 0: greedy decoding
+  std::size_t top_k = 0;     // 0: no limit
   double top_p = 1.0;
   double min_p = 0.0;
-  double repetition_penalty = 1.0;  // of tokens in the prompt and the new text
-  double presence_penalty = 0.0, frequency_penalty = 0.0;  // of those in the new text
+  double repetition_penalty = 1.0;  // of tokens in the prompt or the generated text
+  double presence_penalty = 0.0, frequency_penalty = 0.0;  // of tokens in the generated text
 
   bool has_penalties() const {
     return repetition_penalty != 1.0 || presence_penalty != 0.0 || frequency_penalty != 0.0;
   }
 };
 
-// How often tokens stand in a row's prompt and in its new text.
+// The number of times that each token occurs in a row's prompt and in its generated text.
 class Counts {
  public:
   explicit Counts(std::size_t vocab_size) : all_(vocab_size), fresh_(vocab_size) {}
@@ -31,11 +31,13 @@ class Counts {
   void penalize(const Sampling& sampling, float* logits) const;
 
  private:
+  // The counts in prompt and generated text, those in generated text, and the tokens that occur.
   std::vector<std::uint32_t> all_, fresh_, seen_;
 };
 
-// Draws as PyTorch does for the same seed: `torch.rand((1,), generator=...)` on the CPU, which
-// takes the lower 24 bits of a Mersenne Twister's next number (ATen/core/TransformationHelper.h).
+// A generator of uniform numbers in [0, 1), identical to `torch.rand((1,), generator=...)` on the
+// CPU for the same seed: the lower 24 bits of the next output of a Mersenne Twister
+// (ATen/core/TransformationHelper.h).
 class Uniform {
  public:
   explicit Uniform(std::uint64_t seed) : twister_(static_cast<std::uint32_t>(seed)) {}
@@ -45,11 +47,11 @@ class Uniform {
   std::mt19937 twister_;
 };
 
-// Chooses tokens; keeps the memory that this takes.
+// Samples tokens. Keeps its buffers from one draw to the next.
 class Sampler {
  public:
-  // Returns the token for `size` logits, which it may change. Throws std::runtime_error if they are
-  // not finite.
+  // Returns a token sampled from `size` logits, which it may modify. Throws std::runtime_error if
+  // they are not finite.
   std::uint32_t draw(const Sampling& sampling, const Kernels& kernels, float* logits,
                      std::size_t size, Uniform& uniform);
 
@@ -60,7 +62,7 @@ class Sampler {
   void keep_top_p(const float* logits, double enough);
 
   std::vector<float> weights_;       // exp((logit - largest) / temperature) of each token
-  std::vector<std::uint32_t> kept_;  // tokens
+  std::vector<std::uint32_t> kept_;  // tokens that may be drawn
   std::vector<float> largest_of_block_;
 };
 

@@ -14,16 +14,18 @@
 namespace fastgpt::engine {
 namespace {
 
-// About the time in which a token is handed to Python and the next one asked for; waking a thread
-// that sleeps takes nearly as long.
+// Spinning lasts about as long as it takes to return a token to Python and to be called for the
+// next one. Waking a sleeping thread takes nearly as long.
 constexpr int kSpins = 4000;
 
+// Pauses for a moment within a spin loop.
 void relax() {
 #if defined(__x86_64__) || defined(_M_X64)
   _mm_pause();
 #elif defined(__aarch64__) && defined(__GNUC__)
-  // Takes some time, as the instruction above does; `yield` would take none, and kSpins be over too
-  // soon (measured in https://github.com/rust-lang/rust/pull/84725).
+  // `isb` takes some time, like the x86 instruction. The `yield` instruction takes none, so that
+  // kSpins iterations would pass too quickly (measured in
+  // https://github.com/rust-lang/rust/pull/84725).
   asm volatile("isb");
 #else
   std::this_thread::yield();
@@ -41,6 +43,7 @@ long this_process() {
 }  // namespace
 
 void Barrier::wait() {
+  // The generation cannot change before this thread has arrived.
   const std::uint32_t generation = generation_.load(std::memory_order_relaxed);
   if (arrive(1)) return;
   for (int spins = 0; spins < kSpins; ++spins) {
@@ -53,7 +56,10 @@ void Barrier::wait() {
 bool Barrier::arrive(std::size_t count) {
   if (arrived_.fetch_add(count, std::memory_order_acq_rel) + count < size_) return false;
   arrived_.store(0, std::memory_order_relaxed);
-  // Of this addition and the load behind it, and a sleeper's store and load, one sees the other.
+  // This thread increments generation_, then reads sleepers_; a sleeper increments sleepers_, then
+  // reads generation_. All four operations are sequentially consistent, so that at least one thread
+  // sees the other's increment: either this one notifies, or the sleeper does not wait. Taking the
+  // mutex ensures that a sleeper which has read the old generation is already waiting.
   generation_.fetch_add(1, std::memory_order_seq_cst);
   if (sleepers_.load(std::memory_order_seq_cst) > 0) {
     const std::lock_guard lock(mutex_);
@@ -89,23 +95,26 @@ void ThreadPool::start() {
   } catch (const std::system_error&) {
     const std::size_t started = team_->threads.size() + 1;
     stop();
-    throw std::invalid_argument(std::to_string(size_) + " threads are more than this system lets " +
-                                "a process start: " + std::to_string(started) + " were possible");
+    throw std::invalid_argument("cannot start " + std::to_string(size_) +
+                                " threads: the system allows only " + std::to_string(started));
   }
   process_ = this_process();
 }
 
 void ThreadPool::stop() {
   body_ = nullptr;
-  // In the place of this thread, and of those that could not be started.
+  // Counts this thread, and those that could not be started.
   team_->barrier.arrive(size_ - team_->threads.size());
   for (std::thread& thread : team_->threads) thread.join();
 }
 
-// After a fork: the threads are the parent's. What they wait on cannot be destroyed, and their
-// handles must not be touched, for those of new threads may be the same.
+// Leaks the team, in the child process after a fork. Its threads exist only in the parent: the
+// condition variable that they wait on cannot be destroyed, and their handles must not be used,
+// since new threads may have the same ones.
 void ThreadPool::abandon() { static_cast<void>(team_.release()); }
 
+// The first barrier publishes body_ and releases the threads, which wait for it in `serve`; the
+// second waits until they have finished.
 void ThreadPool::run(const std::function<void(std::size_t)>& body) {
   if (process_ != this_process()) {
     abandon();
@@ -117,6 +126,7 @@ void ThreadPool::run(const std::function<void(std::size_t)>& body) {
   meet();
 }
 
+// The loop of a pool thread.
 void ThreadPool::serve(std::size_t rank) {
   for (;;) {
     meet();

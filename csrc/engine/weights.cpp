@@ -13,8 +13,9 @@ std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
 constexpr float kInt8Largest = 127.0F;
 
-constexpr std::size_t kLanes = 16;  // side by side in loops that compilers make vectors of
+constexpr std::size_t kLanes = 16;  // independent accumulators of a reduction, to be vectorized
 
+// Returns the largest absolute value of x[0, size).
 float largest_size(const float* x, std::size_t size) {
   float largest = 0.0F;
   for (std::size_t i = 0; i < size; ++i) largest = std::max(largest, std::fabs(x[i]));
@@ -23,18 +24,19 @@ float largest_size(const float* x, std::size_t size) {
 
 float rounded_to_bf16(float x) { return widened(narrowed(x)); }
 
-// The nearest whole number, of two equally near the even one, for sizes below 2²²: std::nearbyint
-// would be a call.
+// Rounds to the nearest integer, ties to even, for absolute values below 2²². Unlike
+// std::nearbyint, it is not a function call and can be vectorized.
 inline float nearest(float x) {
   constexpr float kRound = 12582912.0F;  // 1.5 · 2²³
   return (x + kRound) - kRound;
 }
 
-// Nearest of -8 to 7.
+// Rounds to the nearest integer from -8 to 7.
 inline float nearest4(float x) { return std::min(std::max(nearest(x), -8.0F), 7.0F); }
 
 inline float squared(float x) { return x * x; }
 
+// Returns the squared error of quantizing x[0, size) to 4 bits with a scale.
 float squared_error(const float* x, std::size_t size, float scale) {
   const float inverse = 1.0F / scale;
   float lanes[kLanes] = {};
@@ -50,8 +52,9 @@ float squared_error(const float* x, std::size_t size, float scale) {
   return error;
 }
 
-// The scale of a group of kInt4: of some around those that make the number of largest size -8 or
-// 7, the one that gives the smallest squared error. It may be negative.
+// Returns the scale of a kInt4 group: the candidate with the smallest squared error. Candidates map
+// the element of largest absolute value to -6 to -8.75. The scale is negative if that element is
+// positive, so that it can use the longer, negative side of the range from -8 to 7.
 float best_scale4(const float* x, std::size_t size) {
   float extreme = 0.0F;
   for (std::size_t i = 0; i < size; ++i) {
@@ -63,7 +66,7 @@ float best_scale4(const float* x, std::size_t size) {
     const float divisor = 6.0F + 0.25F * static_cast<float>(step);
     const float scale = rounded_to_bf16(extreme / -divisor);
     const float error = squared_error(x, size, scale);
-    if (step == 0 || error < least) {  // of huge weights the error may overflow
+    if (step == 0 || error < least) {  // the error of huge weights may overflow to infinity
       least = error;
       best = scale;
     }
@@ -71,6 +74,7 @@ float best_scale4(const float* x, std::size_t size) {
   return best;
 }
 
+// Quantizes a row to int8, and sets its scale.
 void quantize_row8(const float* row, std::size_t inputs, std::uint8_t* integers, float& scale) {
   const float largest = largest_size(row, inputs);
   const bool tiny = largest < 1e-30F;
@@ -81,7 +85,8 @@ void quantize_row8(const float* row, std::size_t inputs, std::uint8_t* integers,
   }
 }
 
-// Rounds up to a group of a row to 0 to 15, 8 added, in pairs; returns the scale.
+// Quantizes `size` weights, at most a group, to `group` nibbles with kInt4Zero added, two per byte,
+// and returns their scale. A shorter group is padded with weights of zero.
 float quantize_group4(const float* x, std::size_t size, std::size_t group, std::uint8_t* bytes) {
   constexpr std::size_t kLargestGroup = 64;
   const float scale = best_scale4(x, size);
@@ -161,17 +166,18 @@ Product Matrix::product(const float* bias) const {
   return p;
 }
 
+// Returns the address of a word of an output, in formats where a panel is rows of kPanel words.
 const std::uint32_t* Matrix::word(std::size_t output, std::size_t index) const {
   return memory_ + output / kPanel * panel_words_ + index * kPanel + output % kPanel;
 }
 
 namespace {
 
-// Where the words of a group of kInt4 begin in a panel, its scales first.
+// The number of words of a kInt4 group in a panel: its scales, then its weights.
 std::size_t group_words4(std::size_t group) { return kScaleWords + kPanel * group / 8; }
 
-// In a group of kInt4, eight inputs share a word: four the lower halves of its bytes, the next four
-// the upper ones.
+// The position of an input's weight within a kInt4 group. A word has eight inputs: the first four
+// in the low nibbles of its bytes, the next four in the high nibbles.
 struct Nibble {
   explicit Nibble(std::size_t index_in_group)
       : word(index_in_group / 8),
@@ -199,9 +205,9 @@ float Matrix::scale(std::size_t output, std::size_t group) const {
   return widened(scales[output % kPanel]);
 }
 
-// Writes words of some panels in the order in which they lie, each as word_of(output, index) says
-// for an output that there is, and `empty` for the others. `first` is where word 0 of a panel lies,
-// and the rest as far apart as outputs are.
+// Writes `words` words of each output of some panels, in memory order: word_of(output, index) for
+// outputs of the matrix, and `empty` for those that pad the last panel. `first` is the offset of
+// word 0 in a panel; consecutive words of an output are kPanel apart.
 template <typename WordOf>
 void Matrix::fill(Panels panels, std::size_t first, std::size_t words, std::uint32_t empty,
                   const WordOf& word_of) {
@@ -245,6 +251,7 @@ void Matrix::take_integers(const std::uint8_t* integers, const float* scales, Pa
 void Matrix::take_integers8(const std::uint8_t* integers, Panels panels) {
   constexpr std::uint32_t kZeros = 0x80808080U;  // kInt8Zero, four times
   const std::size_t inputs = inputs_;
+  // Four weights per word. Inputs past the end are weights of zero; XOR adds kInt8Zero to all four.
   fill(panels, 0, panel_words_ / kPanel, kZeros, [=](std::size_t n, std::size_t quad) {
     std::uint32_t four = 0;
     const std::size_t left = inputs - std::min(inputs, 4 * quad);
@@ -256,7 +263,8 @@ void Matrix::take_integers8(const std::uint8_t* integers, Panels panels) {
 
 namespace {
 
-// Four half bytes, the first one the lowest, as the lower halves of four bytes.
+// Spreads four nibbles of 16 bits over the low nibbles of four bytes, lowest first: 0xdcba becomes
+// 0x0d0c0b0a.
 inline std::uint32_t spread(std::uint32_t halves) {
   const std::uint32_t pairs = (halves | halves << 8) & 0x00FF00FFU;
   return (pairs | pairs << 4) & 0x0F0F0F0FU;
@@ -270,12 +278,15 @@ void Matrix::take_group4(const std::uint8_t* integers, const float* scales, std:
   const std::size_t groups = groups_, stride = groups_ * group_ / 2;
   const std::size_t first = g * group_words4(group_);
   const std::uint8_t* begin = integers + g * group_ / 2;
+  // Four bytes of the file are eight consecutive weights: the first two bytes go to the low
+  // nibbles, the other two to the high nibbles.
   fill(panels, first + kScaleWords, group_ / 8, kZeros, [=](std::size_t n, std::size_t index) {
     const std::uint8_t* x = begin + n * stride + 4 * index;
     const std::uint32_t low = x[0] | static_cast<std::uint32_t>(x[1]) << 8;
     const std::uint32_t high = x[2] | static_cast<std::uint32_t>(x[3]) << 8;
     return spread(low) | spread(high) << 4;
   });
+  // Scales are two per word, and set by OR: memory is zero at first.
   for (std::size_t n = panels.begin * kPanel; n < std::min(outputs_, panels.end * kPanel); ++n) {
     std::uint32_t& two = memory_[n / kPanel * panel_words_ + first + n % kPanel / 2];
     two |= static_cast<std::uint32_t>(narrowed(scales[n * groups + g])) << (n % 2 * 16);

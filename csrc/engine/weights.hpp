@@ -1,4 +1,4 @@
-// Weights in the order in which kernels read them, and how numbers are rounded on the way there.
+// Quantization of weights, and their packing into the order in which kernels read them.
 #pragma once
 
 #include <cstddef>
@@ -9,45 +9,48 @@
 
 namespace fastgpt::engine {
 
-// How a matrix of integers lies in a file, row after row:
+// A quantized matrix in the row-major layout of files:
 //   kInt8: `integers` [outputs, inputs], `scales` [outputs];
-//   kInt4: `integers` [outputs, groups · group / 2], two weights with 8 added in a byte, the first
-//          in the lower half; `scales` [outputs, groups].
+//   kInt4: `integers` [outputs, groups · group / 2], two weights per byte, each with 8 added, the
+//          first in the low nibble; `scales` [outputs, groups].
 struct Integers {
   Integers(Format format, std::size_t outputs, std::size_t inputs, std::size_t group);
 
   std::vector<std::uint8_t> integers;
-  std::vector<float> scales;           // kInt4: representable in bfloat16
-  std::size_t stride = 0, groups = 0;  // bytes and scales of a row
+  std::vector<float> scales;           // kInt4: bfloat16 values
+  std::size_t stride = 0, groups = 0;  // bytes and scales per row
 };
 
-// Rounds rows `begin` to `end` of a matrix of floats [outputs, inputs], different threads different
-// ones. Scales make the largest weight 127, and in kInt4 the squared error small.
+// Quantizes rows `begin` to `end` of a matrix of floats [outputs, inputs]; several threads may
+// process different rows at once. The scale of a row in kInt8 maps its largest absolute value to
+// 127; that of a group in kInt4 is the candidate with the smallest squared error.
 void quantize(const float* weights, std::size_t begin, std::size_t end, std::size_t inputs,
               Format format, std::size_t group, Integers& to);
 
+// A range of panels.
 struct Panels {
   std::size_t begin, end;
 };
 
-// A matrix [outputs, inputs] ready to be multiplied with, once it has been given its place.
+// A packed matrix [outputs, inputs]. `place` must be called with memory for it before any other
+// function that reads or writes weights.
 class Matrix {
  public:
   Matrix() = default;
   Matrix(Format format, std::size_t outputs, std::size_t inputs, std::size_t group);
 
   std::size_t memory_words() const { return panels_ * panel_words_; }
-  // Lays it where there are so many words of zeros, at an address that 64 divides.
+  // Sets the memory: memory_words() words, all zero, aligned to 64 bytes.
   void place(std::uint32_t* memory) { memory_ = memory; }
 
-  // Take some panels of a matrix; different threads may at once take different ones.
+  // Pack a range of panels of a matrix. Several threads may pack different panels at once.
   void take_floats(const float* weights, Panels panels);
   void take_integers(const std::uint8_t* integers, const float* scales, Panels panels);
-  // The opposite, for all of it.
+  // Unpack the whole matrix.
   std::vector<float> floats() const;
   Integers integers() const;
 
-  // Row `output` as floats, for an embedding.
+  // Converts row `output` to floats, for an embedding lookup.
   void read_row(std::size_t output, float* to) const;
 
   Format format() const { return format_; }
@@ -58,10 +61,11 @@ class Matrix {
   std::size_t groups() const { return groups_; }
   std::size_t bytes() const { return 4 * memory_words(); }
 
-  // The numbers that a row of inputs takes: words or quads, and scales and sums.
+  // The number of words or quads in a row of inputs.
   std::size_t input_words() const { return is_integer(format_) ? groups_ * group_ / 4 : words_; }
 
-  // A product with this matrix; the caller sets x and y, and which part of it.
+  // Returns the arguments of a product with this matrix. The caller sets x, y, the epilogue and the
+  // ranges of rows and panels.
   Product product(const float* bias) const;
 
  private:
@@ -78,7 +82,7 @@ class Matrix {
   std::size_t outputs_ = 0, inputs_ = 0, group_ = 0;
   std::size_t panels_ = 0, words_ = 0, groups_ = 0, panel_words_ = 0;
   std::uint32_t* memory_ = nullptr;
-  std::vector<float> scales_;  // kInt8, for whole panels
+  std::vector<float> scales_;  // kInt8, padded to whole panels
 };
 
 }  // namespace fastgpt::engine

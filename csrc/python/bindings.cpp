@@ -1,4 +1,5 @@
-// What Python sees of csrc/, as fastgpt._C; typed in fastgpt/_C.pyi.
+// The extension module fastgpt._C: tokenizer, text files, CRC-32C and GELU. The other bindings are
+// in separate files (see bindings.hpp). Type stubs and documentation are in fastgpt/_C.pyi.
 #include "python/bindings.hpp"
 
 #include <pybind11/numpy.h>
@@ -27,12 +28,12 @@ namespace fastgpt {
 
 namespace {
 
-// A special token in the text: its first byte, the byte after its last, and its id.
+// A special token in a text: the byte offsets of its begin and its end, and its id.
 using SpecialSpan = std::tuple<std::size_t, std::size_t, TokenId>;
 
-constexpr std::size_t kMaxNarrow = std::size_t{1} << 16;  // tokens whose ids fit into 16 bits
+constexpr std::size_t kMaxNarrow = std::size_t{1} << 16;  // maximum size for 16-bit ids
 
-// Hands the ids to NumPy without copying them.
+// Returns a NumPy array that takes ownership of the ids' memory, without a copy.
 template <typename Id>
 py::array to_numpy(IdBuffer<Id> ids) {
   ids.shrink();
@@ -58,8 +59,8 @@ std::vector<Merge> to_merges(const IdArray& array) {
   return merges;
 }
 
-// A view of the text's UTF-8, which lives as long as the object does. Throws UnicodeEncodeError for
-// a str with lone surrogates.
+// Returns a view of the UTF-8 bytes of a str or of the contents of a bytes object, valid as long as
+// the object. Raises UnicodeEncodeError for a str with lone surrogates.
 std::string_view utf8_of(const py::object& text) {
   py::ssize_t size = 0;
   if (PyUnicode_Check(text.ptr())) {
@@ -72,7 +73,8 @@ std::string_view utf8_of(const py::object& text) {
   return {bytes, static_cast<std::size_t>(size)};
 }
 
-// Encodes what lies between the special tokens, and puts their ids in its place.
+// Encodes a text with special tokens: the stretches between them are encoded, and each special
+// token becomes its id. Releases the GIL.
 template <typename Id>
 IdBuffer<Id> encode_between(const BytePairEncoder& encoder, std::string_view text,
                             const std::vector<SpecialSpan>& specials, unsigned threads) {
@@ -82,7 +84,7 @@ IdBuffer<Id> encode_between(const BytePairEncoder& encoder, std::string_view tex
   std::size_t at = 0;
   for (const auto& [begin, end, id] : specials) {
     if (begin < at || end < begin || end > text.size()) {
-      throw std::invalid_argument("special tokens must lie in the text, in order");
+      throw std::invalid_argument("special tokens must be within the text, in ascending order");
     }
     encoder.encode(text.substr(at, begin - at), threads, ids);
     ids.append(&id, 1);
@@ -92,7 +94,8 @@ IdBuffer<Id> encode_between(const BytePairEncoder& encoder, std::string_view tex
   return ids;
 }
 
-// The numbers that lists of ids hold, each made once: most of what a list costs is making them.
+// A cache of Python ints by value, for lists of ids: creating the ints would be most of the cost of
+// creating a list.
 class Numbers {
  public:
   explicit Numbers(std::size_t count) : numbers_(count) {}
@@ -112,7 +115,7 @@ class Numbers {
   std::vector<py::object> numbers_;
 };
 
-// What Python holds of an encoder.
+// The class that Python sees as BytePairEncoder.
 class Encoder {
  public:
   explicit Encoder(Vocabulary vocabulary)
@@ -145,13 +148,14 @@ class Encoder {
                     : to_numpy(encode_between<std::uint32_t>(encoder_, bytes, specials, threads));
   }
 
-  // Returns the same ids as a list. Needs ids that encode() has returned.
+  // Returns the ids as a list of ints. Requires an array that encode() returned.
   py::list to_list(const py::array& ids) {
     return narrow() ? numbers_.list(py::array_t<std::uint16_t, py::array::c_style>(ids))
                     : numbers_.list(IdArray(ids));
   }
 
-  // Returns the bytes, or None if this is not one row of numbers each of which has a token.
+  // Returns the decoded bytes, or None if `ids` is neither a list of ints nor a contiguous
+  // one-dimensional array of a supported dtype, or contains an id that is out of range.
   py::object decode(const py::object& ids) const {
     if (PyList_CheckExact(ids.ptr())) return decode_list(ids);
     if (!py::isinstance<py::array>(ids)) return py::none();
@@ -185,7 +189,7 @@ class Encoder {
     return decode_ids(ids.data(), ids.size());
   }
 
-  // Returns false if the array is of another type.
+  // Decodes an array with elements of type Id into `bytes`. Returns false for any other dtype.
   template <typename Id>
   bool decode_array(const py::array& array, py::object& bytes) const {
     if (!py::isinstance<py::array_t<Id>>(array)) return false;
@@ -253,7 +257,8 @@ std::vector<std::size_t> piece_ends(const py::object& text, bool vectorized) {
   return all;
 }
 
-// The bytes of an object that has them in one piece, for as long as this lives.
+// The contiguous buffer of a Python object, held until destruction. Raises BufferError or TypeError
+// for other objects.
 class ByteView {
  public:
   explicit ByteView(const py::object& owner) {
@@ -279,7 +284,7 @@ std::uint32_t crc32c_of(const py::object& data, std::uint32_t initial, bool hard
 using Floats = py::array_t<float, py::array::c_style>;
 
 void require_size(const Floats& array, py::ssize_t size) {
-  if (array.size() != size) throw std::invalid_argument("arrays must be of one size");
+  if (array.size() != size) throw std::invalid_argument("arrays must have the same size");
 }
 
 void gelu(const Floats& x, Floats& y, unsigned threads) {
@@ -321,7 +326,7 @@ IdArray to_rows(const std::vector<Merge>& merges) {
 
 PYBIND11_MODULE(_C, m) {
   using fastgpt::Encoder;
-  m.doc() = "The compiled part of fastgpt: the tokenizer's core, GELU and matrix products for CPUs";
+  m.doc() = "Compiled extension of fastgpt: tokenizer, training kernels, CPU inference engine";
   m.attr("source_hash") = FASTGPT_SOURCE_HASH;
 
   py::class_<Encoder>(m, "BytePairEncoder", "Byte-pair encoding over an immutable vocabulary")
@@ -348,7 +353,8 @@ PYBIND11_MODULE(_C, m) {
   fastgpt::bind_gemm(m);
   fastgpt::bind_training(m);
 
-  // Arrays are taken as they are or not at all: a silent copy would leave the output unwritten.
+  // noconvert: otherwise pybind11 could pass a converted copy, and the output array would not be
+  // written.
   m.def("gelu_forward", &fastgpt::gelu, py::arg("x").noconvert(), py::arg("y").noconvert(),
         py::arg("threads"));
   m.def("gelu_backward", &fastgpt::gelu_gradient, py::arg("grad").noconvert(),

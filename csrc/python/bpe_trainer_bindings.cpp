@@ -1,4 +1,4 @@
-// What Python sees of bpe_trainer.hpp.
+// Python bindings of tokenizer/bpe_trainer.hpp.
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -25,7 +25,8 @@ void end_text(BpeTrainer& trainer) {
   trainer.end_text();
 }
 
-// Makes up to `n_merges` merges, and returns how many. Ctrl-C ends it at once.
+// Makes up to `n_merges` merges and returns their number. Runs without the GIL, but checks for
+// signals regularly, so that Ctrl-C interrupts it.
 std::size_t train(BpeTrainer& trainer, std::size_t n_merges, std::uint64_t min_count) {
   using Clock = std::chrono::steady_clock;
   const py::gil_scoped_release unlocked;

@@ -1,12 +1,13 @@
-// What DLPack 1.3 (https://dmlc.github.io/dlpack) lays down for looking at a tensor from C, as far
-// as it is needed here. PyTorch offers it since 2.11; asking a tensor the same things in Python's
-// ways takes ten times as long, more than a small matrix product.
+// The part of the C ABI of DLPack 1.3 (https://dmlc.github.io/dlpack) that is needed to access a
+// tensor's memory. PyTorch supports it since 2.11. Reading the same properties through Python
+// attributes takes ten times as long, longer than a small matrix product.
 #pragma once
 
 #include <cstdint>
 
 namespace fastgpt {
 
+// DLTensor of the specification.
 struct DlTensor {
   void* data;
   std::int32_t device_type, device_id;
@@ -21,12 +22,14 @@ struct DlTensor {
 constexpr std::int32_t kDlCpu = 1;
 constexpr std::uint8_t kDlInt = 0, kDlUnsigned = 1, kDlFloat = 2, kDlBfloat = 4;
 
-// In the capsule called "dlpack_exchange_api", an attribute of the tensors' type.
+// DLPackExchangeAPI of the specification: the contents of the capsule "dlpack_exchange_api", which
+// is an attribute of the tensor type.
 struct DlExchange {
   std::uint32_t major, minor;
   const DlExchange* older;
   void* unused[3];
-  // Returns 0, or else -1 with Python's exception set. What it tells is the tensor's own.
+  // Fills *tensor with a view of the object's memory, without ownership: data, shape and strides
+  // belong to the object. Returns 0, or -1 with a Python exception set.
   int (*look_at)(void* object, DlTensor* tensor);
 };
 

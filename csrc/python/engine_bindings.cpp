@@ -1,4 +1,4 @@
-// What Python sees of engine/.
+// Python bindings of engine/.
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -45,24 +45,28 @@ std::size_t checked_group(std::size_t group) {
   return group;
 }
 
+// Throws std::invalid_argument with a message about the weight.
 [[noreturn]] void refuse_weight(const std::string& name, const std::string& what) {
   throw std::invalid_argument(name + " " + what);
 }
 
+// Throws std::invalid_argument if an element is NaN or infinite. x - x is 0 for finite numbers and
+// NaN otherwise, and NaN persists in the sums; independent lanes allow vectorization.
 void check_finite(const std::string& name, const float* x, std::size_t size) {
   constexpr std::size_t kLanes = 16;
-  float poison[kLanes] = {};  // what is not finite, less itself, is NaN
+  float poison[kLanes] = {};
   std::size_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
     for (std::size_t lane = 0; lane < kLanes; ++lane) poison[lane] += x[i + lane] - x[i + lane];
   }
   for (; i < size; ++i) poison[0] += x[i] - x[i];
   for (const float lane : poison) {
-    if (!(lane == 0.0F)) refuse_weight(name, "holds NaN or infinity");
+    if (!(lane == 0.0F)) refuse_weight(name, "contains NaN or infinity");
   }
 }
 
-// Bytes that lie side by side on the CPU, with or without a sign.
+// Returns the data of a contiguous CPU tensor of `size` elements of dtype int8 (`with_sign`) or
+// uint8.
 const std::uint8_t* bytes(py::handle tensor, const std::string& name, std::size_t size,
                           bool with_sign) {
   const DlTensor seen = look_at(tensor, name.c_str(), with_sign ? kDlInt : kDlUnsigned, 8,
@@ -71,9 +75,9 @@ const std::uint8_t* bytes(py::handle tensor, const std::string& name, std::size_
   return static_cast<const std::uint8_t*>(memory_of(seen));
 }
 
-// --- weights in ----------------------------------------------------------------------------------
+// --- loading weights -----------------------------------------------------------------------------
 
-// Calls take(panels) for parts of a matrix's panels, on all threads.
+// Splits a matrix's panels evenly among the threads of the pool, and calls take(panels) on each.
 template <typename Take>
 void in_parts(engine::ThreadPool& pool, const engine::Matrix& matrix, const Take& take) {
   const std::size_t panels = matrix.panels(), size = pool.size();
@@ -83,6 +87,8 @@ void in_parts(engine::ThreadPool& pool, const engine::Matrix& matrix, const Take
   });
 }
 
+// Loads a weight matrix into the engine: a float32 tensor, or for int8 and int4 a tuple of integers
+// and scales.
 void take_matrix(Engine& to, const std::string& name, py::handle value) {
   engine::Matrix& matrix = to.network.linear(name)->weight;
   const std::size_t outputs = matrix.outputs(), inputs = matrix.inputs();
@@ -104,15 +110,17 @@ void take_matrix(Engine& to, const std::string& name, py::handle value) {
   const float* scales = floats(pair[1], scales_name.c_str(), scale_count);
   check_finite(scales_name, scales, scale_count);
   for (std::size_t i = 0; eight && i < outputs * columns; ++i) {
-    if (integers[i] == 0x80) refuse_weight(name, "holds -128: weights are -127 to 127");
+    if (integers[i] == 0x80) refuse_weight(name, "contains -128; weights must be in [-127, 127]");
   }
   in_parts(to.pool, matrix,
            [&](engine::Panels part) { matrix.take_integers(integers, scales, part); });
 }
 
+// Loads a bias or a LayerNorm parameter into the engine.
 void take_vector(Engine& to, const std::string& name, py::handle value) {
   std::vector<float>& vector = *to.network.vector(name);
-  // Biases have room for whole panels.
+  // The biases of linear layers are padded to whole panels; their size is that of the layer's
+  // output.
   const bool bias = name.find(".c_") != std::string::npos;
   const engine::Linear* linear =
       bias ? to.network.linear(name.substr(0, name.size() - 4) + "weight") : nullptr;
@@ -152,7 +160,7 @@ std::shared_ptr<Engine> make_engine(const py::dict& config, const std::string& d
   for (const std::string& name : made->network.vector_names()) {
     if (!weights.contains(name)) {
       if (!ends_with(name, ".bias")) refuse_weight(name, "is missing");
-      continue;  // a model without biases: zeros
+      continue;  // a model without biases, which remain zero
     }
     take_vector(*made, name, py::object(weights[name.c_str()]));
     ++taken;
@@ -161,13 +169,13 @@ std::shared_ptr<Engine> make_engine(const py::dict& config, const std::string& d
   for (const py::handle name : weights) {
     const auto text = name.cast<std::string>();
     if (made->network.linear(text) == nullptr && made->network.vector(text) == nullptr) {
-      refuse_weight(text, "is no weight of such a model");
+      refuse_weight(text, "is not a weight of this model");
     }
   }
   return made;
 }
 
-// --- weights out ---------------------------------------------------------------------------------
+// --- reading weights -----------------------------------------------------------------------------
 
 py::tuple integer_arrays(const engine::Integers& from, std::size_t outputs) {
   const auto rows = static_cast<py::ssize_t>(outputs);
@@ -196,7 +204,7 @@ FloatArray vector_of(Engine& self, const std::string& name) {
   return FloatArray(static_cast<py::ssize_t>(vector->size()), vector->data());
 }
 
-// Rounds rows of weights on some threads.
+// Quantizes the rows of a weight matrix on several threads, and returns (integers, scales).
 py::tuple quantize_weights(py::handle weights, std::size_t outputs, const std::string& dtype,
                            std::size_t group, std::size_t threads, const std::string& name) {
   const Format format = format_named(dtype);
@@ -212,7 +220,8 @@ py::tuple quantize_weights(py::handle weights, std::size_t outputs, const std::s
   engine::Integers all(format, outputs, inputs, group);
   {
     const py::gil_scoped_release unlocked;
-    std::vector<std::future<void>> team;  // what cannot have a thread waits to be asked for
+    // With the default launch policy, a part for which no thread is started runs in get().
+    std::vector<std::future<void>> team;
     for (std::size_t i = 0; i < parts; ++i) {
       team.push_back(std::async([&, i] {
         engine::quantize(numbers.data, outputs * i / parts, outputs * (i + 1) / parts, inputs,
@@ -297,8 +306,8 @@ std::vector<double> logprobs(const Generation& self) {
   return all;
 }
 
-// All steps, with Python's lock held between them only as long as it takes to look for Ctrl-C and
-// to call `on_tokens`, which stops it all by returning true.
+// Runs all steps and returns their tokens. Between steps, holds the GIL to check for signals and to
+// call `on_tokens`, which stops the generation by returning true.
 std::vector<std::vector<std::int64_t>> run(Generation& self, const py::object& on_tokens) {
   std::vector<std::vector<std::int64_t>> all;
   for (;;) {
@@ -325,9 +334,10 @@ FloatArray logits_of(Engine& self, const std::vector<std::int64_t>& ids) {
   return all;
 }
 
-// --- for tests -----------------------------------------------------------------------------------
+// --- tests only ----------------------------------------------------------------------------------
 
-// x [rows, inputs] times a matrix of some engine's, as `code` computes it.
+// Returns the product of x [rows, inputs] and a weight matrix of an engine, plus its bias, computed
+// by the engine's kernels.
 FloatArray multiply_with(Engine& self, const std::string& name, py::handle x, std::size_t rows) {
   const engine::Linear* linear = self.network.linear(name);
   if (linear == nullptr) throw py::key_error(name);
@@ -363,13 +373,13 @@ FloatArray multiply_with(Engine& self, const std::string& name, py::handle x, st
 }  // namespace
 
 void bind_engine(py::module_& m) {
-  py::class_<Generation>(m, "Generation", "Prompts and what an engine writes behind them")
+  py::class_<Generation>(m, "Generation", "Generation of continuations for a batch of prompts")
       .def("read", &read_logits, py::arg("vocab_size"))
       .def("step", &step)
       .def("run", &run, py::arg("on_tokens").none(true))
       .def("end", &Generation::end, py::arg("row"))
       .def("logprobs", &logprobs);
-  py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine", "GPT-2 on a CPU")
+  py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine", "GPT-2 inference on a CPU")
       .def(py::init(&make_engine), py::arg("config"), py::arg("dtype"), py::arg("group"),
            py::arg("threads"), py::arg("code"), py::arg("weights"))
       .def("generation", &make_generation, py::arg("prompts"), py::arg("copies"),

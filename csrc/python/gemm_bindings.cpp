@@ -1,4 +1,4 @@
-// What Python sees of gemm.hpp.
+// Python bindings of training/gemm.hpp.
 #include <pybind11/pybind11.h>
 
 #include <cstddef>
@@ -18,7 +18,8 @@ namespace {
   throw std::invalid_argument(std::string(name) + " " + what);
 }
 
-// A tensor of one or two dimensions as a matrix; of one, as its only row.
+// A view of a tensor with one or two dimensions as a matrix; a one-dimensional tensor is a single
+// row.
 struct Tensor {
   Tensor(py::handle tensor, const char* name, int dimensions, bool bf16_too) {
     const DlTensor seen = look_at_floats(tensor, name, bf16_too);
@@ -31,11 +32,11 @@ struct Tensor {
     stride = columns;
     if (seen.strides != nullptr && rows * columns > 0) {
       if (columns > 1 && seen.strides[dimensions - 1] != 1) {
-        refuse(name, "must have the elements of a row side by side (stride 1)");
+        refuse(name, "must have contiguous rows (stride 1 in the last dimension)");
       }
       if (rows > 1) stride = static_cast<std::size_t>(seen.strides[0]);
     }
-    if (stride < columns) refuse(name, "has rows that overlap");
+    if (stride < columns) refuse(name, "has overlapping rows");
     numbers = numbers_in(seen);
   }
 
@@ -82,17 +83,17 @@ GemmCode code_named(const std::string& name) {
 
 void check_combination(const Gemm& g) {
   if (g.pre.numbers.data != nullptr && !g.gelu) {
-    throw std::invalid_argument("pre is what goes into gelu: needs gelu");
+    throw std::invalid_argument("pre receives the input of GELU and requires gelu");
   }
   const bool of_gelu = g.gelu_grad.numbers.data != nullptr;
   if (g.gelu && of_gelu) {
-    throw std::invalid_argument("gelu and gelu_grad exclude each other");
+    throw std::invalid_argument("gelu and gelu_grad cannot be combined");
   }
   if (g.accumulate && (g.gelu || of_gelu)) {
-    throw std::invalid_argument("accumulate adds to a product, not to what GELU makes of it");
+    throw std::invalid_argument("accumulate cannot be combined with gelu or gelu_grad");
   }
   if (g.accumulate && g.c.numbers.bf16) {
-    throw std::invalid_argument("accumulate needs c in float32");
+    throw std::invalid_argument("accumulate requires c in float32");
   }
 }
 
@@ -102,7 +103,7 @@ void multiply(py::handle a, py::handle b, py::handle c, bool transpose_a, bool t
   const GemmCode chosen =
       code.is_none() ? best_gemm_code(bf16) : code_named(py::cast<std::string>(code));
   const bool any = is_bf16(chosen);
-  if (bf16 && !any) throw std::invalid_argument("bf16 needs a code for it, bf16-portable say");
+  if (bf16 && !any) throw std::invalid_argument("bf16 requires a bf16 code, e.g. bf16-portable");
   const Tensor left(a, "a", 2, any), result(c, "c", 2, any);
   Gemm g;
   g.m = transpose_a ? left.columns : left.rows;
@@ -110,8 +111,8 @@ void multiply(py::handle a, py::handle b, py::handle c, bool transpose_a, bool t
   g.a = {{left.numbers.data, left.numbers.bf16}, left.stride};
   g.n = result.columns;
   if (result.rows != g.m) {
-    refuse("c",
-           "has " + std::to_string(result.rows) + " rows, but the product " + std::to_string(g.m));
+    refuse("c", "has " + std::to_string(result.rows) + " rows, but the product has " +
+                    std::to_string(g.m));
   }
   g.c = {result.numbers, result.stride};
   set_matrix(g.b, b, "b", transpose_b ? g.n : g.k, transpose_b ? g.k : g.n, any);

@@ -1,4 +1,4 @@
-// PyTorch's tensors as arguments of this module's functions, without a header of PyTorch's.
+// Access to PyTorch tensors passed as arguments, without PyTorch's headers (see dlpack.hpp).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,7 +13,8 @@
 
 namespace fastgpt {
 
-// How to look at PyTorch's tensors. What it holds lives as long as the process.
+// PyTorch's tensor type and its DLPack exchange function, looked up once. The reference to the type
+// is never released.
 struct TensorType {
   TensorType() {
     namespace py = pybind11;
@@ -26,7 +27,7 @@ struct TensorType {
     const auto* exchange = static_cast<const DlExchange*>(found);
     while (exchange != nullptr && exchange->major != 1) exchange = exchange->older;
     if (exchange == nullptr || exchange->look_at == nullptr) {
-      throw std::runtime_error("PyTorch 2.11 or newer is needed");
+      throw std::runtime_error("PyTorch 2.11 or newer is required");
     }
     look_at = exchange->look_at;
     type = reinterpret_cast<PyTypeObject*>(py::object(tensor).release().ptr());
@@ -41,7 +42,8 @@ struct TensorType {
   PyTypeObject* type;
 };
 
-// Looks at a tensor of that type on the CPU; refuses all others.
+// Returns a view of a CPU tensor of the given dtype (with `bf16_too`, or of bfloat16). Throws
+// std::invalid_argument for any other object. `name` and `type` are for the error message.
 inline DlTensor look_at(pybind11::handle tensor, const char* name, std::uint8_t type_code,
                         std::uint8_t bits, const char* type, bool bf16_too = false) {
   const auto refuse = [=](const std::string& what) {
@@ -51,11 +53,11 @@ inline DlTensor look_at(pybind11::handle tensor, const char* name, std::uint8_t 
   if (PyObject_TypeCheck(tensor.ptr(), known.type) == 0) refuse("a torch.Tensor");
   DlTensor seen{};
   const bool visible = known.look_at(tensor.ptr(), &seen) == 0;
-  if (!visible) PyErr_Clear();  // one without memory
+  if (!visible) PyErr_Clear();  // a tensor without memory, e.g. on the meta device
   const bool fits = (seen.type_code == type_code && seen.type_bits == bits) ||
                     (bf16_too && seen.type_code == kDlBfloat && seen.type_bits == 16);
   if (!visible || !fits || seen.type_lanes != 1 || seen.device_type != kDlCpu) {
-    refuse(std::string("of ") + type + (bf16_too ? " or bfloat16" : "") + " and on the CPU");
+    refuse(std::string("of dtype ") + type + (bf16_too ? " or bfloat16" : "") + " and on the CPU");
   }
   return seen;
 }
@@ -72,7 +74,8 @@ inline Floats numbers_in(const DlTensor& seen) {
   return {memory_of(seen), seen.type_code == kDlBfloat};
 }
 
-// How many numbers a tensor has; refuses one that has gaps between them.
+// Returns the number of elements of a contiguous tensor. Throws std::invalid_argument for one that
+// is not contiguous; the strides of dimensions of size 1 are ignored.
 inline std::size_t size_without_gaps(const DlTensor& seen, const char* name) {
   std::size_t size = 1;
   for (std::int32_t i = seen.dimensions - 1; i >= 0; --i) {
@@ -84,7 +87,7 @@ inline std::size_t size_without_gaps(const DlTensor& seen, const char* name) {
   return size;
 }
 
-// Numbers that lie side by side on the CPU.
+// The data of a contiguous CPU tensor.
 template <typename Number>
 struct Numbers {
   Number* data = nullptr;
@@ -107,7 +110,7 @@ inline void check_size(std::size_t size, std::size_t wanted, const char* name) {
   }
 }
 
-// The numbers of a contiguous fp32 tensor of that size; null for None.
+// Returns the data of a contiguous float32 tensor with `size` elements, or null for None.
 inline float* floats(pybind11::handle tensor, const char* name, std::size_t size) {
   if (tensor.is_none()) return nullptr;
   const Numbers<float> numbers = numbers_of<float>(tensor, name);
@@ -115,7 +118,7 @@ inline float* floats(pybind11::handle tensor, const char* name, std::size_t size
   return numbers.data;
 }
 
-// Those of one in fp32 or in bfloat16.
+// Returns the data of a contiguous float32 or bfloat16 tensor with `size` elements.
 inline Floats any_floats(pybind11::handle tensor, const char* name, std::size_t size) {
   const DlTensor seen = look_at_floats(tensor, name, true);
   check_size(size_without_gaps(seen, name), size, name);

@@ -1,4 +1,5 @@
-// What Python sees of norm.hpp, cross_entropy.hpp, adamw.hpp and host_pool.hpp.
+// Python bindings of training/norm.hpp, attention.hpp, cross_entropy.hpp, embedding.hpp and
+// adamw.hpp, and of common/host_pool.hpp.
 #include <pybind11/stl.h>
 
 #include <array>
@@ -40,7 +41,7 @@ void forward_of_norm(py::handle x, py::handle residual, py::handle weight, py::h
   const float* added = floats(residual, "residual", size);
   float* sum = floats(total, "total", size);
   if ((added == nullptr) != (sum == nullptr)) {
-    throw std::invalid_argument("residual and total go together");
+    throw std::invalid_argument("residual and total must be given together");
   }
   const Floats to = any_floats(y, "y", size);
   float* means = floats(mean, "mean", norm.rows);
@@ -78,11 +79,13 @@ void backward_of_norm(py::handle grad_y, py::handle grad_total, py::handle total
   norm_backward(norm, grad, passed, from, means, rstds, to, of_weight, of_bias, threads);
 }
 
-// The shape that the tensors have: qkv [batch, time, 3C], log_sums [batch, heads, time].
+// Returns the dimensions and the input of an attention with qkv [batch, time, 3C] and log_sums
+// [batch, heads, time], where C = heads * size. Throws std::invalid_argument if the sizes of the
+// tensors do not match.
 Attention attention_of(py::handle qkv, py::handle log_sums, std::size_t heads, std::size_t time) {
   const DlTensor seen = look_at_floats(qkv, "qkv", true);
   const std::size_t size = size_without_gaps(seen, "qkv");
-  const std::size_t rows = numbers_of<float>(log_sums, "log_sums").size;  // batch · heads · time
+  const std::size_t rows = numbers_of<float>(log_sums, "log_sums").size;  // batch * heads * time
   Attention attention;
   attention.heads = heads;
   attention.time = time;
@@ -92,16 +95,16 @@ Attention attention_of(py::handle qkv, py::handle log_sums, std::size_t heads, s
   attention.batch = rows / (heads * time);
   attention.size = size / (3 * rows);
   if (attention.batch * heads * time != rows || attention.size * 3 * rows != size) {
-    throw std::invalid_argument("qkv, log_sums, heads and time do not fit together");
+    throw std::invalid_argument("the sizes of qkv and log_sums do not match heads and time");
   }
   return attention;
 }
 
-// A tensor of so many numbers of the type of qkv.
+// Returns the data of a tensor with `size` elements and the dtype of qkv.
 Floats like_qkv(const Attention& attention, py::handle tensor, const char* name, std::size_t size) {
   const Floats numbers = any_floats(tensor, name, size);
   if (numbers.bf16 != attention.qkv.bf16) {
-    throw std::invalid_argument(std::string(name) + " must be of the type of qkv");
+    throw std::invalid_argument(std::string(name) + " must have the dtype of qkv");
   }
   return numbers;
 }
@@ -167,7 +170,7 @@ void add_to_rows(py::handle ids, py::handle values, py::handle table, unsigned t
   if (names.size == 0) return;
   const std::size_t columns = rows.size / names.size;
   if (columns == 0 || columns * names.size != rows.size || all.size % columns != 0) {
-    throw std::invalid_argument("values must have a row for each id, as wide as the table's");
+    throw std::invalid_argument("values must have a row for each id, with the table's row size");
   }
   const py::gil_scoped_release unlocked;
   const auto n_rows = static_cast<std::int64_t>(all.size / columns);
@@ -179,7 +182,8 @@ void add_to_rows(py::handle ids, py::handle values, py::handle table, unsigned t
   add_rows(names.data, names.size, columns, rows.data, all.data, threads);
 }
 
-// Returns an array from the pool, or None if there is no room: of floats, or of the bits of bf16.
+// Returns an uninitialized array in the pool's memory, of float32 or of bfloat16 (as uint16), or
+// None if the pool has no room. The memory is released with the array.
 py::object pool_array(const std::vector<py::ssize_t>& shape, bool bf16) {
   std::size_t size = 1;
   for (const py::ssize_t length : shape) size *= static_cast<std::size_t>(length);
@@ -190,14 +194,15 @@ py::object pool_array(const std::vector<py::ssize_t>& shape, bool bf16) {
   return py::array_t<float>(shape, static_cast<float*>(block), owner);
 }
 
-// One row a parameter: its size, then the addresses of parameter, gradient, mean, mean square and
-// step, of contiguous fp32 arrays; then lr, beta1, beta2, eps, weight decay.
+// One row of each per parameter. Addresses: the number of elements, then the addresses of
+// parameter, gradient, mean (exp_avg), mean square (exp_avg_sq) and step, all contiguous float32
+// arrays. Hyper: lr, beta1, beta2, eps, weight decay.
 using Addresses = std::array<std::size_t, 6>;
 using Hyper = std::array<double, 5>;
 
 double step_of_adamw(const std::vector<Addresses>& rows, const std::vector<Hyper>& rates,
                      double max_norm, unsigned threads) {
-  if (rows.size() != rates.size()) throw std::invalid_argument("as many rates as rows are needed");
+  if (rows.size() != rates.size()) throw std::invalid_argument("rows and rates differ in length");
   std::vector<AdamWTensor> tensors;
   tensors.reserve(rows.size());
   for (std::size_t i = 0; i < rows.size(); ++i) {

@@ -1,4 +1,5 @@
-// For the matrix product's files that are compiled for AVX-512: all but how words are multiplied.
+// The AVX-512 vector type of the GEMM kernels, without `multiply_add`: the files that include this
+// add it, for words of one float or of two bfloat16 numbers.
 #pragma once
 
 #include <immintrin.h>
@@ -8,7 +9,8 @@
 namespace fastgpt {
 namespace {
 
-// Of the 32 registers, 24 hold the tile and 2 a row of B; an element of A is part of the operation.
+// Register budget, of 32 registers: 24 accumulators for the 12 × 2 tile of C and 2 for a row of B.
+// An element of A takes no register: it is a broadcast memory operand of the multiplication.
 struct Avx512Registers {
   using Register = __m512;
   static constexpr std::size_t kWidth = 16;

@@ -1,5 +1,6 @@
-// For the engine's files that are compiled for AVX-512: all but products of words of several
-// numbers.
+// The base vector type of the engine's AVX-512 kernels. kernels_avx512_bf16.cpp replaces
+// `multiply_pairs` with the bfloat16 instruction; kernels_avx512_vnni.cpp adds the operations on
+// integers.
 #pragma once
 
 #include <immintrin.h>
@@ -9,7 +10,8 @@
 namespace fastgpt::engine {
 namespace {
 
-// Of the 32 registers, 24 hold a tile's sums and 2 hold weights.
+// Register budget, of 32 registers: 24 accumulators (12 rows by a panel of two registers) and 2 for
+// weights.
 struct Avx512 {
   using Register = __m512;
   using Integers = __m512i;
@@ -29,6 +31,7 @@ struct Avx512 {
   static Register multiply_pairs(Register x, Register y, Register sum) {
     return _mm512_fmadd_ps(second(x), second(y), _mm512_fmadd_ps(first(x), first(y), sum));
   }
+  // Widens 16 bfloat16 numbers: a bfloat16 is the upper half of a float.
   static Register load_narrow(const void* from) {
     const __m256i narrow = _mm256_loadu_si256(static_cast<const __m256i*>(from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
@@ -36,6 +39,8 @@ struct Avx512 {
   static float square_root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
 
  private:
+  // The two bfloat16 numbers of each 32-bit lane as floats: the low half is shifted up, the high
+  // half only needs the low bits cleared.
   static Register first(Register pair) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pair), 16));
   }

@@ -1,4 +1,4 @@
-// For the engine's files that are compiled for 64-bit ARM: all but products of words of four.
+// The base vector type of the engine's kernels for 64-bit ARM, without `dot8` and `dot4`.
 #pragma once
 
 #include <arm_neon.h>
@@ -8,8 +8,8 @@
 namespace fastgpt::engine {
 namespace {
 
-// Of the 32 registers, 20 hold the sums of a tile that takes half of a panel, 4 or 8 hold weights;
-// 16 and 8 those of one that takes all of it.
+// Register budget, of 32 registers: a tile of 5 rows by half a panel has 20 accumulators and 4 or 8
+// registers of weights; a tile of 2 rows by a whole panel has 16 accumulators and 8 of weights.
 struct NeonBase {
   using Register = float32x4_t;
   using Integers = int32x4_t;
@@ -29,6 +29,7 @@ struct NeonBase {
   static Register multiply_pairs(Register x, Register y, Register sum) {
     return vfmaq_f32(vfmaq_f32(sum, first(x), first(y)), second(x), second(y));
   }
+  // Widens four bfloat16 numbers: a bfloat16 is the upper half of a float.
   static Register load_narrow(const void* from) {
     const uint16x4_t narrow = vld1_u16(static_cast<const std::uint16_t*>(from));
     return vreinterpretq_f32_u32(vshll_n_u16(narrow, 16));
@@ -48,12 +49,14 @@ struct NeonBase {
   }
 
  protected:
-  // Stored weights with what was added to them taken off.
+  // Converts stored weights to signed bytes: flipping the top bit subtracts kInt8Zero.
   static int8x16_t signed_bytes(Integers weights) {
     return vreinterpretq_s8_u8(veorq_u8(vreinterpretq_u8_s32(weights), vdupq_n_u8(128)));
   }
 
  private:
+  // The two bfloat16 numbers of each 32-bit lane as floats: the low half is shifted up, the high
+  // half only needs the low bits cleared.
   static Register first(Register pair) {
     return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(pair), 16));
   }

@@ -1,4 +1,5 @@
-// What the other files' intrinsics do, in loops over a few lanes, for any processor.
+// A vector type for any processor: what the other files implement with intrinsics, as loops over
+// four lanes.
 #pragma once
 
 #include <cmath>
@@ -18,7 +19,7 @@ struct Plain {
     float lane[kWidth];
   };
   struct Integers {
-    std::uint32_t lane[kWidth];  // without a sign, so that sums may wrap as registers' do
+    std::uint32_t lane[kWidth];  // unsigned, so that sums may wrap around as in registers
   };
 
   static Register zero() { return {}; }
@@ -71,6 +72,7 @@ struct Plain {
     }
     return value;
   }
+  // Each lane holds four bytes: weights are unsigned, inputs signed.
   static Integers dot8(const Integers& weights, const Integers& inputs, Integers sum) {
     for (std::size_t i = 0; i < kWidth; ++i) {
       for (std::uint32_t shift = 0; shift < 32; shift += 8) {

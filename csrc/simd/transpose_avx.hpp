@@ -1,4 +1,4 @@
-// For files that are compiled for AVX or more.
+// An 8 × 4 transpose for files that are compiled for AVX or a later instruction set.
 #pragma once
 
 #include <immintrin.h>
@@ -8,7 +8,12 @@
 namespace fastgpt {
 namespace {
 
-// to[j * stride + i] = row(i)[j] for i < 8, j < 4; row: returns four floats in a register.
+// Sets to[j * stride + i] = row(i)[j] for i < 8 and j < 4. `row(i)` returns four floats in a
+// register.
+//
+// A 256-bit register joins rows i and i + 4, and both of its halves go through the same 4 × 4
+// transpose: unpacking interleaves two rows, shuffling then joins the pairs of four. The stores are
+// in the order of j, which callers rely on where `stride` < 8 and a store overlaps the next.
 template <typename Row>
 inline void transpose_8x4_avx(const Row& row, float* to, std::size_t stride) {
   const auto two = [&row](int i) {

@@ -1,4 +1,4 @@
-// Loops over float arrays that a compiler turns into vector instructions, and threads for them.
+// Loops over float arrays that compilers vectorize, and helpers that run them on several threads.
 #pragma once
 
 #include <algorithm>
@@ -9,12 +9,12 @@
 
 namespace fastgpt {
 
-// Partial results that a sum or a maximum over an array keeps side by side: four registers of
-// AVX2, enough to hide how long an addition takes. Their number, not the processor, fixes the
-// order in which numbers are added.
+// The number of independent accumulators of a reduction: four AVX2 registers, enough to hide the
+// latency of an addition. It is the same on all processors, and so is the order of summation.
 constexpr std::size_t kLanes = 32;
 
-// The sum of value(i) for i in [0, n).
+// Returns the sum of value(i) for i in [0, n). Term i goes to accumulator i % kLanes; the
+// accumulators are then added pairwise.
 template <typename T, typename Value>
 inline T lane_sum(std::size_t n, const Value& value) {
   T lanes[kLanes] = {};
@@ -29,7 +29,7 @@ inline T lane_sum(std::size_t n, const Value& value) {
   return lanes[0];
 }
 
-// The largest of x[0, n), n > 0; a NaN may be left out.
+// Returns the maximum of x[0, n), n > 0. NaNs may be ignored.
 inline float lane_max(const float* x, std::size_t n) {
   float lanes[kLanes];
   for (float& lane : lanes) lane = x[0];
@@ -46,13 +46,14 @@ inline float lane_max(const float* x, std::size_t n) {
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
+// `flatten` inlines kLoop and all that it calls, so that it is compiled for AVX2 as well.
 template <auto kLoop, typename... Arguments>
 __attribute__((target("avx2,fma"), flatten)) void run_on_avx2(const Arguments&... arguments) {
   kLoop(arguments...);
 }
 #endif
 
-// Calls kLoop, compiled for AVX2 where the machine that runs it has it.
+// Calls kLoop, in a version compiled for AVX2 and FMA where the processor has both.
 template <auto kLoop, typename... Arguments>
 inline void run_vectorized(const Arguments&... arguments) {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -65,8 +66,9 @@ inline void run_vectorized(const Arguments&... arguments) {
   kLoop(arguments...);
 }
 
-// Calls body(i) for each i in [0, n), on up to `threads` threads: each takes the next when it is
-// done with one, so that no thread waits long for one that was interrupted.
+// Calls body(i) for each i in [0, n) on up to `threads` threads. Scheduling is dynamic: each thread
+// takes the next index when it has finished one, so that a preempted thread delays the others
+// little.
 template <typename Body>
 void for_each_tile(std::size_t n, unsigned threads, const Body& body) {
   std::atomic<std::size_t> next{0};

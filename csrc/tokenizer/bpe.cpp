@@ -15,9 +15,13 @@
 namespace fastgpt {
 namespace {
 
-// A part of a text that is worth starting a thread for: some hundred microseconds of work.
+// The minimum bytes of text per thread: some hundred microseconds of work, which is worth the cost
+// of starting a thread.
 constexpr std::size_t kMinPart = std::size_t{1} << 18;
 
+// Splits the text into up to `parts` parts of about the same size. Each part starts where a piece
+// is guaranteed to start, so encoding the parts separately gives the same pieces as encoding the
+// whole.
 std::vector<std::string_view> split(std::string_view text, std::size_t parts) {
   std::vector<std::string_view> list;
   const std::size_t size = text.size() / parts + 1;
@@ -29,8 +33,9 @@ std::vector<std::string_view> split(std::string_view text, std::size_t parts) {
   return list;
 }
 
-// Runs work(i) for each i below `count`, each in a thread of its own but the last, which is done
-// here. Throws what a work throws, once all are done.
+// Runs work(i) for each i < count concurrently: the last one on the calling thread, each of the
+// others on a new thread. Waits for all of them, then rethrows the exception of the lowest i that
+// threw one.
 template <typename Work>
 void run_side_by_side(std::size_t count, const Work& work) {
   std::vector<std::exception_ptr> errors(count);
@@ -46,7 +51,7 @@ void run_side_by_side(std::size_t count, const Work& work) {
   std::size_t started = 0;
   try {
     for (; started + 1 < count; ++started) threads.emplace_back(guarded, started);
-  } catch (const std::system_error&) {  // no more threads to be had: the rest is done here
+  } catch (const std::system_error&) {  // cannot start another thread: run the rest on this one
   }
   for (; started < count; ++started) guarded(started);
   for (std::thread& thread : threads) thread.join();
@@ -119,7 +124,8 @@ std::size_t BytePairEncoder::decoded_size(const Id* ids, std::size_t count) cons
   const TokenBytes& tokens = vocabulary_.tokens();
   std::size_t size = 0;
   for (std::size_t i = 0; i < count; ++i) {
-    const auto id = static_cast<std::make_unsigned_t<Id>>(ids[i]);  // -1 becomes the largest
+    // As unsigned, negative ids become large ones, so a single comparison rejects both.
+    const auto id = static_cast<std::make_unsigned_t<Id>>(ids[i]);
     if (id >= tokens.size()) return kInvalid;
     size += tokens.size_of(static_cast<TokenId>(id));
   }
@@ -134,7 +140,9 @@ void BytePairEncoder::decode(const Id* ids, std::size_t count, char* to, std::si
     const auto id = static_cast<TokenId>(ids[i]);
     const std::size_t length = tokens.size_of(id);
     if (length <= TokenBytes::kPadding && end - to >= std::ptrdiff_t{TokenBytes::kPadding}) {
-      std::memcpy(to, tokens.data(id), TokenBytes::kPadding);  // of fixed size: two instructions
+      // A copy of fixed size takes two instructions. The bytes after the token are overwritten by
+      // the next one, or lie before `end`.
+      std::memcpy(to, tokens.data(id), TokenBytes::kPadding);
     } else {
       std::memcpy(to, tokens.data(id), length);
     }

@@ -1,4 +1,4 @@
-// Turns text into token ids and back.
+// Byte-pair encoding: converts text to token ids and back.
 #pragma once
 
 #include <array>
@@ -16,9 +16,14 @@ namespace fastgpt {
 template <typename Id>
 class PieceEncoder;
 
-// Lends what a thread needs while it encodes, and keeps it for the next one: a PieceEncoder, whose
-// memory of pieces makes the second text quick. Without locks, so that a child that was forked
-// while another thread encoded can go on.
+// A pool of idle PieceEncoders, one of which each call of BytePairEncoder::encode_part uses.
+// Reusing an encoder keeps its caches of pieces, which makes later texts faster.
+//
+// The pool is lock-free: a process that is forked while another thread encodes must not inherit a
+// lock that nobody releases. Each slot holds null or a pointer to an idle encoder, which the slot
+// owns. take() exchanges the pointer for null, so only one thread can get it; give_back() stores it
+// into a slot that is null. The release store of give_back() synchronizes with the acquire load of
+// take(): everything that one thread wrote to the encoder is visible to the next one.
 template <typename Id>
 class PieceEncoderPool {
  public:
@@ -27,33 +32,36 @@ class PieceEncoderPool {
   PieceEncoderPool(const PieceEncoderPool&) = delete;
   PieceEncoderPool& operator=(const PieceEncoderPool&) = delete;
 
-  // Returns one that nobody uses; a new one if there is none.
+  // Returns an idle encoder, or a new one if there is none.
   std::unique_ptr<PieceEncoder<Id>> take(const Vocabulary& vocabulary);
+  // Returns an encoder to the pool; destroys it if the pool is full.
   void give_back(std::unique_ptr<PieceEncoder<Id>> encoder);
 
  private:
   std::array<std::atomic<PieceEncoder<Id>*>, 64> idle_{};
 };
 
-// Byte-pair encoding. Threads may share one freely: the vocabulary never changes, and each call has
-// a PieceEncoder of its own.
+// Byte-pair encoding. Thread-safe: the vocabulary is immutable, and each call uses a PieceEncoder
+// of its own.
 class BytePairEncoder {
  public:
   explicit BytePairEncoder(Vocabulary vocabulary);
   ~BytePairEncoder();
 
-  // Appends the ids of any bytes, UTF-8 or not: cut into pieces (pretokenizer.hpp), each merged
-  // (merger.hpp). Time: linear, but for pieces that are made to fool PieceEncoder::encode_long.
-  // Id is std::uint16_t, if the vocabulary has no more than 65,536 tokens, or std::uint32_t.
-  // `threads` is how many work at it, this one included, each at parts of the text that are worth
-  // a thread; the ids are the same.
+  // Appends the ids of a text, which can be any bytes, valid UTF-8 or not. The text is split into
+  // pieces (pretokenizer.hpp), and each piece is merged (merger.hpp). Runs in linear time, except
+  // for pieces constructed to defeat PieceEncoder::encode_long.
+  //
+  // Id is std::uint16_t, which requires a vocabulary of at most 65,536 tokens, or std::uint32_t.
+  // `threads` is the maximum number of threads, including the calling one; a text too short to be
+  // worth that many uses fewer. The ids do not depend on it.
   template <typename Id>
   void encode(std::string_view text, unsigned threads, IdBuffer<Id>& ids) const;
 
-  // Returns how many bytes the ids stand for, or kInvalid if one of them has no token.
+  // Returns the number of bytes that the ids decode to, or kInvalid if an id is out of range.
   template <typename Id>
   std::size_t decoded_size(const Id* ids, std::size_t count) const;
-  // Writes those bytes: `size` is what decoded_size returned.
+  // Writes the decoded bytes to `to`. `size` must be the result of decoded_size().
   template <typename Id>
   void decode(const Id* ids, std::size_t count, char* to, std::size_t size) const;
 

@@ -13,29 +13,31 @@
 namespace fastgpt {
 namespace {
 
-// A slot below it is a token's id; the slot before a word is this plus the word's number.
+// Slots with values below kBoundary hold token ids. The slot before each word holds kBoundary plus
+// the number of the word, and ends the word before it.
 constexpr std::uint32_t kBoundary = std::uint32_t{1} << 31;
 constexpr std::uint32_t kInsideToken = std::numeric_limits<std::uint32_t>::max();
 
 constexpr std::size_t kNowhere = std::numeric_limits<std::size_t>::max();
 
-// Pairs are collected down to this fraction of the most frequent one's count: with 8 the words are
-// gone through too often, with 8192 too many rare pairs are kept. Any makes the same merges.
+// Pairs are collected whose count is at least the highest bound divided by this. With 8, the words
+// are scanned too often; with 8192, too many rare pairs are kept. The merges do not depend on it.
 constexpr std::uint64_t kCollectedFraction = 512;
 
-// The logarithm of the number of bounds (see bound_counts): few enough to stay in the cache.
+// Binary logarithm of the number of bounds (see bound_counts): few enough to stay in the cache.
 constexpr int kBoundBits = 18;
 
-// So many bytes take a thread longer to count than it takes to start.
+// The minimum number of bytes per thread, for which counting takes longer than starting a thread.
 constexpr std::size_t kWorthAThread = std::size_t{1} << 18;
 
-// Memory is prefetched for this many steps ahead.
+// Prefetch distance, in steps.
 constexpr std::size_t kAhead = 16;
 
 std::uint64_t pair_of(TokenId left, TokenId right) {
   return static_cast<std::uint64_t>(left) << 32 | right;
 }
 
+// Returns the hash of a pair.
 std::uint64_t spread(std::uint64_t pair) {
   pair *= 0x9E3779B97F4A7C15;  // 2^64 divided by the golden ratio
   return (pair ^ pair >> 32) * 0xD6E8FEB86659FD93;
@@ -43,6 +45,7 @@ std::uint64_t spread(std::uint64_t pair) {
 
 std::size_t bound_of(std::uint64_t pair) { return spread(pair) >> (64 - kBoundBits); }
 
+// Returns the id of each byte in GPT-2's order.
 std::array<TokenId, 256> gpt2_byte_ids() {
   const TokenBytes bytes = parse_merges_file("").tokens;
   std::array<TokenId, 256> ids{};
@@ -52,7 +55,7 @@ std::array<TokenId, 256> gpt2_byte_ids() {
   return ids;
 }
 
-// Returns the last place where a piece starts whatever the rest of the text, or 0.
+// Returns the last offset at which starts_piece() holds, or 0 if there is none.
 std::size_t last_start(std::string_view text) {
   for (std::size_t at = text.size(); at-- > 1;) {
     if (starts_piece(text, at)) return at;
@@ -89,7 +92,8 @@ void PairTable::prefetch_slot(std::uint64_t pair) const {
   prefetch(&entries_[spread(pair) >> shift_]);
 }
 
-// Returns the slot that holds the pair, or the free one where it would go.
+// Returns the index of the slot that holds the pair, or of the free slot where it would be
+// inserted.
 std::size_t PairTable::slot_of(std::uint64_t pair) const {
   std::size_t at = spread(pair) >> shift_;
   while (entries_[at].pair != pair && entries_[at].pair != kFree) {
@@ -133,21 +137,27 @@ std::optional<Merge> PairMerger::merge_next() {
   return merge;
 }
 
+// Fills slots_ and word_counts_. Pieces of a single byte contain no pair and are left out.
 void PairMerger::lay_out(const PieceCounter& pieces) {
   const std::array<TokenId, 256> byte_ids = gpt2_byte_ids();
   pieces.for_each([&](std::string_view piece, Count count) {
     if (piece.size() < 2) return;
     if (slots_.size() + piece.size() >= std::numeric_limits<std::uint32_t>::max()) {
-      throw std::length_error("the text has 4 GiB of different words: train on less of it");
+      throw std::length_error("the distinct words of the text exceed 4 GiB; train on less text");
     }
     slots_.push_back(kBoundary + static_cast<std::uint32_t>(word_counts_.size()));
     word_counts_.push_back(count);
     for (const char byte : piece) slots_.push_back(byte_ids[static_cast<unsigned char>(byte)]);
   });
-  slots_.push_back(kBoundary);  // the end of the last word
+  slots_.push_back(kBoundary);  // ends the last word
 }
 
-// Brings to the heap's front the pair to merge next. Returns false if the table may not have it.
+// Moves the pair to merge next to the front of the heap. Returns false if no pair in the table has
+// a count of at least threshold_, so that others may be more frequent.
+//
+// A pair's count never increases after its insertion (see add_pair), so the counts in the heap are
+// upper bounds. They are updated only when they reach the front: if the front's count is current,
+// no other pair has a higher one.
 bool PairMerger::find_candidate() {
   while (!heap_.empty() && heap_.front().count >= threshold_) {
     const Candidate front = heap_.front();
@@ -160,6 +170,8 @@ bool PairMerger::find_candidate() {
   return false;
 }
 
+// Lowers the threshold until at least one pair reaches it or it is min_count_, and collects the
+// pairs.
 void PairMerger::collect_pairs() {
   const std::vector<Count> bounds = bound_counts();
   Count threshold = *std::max_element(bounds.begin(), bounds.end());
@@ -169,8 +181,9 @@ void PairMerger::collect_pairs() {
   } while (heap_.empty() && threshold > min_count_);
 }
 
-// Counts the pairs by their hash: none of a hash is more frequent than all of it together. Most
-// pairs are rare, and these numbers, far fewer than there are pairs, rule most of them out.
+// Returns upper bounds of the pairs' counts, indexed by bound_of(pair): the sum of the counts of
+// all pairs with the same hash. Most pairs are rare, and these sums, which are far fewer than the
+// pairs, exclude most of them before they are inserted into the table.
 std::vector<PairMerger::Count> PairMerger::bound_counts() const {
   std::vector<Count> bounds(std::size_t{1} << kBoundBits);
   for_each_pair(
@@ -178,6 +191,9 @@ std::vector<PairMerger::Count> PairMerger::bound_counts() const {
   return bounds;
 }
 
+// Rebuilds pairs_, heap_ and places_ with the pairs whose count is at least `threshold`, in two
+// scans of the words: the first one counts, the second one writes the places into ranges of that
+// size.
 void PairMerger::collect_pairs_from(Count threshold, const std::vector<Count>& bounds) {
   threshold_ = threshold;
   pairs_.clear();
@@ -195,7 +211,7 @@ void PairMerger::collect_pairs_from(Count threshold, const std::vector<Count>& b
     heap_.push_back({entry.count, entry.pair});
     entry.begin = n_places;
     n_places += entry.size;
-    entry.size = 0;  // until the places are written
+    entry.size = 0;  // counts up again while the places are written
   });
   std::make_heap(heap_.begin(), heap_.end());
 
@@ -207,7 +223,7 @@ void PairMerger::collect_pairs_from(Count threshold, const std::vector<Count>& b
   });
 }
 
-// Calls visit(pair, place) for each pair of all words, from left to right.
+// Calls visit(pair, place) for each pair in all words, from left to right.
 template <typename Visit>
 void PairMerger::for_each_pair(const Visit& visit) const {
   std::size_t at = 0;
@@ -224,6 +240,7 @@ void PairMerger::for_each_pair(const Visit& visit) const {
   }
 }
 
+// Applies the merge at all places of the pair, and collects the changes in left_ and right_.
 void PairMerger::replace(const PairTable::Entry& entry, Merge merge) {
   const Place* const begin = places_.data() + entry.begin;
   const Place* const end = begin + entry.size;
@@ -239,8 +256,8 @@ void PairMerger::replace(const PairTable::Entry& entry, Merge merge) {
 void PairMerger::replace_at(Place place, Merge merge) {
   const std::size_t left_at = place.at;
   const std::size_t right_at = left_at + lengths_[merge.left];
-  // A merge since may have taken either token. (If so, no token of the same id is in its place,
-  // for what has taken it is longer.)
+  // Skip the place if it is outdated because another merge has taken one of the tokens. Comparing
+  // ids is sufficient: the token that took it is longer, so no token with the same id can be there.
   if (slots_[left_at] != merge.left || slots_[right_at] != merge.right) return;
   const std::size_t end = right_at + lengths_[merge.right];
   slots_[right_at - 1] = slots_[right_at] = kInsideToken;
@@ -262,8 +279,8 @@ void PairMerger::Side::add(TokenId neighbour, Place place, Count count) {
   events.push_back({neighbour, place});
 }
 
-// What stands beside a merge forms a pair with the new token now, and no longer with the left or
-// the right one.
+// Updates the counts of the pairs around a merge: the neighbours now form pairs with the merged
+// token instead of its left or right part.
 void PairMerger::update_counts(Merge merge) {
   const auto& [left, right, merged] = merge;
   for (const TokenId before : left_.touched) pairs_.prefetch_slot(pair_of(before, left));
@@ -276,7 +293,9 @@ void PairMerger::update_counts(Merge merge) {
   for (const TokenId after : right_.touched) {
     Neighbour& neighbour = right_.by_token[after];
     take_away(pair_of(right, after), neighbour.count);
-    // In a row as "abab", the first "ab" has an "a" after it only until that is merged as well.
+    // In "abab", the first "ab" is followed by an "a" only until that is merged as well: these
+    // occurrences were added on the right side and are counted on the left side of the second
+    // merge.
     const Count merged_since = after == left ? left_.by_token[merged].count : 0;
     add_pair(pair_of(merged, after), neighbour, neighbour.count - merged_since);
   }
@@ -288,10 +307,12 @@ void PairMerger::take_away(std::uint64_t pair, Count count) {
   if (PairTable::Entry* entry = pairs_.find(pair)) entry->count -= count;
 }
 
-// A pair is new only once, in the merge that makes the later of its tokens: no two merges make the
-// same token. (Where its bytes are a token, no token ever spanned their ends, so what went on
-// inside was the same in every word.) So all places of the pair are known now, and their list never
-// grows.
+// Inserts a new pair with `neighbour.n_places` places, which write_places() fills in.
+//
+// A pair becomes possible only in the merge that creates the later of its two tokens, because no
+// two merges create the same token: wherever the bytes of a token form a token, no token ever
+// crossed their ends, so the merges inside were the same in every word. Therefore all places of the
+// pair are known here, and neither their list nor the pair's count ever grows.
 void PairMerger::add_pair(std::uint64_t pair, Neighbour& neighbour, Count count) {
   neighbour.next_place = kNowhere;
   if (count < threshold_) return;
@@ -303,6 +324,7 @@ void PairMerger::add_pair(std::uint64_t pair, Neighbour& neighbour, Count count)
   std::push_heap(heap_.begin(), heap_.end());
 }
 
+// Writes the places of the new pairs on one side, and resets the side for the next merge.
 void PairMerger::write_places(Side& side) {
   for (const Event& event : side.events) {
     std::size_t& next_place = side.by_token[event.neighbour].next_place;
@@ -314,7 +336,9 @@ void PairMerger::write_places(Side& side) {
 }
 
 void BpeTrainer::feed(std::string_view block) {
-  if (merger_) throw std::invalid_argument("no more text can be added once merging has begun");
+  if (merger_) throw std::invalid_argument("text cannot be added after merging has started");
+  // A block is counted up to the last offset where a piece is guaranteed to start. The rest is kept
+  // and continued by the next block, up to the first such offset.
   if (!unfinished_.empty()) {
     const std::size_t begin = find_start(block, 0);
     unfinished_ += block.substr(0, begin);
@@ -332,7 +356,8 @@ void BpeTrainer::end_text() {
   unfinished_.clear();
 }
 
-// Leaves parts of about the same size to other threads, from the end of the text on.
+// Splits parts of about the same size off the end of the text, counts each of them on another
+// thread, and counts the rest on this one.
 void BpeTrainer::count(std::string_view text) {
   std::vector<std::future<void>> others;
   for (std::size_t n = std::min(counters_.size(), text.size() / kWorthAThread); n > 1; --n) {
@@ -364,7 +389,7 @@ void BpeTrainer::start_merging(std::uint64_t min_count) {
   end_text();
   for (; counters_.size() > 1; counters_.pop_back()) counters_[0].count(counters_.back());
   merger_.emplace(counters_[0], min_count);
-  counters_[0] = PieceCounter();  // for its memory
+  counters_[0] = PieceCounter();  // releases memory
 }
 
 }  // namespace fastgpt

@@ -1,4 +1,4 @@
-// Learns the merges of a byte-pair encoding from text.
+// Training of a byte-pair encoding: learns the merges from text.
 #pragma once
 
 #include <cstddef>
@@ -14,21 +14,22 @@
 
 namespace fastgpt {
 
-// Hash table from a pair of tokens to how often it occurs, and where. Open addressing, linear
-// probing; pairs are never taken out one by one.
+// Hash table from a pair of tokens to its count and its places. Open addressing, linear probing.
+// Single pairs cannot be removed.
 class PairTable {
  public:
   struct Entry {
     std::uint64_t pair;
     std::uint64_t count;
-    std::size_t begin;  // of the pair's places, in a list that the table's user keeps
+    std::size_t begin;  // the pair's places are [begin : begin + size] of a list kept by the user
     std::size_t size;
   };
 
   PairTable() { clear(); }
 
   void clear();
-  // Returns the pair's entry, new and all zeros if there was none. Valid until the next insertion.
+  // Returns the pair's entry; inserts one with zero counts if there is none. Valid until the next
+  // insertion.
   Entry& insert(std::uint64_t pair);
   Entry* find(std::uint64_t pair);
   void prefetch_slot(std::uint64_t pair) const;
@@ -52,59 +53,65 @@ class PairTable {
   std::size_t size_;
 };
 
-// Merges the most frequent pair of neighbouring tokens of a set of words, again and again.
+// Repeatedly merges the most frequent pair of neighbouring tokens in a set of words with counts.
 //
-// All words stand in one array, a token at the place of its first byte, so that a merge changes
-// three or four numbers of one word and nothing moves:
+// All words are stored in one array of slots, with one slot per byte. A token is stored at the
+// slots of its bytes, so that a merge changes at most four slots of a word and moves nothing:
 //
-//   | n |  h  e  r  e |   a word's bytes, and before them its number
+//   | n |  h  e  r  e |   the number of a word, followed by its bytes
 //   | n | he he re re |   after two merges: a token's id is at its first and its last byte,
-//   | n | X  -  -  X  |   and what lies between belongs to no token
+//   | n | X  -  -  X  |   and the slots in between are kInsideToken
 //
-// so the token after the one at p starts at p + (its length), and the one before ends at p - 1.
+// Therefore the token after the one at p starts at p + (its length), and the one before ends at
+// p - 1.
 //
-// Of a pair that is too rare to be the most frequent for long, nothing is kept; when none is left
-// that is not, the words are gone through once more for the next that are frequent enough.
+// Counts and places are kept only for pairs with a count of at least `threshold_`. When no such
+// pair is left, the threshold is lowered, and the words are scanned again for the pairs that reach
+// it.
 class PairMerger {
  public:
   PairMerger(const PieceCounter& pieces, std::uint64_t min_count);
 
-  // Makes one merge: of the pair with the highest count, and of several such, that of the smallest
-  // ids. A count includes pairs that overlap ("aaa" holds two). Returns nothing when no pair
-  // occurs `min_count` times.
+  // Merges the pair with the highest count; of several such pairs, the one with the smallest ids.
+  // Counts include overlapping pairs ("aaa" contains two). Returns nullopt if no pair occurs at
+  // least `min_count` times.
   std::optional<Merge> merge_next();
 
  private:
   using Count = std::uint64_t;
 
-  // The slot where a pair's left token starts, and the number of its word.
+  // An occurrence of a pair: the slot where its left token starts, and the number of the word. May
+  // be outdated, if another merge has taken one of the tokens since (see replace_at).
   struct Place {
     std::uint32_t at;
     std::uint32_t word;
   };
+  // An entry of a max-heap. Its count may be outdated, see find_candidate().
   struct Candidate {
-    Count count;  // not less than the pair's count of now
+    Count count;  // upper bound of the pair's current count
     std::uint64_t pair;
 
-    // Whether the other is to be merged first.
+    // Returns whether the other candidate has priority.
     bool operator<(const Candidate& other) const {
       return count != other.count ? count < other.count : pair > other.pair;
     }
   };
-  // What a merge does to the pairs that a token makes with it on one of its sides.
+  // The changes that a merge makes to the pairs of the merged token with one particular neighbour
+  // on one of its sides.
   struct Neighbour {
     Count count = 0;
     std::size_t n_places = 0;
-    std::size_t next_place = 0;  // where the next place is written, or kNowhere
+    std::size_t next_place = 0;  // index in places_ to write the next place to, or kNowhere
   };
   struct Event {
     TokenId neighbour;
     Place place;
   };
+  // All changes on one side of a merge.
   struct Side {
     std::vector<Neighbour> by_token;
-    std::vector<TokenId> touched;
-    std::vector<Event> events;
+    std::vector<TokenId> touched;  // the neighbours with changes
+    std::vector<Event> events;     // the places of the new pairs, in order
 
     void add(TokenId neighbour, Place place, Count count);
   };
@@ -130,30 +137,31 @@ class PairMerger {
   std::vector<Count> word_counts_;
   std::vector<std::uint32_t> lengths_;  // of each token, in bytes
 
-  // Pairs at least as frequent are in the table: at first none.
+  // Pairs with at least this count are in the table; initially none.
   Count threshold_ = std::numeric_limits<Count>::max();
   PairTable pairs_;
   std::vector<Place> places_;
   std::vector<Candidate> heap_;
-  Side left_, right_;  // of the merge that is being made
+  Side left_, right_;  // of the current merge
 };
 
-// Takes text in blocks of any size, then makes merges. The number of threads changes none of them.
+// Trains on texts, which are fed in blocks of any size, then makes merges. The merges do not depend
+// on the number of threads.
 class BpeTrainer {
  public:
-  // Counts each block on up to `threads` threads, each of which has a table of its own.
+  // `threads`: the maximum number of threads that count a block. Each has a table of its own.
   explicit BpeTrainer(unsigned threads) : counters_(threads > 1 ? threads : 1) {}
 
-  // Takes the next block of a text. Throws std::invalid_argument once merging has begun.
+  // Counts the next block of a text. Throws std::invalid_argument after merging has started.
   void feed(std::string_view block);
-  // Says that the text is over, so that the next block starts another: no piece spans both.
+  // Ends the current text: the next block starts a new one, and no piece spans both.
   void end_text();
-  // How many pieces were counted, but for those that the next block may go on with. 0 once merging
-  // has begun.
+  // Returns the number of pieces counted, without the end of the last block, which the next block
+  // may continue. Returns 0 after merging has started.
   std::uint64_t n_pieces() const;
 
-  // Makes one merge (see PairMerger) of all that was fed, the first call's `min_count` holding for
-  // all; returns false when no pair is left.
+  // Makes one merge (see PairMerger::merge_next). The first call ends feeding, and its `min_count`
+  // applies to all calls. Returns false if no pair is left.
   bool merge_next(std::uint64_t min_count);
 
   const std::vector<Merge>& merges() const { return merges_; }
@@ -162,8 +170,8 @@ class BpeTrainer {
   void count(std::string_view text);
   void start_merging(std::uint64_t min_count);
 
-  std::vector<PieceCounter> counters_;  // one a thread
-  std::string unfinished_;              // the end of the last block, which the next may go on with
+  std::vector<PieceCounter> counters_;  // one per thread
+  std::string unfinished_;              // the end of the last block, which the next may continue
   std::optional<PairMerger> merger_;
   std::vector<Merge> merges_;
 };

@@ -1,7 +1,8 @@
-"""Writes unicode_tables.inc: the letters, numbers and white space that GPT-2's pattern tells apart.
+"""Generate unicode_tables.inc: the letters, numbers and white space of GPT-2's pattern.
 
-The classes follow Unicode 16.0, the version in the regex engine of tiktoken 0.14, so that
-both cut every text alike. Run it again when tiktoken moves on (tests/tokenizer then fails)::
+The classes follow Unicode 16.0, the version used by the regex engine of tiktoken 0.14, so that both
+split every text into the same pieces. Run this script again when tiktoken changes the version
+(tests/tokenizer then fails)::
 
     pip install "unicodedata2==16.*" && python csrc/tokenizer/generate_unicode_tables.py
 """
@@ -23,7 +24,7 @@ HEADER = f"""\
 
 
 def main() -> None:
-    """Write the table beside this script."""
+    """Write the table to the folder of this script."""
     if unicodedata2.unidata_version != UNICODE_VERSION:
         raise SystemExit(
             f"unicodedata2 holds Unicode {unicodedata2.unidata_version}, not {UNICODE_VERSION}: "
@@ -38,7 +39,7 @@ def main() -> None:
 
 
 def class_ranges() -> list[tuple[int, int, str]]:
-    """Return (first, last, class name) of each run of code points of one class."""
+    """Return (first, last, class name) for each run of code points with the same class."""
     ranges = []
     for name, run in groupby(range(0x110000), key=class_name):
         points = list(run)
@@ -48,13 +49,13 @@ def class_ranges() -> list[tuple[int, int, str]]:
 
 
 def class_name(code_point: int) -> str:
-    """Return the name of the code point's CharClass, or "" for all others."""
+    """Return the name of the code point's CharClass, or "" if it has none."""
     category = unicodedata2.category(chr(code_point))
     if category[0] == "L":
         return "kLetter"
     if category[0] == "N":
         return "kNumber"
-    # The property White_Space is the separators and these controls.
+    # The property White_Space consists of the separators (Z) and these control characters.
     if category[0] == "Z" or 0x09 <= code_point <= 0x0D or code_point == 0x85:
         return "kSpace"
     return ""

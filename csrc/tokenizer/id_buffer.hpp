@@ -1,4 +1,5 @@
-// Token ids in a block of memory that grows in place where the system can, and that NumPy can own.
+// A growable array of token ids, which the system can often grow in place, and which can be handed
+// over to NumPy without a copy.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +20,8 @@ class IdBuffer {
   Id* data() { return ids_.get(); }
   const Id* data() const { return ids_.get(); }
 
-  // Makes room for `count` more ids, and returns where they go. They count as there only after
-  // extend_by or extend_to.
+  // Ensures capacity for `count` more ids and returns a pointer to the end of the ids. Ids written
+  // there become part of the buffer only by extend_by() or extend_to().
   Id* reserve(std::size_t count) {
     if (capacity_ - size_ < count) grow(std::max(size_ + count, size_ + size_ / 2));
     return ids_.get() + size_;
@@ -35,7 +36,7 @@ class IdBuffer {
     size_ += count;
   }
 
-  // Gives back what is not needed.
+  // Releases unused capacity.
   void shrink() {
     if (size_ < capacity_) grow(size_);
   }
@@ -45,11 +46,11 @@ class IdBuffer {
     void operator()(Id* ids) const { std::free(ids); }
   };
 
-  // realloc moves pages, not bytes, once a block is large.
+  // Uses realloc, which for large blocks remaps pages instead of copying bytes.
   void grow(std::size_t capacity) {
     void* moved = std::realloc(ids_.get(), std::max<std::size_t>(capacity, 1) * sizeof(Id));
     if (moved == nullptr) throw std::bad_alloc();
-    static_cast<void>(ids_.release());  // realloc has freed it
+    static_cast<void>(ids_.release());  // realloc has freed the old block
     ids_.reset(static_cast<Id*>(moved));
     capacity_ = capacity;
     use_huge_pages(ids_.get(), capacity * sizeof(Id));

@@ -1,4 +1,4 @@
-// Zeros that cost nothing until they are touched.
+// Zero-initialized arrays whose pages are allocated on first access.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +11,9 @@
 
 namespace fastgpt {
 
-// An array whose elements are all zero bytes at first. What is not touched takes no memory; large
-// ones are laid in huge pages where the system has them, for tables that are read all over.
+// An array of zero-initialized elements (all bytes zero), aligned to cache lines. Memory that is
+// never accessed is not allocated. Large arrays use huge pages where the system has them, which
+// speeds up random access.
 template <typename T>
 class LazyArray {
  public:

@@ -28,8 +28,8 @@ struct Avx2 {
     __m256i eight = load(numbers);
     for (std::size_t i = 8; i < kCount; i += 8) eight = _mm256_min_epi32(eight, load(numbers + i));
     __m128i four = _mm_min_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-    four = _mm_min_epi32(four, _mm_shuffle_epi32(four, 0x4E));  // the other half
-    four = _mm_min_epi32(four, _mm_shuffle_epi32(four, 0xB1));  // the neighbour
+    four = _mm_min_epi32(four, _mm_shuffle_epi32(four, 0x4E));  // swaps the 64-bit halves
+    four = _mm_min_epi32(four, _mm_shuffle_epi32(four, 0xB1));  // swaps neighbouring lanes
     return _mm_cvtsi128_si32(four);
   }
 
@@ -44,9 +44,9 @@ struct Avx2 {
 
 inline void ShortMerge::start(const Vocabulary& vocabulary, std::string_view piece) {
   const auto size = static_cast<unsigned>(piece.size());
-  starts_ = (std::uint64_t{4} << size) - 1;
+  starts_ = (std::uint64_t{4} << size) - 1;  // bits 0 to size + 1
   candidates_.fill(kNone);
-  ids_[0] = ids_[size + 1] = 0;  // any
+  ids_[0] = ids_[size + 1] = 0;  // sentinels: any id, their pairs are disabled
   ids_[1] = vocabulary.of_byte(piece[0]);
   for (unsigned i = 1; i < size; ++i) {
     ids_[i + 1] = vocabulary.of_byte(piece[i]);
@@ -60,11 +60,14 @@ inline bool ShortMerge::merge_next(const Vocabulary& vocabulary) {
   if (lowest >= kNone) return false;
   const unsigned place = static_cast<unsigned>(lowest) % kCapacity + 1;
   const TokenId id = vocabulary.merged(static_cast<Rank>(lowest) / kCapacity);
+  // The merged token replaces the one at `place`; the one after it is removed.
   const unsigned gone = next_start(place);
   candidates_[gone] = kNone;
   ids_[place] = id;
   starts_ ^= std::uint64_t{1} << gone;
 
+  // A pair with a sentinel does not merge: `previous` is 0 for the first token, and no bit above
+  // `next` is set if that is the sentinel after the piece.
   const unsigned next = next_start(place);
   const unsigned previous = highest_bit(starts_ & ((std::uint64_t{1} << place) - 1));
   with_next_ = MergeTable::pair(id, ids_[next]) | no_pair_if_zero(starts_ >> next >> 1);
@@ -84,7 +87,7 @@ inline void ShortMerge::look_up(const Vocabulary& vocabulary) {
 template <typename Id>
 inline std::size_t ShortMerge::copy_tokens(Id* to) const {
   Id* const first = to;
-  // All starts but the two that are beside the piece.
+  // Clear the bit of the first sentinel, and stop at the last bit, which is the other sentinel.
   const std::uint64_t all = starts_ ^ 1;
   for (std::uint64_t rest = all; (rest & (rest - 1)) != 0; rest &= rest - 1) {
     *to++ = static_cast<Id>(ids_[lowest_bit(rest)]);
@@ -94,8 +97,12 @@ inline std::size_t ShortMerge::copy_tokens(Id* to) const {
 
 namespace {
 
-// A piece that is done makes room for the next one at once, so that there are always as many on the
-// way, and loops over them have a length that the processor foresees.
+// Merges the pieces kLanes at a time. Each round first applies one merge in every lane, which
+// prefetches the table entries that the lane needs next, then looks up these entries in every lane;
+// by the time that a lane's entries are read, they have arrived in the cache. When a piece is done,
+// its lane continues with the next piece at once, so the number of lanes stays the same until the
+// end, and the branches of the loops over them are predictable. After the last piece has been
+// started, `going` shrinks: a finished lane is replaced by the last one of the list.
 template <typename Isa, typename Id>
 inline void merge_all(const Vocabulary& vocabulary, const std::string_view* pieces,
                       ShortTokens<Id>* const* tokens, std::size_t count) {
@@ -172,6 +179,8 @@ const std::vector<TokenId>& Merger::merge(std::string_view piece) {
   return tokens_;
 }
 
+// Applies merges in the order of the heap. Entries are not removed from the heap when a merge
+// changes one of their tokens; they are recognized as outdated when they reach its front.
 void Merger::merge_by_heap(std::string_view piece) {
   link(piece);
   while (!candidates_.empty()) {
@@ -179,7 +188,8 @@ void Merger::merge_by_heap(std::string_view piece) {
     const auto at = static_cast<std::uint32_t>(candidates_.back());
     const auto rank = static_cast<Rank>(candidates_.back() >> 32);
     candidates_.pop_back();
-    // A candidate is out of date when another merge has taken one of its tokens since.
+    // The candidate is outdated if another merge has taken one of its tokens since; then the node's
+    // rank is that of another pair, or kNoMerge.
     if (nodes_[at].rank != rank) continue;
     nodes_[at].id = vocabulary_.merged(rank);
     unlink_next(at);
@@ -189,10 +199,10 @@ void Merger::merge_by_heap(std::string_view piece) {
   for (std::uint32_t at = 0; at != kNoNode; at = nodes_[at].next) tokens_.push_back(nodes_[at].id);
 }
 
-// Sets up one node a byte, and a candidate for each pair that merges.
+// Initializes one node per byte and a candidate for each pair that merges.
 void Merger::link(std::string_view piece) {
   if (piece.size() >= kNoNode) {
-    throw std::length_error("a run of 4 GiB without a break between words: split the text");
+    throw std::length_error("the text has 4 GiB without a word boundary; split it");
   }
   const auto count = static_cast<std::uint32_t>(piece.size());
   nodes_.resize(count);
@@ -208,6 +218,7 @@ void Merger::link(std::string_view piece) {
   std::make_heap(candidates_.begin(), candidates_.end(), std::greater<>());
 }
 
+// Removes the node after `at` from the list, and marks its candidates as outdated.
 void Merger::unlink_next(std::uint32_t at) {
   Node& gone = nodes_[nodes_[at].next];
   gone.rank = kNoMerge;
@@ -215,7 +226,8 @@ void Merger::unlink_next(std::uint32_t at) {
   if (gone.next != kNoNode) nodes_[gone.next].previous = at;
 }
 
-// Looks up the merge of a node whose token or neighbour has changed.
+// Updates the rank of a node whose token or next token has changed, and adds a candidate if they
+// merge.
 void Merger::update(std::uint32_t at) {
   nodes_[at].rank = rank_at(at);
   if (nodes_[at].rank == kNoMerge) return;
@@ -229,7 +241,8 @@ Rank Merger::rank_at(std::uint32_t at) const {
   return vocabulary_.ranks().rank(MergeTable::pair(node.id, nodes_[node.next].id));
 }
 
-// Rank and place in one number, so that the smallest is the lowest rank, then the leftmost.
+// Returns the rank and the position packed into one number, so that the minimum is the candidate of
+// lowest rank, and among equal ranks the leftmost.
 std::uint64_t Merger::candidate(std::uint32_t at) const {
   return static_cast<std::uint64_t>(nodes_[at].rank) << 32 | at;
 }

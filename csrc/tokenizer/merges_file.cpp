@@ -13,16 +13,17 @@
 namespace fastgpt {
 namespace {
 
-// The letter for a printable byte is the character of that number. The letters for the others are
-// the characters from U+0100 on, in the order of the bytes; a space is U+0120.
+// The file represents each byte by a character, its "letter". The letter of a printable byte is the
+// character with that code point. The letters of the other bytes are the characters from U+0100 on,
+// in the order of the bytes; that of the space is U+0120.
 constexpr std::size_t kOtherLetters = 0x100;
-constexpr std::size_t kLetters = 0x180;  // all characters whose first byte is 0xC5 or less
+constexpr std::size_t kLetters = 0x180;  // number of code points with a UTF-8 lead byte <= 0xC5
 
 constexpr bool printable(std::size_t byte) {
   return (byte >= 0x21 && byte <= 0x7E) || (byte >= 0xA1 && byte <= 0xFF && byte != 0xAD);
 }
 
-// Returns the byte of each letter, or -1 for a character that is none.
+// Returns the byte that each character represents, or -1 if it is not a letter.
 constexpr std::array<std::int16_t, kLetters> make_byte_of_letter() {
   std::array<std::int16_t, kLetters> bytes{};
   for (std::int16_t& byte : bytes) byte = -1;
@@ -39,8 +40,9 @@ constexpr std::array<std::int16_t, kLetters> kByteOfLetter = make_byte_of_letter
   throw std::invalid_argument("line " + std::to_string(line) + ": " + what);
 }
 
-// Reads all tokens first, for which the file is enough. What they are merged from is looked up
-// after that, with the memory to look at asked for early.
+// Parses in two passes. The first one reads all tokens, which takes no lookups: a line's token is
+// the concatenation of its parts. The second one (add_merges) looks up the ids of the parts, in
+// batches whose table entries are prefetched.
 class Parser {
  public:
   explicit Parser(std::string_view file) : file_(file), token_(new char[file.size() + 1]) {
@@ -65,7 +67,7 @@ class Parser {
   }
 
  private:
-  // Reads "left right\n", and adds the token that the two make.
+  // Reads a line "left right\n" and adds the concatenated token.
   void read_line() {
     const std::size_t begin = at_;
     const std::size_t left = read_letters(token_.get());
@@ -82,11 +84,12 @@ class Parser {
     return true;
   }
 
-  // Writes the bytes that letters (each one or two bytes of UTF-8) stand for, up to what is none,
-  // and returns how many they are.
+  // Decodes letters (of one or two bytes of UTF-8 each) up to the first character that is not a
+  // letter, writes the bytes that they represent, and returns the number of bytes.
   std::size_t read_letters(char* to) {
     const char* const first = to;
-    const std::string_view file = file_;  // and at_: quicker as variables that nothing points to
+    // Local copies of file_ and at_, which stores through `to` cannot alias.
+    const std::string_view file = file_;
     std::size_t at = at_;
     for (std::size_t size = 0; at < file.size(); at += size) {
       std::size_t letter = static_cast<unsigned char>(file[at]);
@@ -105,23 +108,24 @@ class Parser {
     return static_cast<std::size_t>(to - first);
   }
 
-  // Says what is wrong with the line that begins there, if none before it is wrong.
+  // Throws the error for the malformed line that starts at `begin`. Errors of the lines before it,
+  // which add_merges() finds, take precedence.
   [[noreturn]] void fail_at(std::size_t begin) {
     add_merges();
     const std::size_t line = begin == 0 ? 1 : line_of(left_sizes_.size());
     const std::size_t end = file_.find('\n', begin);
-    if (end == file_.npos) fail(line, "has no newline at its end: is the file cut short?");
+    if (end == file_.npos) fail(line, "has no newline at its end; the file may be truncated");
     const std::string_view text = file_.substr(begin, end - begin);
     const std::size_t space = text.find(' ');
     if (space == 0 || space >= text.size() - 1 || text.find(' ', space + 1) != text.npos) {
-      fail(line, "is not two tokens with one space between them");
+      fail(line, "does not consist of two tokens separated by one space");
     }
-    fail(line, "holds a character that stands for no byte (a line ends in a plain newline)");
+    fail(line, "contains a character that represents no byte (lines must end in LF, not CRLF)");
   }
 
   std::size_t line_of(std::size_t merge) const { return merge + first_line_; }
 
-  // A token, or a part of one.
+  // A token or a part of one, with its hash.
   struct Part {
     const char* bytes;
     std::size_t size;
@@ -133,9 +137,11 @@ class Parser {
     Part merged;
   };
 
+  // Adds the merge of each line read so far. Prefetches the index entries of a batch of lines
+  // before it looks up the first of them.
   void add_merges() {
     if (tokens().size() > kMaxTokens) {
-      throw std::invalid_argument("makes more than " + std::to_string(kMaxTokens) + " tokens");
+      throw std::invalid_argument("defines more than " + std::to_string(kMaxTokens) + " tokens");
     }
     for (TokenId id = 0; id < kBytes; ++id) parsed_.index.insert(tokens(), part(id).hash, id);
     parsed_.merges.reserve(left_sizes_.size());
@@ -160,10 +166,10 @@ class Parser {
     const TokenId left = find(line.left);
     const TokenId right = find(line.right);
     if (left == kNoToken || right == kNoToken) {
-      fail(line_of(merge), "merges a token that no line before it makes");
+      fail(line_of(merge), "merges a token that no earlier line produces");
     }
     if (find(line.merged) != kNoToken) {
-      fail(line_of(merge), "makes a token that an earlier line makes");
+      fail(line_of(merge), "produces the same token as an earlier line");
     }
     parsed_.merges.push_back({left, right, id});
     parsed_.index.insert(tokens(), line.merged.hash, id);
@@ -173,8 +179,8 @@ class Parser {
   Part part(TokenId id, std::size_t begin, std::size_t size) const {
     const char* const bytes = tokens().data(id) + begin;
     if (size > PieceKey::kMaxSize) return {bytes, size, TokenIndex::hash({bytes, size})};
-    return {bytes, size,
-            TokenIndex::hash(PieceKey::load(bytes, size))};  // quicker, for padded ones
+    // PieceKey::load is faster than hashing a string_view; the padding of TokenBytes allows it.
+    return {bytes, size, TokenIndex::hash(PieceKey::load(bytes, size))};
   }
 
   TokenId find(const Part& part) const {
@@ -189,9 +195,9 @@ class Parser {
 
   std::string_view file_;
   std::size_t at_ = 0;
-  std::size_t first_line_ = 1;             // that makes a token
-  std::unique_ptr<char[]> token_;          // room for any
-  std::vector<std::uint32_t> left_sizes_;  // of the left parts of the tokens read
+  std::size_t first_line_ = 1;             // number of the first line with a merge
+  std::unique_ptr<char[]> token_;          // buffer for one token, as large as the file
+  std::vector<std::uint32_t> left_sizes_;  // size in bytes of each merge's left part
   MergesFile parsed_;
 };
 

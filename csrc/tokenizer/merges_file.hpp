@@ -1,4 +1,4 @@
-// Reads OpenAI's vocab.bpe, from which GPT-2's whole vocabulary follows.
+// Parser for OpenAI's vocab.bpe, which defines GPT-2's vocabulary except for its special token.
 #pragma once
 
 #include <string_view>
@@ -11,13 +11,14 @@ namespace fastgpt {
 struct MergesFile {
   TokenBytes tokens;
   std::vector<Merge> merges;
-  TokenIndex index;  // of all tokens
+  TokenIndex index;  // contains all tokens
 };
 
-// Parses the bytes of such a file: a line "#version: ..." if there is one, then a merge a line,
-// "left right", with each byte written as a letter. Ids are given out as in GPT-2: the 256 bytes,
-// printable ones first, then what each merge makes. Throws std::invalid_argument that names the
-// line which is malformed, merges what no line before it makes, or makes a token again.
+// Parses the contents of a vocab.bpe file: an optional line "#version: ...", then one merge per
+// line, "left right", with each byte represented by a printable character. Ids are assigned as in
+// GPT-2: first the 256 bytes, printable ones first, then the token that each merge produces. Throws
+// std::invalid_argument with the line number if a line is malformed, merges a token that no earlier
+// line produces, or produces a token that already exists.
 MergesFile parse_merges_file(std::string_view file);
 
 }  // namespace fastgpt

@@ -1,4 +1,4 @@
-// Remembers the tokens of pieces that were seen before.
+// Caches of the tokens of pieces that were encoded before.
 #pragma once
 
 #include <algorithm>
@@ -17,31 +17,38 @@
 
 namespace fastgpt {
 
-// Hash table from pieces of up to 16 bytes to their tokens. Bounded: when it is full, it starts
-// anew. For one thread at a time.
+// Hash table from pieces of up to 16 bytes to their tokens. Its size is bounded: when it is full,
+// it is cleared. Not thread-safe.
 //
-// What a lookup costs is the memory it has to wait for, so the table is dense: half a cache line
-// holds two short pieces or one long piece, with their tokens. A piece is in the half line that it
-// hashes to, unless there was no room: then in one that follows.
+// The cost of a lookup is dominated by cache misses, so the table is dense: each bucket is half a
+// cache line (32 bytes) and holds two short pieces or one long piece, with their tokens. A piece is
+// stored in the bucket that it hashes to or, if that is full, in one of the following buckets (see
+// place()).
 template <typename Id>
 class PieceCache {
  public:
-  // A short piece has up to 8 bytes and kShortIds tokens.
+  // A short piece has at most 8 bytes and at most kShortIds tokens: 3 of 16 bits, or 1 of 32 bits.
   static constexpr std::size_t kShortSize = 8;
   static constexpr std::size_t kShortIds = 6 / sizeof(Id);
   static constexpr std::size_t kLongIds = 2 * kShortIds;
 
-  // A short piece: its bytes, and in one word its size, how many tokens it has, and these.
+  // A short piece. `key` holds its bytes, zero-padded. `rest` packs the remaining fields, from the
+  // lowest bits on:
+  //
+  //   bits 0-7     size of the piece in bytes, or 0 if the slot is free
+  //   bits 8-15    number of tokens
+  //   bits 16-63   kShortIds tokens; 32-bit tokens are at bits 32-63 (see kIdsAt)
   struct Slot {
     std::uint64_t key;
     std::uint64_t rest;
 
-    std::size_t size() const { return rest & 0xFF; }  // 0: the slot is free
+    std::size_t size() const { return rest & 0xFF; }
     std::size_t count() const { return rest >> 8 & 0xFF; }
     bool holds(std::uint64_t piece, std::size_t piece_size) const {
       return key == piece && size() == piece_size;
     }
-    // Writes kShortIds tokens and what may follow them in 8 bytes, and returns count().
+    // Copies kShortIds tokens with a single 8-byte store, which may write zeros after them. Returns
+    // count(), which for the first slot of a long piece may be more than kShortIds.
     std::size_t copy(Id* to) const {
       const std::uint64_t ids = rest >> kIdsAt;
       std::memcpy(to, &ids, sizeof ids);
@@ -49,13 +56,21 @@ class PieceCache {
     }
   };
 
-  // Or a long piece: the first slot has its first 8 bytes, its size with kLong added, and its first
-  // tokens; the second has the rest, and kLong alone. If the tokens are more than kLongIds, kMany
-  // is added to the first slot's size, and the second slot's tokens are the place of all in more_.
+  // A bucket: two short pieces, or one long piece, which uses both slots:
+  //
+  //   slot    key            size field                 tokens
+  //   first   bytes 0-7      size + kLong (+ kMany)     the first kShortIds
+  //   second  bytes 8-15     kLong                      the next kShortIds
+  //
+  // The number of tokens is in the first slot. If it is more than kLongIds, kMany is added to the
+  // size field of the first slot, and bits 32-63 of the second slot's `rest` are an index into
+  // more_, where all tokens are stored. Size fields with kLong are larger than any short piece, so
+  // comparing the size field also distinguishes the layouts. A piece of up to 8 bytes with more
+  // than kShortIds tokens is stored as a long piece.
   struct HalfLine {
     Slot slots[2];
 
-    // The only slot that may hold the short piece.
+    // Returns the only slot that can hold the short piece, except as described at copy_short().
     const Slot& slot_for(std::uint64_t piece) const { return slots[slots[0].key == piece ? 0 : 1]; }
     bool is_long() const { return slots[1].size() == kLong; }
     bool holds_long(PieceKey piece, std::size_t marked_size) const {
@@ -64,16 +79,18 @@ class PieceCache {
   };
   static_assert(sizeof(HalfLine) == 32);
 
-  // Writes the tokens of the piece of up to kShortSize bytes, and up to kWrittenIds in all, and
-  // returns how many it has; 0 if it is not in this half line, or in the second slot with a piece
-  // in the first that differs from it in NULs at the end only: find() tells.
+  // Copies the tokens of a piece of up to kShortSize bytes to `to`, which must have room for
+  // kWrittenIds, and returns their number. Returns 0 if the piece is not in this bucket as a short
+  // piece. Also returns 0 if it is in the second slot and the first one holds a piece with an equal
+  // key, that is, one that differs from it only in trailing NUL bytes; find() finds it even then.
   static std::size_t copy_short(const HalfLine& half, std::uint64_t piece, std::size_t size,
                                 Id* to) {
     const Slot& slot = half.slot_for(piece);
     return slot.holds(piece, size) ? slot.copy(to) : 0;
   }
 
-  // The same for a piece of any size up to PieceKey::kMaxSize.
+  // Does the same for a piece of up to PieceKey::kMaxSize bytes that is stored as a long piece with
+  // at most kLongIds tokens. Returns 0 for any other.
   static std::size_t copy_long(const HalfLine& half, PieceKey piece, std::size_t size, Id* to) {
     if (!half.holds_long(piece, size + kLong)) return 0;
     const std::size_t count = half.slots[0].copy(to);
@@ -83,15 +100,17 @@ class PieceCache {
   static constexpr std::size_t kWrittenIds = PieceKey::kMaxSize;
   static_assert(kWrittenIds >= kShortIds + 8 / sizeof(Id));
 
-  // `size`: half lines to begin with, a power of two.
+  // `size`: the initial number of buckets, a power of two.
   explicit PieceCache(std::size_t size = kMinSize) : table_(size), mask_(size - 1), shift_(64) {
     for (; size > 1; size /= 2) --shift_;
   }
 
-  // Where pieces should be, until the next insert().
+  // Computes the addresses of home buckets, from a copy of the table's address and shift. Valid
+  // until the next insert().
   class Homes {
    public:
-    // Returns where this one should be, and has the processor fetch it.
+    // Returns the home bucket of the piece and prefetches it. Shifting by kBits less and masking
+    // gives the byte offset of the bucket: its index times sizeof(HalfLine).
     const HalfLine* ask_for(PieceKey key) const {
       const auto* half = reinterpret_cast<const HalfLine*>(table_ + (key.hash() >> shift_ & kMask));
       prefetch(half);
@@ -103,15 +122,19 @@ class PieceCache {
     Homes(const HalfLine* table, int shift)
         : table_(reinterpret_cast<const char*>(table)), shift_(shift - kBits) {}
 
-    static constexpr int kBits = 5;  // of an offset within a HalfLine
+    static constexpr int kBits = 5;  // log2(sizeof(HalfLine))
     static constexpr std::uint64_t kMask = ~std::uint64_t{sizeof(HalfLine) - 1};
     const char* table_;
     int shift_;
   };
   Homes homes() const { return {table_.data(), shift_}; }
 
-  // Writes the tokens of the piece, and up to kWrittenIds in all, and returns how many it has; 0 if
-  // it is not there.
+  // Copies the tokens of the piece to `to`, which must have room for kWrittenIds, and returns their
+  // number, or 0 if the piece is not in the cache.
+  //
+  // The search ends at the first empty bucket; insert() keeps at least one. A bucket is empty if
+  // its first slot is free, since a short piece takes the first free slot and a long piece takes
+  // both.
   std::size_t find(PieceKey key, std::size_t size, Id* to) const {
     const std::size_t first = home(key);
     for (std::size_t step = 0;; ++step) {
@@ -129,10 +152,10 @@ class PieceCache {
     }
   }
 
-  // Reads kWrittenIds of `ids`. A piece that is there already is found as it was, and takes room
-  // twice.
+  // Inserts a piece. `ids` must have kWrittenIds readable elements, of which `count` are used.
+  // Inserting a piece that is already in the cache wastes a slot: find() returns the first entry.
   void insert(PieceKey key, std::size_t size, const Id* ids, std::size_t count) {
-    if (used_ + 2 > table_.size()) make_room();  // half of the slots stay free
+    if (used_ + 2 > table_.size()) make_room();  // keep at least half of the slots free
     if (size <= kShortSize && count <= kShortIds) {
       used_ += 1;
       put_short({key.low, pack(size, count, ids, count)});
@@ -147,18 +170,20 @@ class PieceCache {
       half.slots[0].rest += kMany;
       half.slots[1].rest |= static_cast<std::uint64_t>(more_.size()) << 32;
       more_.insert(more_.end(), ids, ids + count);
-      more_.resize(more_.size() + PieceKey::kMaxSize - count);  // all are of one size
+      more_.resize(more_.size() + PieceKey::kMaxSize - count);  // find() copies a fixed size
     }
     put_long(half);
   }
 
  private:
-  static constexpr std::size_t kMinSize = std::size_t{1} << 15;  // 1 MB
-  static constexpr std::size_t kMaxSize = std::size_t{1} << 19;  // 16 MB
+  static constexpr std::size_t kMinSize = std::size_t{1} << 15;  // buckets: 1 MB
+  static constexpr std::size_t kMaxSize = std::size_t{1} << 19;  // buckets: 16 MB
   static constexpr std::size_t kLong = 0x40;
   static constexpr std::size_t kMany = 0x80;
   static constexpr int kIdsAt = sizeof(Id) == 2 ? 16 : 32;
 
+  // Returns a slot's `rest`: the size field, the count, and the first `packed` of the ids. Reads 8
+  // bytes of ids.
   static std::uint64_t pack(std::size_t size, std::size_t count, const Id* ids,
                             std::size_t packed) {
     std::uint64_t word;
@@ -185,12 +210,14 @@ class PieceCache {
     table_[place(first, step)] = half;
   }
 
+  // Grows the table and reinserts all pieces; clears a table that has reached kMaxSize.
   void make_room() {
     if (table_.size() == kMaxSize) {
       *this = PieceCache(kMaxSize);
       return;
     }
-    // Few steps while it is small, and no more memory than it takes after that.
+    // Grow by a factor of four while the table is small, to rehash it less often, and by two after
+    // that, to save memory.
     const int bits = table_.size() < kMaxSize / 4 ? 2 : 1;
     LazyArray<HalfLine> old = std::exchange(table_, LazyArray<HalfLine>(table_.size() << bits));
     mask_ = table_.size() - 1;
@@ -205,28 +232,31 @@ class PieceCache {
     }
   }
 
-  // The half lines where a piece may be: its home, the other half of that line, and so on, line by
-  // line.
+  // Returns the index of the bucket to probe at the given step: the home bucket, the other half of
+  // its cache line, then both halves of the next line, and so on. Probing the other half first
+  // costs no further cache miss.
   std::size_t place(std::size_t home, std::size_t step) const {
     return ((home ^ (step & 1)) + (step & ~std::size_t{1})) & mask_;
   }
   std::size_t home(PieceKey key) const { return static_cast<std::size_t>(key.hash() >> shift_); }
 
   LazyArray<HalfLine> table_;
-  std::vector<Id> more_;
-  std::size_t used_ = 0;  // slots
+  std::vector<Id> more_;  // token lists of more than kLongIds, PieceKey::kMaxSize elements each
+  std::size_t used_ = 0;  // number of slots in use
   std::size_t mask_;
   int shift_;
 };
 
-// The same for pieces of more than 16 bytes: rules of dashes, indents, long names, which come again
-// and again in source code.
+// Direct-mapped cache of the tokens of pieces of more than 16 bytes: rows of dashes, indentation,
+// long names, which recur in source code. A new piece replaces an old one with the same hash bits.
+// Bytes and tokens are appended to two buffers; the cache is cleared when these are full.
 template <typename Id>
 class LongPieceCache {
  public:
-  static constexpr std::size_t kMaxPiece = 256;  // longer ones are rarely seen twice
+  static constexpr std::size_t kMaxPiece = 256;  // bytes; longer pieces rarely recur
 
-  // Writes the tokens of the piece, and returns how many it has; 0 if it is not there.
+  // Copies the tokens of the piece to `to` and returns their number, or 0 if it is not in the
+  // cache.
   std::size_t find(std::string_view piece, Id* to) const {
     if (entries_.empty()) return 0;
     const Entry& entry = entries_[home(piece)];
@@ -235,7 +265,7 @@ class LongPieceCache {
     return entry.count;
   }
 
-  // Takes the place of another piece with the same home.
+  // Inserts a piece and replaces the one with the same home, if any.
   void insert(std::string_view piece, const Id* ids, std::size_t count) {
     if (entries_.empty() || bytes_.size() > kMaxBytes) {
       entries_.assign(kEntries, Entry{});

@@ -65,7 +65,7 @@ void PieceCounter::add_short(const Key& key, std::uint64_t hash, std::uint64_t c
   if (slot.count == count) fill(slot, key);
 }
 
-// Long pieces are rare: no need to look ahead for them.
+// Long pieces are rare, so they are added without prefetching.
 void PieceCounter::add_long(std::string_view piece, std::uint64_t count) {
   const std::uint64_t hash = hash_of(piece);
   std::size_t at = hash >> shift_;
@@ -79,14 +79,15 @@ void PieceCounter::add_long(std::string_view piece, std::uint64_t count) {
   fill(slots_[at], {{hash, long_pieces_.size() - 1}, kLong});
 }
 
-// Returns the slot that holds the key, or the free one where it would go.
+// Returns the index of the slot that holds the key, or of the free slot where it would be inserted.
 std::size_t PieceCounter::slot_of(const Key& key, std::uint64_t hash) const {
   std::size_t at = hash >> shift_;
   while (slots_[at].count > 0 && !(slots_[at].key == key)) at = (at + 1) & (slots_.size() - 1);
   return at;
 }
 
-// Gives its key to a slot that was free, and keeps half of the slots free.
+// Stores the key in a slot that was free, and grows the table if more than half of the slots are
+// used.
 void PieceCounter::fill(Slot& free, const Key& key) {
   free.key = key;
   if (2 * ++distinct_ > slots_.size()) grow();
@@ -99,7 +100,7 @@ void PieceCounter::grow() {
   for (const Slot& slot : old) {
     if (slot.count == 0) continue;
     const Key& key = slot.key;
-    // Two long pieces of one hash are two keys, for their places differ.
+    // Long pieces with the same hash have different keys, since their indices differ.
     slots_[slot_of(key, key.size == kLong ? key.words.low : key.words.hash())] = slot;
   }
 }

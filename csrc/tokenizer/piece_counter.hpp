@@ -1,4 +1,4 @@
-// Counts how often each distinct piece of a text occurs: all that BPE training needs of the text.
+// Counts of the distinct pieces of a text, which is all that BPE training needs of it.
 #pragma once
 
 #include <array>
@@ -12,20 +12,20 @@
 
 namespace fastgpt {
 
-// Hash table from a piece to its count. Open addressing, linear probing; pieces of up to 16 bytes,
-// most of any text, lie in the table itself, so that one cache line tells all about them. Memory
-// grows with the distinct pieces only.
+// Hash table from pieces to their counts. Open addressing, linear probing. Pieces of up to 16
+// bytes, which are most of any text, are stored in the table itself, so that a lookup usually
+// accesses only one cache line. Memory grows with the number of distinct pieces only.
 class PieceCounter {
  public:
   PieceCounter();
 
-  // Cuts the text into pieces (pretokenizer.hpp) and counts each of them once more.
+  // Splits the text into pieces (pretokenizer.hpp) and adds them to the counts.
   void count(std::string_view text);
 
-  // Counts all that the other has counted.
+  // Adds all counts of the other counter.
   void count(const PieceCounter& other);
 
-  // How many pieces were counted.
+  // Returns the number of pieces counted, including repetitions.
   std::uint64_t total() const { return total_; }
 
   // Calls visit(std::string_view piece, std::uint64_t count) for each distinct piece.
@@ -37,8 +37,8 @@ class PieceCounter {
   }
 
  private:
-  // A piece of up to 16 bytes; or the hash of a longer one and its place in
-  // long_pieces_, with kLong for its size.
+  // A piece of up to 16 bytes and its size; or, for a longer piece, its hash (low word) and its
+  // index in long_pieces_ (high word), with kLong as the size.
   struct Key {
     PieceKey words;
     std::uint32_t size;
@@ -50,7 +50,7 @@ class PieceCounter {
     std::uint64_t count;  // 0: the slot is free
   };
 
-  // Pieces whose slots are on their way into the cache.
+  // A batch of pieces whose slots have been prefetched and whose counts are yet to be added.
   struct Pending {
     static constexpr std::size_t kSize = 16;
     std::array<Key, kSize> keys;
@@ -68,7 +68,7 @@ class PieceCounter {
   std::string_view piece_of(const Key& key) const;
 
   std::vector<Slot> slots_;
-  int shift_;  // a hash without its lowest `shift_` bits is a slot
+  int shift_;  // the slot of a hash is hash >> shift_
   std::size_t distinct_ = 0;
   std::uint64_t total_ = 0;
   std::vector<std::string> long_pieces_;

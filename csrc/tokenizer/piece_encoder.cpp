@@ -17,11 +17,12 @@
 namespace fastgpt {
 namespace {
 
-// Long pieces are cut into chunks that the cache takes.
+// Long pieces are split into chunks of at most this size, which fit into PieceCache.
 constexpr std::size_t kChunk = PieceKey::kMaxSize;
 
-// Returns how long the first chunk of a piece should be: if there is such a place, up to one that
-// no merge crosses, else up to a character's end.
+// Returns the size of the first chunk of a piece. Prefers the last position within kChunk bytes
+// that no merge can cross (the end of the piece, or one where Vocabulary::joins is false), and sets
+// `apart` to true for it; otherwise returns the last character boundary, and sets `apart` to false.
 std::size_t chunk_size(const Vocabulary& vocabulary, std::string_view piece, bool& apart) {
   apart = true;
   if (piece.size() <= kChunk) return piece.size();
@@ -47,8 +48,11 @@ void PieceEncoder<Id>::encode(std::string_view text, IdBuffer<Id>& ids) {
   }
 }
 
-// Looks up all pieces of the stretch first, and then sees to the few that the cache does not have:
-// several at a time are learnt quicker than one by one (see ShortMerge).
+// Looks up all pieces of the stretch first and then encodes the few that are not in the cache:
+// merging several pieces at a time is faster than one by one (see ShortMerge).
+//
+// The ids are written directly to the end of `ids`. If pieces are missing, the ids after the first
+// hole are moved to looked_up_ and appended again by fill_holes().
 template <typename Id>
 void PieceEncoder<Id>::encode_stretch(std::string_view text, std::size_t begin, Ends ends,
                                       IdBuffer<Id>& ids) {
@@ -67,17 +71,19 @@ void PieceEncoder<Id>::encode_stretch(std::string_view text, std::size_t begin, 
   fill_holes(ids);
 }
 
-// Writes the ids of those of the pieces that the cache has, and returns where they end; notes where
-// the others are missing. The pieces start at `begin` and end at the `count` places `ends`.
+// Writes the ids of the pieces that are in the cache to `to`, returns the end of the ids written,
+// and adds the other pieces to holes_. The first piece starts at `begin`; the pieces end at the
+// `count` offsets in `ends`. `first` points to the first id of the stretch.
 //
-// Most of the time goes by waiting for entries of the cache to come from memory. So all are asked
-// for before the first is used.
+// Most of the time is spent on cache misses. Therefore a first pass computes the home buckets of
+// all pieces and prefetches them, and a second pass reads them, so that the misses overlap.
 template <typename Id>
 Id* PieceEncoder<Id>::look_up_group(std::string_view text, std::size_t begin,
                                     const std::size_t* ends, std::size_t count, const Id* first,
                                     Id* to) {
   using Cache = PieceCache<Id>;
-  if (text.size() - ends[count - 1] < PieceKey::kMaxSize) {  // keys would be read beyond the text
+  // PieceKey::load reads 16 bytes, which near the end of the text would be beyond it.
+  if (text.size() - ends[count - 1] < PieceKey::kMaxSize) {
     for (std::size_t i = 0, at = begin; i < count; at = ends[i++]) {
       to += find_or_note(text, at, ends[i] - at, first, to);
     }
@@ -114,8 +120,8 @@ Id* PieceEncoder<Id>::look_up_group(std::string_view text, std::size_t begin,
   return to;
 }
 
-// Writes the ids of the piece, wherever the cache has it, and returns how many they are; notes a
-// piece that it does not have.
+// Writes the ids of the piece if it is anywhere in the cache and returns their number; otherwise
+// adds the piece to holes_ and returns 0. Not inlined, to keep the loop of look_up_group small.
 template <typename Id>
 FASTGPT_NOINLINE std::size_t PieceEncoder<Id>::find_or_note(std::string_view text, std::size_t at,
                                                             std::size_t size, const Id* first,
@@ -124,13 +130,13 @@ FASTGPT_NOINLINE std::size_t PieceEncoder<Id>::find_or_note(std::string_view tex
   const PieceKey key = is_short ? key_at(text, at, size) : PieceKey{};
   const std::size_t tokens = is_short ? cache_.find(key, size, to) : 0;
   if (tokens == 0) {
-    if (is_short) vocabulary_.ask_for_whole_token(key);  // for learn()
+    if (is_short) vocabulary_.ask_for_whole_token(key);  // prefetch for learn()
     holes_.emplace_back(key, text.substr(at, size), static_cast<std::size_t>(to - first));
   }
   return tokens;
 }
 
-// Finds the tokens of the short ones of the missing pieces, and has the caches keep them.
+// Sets the tokens of the short pieces among the holes, and inserts them into the caches.
 template <typename Id>
 void PieceEncoder<Id>::learn(Hole* hole, Hole* end) {
   std::array<Hole*, kBatch> unknown;
@@ -143,8 +149,9 @@ void PieceEncoder<Id>::learn(Hole* hole, Hole* end) {
   merge_holes(unknown.data(), unknowns);
 }
 
-// Whether the piece needs no merging: because it has been learnt since it was missed, or is a
-// token.
+// Sets the tokens of a piece that needs no merging and returns true: one that has been inserted
+// into a cache since the lookup that missed it, or one that is a single token. Returns false for
+// others.
 template <typename Id>
 bool PieceEncoder<Id>::is_known(Hole& hole) {
   auto& [ids, count] = hole.tokens;
@@ -162,6 +169,7 @@ bool PieceEncoder<Id>::is_known(Hole& hole) {
   return true;
 }
 
+// Merges the pieces together (see merge_short), sets their tokens and inserts them into the caches.
 template <typename Id>
 void PieceEncoder<Id>::merge_holes(Hole* const* holes, std::size_t count) {
   std::array<std::string_view, kBatch> pieces;
@@ -181,7 +189,7 @@ void PieceEncoder<Id>::merge_holes(Hole* const* holes, std::size_t count) {
   }
 }
 
-// Appends looked_up_, with the ids of what is missing put in.
+// Appends the ids in looked_up_, with the ids of the missing pieces inserted.
 template <typename Id>
 void PieceEncoder<Id>::fill_holes(IdBuffer<Id>& ids) {
   const std::size_t first = holes_[0].at;
@@ -190,7 +198,8 @@ void PieceEncoder<Id>::fill_holes(IdBuffer<Id>& ids) {
     ids.append(looked_up_.data() + (at - first), hole.at - at);
     if (hole.is_short()) {
       const auto& [tokens, count] = hole.tokens;
-      std::copy(tokens.begin(), tokens.end(), ids.reserve(tokens.size()));  // of fixed size: quick
+      // Copying the whole array is faster than a copy of variable size.
+      std::copy(tokens.begin(), tokens.end(), ids.reserve(tokens.size()));
       ids.extend_by(count);
     } else {
       encode_long(hole.piece, ids);
@@ -200,6 +209,7 @@ void PieceEncoder<Id>::fill_holes(IdBuffer<Id>& ids) {
   ids.append(looked_up_.data() + (at - first), looked_up_.size() - (at - first));
 }
 
+// Appends the ids of a piece of more than ShortMerge::kCapacity bytes.
 template <typename Id>
 void PieceEncoder<Id>::encode_long(std::string_view piece, IdBuffer<Id>& ids) {
   const bool cached = piece.size() <= LongPieceCache<Id>::kMaxPiece;
@@ -212,14 +222,16 @@ void PieceEncoder<Id>::encode_long(std::string_view piece, IdBuffer<Id>& ids) {
   if (cached) long_cache_.insert(piece, ids.data() + first, ids.size() - first);
 }
 
-// Encodes chunk by chunk. That is exact where a chunk ends at a place that no merge crosses, or
-// where the tokens at the seam can stand side by side (see below); else the seam is mended.
+// Encodes a long piece chunk by chunk. The result is exact if no merge can cross the ends of the
+// chunks, or if the two tokens at each seam between chunks can stand side by side (see
+// stand_side_by_side). Otherwise the tokens around the seam are merged again (see mend). If that
+// fails, the whole piece is merged at once.
 template <typename Id>
 void PieceEncoder<Id>::encode_chunks(std::string_view piece, IdBuffer<Id>& ids) {
   const std::size_t first = ids.size();
-  std::size_t fence = first;  // no merge crosses the place before this id
-  // Many pieces are the same few bytes again and again: the first chunks are learnt before the rest
-  // is looked up.
+  std::size_t fence = first;  // index of an id before which no merge can cross
+  // Many long pieces repeat the same few bytes. Start with few chunks at a time, so that they are
+  // in the cache by the time that the following ones are looked up.
   std::size_t count = 1;
   for (std::size_t at = 0; at < piece.size(); count = std::min(2 * count, kBatch)) {
     at = cut_chunks(piece, at, count);
@@ -236,7 +248,7 @@ void PieceEncoder<Id>::encode_chunks(std::string_view piece, IdBuffer<Id>& ids) 
   }
 }
 
-// Cuts up to `count` chunks from a piece, and returns the place after them.
+// Splits up to `count` chunks off piece[at :] into chunks_, and returns the offset after them.
 template <typename Id>
 std::size_t PieceEncoder<Id>::cut_chunks(std::string_view piece, std::size_t at,
                                          std::size_t count) {
@@ -253,7 +265,8 @@ std::size_t PieceEncoder<Id>::cut_chunks(std::string_view piece, std::size_t at,
   return at;
 }
 
-// Returns false if the seam cannot be mended.
+// Appends the ids of a chunk, and merges again across the seam before it if necessary. Returns
+// false if that fails.
 template <typename Id>
 bool PieceEncoder<Id>::append_chunk(std::string_view piece, const Hole& chunk, std::size_t fence,
                                     IdBuffer<Id>& ids) {
@@ -263,14 +276,17 @@ bool PieceEncoder<Id>::append_chunk(std::string_view piece, const Hole& chunk, s
   return mend(piece, chunk.at, fence, seam, ids);
 }
 
-// Merges as many tokens anew on both sides of a seam, which is at that place of the piece and
-// before that id, as it takes for the rest to stand. Returns false if that would be too many.
+// Repairs a seam between chunks, which is at offset `at` of the piece and before ids[seam]. Takes
+// one token on each side of the seam and merges their bytes again. If a token next to the new ones
+// cannot stand side by side with them, doubles the number of tokens taken on that side and tries
+// again, up to kMostTaken tokens on the left. Never takes tokens before ids[fence], since no merge
+// can cross that position. Returns false, with `ids` unchanged, if this limit is exceeded.
 template <typename Id>
 bool PieceEncoder<Id>::mend(std::string_view piece, std::size_t at, std::size_t fence,
                             std::size_t seam, IdBuffer<Id>& ids) {
   constexpr std::size_t kMostTaken = 64;
   const auto size_of = [&](std::size_t i) { return vocabulary_.tokens().size_of(ids.data()[i]); };
-  std::size_t begin = seam;  // of the tokens to be merged anew
+  std::size_t begin = seam;  // ids[begin : end] are merged again
   std::size_t end = seam;
   std::size_t bytes_left = 0;
   std::size_t bytes_right = 0;
@@ -297,7 +313,7 @@ bool PieceEncoder<Id>::mend(std::string_view piece, std::size_t at, std::size_t 
   return false;
 }
 
-// Returns the tokens of the bytes, valid until the next call.
+// Returns the tokens of the bytes, from long_cache_ if they are there. Valid until the next call.
 template <typename Id>
 const std::vector<Id>& PieceEncoder<Id>::merge_again(std::string_view bytes) {
   merged_again_.resize(bytes.size());
@@ -313,12 +329,17 @@ const std::vector<Id>& PieceEncoder<Id>::merge_again(std::string_view bytes) {
   return merged_again_;
 }
 
-// Whether the two tokens stay as they are when their bytes are encoded together.
+// Returns whether the concatenated bytes of the two tokens are encoded to exactly these two tokens.
 //
-// If that is so of every two neighbours in a list of tokens, the list is what the bytes of them all
-// are encoded to. For look at the first merge that crosses a place between two of the tokens. All
-// merges before it were within tokens, and those within these two the same, in the same order, as
-// when the two are encoded alone; so it would come there, too.
+// If this holds for every two neighbours in a list of tokens, then the list is the encoding of the
+// concatenation of all of them. Proof: suppose that encoding the concatenation makes a merge across
+// a boundary between tokens of the list, and consider the first such merge. All merges before it
+// were within tokens, and those within the two tokens at this boundary are the same, in the same
+// order, as when only these two are encoded together. So the merge would be made there as well, and
+// the two tokens could not stand side by side.
+//
+// Results are kept in a direct-mapped cache. An entry is the pair, shifted left by one, with the
+// result in the lowest bit; kKnown distinguishes the pair (0, 0) from an empty entry.
 template <typename Id>
 bool PieceEncoder<Id>::stand_side_by_side(TokenId left, TokenId right) {
   constexpr std::size_t kSlots = 4096;

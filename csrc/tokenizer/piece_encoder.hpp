@@ -1,4 +1,4 @@
-// Turns one piece after the other into token ids.
+// Encodes the pieces of a text to token ids, with caches of the pieces encoded before.
 #pragma once
 
 #include <cstddef>
@@ -14,22 +14,27 @@
 
 namespace fastgpt {
 
-// Merges a piece that it sees for the first time and looks it up after that. The ids are the same
-// whatever it has seen. For one thread at a time.
+// Encodes texts piece by piece: a piece that occurs for the first time is merged, later ones are
+// looked up in a cache. The ids do not depend on the contents of the caches. Not thread-safe.
+//
+// The ends that one call of Pretokenizer::next() returns are called a stretch. It is encoded in
+// three steps: look up all its pieces and note the missing ones as holes (look_up_group), find the
+// tokens of the holes in batches (learn), and insert them between the ids found (fill_holes).
 template <typename Id>
 class PieceEncoder {
  public:
   explicit PieceEncoder(const Vocabulary& vocabulary)
       : vocabulary_(vocabulary), merger_(vocabulary) {}
 
-  // Appends the ids of all pieces of a text.
+  // Appends the ids of a text to `ids`.
   void encode(std::string_view text, IdBuffer<Id>& ids);
 
  private:
-  static constexpr std::size_t kGroup = 64;  // pieces that are looked up together
-  static constexpr std::size_t kBatch = 64;  // and merged
+  static constexpr std::size_t kGroup = 64;  // number of pieces looked up together
+  static constexpr std::size_t kBatch = 64;  // number of pieces merged together
 
-  // A piece that is missing before the id at this place.
+  // A piece that is not in the cache. Its ids are to be inserted before the id at index `at` of the
+  // stretch. Also used for the chunks of a long piece, where `at` is an offset into the piece.
   struct Hole {
     Hole(PieceKey missing_key, std::string_view missing, std::size_t place)
         : key(missing_key), piece(missing), at(place) {}
@@ -37,11 +42,11 @@ class PieceEncoder {
     bool in_cache() const { return piece.size() <= PieceKey::kMaxSize; }
     bool is_short() const { return piece.size() <= ShortMerge::kCapacity; }
 
-    PieceKey key;  // if it is for the cache
+    PieceKey key;  // valid if in_cache()
     std::string_view piece;
     std::size_t at;
-    ShortTokens<Id> tokens;   // of a short one, once they are known
-    bool ends_apart = false;  // a chunk that ends where no merge crosses
+    ShortTokens<Id> tokens;   // set by learn(), if is_short()
+    bool ends_apart = false;  // for a chunk: whether no merge can cross its end
   };
 
   void encode_stretch(std::string_view text, std::size_t begin, Ends ends, IdBuffer<Id>& ids);
@@ -67,11 +72,11 @@ class PieceEncoder {
   PieceCache<Id> cache_;
   LongPieceCache<Id> long_cache_;
   Merger merger_;
-  std::vector<Hole> holes_;                  // of a stretch
-  std::vector<Id> looked_up_;                // what follows its first hole
-  std::vector<Hole> chunks_;                 // some of a long piece
-  std::vector<Id> merged_again_;             // by merge_again
-  std::vector<std::uint64_t> side_by_side_;  // what stand_side_by_side has found, by hash
+  std::vector<Hole> holes_;                  // the missing pieces of the current stretch
+  std::vector<Id> looked_up_;                // ids of the stretch after its first hole
+  std::vector<Hole> chunks_;                 // the current chunks of a long piece
+  std::vector<Id> merged_again_;             // result of merge_again
+  std::vector<std::uint64_t> side_by_side_;  // direct-mapped cache of stand_side_by_side
 };
 
 }  // namespace fastgpt

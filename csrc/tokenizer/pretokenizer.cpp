@@ -27,8 +27,8 @@ constexpr ClassRange kRanges[] = {
 #include "tokenizer/unicode_tables.inc"
 };
 
-// One byte a code point up to the last that has a class: a single load tells the class, and a text
-// touches only the few cache lines of its own scripts.
+// Maps code points to classes: one byte per code point, up to the last one that has a class. A
+// lookup is a single load, and a text touches only the few cache lines of the scripts it uses.
 class ClassTable {
  public:
   ClassTable() {
@@ -46,7 +46,7 @@ class ClassTable {
   std::array<CharClass, std::end(kRanges)[-1].last + 1> classes_{};
 };
 
-// Filled when the module is loaded and only read after that.
+// Filled when the module is loaded, read-only afterwards.
 const ClassTable kClasses;
 
 struct Char {
@@ -54,18 +54,24 @@ struct Char {
   unsigned size;  // in bytes
 };
 
-// The first bytes of characters of more than one byte. (0xC0 and 0xC1 would start an overlong form
-// of an ASCII character, those above 0xF4 a number beyond U+10FFFF.)
+// The range of the first bytes (lead bytes) of multi-byte characters. 0xC0 and 0xC1 would start an
+// overlong form of an ASCII character, bytes above 0xF4 a code point beyond U+10FFFF.
 constexpr unsigned kFirstLead = 0xC2;
 constexpr unsigned kLastLead = 0xF4;
 
-// Reads the character whose first byte, one of these, is the lowest of `bytes`.
+// Decodes the multi-byte character at the start of `bytes` (four bytes, the first one lowest, which
+// must be a lead byte). If it is not valid UTF-8, the class is kOther; then the size is not used,
+// because kOther has no mask.
+//
+// Each `if` compares the marker bits of all bytes of one length at once: 110xxxxx 10xxxxxx for two
+// bytes, 1110xxxx 10xxxxxx 10xxxxxx for three, 11110xxx and three continuation bytes for four.
 inline Char multibyte_char(std::uint32_t bytes) {
   const auto bits = [&](unsigned byte, std::uint32_t mask) { return bytes >> 8 * byte & mask; };
   if ((bytes & 0xC0E0) == 0x80C0) return {kClasses[bits(0, 0x1F) << 6 | bits(1, 0x3F)], 2};
   if ((bytes & 0xC0C0F0) == 0x8080E0) {
     const std::uint32_t point = bits(0, 0x0F) << 12 | bits(1, 0x3F) << 6 | bits(2, 0x3F);
-    // Surrogates and numbers past U+10FFFF, invalid too, need no check: no class is theirs either.
+    // Overlong forms are rejected. Surrogates and code points beyond U+10FFFF, also invalid, need
+    // no check: the table maps them to kOther as well.
     if (point >= 0x800) return {kClasses[point], 3};
   } else if ((bytes & 0xC0C0C0F8) == 0x808080F0) {
     const std::uint32_t point =
@@ -75,7 +81,7 @@ inline Char multibyte_char(std::uint32_t bytes) {
   return {CharClass::kOther, 1};
 }
 
-// The four bytes at text[at], the first one lowest, with zeros beyond the end.
+// Returns the four bytes at text[at], the first one lowest, zero-padded beyond the end of the text.
 inline std::uint32_t four_bytes_at(std::string_view text, std::size_t at) {
   std::uint32_t bytes = 0;
   if (text.size() - at >= sizeof bytes) {
@@ -97,8 +103,9 @@ unsigned contraction_size(std::string_view text, std::size_t begin) {
   return rest == "ll" || rest == "ve" || rest == "re" ? 3 : 0;
 }
 
-// Classifies 64 bytes as far as each byte alone allows, and returns which are the first of a longer
-// character.
+// Instruction sets. classify() sets the masks of the ASCII characters among 64 bytes and returns
+// the mask of the lead bytes of multi-byte characters. lowest_or_any() returns the index of the
+// lowest set bit, or any value if no bit is set.
 struct Portable {
   static unsigned lowest_or_any(std::uint64_t bits) {
     return lowest_bit(bits | std::uint64_t{1} << 63);
@@ -108,6 +115,7 @@ struct Portable {
     std::uint64_t leads = 0;
     for (unsigned i = 0; i < 64; ++i) {
       const auto byte = static_cast<unsigned char>(bytes[i]);
+      // The unsigned subtraction wraps around below the range, so one comparison checks both ends.
       const std::uint64_t letter = static_cast<unsigned char>((byte | 0x20U) - 'a') < 26;
       const std::uint64_t number = static_cast<unsigned char>(byte - '0') < 10;
       const std::uint64_t blank = byte == ' ';
@@ -143,11 +151,12 @@ struct Avx2 {
     return _mm256_or_si256(bytes, _mm256_set1_epi8(0x20));
   }
 
-  // Which bytes are at least `first` and less than `first + count`.
+  // Returns the mask of the bytes in [first, first + count).
   FASTGPT_AVX2 static std::uint64_t below(__m256i low, __m256i high, char first, char count) {
     return mask(below(low, first, count), below(high, first, count));
   }
 
+  // AVX2 has no unsigned comparison of bytes: x <= last is computed as min(x, last) == x.
   FASTGPT_AVX2 static __m256i below(__m256i bytes, char first, char count) {
     const __m256i above = _mm256_sub_epi8(bytes, _mm256_set1_epi8(first));
     const __m256i last = _mm256_set1_epi8(static_cast<char>(count - 1));
@@ -163,22 +172,30 @@ struct Avx2 {
 };
 #endif
 
-// Each bit one place on, with the last bit of the block before coming in.
+// Aligns each byte with the one before it: bit i of the result is bit i - 1 of the mask. Bit 0
+// comes from the last bit of the previous block.
 inline std::uint64_t shifted_on(std::uint64_t bits, std::uint64_t previous) {
   return bits << 1 | previous >> 63;
 }
 
-// Each bit one place back, with the first bit of the block after coming in.
+// Aligns each byte with the one after it: bit i of the result is bit i + 1 of the mask. Bit 63
+// comes from the first bit of the next block.
 inline std::uint64_t shifted_back(std::uint64_t bits, std::uint64_t next) {
   return bits >> 1 | next << 63;
 }
 
-// White space starts a piece where a run of it starts, and where its last character is if other
-// text follows, for `\s+(?!\S)` leaves that one to the word there.
+// Returns the mask of the white space that starts a piece: the first byte of each run of white
+// space, and the first byte of the last character of a run that is followed by other text. The
+// latter is where `\s+(?!\S)` stops, one character before the end of the run.
+//
+// `continued` is the mask of the bytes whose predecessor is white space.
 inline std::uint64_t space_starts(std::uint64_t continued, const Block& block, const Block& next) {
   const std::uint64_t last_bytes = block.spaces & ~shifted_back(block.spaces, next.spaces);
   std::uint64_t last_chars = last_bytes;
-  if (block.wide_spaces != 0) {  // a last byte here may be that of a character before it
+  // If the last character of a run has several bytes, the piece starts at its first byte: one byte
+  // before the last byte of a character of two, two bytes before that of a character of three. The
+  // last byte may lie in the next block.
+  if (block.wide_spaces != 0) {
     const std::uint64_t last_bytes_next = next.spaces & ~(next.spaces >> 1);
     const std::uint64_t one_on = shifted_back(last_bytes, last_bytes_next);
     const std::uint64_t two_on = shifted_back(one_on, last_bytes_next >> 1);
@@ -188,8 +205,9 @@ inline std::uint64_t space_starts(std::uint64_t continued, const Block& block, c
   return (block.spaces & ~continued) | last_chars;
 }
 
-// Writes `base` plus the place of each set bit, and returns how many there are. Goes by eights, for
-// fewer branches to mispredict, and so writes up to seven numbers more, of no meaning.
+// Writes `base` plus the index of each set bit to `to`, and returns the number of set bits. The
+// loop writes eight values per iteration, so that its branch is mispredicted less often; up to
+// seven values after the last one are meaningless, and `to` must have room for them.
 template <typename Isa>
 inline std::size_t write_places(std::uint64_t bits, std::size_t base, std::size_t* to) {
   const std::size_t count = count_bits(bits);
@@ -218,7 +236,9 @@ std::size_t find_start(std::string_view text, std::size_t at) {
 
 Pretokenizer::Pretokenizer(std::string_view text, bool vectorized)
     : text_(text), vectorized_(vectorized) {
-  previous_.spaces = ~std::uint64_t{0};  // before the text: nothing that a word could go on from
+  // Treat what precedes the text as white space, which no word or number continues. It is not a
+  // blank either, so a word at the start of the text is not joined to it.
+  previous_.spaces = ~std::uint64_t{0};
   current_ = classify<Portable>(0);
 }
 
@@ -233,14 +253,16 @@ Ends Pretokenizer::next() {
 FASTGPT_AVX2_FLAT std::size_t Pretokenizer::cut_with_avx2() { return cut<Avx2>(); }
 #endif
 
-// Writes the next ends to ends_, and returns how many.
+// Writes the next ends to ends_ and returns their number. A piece ends where the next one starts,
+// so the starts found in a block are the ends to return, except for the start at 0; the end of the
+// text is added last.
 template <typename Isa>
 std::size_t Pretokenizer::cut() {
   std::size_t count = 0;
   while (at_ < text_.size() && count + kBlock < kEnds) {
     const Block next = classify<Isa>(at_ + kBlock);
     std::uint64_t places = starts(next);
-    if (at_ == 0) places &= ~std::uint64_t{1};  // where the first piece starts, none ends
+    if (at_ == 0) places &= ~std::uint64_t{1};  // no piece ends at the start of the text
     const std::size_t left = text_.size() - at_;
     if (left < kBlock) places &= (std::uint64_t{1} << left) - 1;
     count += write_places<Isa>(places, at_, &ends_[count]);
@@ -252,7 +274,12 @@ std::size_t Pretokenizer::cut() {
   return count;
 }
 
-// Returns the places in current_ where a piece starts.
+// Returns the mask of the bytes of current_ at which a piece starts.
+//
+// A byte that is not white space starts a piece if its class differs from that of the byte before
+// it, unless that byte is a blank: ` ?\p{L}+` and its like take the blank into the piece, which
+// then starts at the blank (see space_starts). The bytes of one multi-byte character have one
+// class, so only its first byte can start a piece.
 std::uint64_t Pretokenizer::starts(const Block& next) {
   const Block& block = current_;
   const std::uint64_t others = ~(block.letters | block.numbers | block.spaces);
@@ -267,8 +294,11 @@ std::uint64_t Pretokenizer::starts(const Block& next) {
   return join_contractions(places);
 }
 
-// An apostrophe where a piece starts may begin a contraction: take out the start of the letters
-// that follow, for they belong to it, and put in one after it.
+// Corrects the starts of pieces for contractions ('s, 'll, ...). By their classes, an apostrophe
+// and the letters after it are two pieces. If the apostrophe starts a piece (it neither follows a
+// blank nor continues punctuation), it may begin a contraction: then the start at its first letter
+// is removed, and one is added after its last letter, where the letters may continue. Both
+// positions can lie in the next block, and are kept in joined_ and after_joined_ until then.
 std::uint64_t Pretokenizer::join_contractions(std::uint64_t starts) {
   std::uint64_t apostrophes = starts & current_.apostrophes;
   starts = (starts & ~joined_) | after_joined_;
@@ -288,8 +318,9 @@ std::uint64_t Pretokenizer::join_contractions(std::uint64_t starts) {
   return starts;
 }
 
-// Returns the classes of the 64 bytes at `at`. Blocks must be classified in order. Beyond the end
-// of the text all is white space: it ends no word that goes on, and is no text after white space.
+// Returns the classes of the 64 bytes at text_[at]. Blocks must be classified in order, because of
+// spill_. Bytes beyond the end of the text are classified as white space, so that white space at
+// the end of the text is not followed by other text and remains one piece.
 template <typename Isa>
 Block Pretokenizer::classify(std::size_t at) {
   Block block;
@@ -309,11 +340,13 @@ Block Pretokenizer::classify(std::size_t at) {
   return block;
 }
 
-// Adds the characters of more than one byte, of which these are the first bytes; and what the last
-// one of the block before has here. A byte that continues no character is in no class.
+// Adds the classes of multi-byte characters to a block at text_[at]: of those whose first bytes are
+// the set bits of `leads`, and of the remaining bytes (spill_) of a character that started in the
+// previous block. The bytes of this block's last character that lie in the next block become the
+// new spill_. A continuation byte that belongs to no character is in no class.
 void Pretokenizer::classify_wide(std::size_t at, std::uint64_t leads, Block& block) {
   std::array<std::uint64_t, 4> masks = {0, spill_.letters, spill_.numbers, spill_.spaces};
-  std::array<std::uint64_t, 4> spilled{};  // both by CharClass
+  std::array<std::uint64_t, 4> spilled{};  // masks and spilled are indexed by CharClass
   for (; leads != 0; leads &= leads - 1) {
     const unsigned place = lowest_bit(leads);
     const Char c = multibyte_char(four_bytes_at(text_, at + place));

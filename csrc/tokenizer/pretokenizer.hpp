@@ -1,4 +1,5 @@
-// Cuts text into the pieces that byte-pair encoding then works on one by one, as GPT-2 does.
+// Pre-tokenization: splits text into the pieces (words, numbers, punctuation, white space) of
+// GPT-2, which byte-pair encoding then encodes independently of each other.
 #pragma once
 
 #include <array>
@@ -8,7 +9,7 @@
 
 namespace fastgpt {
 
-// Where pieces end, in order, as offsets into the text.
+// A view of the ends of pieces: byte offsets into the text, in ascending order.
 class Ends {
  public:
   Ends(const std::size_t* data, std::size_t count) : data_(data), count_(count) {}
@@ -23,51 +24,56 @@ class Ends {
   std::size_t count_;
 };
 
-// Whether a piece starts at text[at], whatever precedes and follows: at white space after what is
-// none. Both are looked for in ASCII only, where one byte tells.
+// Returns whether a piece is guaranteed to start at text[at], regardless of the text before and
+// after: true for ASCII white space that follows an ASCII character other than white space. Only
+// ASCII is considered, because there a single byte determines the class. Requires at >= 1.
 bool starts_piece(std::string_view text, std::size_t at);
 
-// Returns the first such place that is at `at` or after it, but not at the text's start; or the
-// text's end.
+// Returns the first offset >= max(at, 1) at which starts_piece() holds, or the size of the text if
+// there is none.
 std::size_t find_start(std::string_view text, std::size_t at);
 
-// Cuts one text, some kilobytes at a time. The pieces are those that GPT-2's pattern matches one
-// after the other,
+// Splits one text incrementally, some kilobytes per call. The pieces are the successive matches of
+// GPT-2's pattern,
 //
 //   '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 //
-// with the classes of the Unicode version that unicode_tables.inc names. The text is UTF-8; a byte
-// that is not part of a valid character counts as one character of the class [^\s\p{L}\p{N}], so
-// every byte lies in exactly one piece whatever the text. Time: linear.
+// with the character classes of the Unicode version given in unicode_tables.inc. The text is
+// expected to be UTF-8; a byte that is not part of a valid character is treated as one character of
+// the class [^\s\p{L}\p{N}], so every byte belongs to exactly one piece for any input. Runs in
+// linear time.
 //
-// How it works (after simdjson, Langdale & Lemire 2019): 64 bytes at a time are turned into one
-// 64-bit mask a class, and shifts and ands of the masks find every place where a piece starts.
+// Algorithm (after simdjson, Langdale & Lemire 2019): the text is processed in blocks of 64 bytes.
+// Each block is classified into 64-bit masks, one mask per character class and one bit per byte.
+// Shifting a mask by one aligns each byte with its neighbour, so that a few shifts and bitwise
+// operations find the starts of all pieces in the block, without a branch per byte. Bits that a
+// shift moves across a block boundary come from the previous or the next block.
 class Pretokenizer {
  public:
-  // The text must outlive the pretokenizer. `vectorized`: use the processor's wide registers where
-  // there are any; the pieces are the same.
+  // The text must outlive the pretokenizer. `vectorized` enables AVX2 where the processor supports
+  // it; the pieces are the same.
   explicit Pretokenizer(std::string_view text, bool vectorized = true);
 
-  // Returns the ends of the next pieces, none once the text is through. They stay valid until the
-  // next call.
+  // Returns the ends of the next pieces; empty at the end of the text. Valid until the next call.
   Ends next();
 
-  // The classes of 64 bytes, a bit a byte, the first byte lowest. All bytes of a character have the
-  // class of the character; what is in no class is [^\s\p{L}\p{N}].
+  // The character classes of 64 bytes: bit i of each mask describes byte i. All bytes of a
+  // multi-byte character have the class of the character. Bytes in none of letters, numbers and
+  // spaces have the class [^\s\p{L}\p{N}].
   struct Block {
-    std::uint64_t letters = 0;
-    std::uint64_t numbers = 0;
+    std::uint64_t letters = 0;      // \p{L}
+    std::uint64_t numbers = 0;      // \p{N}
     std::uint64_t spaces = 0;       // \s
-    std::uint64_t blanks = 0;       // the plain space, which joins the word that follows
-    std::uint64_t apostrophes = 0;  // may begin a contraction
-    std::uint64_t wide_spaces = 0;  // \s of more than one byte
-    std::uint64_t spaces_of_2 = 0;  // the first bytes of those of two
-    std::uint64_t spaces_of_3 = 0;  // and of three
+    std::uint64_t blanks = 0;       // U+0020, which is joined to the word after it
+    std::uint64_t apostrophes = 0;  // possible starts of contractions
+    std::uint64_t wide_spaces = 0;  // all bytes of multi-byte \s
+    std::uint64_t spaces_of_2 = 0;  // first bytes of \s of two bytes
+    std::uint64_t spaces_of_3 = 0;  // first bytes of \s of three bytes
   };
 
  private:
   static constexpr std::size_t kBlock = 64;
-  static constexpr std::size_t kEnds = 1024;  // found by one call of next(): 8 KB, to stay in cache
+  static constexpr std::size_t kEnds = 1024;  // capacity of ends_: 8 KB, which fits in L1 cache
 
   template <typename Isa>
   std::size_t cut();
@@ -80,13 +86,17 @@ class Pretokenizer {
 
   std::string_view text_;
   bool vectorized_;
-  std::size_t at_ = 0;  // the first byte of current_
-  Block previous_;      // of which only the last byte counts
+  std::size_t at_ = 0;  // offset of the first byte of current_
+  Block previous_;      // the block before current_; only its last byte (bit 63) is used
   Block current_;
-  Block spill_;  // what the last character of the block classified last puts into the next one
+  // The classes of those bytes of the next block to be classified that belong to a multi-byte
+  // character which starts in the block classified last.
+  Block spill_;
   bool has_spill_ = false;
-  std::uint64_t joined_ = 0;        // places in current_ that continue a contraction,
-  std::uint64_t after_joined_ = 0;  // and the place after one, where a piece starts
+  // State carried over from a contraction that crosses the end of the previous block: bits of
+  // current_ that continue it, and the bit after it, where a piece starts.
+  std::uint64_t joined_ = 0;
+  std::uint64_t after_joined_ = 0;
   std::array<std::size_t, kEnds> ends_;
 };
 

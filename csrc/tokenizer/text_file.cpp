@@ -6,7 +6,7 @@
 namespace fastgpt {
 namespace {
 
-// The size of the character at text[at], or 0 if there is no valid one.
+// Returns the size of the character at text[at] in bytes, or 0 if it is invalid.
 std::size_t character_size(std::string_view text, std::size_t at) {
   const auto byte = [&](std::size_t i) -> unsigned {
     return at + i < text.size() ? static_cast<unsigned char>(text[at + i]) : 0;
@@ -16,7 +16,7 @@ std::size_t character_size(std::string_view text, std::size_t at) {
   if (first < 0x80) return 1;
   if (first < 0xC2 || first > 0xF4 || !continues(1)) return 0;
   if (first < 0xE0) return 2;
-  // Some first bytes allow only a part of the second ones.
+  // Some first bytes restrict the range of the second byte.
   const unsigned second = byte(1);
   const bool overlong = (first == 0xE0 && second < 0xA0) || (first == 0xF0 && second < 0x90);
   const bool surrogate = first == 0xED && second >= 0xA0;
@@ -34,7 +34,7 @@ std::size_t valid_utf8(std::string_view text) {
     if (text.size() - at >= sizeof(std::uint64_t)) {
       std::uint64_t word;
       std::memcpy(&word, text.data() + at, sizeof word);
-      if ((word & 0x8080808080808080) == 0) {  // all ASCII
+      if ((word & 0x8080808080808080) == 0) {  // eight ASCII characters
         at += sizeof word;
         continue;
       }

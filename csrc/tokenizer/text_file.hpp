@@ -1,4 +1,4 @@
-// What the bytes of a text file go through before they are tokenized.
+// Validation and newline conversion of text files before tokenization.
 #pragma once
 
 #include <cstddef>
@@ -6,12 +6,12 @@
 
 namespace fastgpt {
 
-// Returns how many bytes from the start are whole, valid characters (Unicode 16.0, section 3.9: no
+// Returns the size of the longest prefix that is valid UTF-8 (Unicode 16.0, section 3.9: no
 // surrogates, no overlong forms, nothing beyond U+10FFFF).
 std::size_t valid_utf8(std::string_view text);
 
-// Writes the text with each "\r\n" as "\n", which may need as much room as the text, and returns
-// how many bytes that is.
+// Writes the text to `to` with each "\r\n" replaced by "\n" and returns the number of bytes
+// written. `to` must have room for text.size() bytes.
 std::size_t unix_newlines(std::string_view text, char* to);
 
 }  // namespace fastgpt

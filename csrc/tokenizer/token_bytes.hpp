@@ -1,4 +1,4 @@
-// The bytes of all tokens.
+// Token ids, and a container for the bytes of all tokens.
 #pragma once
 
 #include <cstddef>
@@ -12,12 +12,12 @@ namespace fastgpt {
 using TokenId = std::uint32_t;
 constexpr TokenId kNoToken = std::numeric_limits<TokenId>::max();
 
-// Tables pack ids into so many bits, which bounds the size of a vocabulary.
+// The number of bits of an id in packed tables, which limits the size of a vocabulary.
 constexpr int kIdBits = 21;
-constexpr std::size_t kMaxTokens = (std::size_t{1} << kIdBits) - 1;  // the last id has no token
+constexpr std::size_t kMaxTokens = (std::size_t{1} << kIdBits) - 1;  // the highest id is reserved
 
-// All tokens' bytes in one block, with kPadding bytes after the last, so that a copy may read in
-// strides of that size.
+// The bytes of all tokens in one contiguous block, followed by kPadding bytes, so that a copy can
+// read chunks of that size without a check for the end.
 class TokenBytes {
  public:
   static constexpr std::size_t kPadding = 16;
@@ -32,7 +32,7 @@ class TokenBytes {
   std::string_view operator[](TokenId id) const { return {data(id), size_of(id)}; }
 
  private:
-  std::vector<char> bytes_;            // and room for more
+  std::vector<char> bytes_;            // with spare room at the end, at least kPadding bytes
   std::vector<std::uint32_t> begins_;  // token i is bytes_[begins_[i] : begins_[i + 1]]
 };
 

@@ -1,4 +1,4 @@
-// Finds tokens by their bytes.
+// Lookup of tokens by their bytes.
 #pragma once
 
 #include <cstddef>
@@ -13,18 +13,20 @@
 
 namespace fastgpt {
 
-// Hash table of tokens. An entry is four bytes, so that the table is small: the token's id, and
-// some bits of its hash, which tell nearly always whether it is worth while to look at its bytes.
+// Hash table from the bytes of tokens to their ids. Open addressing, linear probing. An entry has
+// only four bytes, to keep the table small: the id, and some bits of the hash, which nearly always
+// avoid comparing the bytes of a different token.
 class TokenIndex {
  public:
   TokenIndex() : entries_(kMinSize) {}
 
-  // The hash of a token: what all functions below want to know it by.
+  // The hash of a token's bytes, as the functions below expect it.
   using Hash = std::uint64_t;
   static Hash hash(PieceKey key) { return key.hash(); }
   static Hash hash(std::string_view bytes) { return hash_of(bytes); }
 
-  // Returns kNoToken if there is no such token. `tokens` are those whose ids were inserted.
+  // Returns the id of the token with these bytes, or kNoToken if there is none. `tokens` must be
+  // the list whose ids were inserted.
   TokenId find(const TokenBytes& tokens, PieceKey key, std::size_t size) const {
     return search(hash(key), [&](TokenId id) {
       return tokens.size_of(id) == size && PieceKey::load(tokens.data(id), size) == key;
@@ -33,20 +35,21 @@ class TokenIndex {
   TokenId find(const TokenBytes& tokens, Hash hash, std::string_view bytes) const {
     return search(hash, [&](TokenId id) { return tokens[id] == bytes; });
   }
-  // Has the processor fetch what find() will look at.
+  // Prefetches the entry that find() will read first.
   void ask_for(Hash hash) const { prefetch(&entries_[home(hash)]); }
 
-  // Needs a token that is not there.
+  // Inserts a token, which must not be in the table yet.
   void insert(const TokenBytes& tokens, Hash hash, TokenId id) {
     if (2 * ++count_ > entries_.size()) grow(tokens);
     put(hash, id);
   }
 
  private:
-  static constexpr std::size_t kMinSize = std::size_t{1} << 17;  // GPT-2's fit: 512 KB
+  static constexpr std::size_t kMinSize = std::size_t{1} << 17;  // 512 KB; enough for GPT-2
   static constexpr std::uint32_t kIdMask = (std::uint32_t{1} << kIdBits) - 1;
 
-  // An entry: the id plus 1, so that 0 is free, below the bits of the hash.
+  // Returns an entry: the id plus 1 in the kIdBits low bits, so that 0 means free, and bits of the
+  // hash above it.
   static std::uint32_t entry(Hash hash, TokenId id) {
     return (static_cast<std::uint32_t>(hash >> 16) & ~kIdMask) | (id + 1);
   }

@@ -15,16 +15,17 @@ std::string numbered(const char* what, std::size_t number) {
   return std::string(what) + " " + std::to_string(number);
 }
 
-// Returns the list if it can be indexed: ids and ranks must fit into the bits that they get.
+// Returns the merges. Throws std::invalid_argument if ids or ranks do not fit into their bits of
+// the packed tables, or if a merge refers to an id that is out of range.
 std::vector<Merge> checked_size(std::vector<Merge> merges, const TokenBytes& tokens) {
   if (tokens.size() > kMaxTokens || merges.size() >= kNoMerge) {
-    throw std::invalid_argument("a vocabulary may have " + std::to_string(kMaxTokens) +
-                                " tokens at most, not " + std::to_string(tokens.size()));
+    throw std::invalid_argument("a vocabulary can have at most " + std::to_string(kMaxTokens) +
+                                " tokens, not " + std::to_string(tokens.size()));
   }
   for (std::size_t i = 0; i < merges.size(); ++i) {
     const Merge& merge = merges[i];
     if (std::max({merge.left, merge.right, merge.merged}) >= tokens.size()) {
-      throw std::invalid_argument(numbered("merge", i) + " names an id that has no token");
+      throw std::invalid_argument(numbered("merge", i) + " refers to an id that has no token");
     }
   }
   return merges;
@@ -34,12 +35,12 @@ std::vector<Merge> checked_size(std::vector<Merge> merges, const TokenBytes& tok
 
 MergeTable::MergeTable(const std::vector<Merge>& merges) {
   int bits = 2;
-  while ((std::size_t{2} << bits) < merges.size()) ++bits;  // half of the slots stay free
+  while ((std::size_t{2} << bits) < merges.size()) ++bits;  // keep at least half of the slots free
   const Bucket free = {{kFree, kFree, kFree, kFree}};
   buckets_.assign(std::size_t{1} << bits, free);
   mask_ = buckets_.size() - 1;
   shift_ = 64 - bits;
-  constexpr std::size_t kAhead = 16;  // by the time a merge's turn comes, its bucket is there
+  constexpr std::size_t kAhead = 16;  // prefetch distance, in merges
   for (std::size_t i = 0; i < merges.size(); ++i) {
     if (i + kAhead < merges.size())
       ask_for(pair(merges[i + kAhead].left, merges[i + kAhead].right));
@@ -58,7 +59,7 @@ void TokenBytes::push_back(std::string_view token) {
   const std::size_t begin = begins_.back();
   const std::size_t end = begin + token.size();
   if (end > std::numeric_limits<std::uint32_t>::max()) {
-    throw std::invalid_argument("the tokens of a vocabulary may have 4 GiB in all");
+    throw std::invalid_argument("the tokens of a vocabulary can have at most 4 GiB in total");
   }
   if (end + kPadding > bytes_.size()) bytes_.resize(2 * (end + kPadding));
   std::memcpy(bytes_.data() + begin, token.data(), token.size());
@@ -80,6 +81,7 @@ Vocabulary::Vocabulary(TokenBytes tokens, std::vector<Merge> merges, TokenIndex 
   index_merges();
 }
 
+// Checks that the merged token of each merge is the concatenation of its parts.
 void Vocabulary::check_merges() const {
   for (std::size_t i = 0; i < merges_.size(); ++i) {
     const std::string_view left = tokens_[merges_[i].left];
@@ -88,11 +90,12 @@ void Vocabulary::check_merges() const {
     if (merged.size() != left.size() + right.size() || merged.substr(0, left.size()) != left ||
         merged.substr(left.size()) != right) {
       throw std::invalid_argument(numbered("merge", i) +
-                                  " makes a token that is not its two parts");
+                                  " produces a token that is not the concatenation of its parts");
     }
   }
 }
 
+// Sets of_byte_. Checks that no token is empty, and that each byte is exactly one token.
 void Vocabulary::index_bytes() {
   of_byte_.fill(kNoToken);
   for (TokenId id = 0; id < tokens_.size(); ++id) {
@@ -113,6 +116,7 @@ void Vocabulary::index_bytes() {
   }
 }
 
+// Sets joins_, rank_of_bytes_ and first_merged_.
 void Vocabulary::index_merges() {
   rank_of_bytes_.assign(65536, kNoMerge);
   first_merged_ = merges_.empty() ? kNoToken : merges_[0].merged;
@@ -126,8 +130,9 @@ void Vocabulary::index_merges() {
   }
 }
 
-// Merging need not arrive at a token though the piece is its bytes: not if it is a special token,
-// and of some vocabularies not of others either.
+// Sets whole_tokens_. Merging the bytes of a token need not result in this token: it does not for
+// special tokens, and in some vocabularies not for others either. So each token's bytes are merged,
+// and only the tokens that result from it are indexed.
 void Vocabulary::index_whole_tokens() {
   Merger merger(*this);
   for (TokenId id = 0; id < tokens_.size(); ++id) {

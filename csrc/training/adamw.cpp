@@ -9,13 +9,14 @@
 namespace fastgpt {
 namespace {
 
-constexpr std::size_t kTile = 16384;  // numbers that one thread does at a time
+constexpr std::size_t kTile = 16384;  // elements per task
 
 struct Tile {
   const AdamWTensor* tensor;
   std::size_t begin, size;
 };
 
+// Splits all tensors into tiles of at most kTile elements.
 std::vector<Tile> cut(const std::vector<AdamWTensor>& tensors) {
   std::vector<Tile> tiles;
   for (const AdamWTensor& tensor : tensors) {
@@ -33,7 +34,7 @@ void add_squares(std::size_t n, const float* x, double* sum) {
   });
 }
 
-// A step's factors, the same for all numbers of a tensor.
+// The factors of a step, which are the same for all elements of a tensor.
 struct Rates {
   float clip, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, lr, root_correction, eps;
 };
@@ -63,6 +64,8 @@ void update(std::size_t n, const Rates& r, const float* __restrict grad, float* 
   }
 }
 
+// Returns the global norm. The tiles' sums are added in the order of the tiles, so that the number
+// of threads does not change the result.
 double norm_of(const std::vector<Tile>& tiles, unsigned threads) {
   std::vector<double> sums(tiles.size());
   for_each_tile(tiles.size(), threads, [&](std::size_t i) {
@@ -80,7 +83,7 @@ double clipped_adamw(const std::vector<AdamWTensor>& tensors, double max_norm, u
   const std::vector<Tile> tiles = cut(tensors);
   const double norm = norm_of(tiles, threads);
   if (!std::isfinite(norm)) return norm;
-  const double clip = std::min(1.0, max_norm / (norm + 1e-6));  // as clip_grad_norm_ does it
+  const double clip = std::min(1.0, max_norm / (norm + 1e-6));  // as in torch's clip_grad_norm_
   std::vector<Rates> rates;
   rates.reserve(tensors.size());
   for (const AdamWTensor& tensor : tensors) rates.push_back(rates_of(tensor, clip));

@@ -1,3 +1,6 @@
+// Attention of each head by itself, as GEMMs over blocks of queries: scores, softmax, weighted sum
+// of values. A thread takes one head of one sequence at a time. Only the scores of one block of
+// queries exist at once; the backward pass computes them again.
 #include "training/attention.hpp"
 
 #include <algorithm>
@@ -15,10 +18,11 @@ namespace {
 
 std::size_t round_up(std::size_t n, std::size_t step) { return (n + step - 1) / step * step; }
 
-// Memory for packed operands and scores, kept by each thread for its next head.
+// Memory for packed operands and scores, which each thread keeps for its next head. `restart` makes
+// room for all buffers and frees those taken before; `take` then returns them one by one.
 class Workspace {
  public:
-  // Returns room for `size` floats.
+  // Returns a buffer of `size` floats, with slack for packing behind it.
   float* take(std::size_t size) {
     const std::size_t begin = used_;
     used_ += round_up(size + kGemmSlack, 16);
@@ -45,23 +49,23 @@ struct RowsOf {
 using ConstRows = RowsOf<ConstFloats>;
 using Rows = RowsOf<Floats>;
 
-// Operands of a product A · B in the order in which the kernels read them. "By rows" says that
-// a row of the given matrix is a row of A (a column of B), "across" that it is one depth of all.
+// How a matrix becomes an operand of a product A · B. kByRows: its rows are the rows of A, or the
+// columns of B. kAcross: each of its rows is one depth of all rows of A, or columns of B.
 enum class Reads { kByRows, kAcross };
 
-// The products of one head, in fp32 or in bfloat16; sums are in fp32.
+// The products of one head, with operands in fp32 or in bfloat16 and sums in fp32.
 class Products {
  public:
   explicit Products(bool bf16) : kernels_(gemm_kernels(best_gemm_code(bf16))) {}
 
-  // Queries that are done at once: enough to use a packed block of keys well, few enough for their
-  // scores to stay in the second-level cache, and whole tiles of a product.
+  // The number of queries in a block: large enough to amortize reading the packed keys, small
+  // enough for the block's scores to stay in the L2 cache, and a multiple of a tile's rows.
   std::size_t queries_at_once() const { return 8 * kernels_.rows; }
 
   std::size_t whole_rows(std::size_t n) const { return round_up(n, kernels_.rows); }
   std::size_t whole_columns(std::size_t n) const { return round_up(n, kernels_.columns); }
 
-  // Keys and what stands for them are so many, for whole panels and whole vectors.
+  // The number of keys (or scores in a row), padded to whole panels and whole vectors.
   std::size_t padded_time(std::size_t time) const { return round_up(whole_columns(time), kLanes); }
 
   void pack_a(const ConstRows& from, std::size_t rows, std::size_t depth, Reads reads,
@@ -73,13 +77,15 @@ class Products {
     kernels_.pack_b({from.first, from.stride, reads == Reads::kAcross, columns, depth}, to);
   }
 
-  // The part of a packed A from a row on; the row begins a panel.
+  // Returns the part of a packed A from `row` on, which must be the first of a panel.
   const float* part_of_a(const float* a, std::size_t row, std::size_t depth) const {
     return a + row * kernels_.words(depth);
   }
 
-  // C = A · B, or C += A · B, of packed operands. b_depth: the depth that B was packed with, of
-  // which the first `depth` are used; if that is odd in bfloat16, A has a zero beside its last.
+  // Computes C = A · B, or C += A · B, from packed operands. `b_depth` is the depth that B was
+  // packed with, of which the first `depth` are used. Panels of B are then further apart than the
+  // kernel expects, so that it is called for one at a time. An odd `depth` in bfloat16 is correct,
+  // since the second half of A's last word is zero.
   void multiply(const float* a, const float* b, std::size_t b_depth, std::size_t rows,
                 std::size_t columns, std::size_t depth, bool add, float* c,
                 std::size_t c_stride) const {
@@ -113,7 +119,7 @@ void write_row(std::size_t n, const float* __restrict from, Number* __restrict t
   for (std::size_t i = 0; i < n; ++i) put(from[i], to + i);
 }
 
-// The rows in fp32: themselves, or a copy in `aside`.
+// Returns the rows in fp32: either the given ones, or a converted copy in `aside`.
 RowsOf<const float*> in_floats(const ConstRows& rows, std::size_t n, std::size_t size,
                                float* aside) {
   if (!rows.first.bf16) return {static_cast<const float*>(rows.first.data), rows.stride};
@@ -124,7 +130,7 @@ RowsOf<const float*> in_floats(const ConstRows& rows, std::size_t n, std::size_t
   return {aside, size};
 }
 
-// Writes n rows of sums to where they belong.
+// Writes n rows of fp32 sums to `to`, rounded to its type.
 void write_rows(const float* sums, std::size_t n, std::size_t size, const Rows& to) {
   for (std::size_t row = 0; row < n; ++row) {
     of_type(to.from(row).first, [&](auto* numbers) {
@@ -134,17 +140,19 @@ void write_rows(const float* sums, std::size_t n, std::size_t size, const Rows& 
   }
 }
 
-// The rows of a block of queries: the first sees `seen` keys, each one more than the one before.
+// The scores of a block of queries. The first query sees `seen` keys, each following query one
+// more. The products compute a rectangle: the scores above the causal diagonal are masked
+// afterwards.
 struct Scores {
   std::size_t rows, seen, stride;
   float scale;
 
-  // How much of a row is computed, so that short rows, too, are whole vectors.
+  // The length of all rows in the softmax: what the last row sees, padded to whole vectors.
   std::size_t length() const { return round_up(seen + rows - 1, kLanes); }
 };
 
-// Makes scores probabilities, and 0 behind what a row sees; log_sums get the logarithms of the
-// denominators.
+// Replaces scores by probabilities, in place, with zeros for the keys that a query does not see.
+// log_sums receives the log-sum-exp of each row's scaled scores.
 void softmax_rows(const Scores& block, float* all, float* log_sums) {
   const std::size_t n = block.length();
   for (std::size_t row = 0; row < block.rows; ++row) {
@@ -160,8 +168,9 @@ void softmax_rows(const Scores& block, float* all, float* log_sums) {
   }
 }
 
-// From scores and the gradient of the probabilities to probabilities and the gradient of the
-// scores; y and grad_y are what attention put out for these rows, and its gradient.
+// Replaces scores `all` by probabilities P, and the gradient of the probabilities `all_grad`, dP,
+// by that of the unscaled scores, P ∘ (dP - δ) · scale. The row sums of P ∘ dP are taken from the
+// output of these rows and its gradient: δ = Σ y ∘ grad_y.
 void softmax_rows_backward(const Scores& block, std::size_t size, const float* log_sums,
                            const RowsOf<const float*>& y, const RowsOf<const float*>& grad_y,
                            float* all, float* all_grad) {
@@ -181,14 +190,14 @@ void softmax_rows_backward(const Scores& block, std::size_t size, const float* l
   }
 }
 
-// One head of one sequence.
+// The operands of one head of one sequence.
 struct Head {
   std::size_t time, size;
   float scale;
   ConstRows q, k, v;
 };
 
-// Where a head's numbers begin in [batch, time, parts, heads, size].
+// Returns the offset of a head's first number in [batch, time, parts, heads, size].
 std::size_t begin_of(const Attention& all, std::size_t index, std::size_t parts) {
   const std::size_t sequence = index / all.heads, head = index % all.heads;
   return (sequence * all.time * parts * all.heads + head) * all.size;
@@ -227,7 +236,10 @@ void forward_head(const Products& products, const Head& head, Workspace& space, 
   }
 }
 
-// grad_q, grad_k, grad_v: where the gradients go.
+// Computes the gradients of one head, block of queries by block of queries, with P the
+// probabilities, dP their gradient and dS that of the scores:
+//   S = q · kᵀ;  dP = dy · vᵀ;  grad_q = dS · k;  grad_v += Pᵀ · dy;  grad_k += dSᵀ · q.
+// grad_k and grad_v are accumulated in fp32 over the blocks, and written at the end.
 void backward_head(const Products& products, const Head& head, Workspace& space, const ConstRows& y,
                    const float* log_sums, const ConstRows& grad_y, const Rows& grad_q,
                    const Rows& grad_k, const Rows& grad_v) {
@@ -236,15 +248,15 @@ void backward_head(const Products& products, const Head& head, Workspace& space,
   const std::size_t wide = products.whole_columns(size), tall = products.whole_rows(time);
   const std::size_t packed_left = most * std::max({padded, tall, size});  // the largest of four
   space.restart(5 * padded * wide + most * (2 * padded + 4 * wide) + packed_left + 12 * 64);
-  float* keys = space.take(padded * size);      // to multiply queries with
-  float* values = space.take(padded * size);    // to multiply grad_y with
-  float* key_rows = space.take(padded * wide);  // to multiply the scores' gradient with
+  float* keys = space.take(padded * size);      // operand of S
+  float* values = space.take(padded * size);    // operand of dP
+  float* key_rows = space.take(padded * wide);  // operand of grad_q
   float* scores = space.take(most * padded);
   float* grad = space.take(most * padded);
   float* left = space.take(packed_left);
   float* right = space.take(most * wide);
-  float* sums = space.take(most * size);    // for grad_q; before, y and ...
-  float* aside = space.take(most * size);   // ... grad_y in fp32
+  float* sums = space.take(most * size);    // first y in fp32, then grad_q
+  float* aside = space.take(most * size);   // grad_y in fp32
   float* sums_k = space.take(time * size);  // for grad_k
   float* sums_v = space.take(time * size);  // for grad_v
   products.pack_b(head.k, time, size, Reads::kByRows, keys);
@@ -263,7 +275,9 @@ void backward_head(const Products& products, const Head& head, Workspace& space,
     products.pack_a({{grad}, padded}, rows, seen, Reads::kByRows, left);
     products.multiply(left, key_rows, time, rows, size, seen, false, sums, size);
     write_rows(sums, rows, size, grad_q.from(first));
-    // What keys and values get from these queries: the first to see a key finds nothing there yet.
+    // Adds the contribution of these queries, weightsᵀ · from, to the gradient of keys or values.
+    // Rows below `first` have sums from earlier blocks; for the others this block is the first to
+    // contribute, and initializes them.
     const auto add_to_keys = [&](const float* weights, const ConstRows& from, float* to) {
       products.pack_b(from, size, rows, Reads::kAcross, right);
       products.pack_a({{weights}, padded}, seen, rows, Reads::kAcross, left);

@@ -27,7 +27,8 @@ void add_up(std::size_t n, const float* x, float* sum) {
   *sum = lane_sum<float>(n, [=](std::size_t i) { return x[i]; });
 }
 
-// A row stays in the second-level cache over its passes.
+// Returns the loss of a row; with `gradient`, replaces its logits by their gradient. The row is
+// read several times, from the L2 cache after the first.
 float do_row(std::size_t n, float* logits, std::size_t target, bool gradient, float scale) {
   float largest = 0.0F, sum = 0.0F;
   const float picked = logits[target];

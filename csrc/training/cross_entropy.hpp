@@ -1,4 +1,4 @@
-// The cross-entropy of a chunk of logits, and its gradient in their place.
+// The cross-entropy of a chunk of logits, and its gradient, computed in place.
 #pragma once
 
 #include <cstddef>
@@ -6,8 +6,7 @@
 
 namespace fastgpt {
 
-// The logits [rows, classes] and what they are held against; `targets` holds `ignored`, or one of
-// the classes.
+// Logits [rows, classes] and their targets: class indices, or `ignored` for rows that have no loss.
 struct LogitsChunk {
   std::size_t rows = 0, classes = 0;
   float* logits = nullptr;
@@ -15,8 +14,9 @@ struct LogitsChunk {
   std::int64_t ignored = -100;
 };
 
-// losses[row] = log Σ exp(logits) - logits[target], in nats; 0 where the target is ignored. With
-// `gradient`, the logits become (softmax - onehot) · scale, 0 where it is ignored.
+// Computes losses[row] = log Σ exp(logits) - logits[target], in nats, and 0 for ignored targets.
+// With `gradient`, replaces the logits by their gradient, (softmax - onehot) · scale, and 0 for
+// ignored targets.
 void cross_entropy(const LogitsChunk& chunk, bool gradient, float scale, float* losses,
                    unsigned threads);
 

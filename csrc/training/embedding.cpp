@@ -7,7 +7,9 @@
 namespace fastgpt {
 namespace {
 
-constexpr std::size_t kTileColumns = 64;  // of all rows: no two threads add to one number
+// Work is split by columns, not by rows: no two threads add to the same element, and each element's
+// terms are added in the order of the ids.
+constexpr std::size_t kTileColumns = 64;
 
 void add_to(std::size_t n, const float* __restrict from, float* __restrict to) {
   for (std::size_t i = 0; i < n; ++i) to[i] += from[i];

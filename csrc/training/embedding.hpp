@@ -1,4 +1,4 @@
-// The gradient of a table whose rows were looked up.
+// The gradient of an embedding table.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +6,8 @@
 
 namespace fastgpt {
 
-// Adds values [n, columns] to the rows of the table that ids [n] name, in their order.
+// Adds row i of `values` [n, columns] to row ids[i] of the table, for all i in order, on up to
+// `threads` threads.
 void add_rows(const std::int64_t* ids, std::size_t n, std::size_t columns, const float* values,
               float* table, unsigned threads);
 

@@ -16,7 +16,7 @@ inline void backward_loop(const float* __restrict grad, const float* __restrict 
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
-// The same loops compiled for AVX2, where the machine that runs them has it.
+// The same loops compiled for AVX2, used if the processor supports it.
 __attribute__((target("avx2,fma"))) void forward_avx2(const float* x, float* y, std::size_t n) {
   forward_loop(x, y, n);
 }

@@ -18,23 +18,25 @@
 namespace fastgpt {
 namespace {
 
-// A panel of B of that depth stays in the first-level cache beside one of A, a block of A in the
-// second level, and a chunk of B in the third.
-constexpr std::size_t kWordsDeep = 256;
-constexpr std::size_t kRows = 144;
-constexpr std::size_t kColumns = 768;
-constexpr std::size_t kBlocksInChunk = 4;
+// Block sizes. They are chosen so that a panel of B and one of A, kWordsDeep deep, fit in the L1
+// cache together, a packed block of A (up to kRows × kWordsDeep words) in L2, and a packed chunk of
+// B (about kWordsInChunk words) in L3.
+constexpr std::size_t kWordsDeep = 256;    // depth of a block, in words
+constexpr std::size_t kRows = 144;         // at most, of a tile
+constexpr std::size_t kColumns = 768;      // at most, of a tile
+constexpr std::size_t kBlocksInChunk = 4;  // depth blocks in a chunk of B
 constexpr std::size_t kWordsInChunk = std::size_t{1} << 20;
 constexpr std::size_t kWordsToPack = std::size_t{1} << 14;  // in one task
-constexpr std::size_t kTilesPerThread = 8;  // so that a slow thread delays the others little
-constexpr std::size_t kFewRows = 24, kFewColumns = 64;       // of a tile that is not all
+constexpr std::size_t kTilesPerThread = 8;  // for load balance: a slow thread delays others little
+constexpr std::size_t kFewRows = 24, kFewColumns = 64;       // smallest tile that C is split into
 constexpr std::size_t kWorthATile = std::size_t{1} << 19;    // multiplications
 constexpr std::size_t kWorthAThread = std::size_t{1} << 20;  // multiplications
 
 std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 std::size_t round_up(std::size_t a, std::size_t b) { return ceil_div(a, b) * b; }
 
-// The part of at most `limit`, a multiple of `unit`, that cuts n into parts as equal as can be.
+// Returns the part size that splits n into the fewest parts of at most `limit`, as equal as
+// possible, rounded up to a multiple of `unit`.
 std::size_t equal_part(std::size_t n, std::size_t limit, std::size_t unit) {
   const std::size_t parts = std::max(ceil_div(n, limit), std::size_t{1});
   return std::max(round_up(ceil_div(n, parts), unit), unit);
@@ -45,27 +47,37 @@ struct Range {
   std::size_t size() const { return end - begin; }
 };
 
-// The `index`th of the parts of n.
+// Returns the `index`th part of [0, n), in parts of size `part`.
 Range part_of(std::size_t n, std::size_t part, std::size_t index) {
   return {std::min(n, index * part), std::min(n, (index + 1) * part)};
 }
 
-// What gets A · B and the bias as they are, if anything does.
+// Returns the matrix that receives A · B + bias before GELU: `pre` where it is given, else C.
 const MatrixView<Floats>& target_of_sums(const Gemm& g) {
   return g.pre.numbers.data != nullptr ? g.pre : g.c;
 }
 
-// Whether that cannot hold sums of fp32.
+// Returns whether partial sums need a separate fp32 buffer, because the target is in bfloat16.
 bool sums_aside(const Gemm& g) { return target_of_sums(g).numbers.bf16; }
 
-// How the product is cut up. Each element of C is the sum of blocks in depth, in their order,
-// whatever the rest is: that alone decides its bits.
+// The blocking of a product.
+//
+//   k is split into depth blocks of `depth`. The kernel sums one block in registers and adds it to
+//     the sums of the blocks before it.
+//   B is split into chunks of `chunk_columns` columns by `chunk_depth` (several depth blocks). A
+//     chunk is packed by `pack_tasks` tasks, and read by all tiles of its columns.
+//   C, as far as a chunk reaches, is split into `row_tiles` × `column_tiles` tiles of `rows` ×
+//     `columns`. A tile is one task: it packs its rows of A itself and calls the kernel.
+//
+// Each element of C is the sum of its depth blocks, in their order. `depth` depends only on k and
+// the kernels, so that neither the number of threads nor the other block sizes change any bit of
+// the result.
 struct Plan {
   Plan(const Gemm& g, const GemmKernels& kernels, unsigned threads) {
     cut_b(g, kernels);
     cut_c(g, kernels, threads);
-    // A panel's sums that are complete after one block go where the next panel's will, so that they
-    // stay in the first-level cache.
+    // With a single depth block the sums of a panel are complete after one kernel call and need
+    // not be kept: all panels then share one buffer, which stays in the L1 cache.
     if (!sums_aside(g)) return;
     const std::size_t panel = rows * kernels.columns;
     sums_step = g.k > depth ? panel : 0;
@@ -82,11 +94,12 @@ struct Plan {
   std::size_t sums = 0, sums_step = 0;   // floats for a thread's, and from panel to panel
 
  private:
-  // B into chunks, and a chunk's packing into tasks.
+  // Splits B into chunks, and the packing of a chunk into tasks.
   void cut_b(const Gemm& g, const GemmKernels& kernels) {
     depth = equal_part(g.k, kWordsDeep * kernels.depths_per_word, 8);
     const std::size_t whole = std::max(round_up(g.k, depth), depth);
-    // Between chunks of depth, sums wait in C: it must be able to hold them.
+    // From one chunk of depths to the next, partial sums are kept in C. If C is not in fp32, a
+    // chunk has all of the depth.
     chunk_depth = sums_aside(g) ? whole : depth * kBlocksInChunk;
     depth_chunks = std::max(ceil_div(g.k, chunk_depth), std::size_t{1});
     const std::size_t words = kernels.words(std::min(chunk_depth, whole));
@@ -100,12 +113,13 @@ struct Plan {
     pack_tasks = ceil_div(chunk_columns, pack_columns);
   }
 
-  // The columns of C that a chunk of B gives, and all its rows, into tiles.
+  // Splits the part of C that one chunk of B contributes to, all rows by its columns, into tiles.
   void cut_c(const Gemm& g, const GemmKernels& kernels, unsigned threads) {
     const std::size_t work = g.m * chunk_columns * std::min(chunk_depth, round_up(g.k, depth));
     const std::size_t wanted =
         threads < 2 ? 1 : std::min(kTilesPerThread * threads, work / kWorthATile + 1);
-    // Fewer rows cost less than fewer columns: for each column tile A is packed anew.
+    // Rows are split first: every column tile packs its rows of A again, so that narrower tiles
+    // cost more than lower ones.
     const std::size_t most_columns = std::min(kColumns, chunk_columns);
     const std::size_t row_cuts = ceil_div(wanted, ceil_div(chunk_columns, most_columns));
     const std::size_t few_rows = std::max(g.m / row_cuts, kFewRows);
@@ -118,7 +132,8 @@ struct Plan {
   }
 };
 
-// What a thread's products pack into, kept for the next.
+// Returns a buffer of at least `floats` floats for packed operands. The calling thread keeps it for
+// its next product.
 float* workspace(std::size_t floats) {
   thread_local std::unique_ptr<LazyArray<float>> memory;
   if (!memory || memory->size() < floats) {
@@ -128,10 +143,16 @@ float* workspace(std::size_t floats) {
   return memory->data();
 }
 
-// The product as a row of tasks, taken in order by threads that are free: for each chunk of B,
-// those that pack it and then those that multiply with it; all chunks of one depth before those of
-// the next, which add to what they left. A task waits only for earlier ones, all of which somebody
-// is at: so the work gets done by as many threads as come, and the quick ones take more of it.
+// Runs a product as a sequence of tasks, which threads claim in order from an atomic counter. For
+// each chunk of B there are the tasks that pack it, then those that multiply its tiles. The chunks
+// are ordered by depth, then by column; chunks of a later depth add to the sums of the earlier.
+//
+// A task waits only for tasks with a smaller index. These have all been claimed by some thread, and
+// the first unfinished one waits for none: so there is no deadlock, whatever the number of threads.
+// Faster threads take more tasks.
+//
+// Packed chunks are in a ring of kBuffers buffers, so that threads may pack the next chunk while
+// others still multiply this one.
 class Job {
  public:
   Job(const Gemm& product, const GemmKernels& kernels, unsigned threads)
@@ -145,6 +166,8 @@ class Job {
     own_ = memory + b_buffers * b_words;
   }
 
+  // Executes tasks until none is left. Each thread of the team calls this once; `rank` selects its
+  // private buffer.
   void work(std::size_t rank) {
     const std::size_t in_chunk = plan_.pack_tasks + plan_.tiles();
     const std::size_t all = in_chunk * plan_.chunks();
@@ -152,11 +175,13 @@ class Job {
       const std::size_t chunk = task / in_chunk;
       const std::size_t index = task % in_chunk;
       if (index < plan_.pack_tasks) {
+        // The chunk that had this buffer before must be finished.
         if (chunk >= kBuffers) wait_for_tiles(chunk - kBuffers);
         pack(chunk, index);
         packed_[chunk % kBuffers].fetch_add(1, std::memory_order_release);
       } else {
         wait_for_packing(chunk);
+        // The same columns at the previous depth, whose sums this tile adds to, must be finished.
         if (chunk >= plan_.column_chunks) wait_for_tiles(chunk - plan_.column_chunks);
         multiply(chunk, index - plan_.pack_tasks, own_ + rank * own_words_);
         multiplied_[chunk % kBuffers].fetch_add(1, std::memory_order_release);
@@ -166,10 +191,12 @@ class Job {
 
  private:
   static constexpr std::size_t kCacheLine = 16;  // floats
-  static constexpr std::size_t kBuffers = 3;     // chunks that a thread may be ahead of another
+  static constexpr std::size_t kBuffers = 3;     // of packed chunks of B
   using Counter = std::atomic<std::size_t>;
 
-  // The counters are of all chunks so far that use the same buffer.
+  // The counters of a buffer are never reset: they count the tasks of all chunks that have used it.
+  // Chunk c is the (c / kBuffers + 1)th of its buffer, and no task of a later one is counted before
+  // all of its own. The increments release, and the loads acquire, what the tasks have written.
   void wait_for_packing(std::size_t chunk) const {
     wait_until(packed_[chunk % kBuffers], plan_.pack_tasks * (chunk / kBuffers + 1));
   }
@@ -179,7 +206,7 @@ class Job {
   static void wait_until(const Counter& counter, std::size_t count) {
     constexpr int kPatience = 2000;
     for (int spins = 0; counter.load(std::memory_order_acquire) < count; ++spins) {
-      if (spins > kPatience) std::this_thread::yield();  // whoever is at it may need this processor
+      if (spins > kPatience) std::this_thread::yield();  // the thread waited for may need this core
 #if defined(__x86_64__) && defined(__GNUC__)
       __builtin_ia32_pause();
 #endif
@@ -196,7 +223,7 @@ class Job {
     return std::max(ceil_div(depths.size(), plan_.depth), std::size_t{1});
   }
 
-  // Packs some columns of a chunk of B. What of the chunk has a depth block lies together.
+  // Packs some columns of a chunk of B, for all of its depth blocks.
   void pack(std::size_t chunk, std::size_t index) {
     const Range all = columns_of(chunk), depths = depths_of(chunk);
     const Range columns = part_of(all.size(), plan_.pack_columns, index);
@@ -210,12 +237,16 @@ class Job {
     }
   }
 
+  // Returns where a column of a chunk begins in its buffer. The depth blocks follow one another;
+  // within a block, panels of columns do. `column` must be the first of a panel.
   float* packed_b(std::size_t chunk, const Range& block, std::size_t column) const {
     return b_[chunk % kBuffers] + plan_.chunk_columns * kernels_.words(block.begin) +
            column * kernels_.words(block.size());
   }
 
-  // own: this thread's memory for packed rows of A, and for sums behind them.
+  // Computes one tile of C over all depth blocks of a chunk. `own` is this thread's buffer: packed
+  // rows of A, followed by fp32 sums if the target is in bfloat16. The tiles of the first column
+  // also compute the row sums, from the packed rows.
   void multiply(std::size_t chunk, std::size_t index, float* own) {
     const Range all = columns_of(chunk), depths = depths_of(chunk);
     const Range rows = part_of(g_.m, plan_.rows, index / plan_.column_tiles);
@@ -242,7 +273,9 @@ class Job {
     }
   }
 
-  // The block of C at some rows and a column to which some depths are added: all but what is added.
+  // Returns the kernel arguments for the block of C at `rows` and `column` to which some depths are
+  // added, except the operands and the number of columns. The bias and what follows it are set only
+  // for the last depth block, when the sums are complete.
   GemmBlock block_of(const Range& rows, std::size_t column, std::size_t depth, std::size_t depths,
                      float* sums) const {
     const auto at = [&](const auto& matrix) {
@@ -276,7 +309,7 @@ class Job {
   const GemmKernels& kernels_;
   const Plan plan_;
   std::array<float*, kBuffers> b_{};
-  float* own_ = nullptr;  // memory of each thread, [threads, own_words_]
+  float* own_ = nullptr;  // private buffers of the threads, [threads, own_words_]
   std::size_t own_words_ = 0, a_words_ = 0;
   alignas(64) Counter next_{0};
   alignas(64) std::array<Counter, kBuffers> packed_{};
@@ -298,7 +331,7 @@ const GemmKernels* kernels_of(GemmCode code) {
   }
 }
 
-// Whether the processor says that it is one of AMD's or of Hygon's, which builds AMD's.
+// Returns whether CPUID names the vendor AMD, or Hygon, whose processors are based on AMD's.
 bool is_amd() {
 #if defined(__x86_64__) && defined(__GNUC__)
   unsigned level = 0;
@@ -311,7 +344,7 @@ bool is_amd() {
 #endif
 }
 
-// Whether the processor has AMX's tiles for bfloat16: leaf 7, bit 22 of EDX.
+// Returns whether the processor has AMX-BF16: CPUID leaf 7, bit 22 of EDX.
 bool has_amx() {
 #if defined(__x86_64__) && defined(__GNUC__)
   unsigned a = 0, b = 0, c = 0, d = 0;

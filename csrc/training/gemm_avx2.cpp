@@ -1,4 +1,4 @@
-// The matrix product's kernels for AVX2 with FMA; CMakeLists.txt has this file compiled for it.
+// The GEMM kernels for AVX2 and FMA. CMakeLists.txt sets this file's instruction set.
 #include "training/gemm_kernels.hpp"
 
 #if defined(__AVX2__) && defined(__FMA__)
@@ -10,7 +10,8 @@
 namespace fastgpt {
 namespace {
 
-// Of the 16 registers, 12 hold the tile, 2 a row of B, and 1 an element of A.
+// Register budget, of 16 registers: 12 accumulators for the 6 × 2 tile of C, 2 for a row of B and 1
+// for an element of A.
 struct Avx2 {
   using Register = __m256;
   static constexpr std::size_t kWidth = 8;

@@ -1,4 +1,4 @@
-// The matrix product's kernels for AVX-512; CMakeLists.txt has this file compiled for it.
+// The GEMM kernels for AVX-512. CMakeLists.txt sets this file's instruction set.
 #include "training/gemm_kernels.hpp"
 
 #if defined(__AVX512F__)

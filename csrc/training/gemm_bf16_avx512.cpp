@@ -1,5 +1,4 @@
-// The kernels of products in bfloat16 for AVX512-BF16; CMakeLists.txt has this file compiled for
-// it.
+// The bfloat16 GEMM kernels for AVX512-BF16. CMakeLists.txt sets this file's instruction set.
 #include "training/gemm_kernels.hpp"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -16,7 +15,10 @@ struct Avx512Bf16 : Avx512Registers {
   }
 };
 
+// Packs words of two bfloat16 numbers: the first depth in the lower half, the second in the upper.
 struct Pairs {
+  // Masks the last vector, so that exactly n words are read and written. `next` is null where the
+  // second depth does not exist; the upper halves are then zero.
   template <std::size_t n, typename Number>
   static void pack_words(const Number* row, const Number* next, float* to) {
     constexpr std::size_t kLast = n % 16 == 0 ? 16 : n % 16;
@@ -38,6 +40,8 @@ struct Pairs {
  private:
   static __m512i two_rows(__mmask16 mask, const float* row, const float* next) {
     const __m512 low = _mm512_maskz_loadu_ps(mask, row), high = _mm512_maskz_loadu_ps(mask, next);
+    // The conversion leaves the 16 numbers of `row` in the lower half of the register and those of
+    // `next` in the upper half; the permutation interleaves them.
     const auto side_by_side = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
     const __m512i order =
         _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,

@@ -1,4 +1,5 @@
-// The part of a matrix product that is compiled for each instruction set.
+// The interface of the GEMM kernels: packing, and the product of packed operands. They are compiled
+// once for each instruction set.
 #pragma once
 
 #include <cstddef>
@@ -14,45 +15,49 @@ struct GemmRows {
   std::size_t stride = 0;
 };
 
-// A block of C that one thread computes from packed operands, or adds more terms to.
+// A block of C that a kernel computes from packed operands, or adds terms to.
 //
-// Operands are packed in words of 32 bits: a float, or two neighbouring depths in bfloat16. `depth`
-// counts words.
+// Operands are packed in words of 32 bits: a float, or the bfloat16 numbers of two consecutive
+// depths. `depth` counts words.
 struct GemmBlock {
   const float* a;  // panels of kRows rows
   const float* b;  // panels of kColumns columns
   std::size_t rows, columns, depth;
-  float* sum;  // [rows, kColumns] of each panel of columns
+  float* sum;  // the sums of the first panel of columns, [rows, kColumns]
   std::size_t sum_stride;
-  std::size_t panel_step;  // how far apart the panels' sums are
-  bool add;                // to what `sum` holds
+  std::size_t panel_step;  // distance between the sums of consecutive panels, in floats
+  bool add;                // to the contents of `sum`
 
-  // What follows once all terms are there; null for what does not.
+  // The epilogue, applied when the sums are complete; null for what is not wanted.
   const float* bias;
-  GemmRows<ConstFloats> gelu_grad;  // the sum is multiplied by gelu' of this
-  GemmRows<Floats> c;               // gets the sum, if that is not where it is to be
-  GemmRows<Floats> gelu;            // gets gelu of the sum
+  GemmRows<ConstFloats> gelu_grad;  // the sum is multiplied by gelu' of these numbers
+  GemmRows<Floats> c;               // receives the sum, if `sum` is a separate buffer
+  GemmRows<Floats> gelu;            // receives gelu of the sum
 };
 
-// Packing puts what a panel holds at one depth side by side: panel p, word w, index i of its
-// `width` lands at [(p * words + w) * width + i], with zeros where the matrix has ended. It may
-// write kGemmSlack words too many.
+// The source of a packed operand.
+//
+// Packing splits the rows of A (or the columns of B) into panels of `width` indices and places the
+// words of one depth side by side: word w of index i in panel p is stored at
+// [(p * words + w) * width + i]. A kernel thus reads a panel sequentially. The last panel, and the
+// last word of an odd depth in bfloat16, are padded with zeros. Packing may write up to kGemmSlack
+// words past the end.
 struct GemmPacking {
-  ConstFloats from;  // where the first panel begins
+  ConstFloats from;  // the first number of the first panel
   std::size_t stride;
-  bool across;  // a row of the matrix holds one depth of all panels; else, all depths of one index
-  std::size_t size, depth;  // how many indices (rows of A or columns of B) and how many depths
-  bool gelu = false;        // packs gelu of the numbers
+  bool across;  // a matrix row holds one depth of all indices; if not, all depths of one index
+  std::size_t size, depth;  // the numbers of indices (rows of A or columns of B) and of depths
+  bool gelu = false;        // apply gelu to the numbers
 };
 constexpr std::size_t kGemmSlack = 16;
 
 struct GemmKernels {
-  std::size_t rows, columns;    // of a tile: the widths of the panels of A and of B
-  std::size_t depths_per_word;  // 1: multiplies floats, and packs nothing else; 2: bfloat16
+  std::size_t rows, columns;    // of a register tile: the widths of the panels of A and of B
+  std::size_t depths_per_word;  // 1: fp32, packs only floats; 2: bfloat16, packs either type
   void (*pack_a)(const GemmPacking& from, float* to);
   void (*pack_b)(const GemmPacking& from, float* to);
   void (*multiply)(const GemmBlock& block);
-  // sums[i] += the sum of row i over the packed panels' `depth` words
+  // sums[i] += the sum of row i over the `depth` words of the packed panels
   void (*add_row_sums)(const float* a, std::size_t rows, std::size_t depth, float* sums);
 
   std::size_t words(std::size_t depths) const {
@@ -60,7 +65,7 @@ struct GemmKernels {
   }
 };
 
-// Null where the compiler cannot make such code.
+// Each returns null if the compiler does not support the instruction set.
 const GemmKernels* gemm_kernels_portable();
 const GemmKernels* gemm_kernels_avx2();
 const GemmKernels* gemm_kernels_avx512();

@@ -1,6 +1,8 @@
-// gemm_kernels.hpp for one kind of vector register. Each file that includes this is compiled for
-// another instruction set: internal linkage keeps the linker from taking one copy for all, and
-// nothing of the standard library is called for the same reason.
+// The kernels of gemm_kernels.hpp as templates over a vector type.
+//
+// Each file that includes this is compiled for a different instruction set. Everything has internal
+// linkage, since the linker would otherwise keep one copy for all of them, which some processors
+// could not run. For the same reason no function of the standard library is called.
 #pragma once
 
 #include <cstddef>
@@ -13,13 +15,15 @@
 namespace fastgpt {
 namespace {
 
-// Vector: a register of kWidth floats, and kTileRows × kTileVectors of them that hold a tile of C.
-// Packing: how words come about; Vector::multiply_add multiplies registers full of them.
+// Vector: a register of kWidth floats and its operations. kTileRows × kTileVectors registers hold a
+// tile of C. `multiply_add` multiplies registers of packed words.
+// Packing: how words are packed, one float or two bfloat16 numbers each.
 template <typename Vector, typename Packing = FloatPacking<Vector>>
 class Kernels {
  public:
   static constexpr std::size_t kRows = Vector::kTileRows;
   static constexpr std::size_t kColumns = Vector::kTileVectors * Vector::kWidth;
+  // Otherwise packing a panel would overwrite the start of the next, which may be another thread's.
   static_assert(kColumns % 8 == 0, "packing writes whole eights, and threads pack side by side");
 
   static constexpr GemmKernels table() {
@@ -35,6 +39,8 @@ class Kernels {
  private:
   // --- multiplying -----------------------------------------------------------------------------
 
+  // Panels of B are in the outer loop: one stays in the L1 cache while the panels of A, from the L2
+  // cache, are multiplied with it one after the other.
   static void multiply(const GemmBlock& block) {
     for (std::size_t j = 0; j < block.columns; j += kColumns) {
       const std::size_t columns = smaller(kColumns, block.columns - j);
@@ -49,7 +55,7 @@ class Kernels {
           edge_tile<Vector::kTileVectors>(block, i, j, to, bias, rows, columns);
         }
       }
-      if (columns == kColumns) {
+      if (columns == kColumns) {  // a constant, to specialize the inlined loops
         finish(block, sum, j, kColumns);
       } else {
         finish(block, sum, j, columns);
@@ -57,18 +63,22 @@ class Kernels {
     }
   }
 
-  // Depths in a turn of the loop. What a turn costs beside them is felt where another program has
-  // the other half of the core.
+  // Depths per loop iteration. The loop overhead matters where another program runs on the core's
+  // other hardware thread.
   static constexpr std::size_t kUnrolled = 8;
 
-  // One tile of C, of the first kVectors vectors of B's panel.
+  // Computes one tile of C: kRows rows by the first kVectors vectors of a panel of B. Each depth is
+  // a rank-1 update of the accumulators: kVectors registers of B's row, times each of A's kRows
+  // numbers. Depths are added in order; the previous sums and the bias follow at the end.
   template <std::size_t kVectors>
   static inline void tile(const GemmBlock& block, std::size_t i, std::size_t j, float* c,
                           std::size_t stride, bool add, const float* bias) {
     const float* __restrict a = block.a + i * block.depth;
     const float* __restrict b = block.b + j * block.depth;
-    // The tiles of this panel share in fetching the next: each the like of one row of the tiles.
+    // The row tiles of this panel share the work of prefetching the next panel of B: the tile with
+    // row index t fetches words [t · depth, (t + 1) · depth) of it, one kColumns-th of the panel.
     const float* next_b = b + kColumns * block.depth + i / kRows * block.depth;
+    // Fetch the rows of C that are read at the end: the cache lines of their first and last float.
     for (std::size_t r = 0; add && r < kRows; ++r) {
       prefetch(c + r * stride);
       prefetch(c + r * stride + kVectors * Vector::kWidth - 1);
@@ -111,7 +121,8 @@ class Kernels {
     });
   }
 
-  // A tile that reaches past C's end is computed aside.
+  // Computes a tile that extends past the end of C, with as few vectors as cover its columns. It
+  // goes to a temporary buffer, from which the valid part is copied.
   template <std::size_t kVectors>
   static void edge_tile(const GemmBlock& block, std::size_t i, std::size_t j, float* sum,
                         const float* bias, std::size_t rows, std::size_t columns) {
@@ -134,8 +145,9 @@ class Kernels {
     }
   }
 
-  // --- what follows the sum --------------------------------------------------------------------
+  // --- epilogue --------------------------------------------------------------------------------
 
+  // Applies the epilogue to one panel of columns, while its sums are in the L1 cache.
   static inline void finish(const GemmBlock& block, float* sum, std::size_t j,
                             std::size_t columns) {
     if (!given(block.gelu_grad) && !given(block.c) && !given(block.gelu)) return;
@@ -175,11 +187,12 @@ class Kernels {
     }
   }
 
-  // --- sums ------------------------------------------------------------------------------------
+  // --- row sums --------------------------------------------------------------------------------
 
   static float in_word(float word) { return Packing::first(word) + Packing::second(word); }
 
-  // Every kStep-th word is summed apart, which fills vector registers.
+  // Processes kStep words at a time, with kStep partial sums per row: the kRows numbers of one word
+  // need not fill vector registers.
   static void add_row_sums(const float* a, std::size_t rows, std::size_t depth, float* sums) {
     constexpr std::size_t kStep = 4;
     for (std::size_t i = 0; i < rows; i += kRows) {

@@ -1,4 +1,5 @@
-// Packing for gemm_kernels_of.hpp, in which is said how it is to be included.
+// Packing of GEMM operands into panels; see GemmPacking for the layout. Only for inclusion by
+// gemm_kernels_of.hpp, whose rules on linkage apply here as well.
 #pragma once
 
 #include <cstddef>
@@ -14,10 +15,15 @@ namespace {
 
 inline std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
-// Turns rows into panels, four words of eight indices at a time, by `transpose(rows, depth, to)`;
-// `rest(word)` is to pack the words after the last four. Where kWidth is no multiple of 8, what is
-// written past one word's indices is overwritten by the next, and past the last word by the next
-// panel; so the last indices come first.
+// Packs a panel whose matrix rows hold all depths of one index, that is, transposes kWidth rows.
+// `transpose(rows, word, to)` packs four words of eight indices; `rest(word)` packs a single word
+// of all indices, and is called for those after the last multiple of four.
+//
+// If kWidth is not a multiple of 8, the last block of eight indices is only partly used. Its
+// surplus rows repeat the last row, to stay inside the matrix, and its surplus output lands on the
+// first indices of the following word. Blocks are therefore packed from the last to the first, so
+// that a following word's own first indices overwrite it. The surplus behind the last word is
+// overwritten by the next panel, or lies in the slack behind the last one.
 template <std::size_t kWidth, typename Number, typename Transpose, typename Rest>
 inline void transpose_panel(const Number* from, std::size_t stride, std::size_t words, float* to,
                             const Transpose& transpose, const Rest& rest) {
@@ -35,14 +41,15 @@ inline void transpose_panel(const Number* from, std::size_t stride, std::size_t 
   for (; w < words; ++w) rest(w);
 }
 
-// --- floats --------------------------------------------------------------------------------------
+// --- fp32 ----------------------------------------------------------------------------------------
 
-// Every word is a float. Vector: see `Kernels`.
+// Packs words of one float each. Vector: see `Kernels`.
 template <typename Vector>
 class FloatPacking {
  public:
   static constexpr std::size_t kDepthsPerWord = 1;
 
+  // Whole panels are copied or transposed by vector loops; the last, partial one by a scalar loop.
   template <std::size_t kWidth>
   static void pack(const GemmPacking& from, float* to) {
     const auto* first = static_cast<const float*>(from.from.data);
@@ -60,16 +67,19 @@ class FloatPacking {
     for (std::size_t i = 0; i < packed; ++i) to[i] = gelu_of(to[i]);
   }
 
-  // The first and the second float of a word: there is only one.
+  // The first and the second number of a word; a float is the only one of its word.
   static float first(float word) { return word; }
   static float second(float /*word*/) { return 0.0F; }
 
  private:
   static constexpr std::size_t kDepthsAtOnce = 4;
 
-  // A few depths of all panels, then the next few: whole rows of the matrix are read in order.
-  // Whole vectors are quicker than what a panel is wide; what they write too much, the next depth
-  // overwrites, so that the last one goes without.
+  // Copies a few depths of all panels, then the next few: matrix rows are read sequentially.
+  //
+  // A depth is copied in whole vectors, even if they are wider than the panel: the surplus is
+  // overwritten by the panel's next depth. The last depth must be copied exactly, since the surplus
+  // would overwrite the first depth of the next panel. So must all depths of a panel at the end of
+  // the matrix, where whole vectors would read past the end of a row.
   template <std::size_t kWidth>
   static void copy_panels(const GemmPacking& from, const float* first, std::size_t size,
                           float* to) {
@@ -94,6 +104,7 @@ class FloatPacking {
     }
   }
 
+  // Transposes a panel of rows.
   template <std::size_t kWidth>
   static void turn_panel(const float* from, std::size_t stride, std::size_t depth, float* to) {
     transpose_panel<kWidth>(
@@ -108,6 +119,7 @@ class FloatPacking {
         });
   }
 
+  // Packs the last, partial panel, padded with zeros.
   template <std::size_t kWidth>
   static void pack_rest(const GemmPacking& from, const float* all, std::size_t begin, float* to) {
     const std::size_t by_index = from.across ? 1 : from.stride;
@@ -124,7 +136,7 @@ class FloatPacking {
 
 // --- bfloat16 ------------------------------------------------------------------------------------
 
-// The word of two depths of one index.
+// Returns the word of two depths of one index, rounded to bfloat16; the first is the lower half.
 inline float word_of(float first, float second) {
   const std::uint32_t bits = narrowed(first) | static_cast<std::uint32_t>(narrowed(second)) << 16;
   float word;
@@ -132,8 +144,11 @@ inline float word_of(float first, float second) {
   return word;
 }
 
-// Every word is two depths in bfloat16, of an operand in fp32 or in bfloat16. Pairs::pack_words<n>
-// packs n words of neighbouring indices from two rows, Pairs::transpose_8x4 four words of 8 rows.
+// Packs words of two consecutive depths in bfloat16, from an operand in fp32 or in bfloat16. If the
+// number of depths is odd, the second half of the last word is zero.
+//
+// Pairs::pack_words<n>(row, next, to) packs n words of consecutive indices from two matrix rows;
+// Pairs::transpose_8x4(rows, to, stride) packs four words of each of eight rows.
 template <typename Pairs>
 class PairPacking {
  public:
@@ -166,7 +181,7 @@ class PairPacking {
     } else if (from.across) {
       pack_panels<kWidth>(from, first, whole, words, to);
     } else if (from.gelu) {
-      packed = 0;  // no product of a network needs it: it may be slow
+      packed = 0;  // no product of the model uses this combination: all of it takes the slow path
     } else {
       for (std::size_t i = 0; i < whole; i += kWidth) {
         turn_panel<kWidth>(first + i * from.stride, from.stride, from.depth, to + i * words);
@@ -177,7 +192,7 @@ class PairPacking {
     }
   }
 
-  // A few words of all panels, then the next few: whole rows of the matrix are read in order.
+  // Packs a few words of all panels, then the next few, so that matrix rows are read sequentially.
   template <std::size_t kWidth, typename Number>
   static void pack_panels(const GemmPacking& from, const Number* first, std::size_t size,
                           std::size_t words, float* to) {
@@ -193,7 +208,7 @@ class PairPacking {
     }
   }
 
-  // The same of gelu, which is made aside, some panels at a time.
+  // The same for gelu of the numbers, which is computed in a buffer, several panels at a time.
   template <std::size_t kWidth, typename Number>
   static void pack_panels_of_gelu(const GemmPacking& from, const Number* first, std::size_t size,
                                   std::size_t words, float* to) {
@@ -215,6 +230,7 @@ class PairPacking {
     }
   }
 
+  // Transposes a panel of rows.
   template <std::size_t kWidth, typename Number>
   static void turn_panel(const Number* from, std::size_t stride, std::size_t depth, float* to) {
     const std::size_t words = (depth + 1) / 2;
@@ -234,6 +250,7 @@ class PairPacking {
     if (depth % 2 != 0) rest(words - 1);
   }
 
+  // Packs one panel, whole or partial, of any layout, with or without gelu, number by number.
   template <std::size_t kWidth, typename Number>
   static void pack_slowly(const GemmPacking& from, const Number* first, std::size_t begin,
                           float* to) {

@@ -1,12 +1,12 @@
-// The matrix product's kernels in plain C++, for the instructions that every processor has. Those
-// for bfloat16 are slower than those for fp32: they are there to be tested with.
+// The GEMM kernels in portable C++. The bfloat16 kernels are slower than those for fp32; they exist
+// for tests.
 #include "training/gemm_kernels.hpp"
 #include "training/gemm_kernels_of.hpp"
 
 namespace fastgpt {
 namespace {
 
-// Loops short enough for a compiler to make vector instructions of them.
+// A vector of four floats, with loops that are short enough for compilers to vectorize.
 struct Plain {
   struct Register {
     float lane[4];

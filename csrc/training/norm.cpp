@@ -10,8 +10,9 @@
 namespace fastgpt {
 namespace {
 
-// Rows that one thread does at a time. The number of tiles does not depend on that of threads, so
-// neither does the order in which the weight's gradient is added up.
+// A task is a tile of at least kTileRows rows; there are at most kMostTiles tiles. Their number
+// does not depend on the number of threads, and so neither does the order of summation of the
+// gradients of weight and bias.
 constexpr std::size_t kTileRows = 32, kMostTiles = 64;
 
 std::size_t rows_of_a_tile(std::size_t rows) {
@@ -49,8 +50,9 @@ void forward_row(std::size_t n, const float* __restrict x, const float* __restri
   apply_row(n, row, centre, scale, weight, bias, y);
 }
 
+// Computes one row of the backward pass, and adds its terms to the gradients of weight and bias.
 // With h = (total - mean) · rstd and g = grad_y · weight, the gradient of the total is
-// rstd · (g - mean of g - h · mean of g h).
+//   rstd · (g - mean(g) - h · mean(g · h)).
 void backward_row(std::size_t n, const float* __restrict grad_y, const float* __restrict grad_total,
                   const float* __restrict total, float mean, float rstd,
                   const float* __restrict weight, float* __restrict grad_x,
@@ -76,7 +78,7 @@ void add_to(std::size_t n, const float* __restrict from, float* __restrict to) {
   for (std::size_t i = 0; i < n; ++i) to[i] += from[i];
 }
 
-// Adds up the tiles' parts, [tiles, columns], in their order.
+// Sums the parts of the tiles, [tiles, columns], in order; does nothing if `sum` is null.
 void add_parts(const std::vector<float>& parts, std::size_t columns, float* sum) {
   if (sum == nullptr) return;
   std::fill(sum, sum + columns, 0.0F);
@@ -85,6 +87,7 @@ void add_parts(const std::vector<float>& parts, std::size_t columns, float* sum)
   }
 }
 
+// Calls body(tile, row) for each row; a tile's rows are processed by one thread, in order.
 template <typename Body>
 void for_each_row(std::size_t rows, unsigned threads, const Body& body) {
   const std::size_t tile = rows_of_a_tile(rows);

@@ -1,5 +1,5 @@
-// LayerNorm over the rows of matrices, with the residual's addition before it. All is in fp32 but
-// the norm itself, which may be asked for in bfloat16.
+// LayerNorm over the rows of a matrix, fused with the preceding residual addition. All arrays are
+// in fp32, except the output y, which may be in bfloat16.
 #pragma once
 
 #include <cstddef>
@@ -8,23 +8,23 @@
 
 namespace fastgpt {
 
-// What a norm reads; all matrices are [rows, columns], without gaps.
+// The size and parameters of a norm. All matrices are [rows, columns] and contiguous.
 struct Norm {
   std::size_t rows = 0, columns = 0;
   const float* weight = nullptr;  // [columns]
-  const float* bias = nullptr;    // [columns], or none
+  const float* bias = nullptr;    // [columns], optional
 };
 
-// total = x + residual; y = (total - mean) · rstd · weight + bias, row by row. Without a residual
-// x is the total, and `total` is not written.
+// Computes total = x + residual and y = (total - mean) · rstd · weight + bias for each row. If
+// `residual` is null, x is the total, and `total` is not written. mean and rstd [rows] are outputs.
 void norm_forward(const Norm& norm, const float* x, const float* residual, float eps, float* total,
                   const Floats& y, float* mean, float* rstd, unsigned threads);
 
-// y again, from what the forward kept.
+// Recomputes y from the total, mean and rstd of the forward pass.
 void norm_apply(const Norm& norm, const float* total, const float* mean, const float* rstd,
                 const Floats& y, unsigned threads);
 
-// grad_x = grad_total + the gradient that grad_y gives the total; grad_total may be null.
+// Computes grad_x, the gradient of the total: that from grad_y plus grad_total, which may be null.
 // grad_weight and grad_bias [columns] may be null.
 void norm_backward(const Norm& norm, const float* grad_y, const float* grad_total,
                    const float* total, const float* mean, const float* rstd, float* grad_x,

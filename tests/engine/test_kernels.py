@@ -150,5 +150,6 @@ def test_arm_has_code_of_its_own() -> None:
 
 
 def test_an_unknown_code_is_refused() -> None:
-    with pytest.raises(ValueError, match='no code "sse9"; it has: best, portable'):
+    message = 'code "sse9" is not available on this processor; available: best, portable'
+    with pytest.raises(ValueError, match=message):
         Engine(random_model(GPTConfig(5, 8, 1, 1, 8)), code="sse9")

@@ -107,17 +107,17 @@ def damaged(kind: str, tensors: dict[str, torch.Tensor], about: dict[str, Any]) 
     [
         ("missing", "h.0.mlp.c_fc.weight is missing"),
         ("scales missing", "h.0.mlp.c_fc.weight.scales is missing"),
-        ("unknown", "extra is no weight of such a model"),
+        ("unknown", "extra is not a weight of this model"),
         ("shape", r"h.0.mlp.c_fc.weight is .*127, 32.*, not .*128, 32"),
         ("dtype", "h.0.mlp.c_fc.weight is .*int32.*, not .*uint8"),
-        ("not finite", "h.0.mlp.c_fc.weight's scales holds NaN or infinity"),
-        ("-128", "wte.weight holds -128"),
-        ("format", "is of format 9, and this version reads 1"),
-        ("other dtype", "holds no engine's weights: .*int3"),
-        ("group", "holds no engine's weights: .*48"),
-        ("config", "holds no engine's weights: .*multiple of n_head"),
-        ("config incomplete", "holds no engine's weights: .*not whole"),
-        ("no config", "holds no engine's weights: .*config"),
+        ("not finite", "h.0.mlp.c_fc.weight's scales contains NaN or infinity"),
+        ("-128", "wte.weight contains -128"),
+        ("format", "has format 9, but this version reads format 1"),
+        ("other dtype", "does not hold engine weights: .*int3"),
+        ("group", "does not hold engine weights: .*48"),
+        ("config", "does not hold engine weights: .*multiple of n_head"),
+        ("config incomplete", "does not hold engine weights: .*incomplete config"),
+        ("no config", "does not hold engine weights: .*config"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, kind: str, message: str) -> None:
@@ -140,7 +140,7 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(QuantizationError, match="half cannot be read"):
         Engine.load(tmp_path / "half")
     save_file({"a": torch.zeros(2)}, tmp_path / "other")
-    with pytest.raises(QuantizationError, match="other holds no engine's weights"):
+    with pytest.raises(QuantizationError, match="other does not hold engine weights"):
         Engine.load(tmp_path / "other")
 
 
@@ -158,5 +158,5 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(ValueError, match="holds NaN or infinity"):
+    with pytest.raises(ValueError, match="contains NaN or infinity"):
         quantize(torch.tensor([[1.0, float("nan")]]), 8)

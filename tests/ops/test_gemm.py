@@ -355,9 +355,9 @@ def test_refuses_bf16_where_it_computes_in_fp32() -> None:
         _C.gemm(A, B.bfloat16(), C)
     with pytest.raises(ValueError, match="c must be of float32 or bfloat16"):
         _C.gemm(A, B, C.half(), bf16=True)
-    with pytest.raises(ValueError, match="bf16 needs a code for it"):
+    with pytest.raises(ValueError, match="bf16 requires a bf16 code"):
         _C.gemm(A, B, C, bf16=True, code="portable")
-    with pytest.raises(ValueError, match="accumulate needs c in float32"):
+    with pytest.raises(ValueError, match="accumulate requires c in float32"):
         _C.gemm(A, B, C.bfloat16(), accumulate=True, bf16=True)
 
 
@@ -397,20 +397,20 @@ def test_a_vector_in_a_matrix_may_have_any_stride_along_one() -> None:
     c = torch.empty(30, 1)
     _C.gemm(column, torch.full((1, 1), 2.0), c)
     assert torch.equal(c, 2 * column)
-    with pytest.raises(ValueError, match="side by side"):
+    with pytest.raises(ValueError, match="contiguous rows"):
         _C.gemm(row, torch.randn(3, 1), torch.empty(1, 1))
 
 
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((A, B, C.T), {}, "side by side"),
+        ((A, B, C.T), {}, "contiguous rows"),
         ((A, torch.zeros(5, 3), C), {}, r"b has shape \[5, 3\], not \[3, 5\]"),
-        ((A, B, torch.zeros(3, 5)), {}, "c has 3 rows, but the product 4"),
+        ((A, B, torch.zeros(3, 5)), {}, "c has 3 rows, but the product has 4"),
         ((A[0], B, C), {}, "a must have 2 dimension"),
         ((A.double(), B, C), {}, "a must be of float32"),
         ((A.half(), B, C), {}, "a must be of float32"),
-        ((A.to("meta"), B, C), {}, "a must be of float32 and on the CPU"),
+        ((A.to("meta"), B, C), {}, "a must be of dtype float32 and on the CPU"),
         ((A.numpy(), B, C), {}, "a must be a torch.Tensor"),
         ((A, B, A[:1, :1].expand(4, 5)), {}, "c "),
         ((A, B, C), {"bias": torch.zeros(4)}, "bias has 4 elements, not 5"),

@@ -214,5 +214,5 @@ def test_attention_to_nan_is_nan(sign: float, dtype: torch.dtype) -> None:
 
 def test_attention_wants_one_type() -> None:
     qkv, y, sums = torch.zeros(1, 4, 24), torch.zeros(1, 4, 8), torch.zeros(1, 2, 4)
-    with pytest.raises(ValueError, match="y must be of the type of qkv"):
+    with pytest.raises(ValueError, match="y must have the dtype of qkv"):
         _C.attention_forward(qkv.to(BF16), 2, 4, y, sums, 1)

@@ -357,7 +357,7 @@ def test_gelu_on_several_threads_is_the_same(size: int) -> None:
 
 def test_compiled_gelu_refuses_what_it_would_misread() -> None:
     x, y = torch.randn(2, 8).numpy()
-    with pytest.raises(ValueError, match="of one size"):
+    with pytest.raises(ValueError, match="arrays must have the same size"):
         _C.gelu_forward(x, y[:7].copy(), 1)
     with pytest.raises(TypeError):
         _C.gelu_forward(x[::2], y[:4].copy(), 1)
@@ -522,7 +522,7 @@ def test_auto_takes_the_kernels_where_they_can_run(monkeypatch: pytest.MonkeyPat
     assert has_kernels(gpu)
     assert not has_kernels(torch.device("cpu"))
     monkeypatch.setattr(ops, "_fault_of_triton", lambda: "there is a fault")
-    with pytest.warns(UserWarning, match="not fastgpt's kernels, because there is a fault"):
+    with pytest.warns(UserWarning, match="on this GPU instead of fastgpt's kernels: there is a fault"):
         assert not has_kernels(gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not has_kernels(gpu)

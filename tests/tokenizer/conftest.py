@@ -14,14 +14,14 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 
 @pytest.fixture(scope="session")
 def packaged_encoder():
-    """Makes new encoders for GPT-2's vocabulary, which remember nothing yet."""
+    """Return a function that makes encoders of GPT-2's vocabulary with empty caches."""
     file = (ASSETS / "vocab.bpe").read_bytes()
     return partial(BytePairEncoder.from_merges_file, file=file, special_tokens=[b"<|endoftext|>"])
 
 
 @pytest.fixture(scope="session")
 def packaged_merges():
-    """(left, right) of each merge, as bytes, read without fastgpt's own parser."""
+    """Return (left, right) of each merge, as bytes, read without fastgpt's own parser."""
     text = (ASSETS / "vocab.bpe").read_text("utf-8")
     byte_of = {letter: byte for byte, letter in enumerate(LETTER_OF_BYTE)}
     pairs = re.findall(r"^(\S+) (\S+)$", text.split("\n", 1)[1], re.MULTILINE)
@@ -31,7 +31,7 @@ def packaged_merges():
 
 @pytest.fixture(scope="session")
 def reference(packaged_merges):
-    """tiktoken with the packaged merges: the oracle."""
+    """Return a tiktoken encoding of the packaged merges, to compare with."""
     tiktoken = pytest.importorskip("tiktoken")
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     byte_order = printable + [b for b in range(256) if b not in printable]

@@ -46,7 +46,7 @@ def test_many_characters_are_uint32():
 
 
 @pytest.mark.parametrize("unknown", ["é", "😀", "\x00", "\U0010ffff", "\ud800"])
-def test_fault_36_unknown_character(unknown):
+def test_an_unknown_character_is_rejected_or_ignored(unknown):
     tokenizer = CharTokenizer("abc")
     shown = "\ufffd" if unknown == "\ud800" else unknown
     expected = rf"character {shown!r} (U+{ord(shown):04X}) at position 3 is not in this model's"
@@ -64,7 +64,7 @@ def test_bytes_that_are_not_utf8():
 
 @pytest.mark.parametrize(
     ("characters", "message"),
-    [("", "at least one"), ("aba", "'a' stands twice"), ("\ud800", "half a surrogate pair")],
+    [("", "at least one"), ("aba", "'a' occurs twice"), ("\ud800", "half a surrogate pair")],
 )
 def test_bad_characters(characters, message):
     with pytest.raises(ValueError, match=message):
@@ -76,7 +76,7 @@ def test_load_picks_the_class(tmp_path, gpt2):
     gpt2.save(tmp_path / "bpe.json")
     assert load_tokenizer(tmp_path / "char.json") == CharTokenizer("añ\n😀")
     assert load_tokenizer(str(tmp_path / "bpe.json")) == gpt2
-    with pytest.raises(ValueError, match="holds a CharTokenizer, not a Tokenizer"):
+    with pytest.raises(ValueError, match="contains a CharTokenizer, not a Tokenizer"):
         Tokenizer.load(tmp_path / "char.json")
 
 
@@ -86,7 +86,7 @@ def test_load_picks_the_class(tmp_path, gpt2):
         ('{"type": "fastgpt-char", "version": 2, "characters": "a"}', "version 2 is not supported"),
         ('{"type": "word", "version": 1, "characters": "a"}', "type 'word'"),
         ('{"type": "fastgpt-char", "version": 1, "characters": ["a"]}', "must be a string"),
-        ('{"type": "fastgpt-char", "version": 1, "characters": "aa"}', "'a' stands twice"),
+        ('{"type": "fastgpt-char", "version": 1, "characters": "aa"}', "'a' occurs twice"),
         ('{"type": "fastgpt-char",\n "version": 1', "line 2"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What goes on inside the C++ core and is not to be seen from outside: blocks, caches, tables."""
+"""Tests of internals of the C++ core that the interface hides: blocks, caches, tables."""
 
 import random
 from functools import partial
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fastgpt._C import BytePairEncoder, piece_ends
 from fastgpt.tokenizer import reference as bpe
 
-# As in test_encode.py, and characters of every length in UTF-8 and of every class.
+# As in test_encode.py, with characters of every UTF-8 length and of every class.
 TRICKY = st.text(
     st.sampled_from(
         "'sdmtlvre SLRa1²٣漢é́ \n\t\r\u00a0\u3000\u0085\u2028.!😀\U0001d4b3\U0001d7d8\u200d\x00"
@@ -27,7 +27,7 @@ EOT = b"<|endoftext|>"
 @settings(max_examples=60, deadline=None)
 @given(text=TRICKY)
 def test_pieces_are_the_patterns_wherever_a_block_ends(reference, text):
-    """The core goes by blocks of 64 bytes, so the text is put at each place of one."""
+    """Put the text at each position of a block, since the core processes blocks of 64 bytes."""
     regex = pytest.importorskip("regex")
     for before in range(71):
         moved = "x" * before + text
@@ -48,7 +48,7 @@ def test_pieces_of_any_bytes_vectorized_or_not(data):
 
 @pytest.mark.parametrize("text", ["'ll", " 's", "\u3000\u3000a", "\u00a0\u00a0.", "é漢😀", " \n a"])
 def test_pieces_in_long_texts_vectorized_or_not(text):
-    """Longer than what the core cuts at a time: about a thousand pieces."""
+    """Use texts with more pieces than the core splits at a time, which is about a thousand."""
     for size in (959, 960, 961, 1023, 1024, 1025, 70_000):
         long = text * size
         assert piece_ends(long) == piece_ends(long, vectorized=False)
@@ -58,7 +58,7 @@ def test_pieces_in_long_texts_vectorized_or_not(text):
 
 
 def test_every_token_of_gpt2_is_what_its_bytes_are_merged_to(packaged_merges):
-    """What `trusted` says of the file, and it spares the time to find out."""
+    """Check what `trusted` asserts about the file, so that loading can skip the check."""
     ranks = bpe.ranks_of(packaged_merges)
     for left, right in packaged_merges:
         assert bpe.merge(left + right, ranks) == [left + right]
@@ -69,7 +69,7 @@ def test_every_token_of_gpt2_is_encoded_to_itself(packaged_encoder, trusted):
     encoder = packaged_encoder(trusted=trusted)
     split = 0
     for token_id, token in enumerate(encoder.tokens()[:-1]):
-        if len(piece_ends(token)) > 1:  # no text has it in one piece
+        if len(piece_ends(token)) > 1:  # never in one piece
             split += 1
         else:
             assert encoder.encode(token).tolist() == [token_id]
@@ -83,7 +83,7 @@ def test_trusted_or_not_is_the_same(packaged_encoder, multilingual, shakespeare)
 
 
 def test_a_vocabulary_of_300_000_tokens():
-    """The core's tables grow with it; most tokens of so random a vocabulary are out of reach."""
+    """Grow the core's tables; merges cannot reach most tokens of this random vocabulary."""
     letters = [bytes([byte]) for byte in b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"]
     pairs = [a + b for a in letters for b in letters]
     longer = [pair + c for pair in pairs for c in letters]
@@ -102,7 +102,7 @@ def test_a_vocabulary_of_300_000_tokens():
 
 
 def merge_one(word, ranks):
-    """As bpe.merge, but a merge of lower rank may come after one of higher rank."""
+    """Merge like bpe.merge, but one pair at a time; a merge can enable one of lower rank."""
     parts = [bytes([byte]) for byte in word]
     while best := min(filter(ranks.__contains__, pairwise(parts)), key=ranks.get, default=None):
         at = [*pairwise(parts)].index(best)
@@ -115,7 +115,7 @@ def merge_one(word, ranks):
 
 @pytest.mark.parametrize("specials", [[EOT], [b"<|%d|>" % i for i in range(20_000)]])
 def test_more_pieces_than_the_cache_takes(packaged_encoder, specials, reference):
-    """It grows up to 2^18 pieces of this size, then starts anew; few fill no cache."""
+    """Overflow the cache, which holds up to 2^18 pieces of this size and is then cleared."""
     letters = np.random.default_rng(1).integers(97, 123, (300_000, 11), np.uint8)
     letters[:, 0] = ord(" ")
     text = letters.tobytes()
@@ -134,7 +134,7 @@ def test_more_pieces_than_the_cache_takes(packaged_encoder, specials, reference)
 
 @pytest.mark.parametrize("specials", [[EOT], [b"<|%d|>" % i for i in range(20_000)]])
 def test_more_long_pieces_than_the_cache_takes(packaged_encoder, specials, reference):
-    """Those of more than 16 bytes have a cache of their own, of 1 MB; those over 256 have none."""
+    """Overflow the 1 MB cache of pieces of 17 to 256 bytes; longer ones are not cached."""
     draw = random.Random(1)
     sizes = draw.choices([17, 40, 256, 257], k=9000)
     words = ["".join(draw.choices("etaoin", k=size)) for size in sizes]
@@ -149,7 +149,7 @@ def test_more_long_pieces_than_the_cache_takes(packaged_encoder, specials, refer
 @settings(max_examples=100, deadline=None)
 @given(texts=st.lists(st.binary(max_size=40) | st.text("\0!a ", max_size=40).map(str.encode)))
 def test_what_came_before_changes_nothing(packaged_encoder, gpt2, texts):
-    """An encoder that has seen nothing, and one that has seen all that other tests came up with."""
+    """Compare an encoder with empty caches with one that has been used by other tests."""
     fresh = packaged_encoder(trusted=True)
     for text in texts:
         assert fresh.encode(text).tolist() == gpt2.encode(text)

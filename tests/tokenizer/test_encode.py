@@ -1,4 +1,4 @@
-"""Ids, against tiktoken and against ten lines of Python."""
+"""Compare ids with tiktoken's and with those of ten lines of Python."""
 
 import hashlib
 import sysconfig
@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt.tokenizer import GPT2_MERGES, Tokenizer
+from fastgpt.tokenizer import Tokenizer
+from fastgpt.tokenizer.bpe import GPT2_MERGES
 
 SETTINGS = settings(max_examples=200, deadline=None)
-# What the splitting turns on: quotes, the letters of contractions, spaces of several kinds, digits,
-# and classes beyond ASCII, in any order.
+# The characters that matter to the splitting: quotes, the letters of contractions, several types of
+# spaces, digits, and classes beyond ASCII, in any order.
 TRICKY = st.text(st.sampled_from("'sdmtlvre SLRa1²٣漢é́ \n\t\r\u00a0\u3000\u0085.!😀\u200d\x00"))
 
 
@@ -26,7 +27,7 @@ def test_packaged_merges_are_openais():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_bytes_as_tiktoken(gpt2, reference, seed):
-    """Among them pieces that differ in NULs at their ends only."""
+    """Include pieces that differ only in NULs at their ends."""
     text = Random(seed).randbytes(5_000).decode("utf-8", "replace")
     assert gpt2.encode(text) == reference.encode_ordinary(text)
     text = "".join(Random(seed).choices("\0\0<\1}", k=5_000))
@@ -66,9 +67,10 @@ def test_every_token_as_tiktoken(gpt2, reference):
 
 
 def test_class_of_all_code_points_as_tiktoken(reference):
-    """With a vocabulary that shows the class: any byte merges with a b, 1 or ! after it.
+    """Use a vocabulary that exposes character classes: any byte merges with a b, 1 or ! after it.
 
-    So the character merges with the one of its own class. GPT-2's own ids hide most of that.
+    A character is only merged with the one of its own class, since the others are in another
+    piece. GPT-2's own ids hide most classes.
     """
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += [bytes([byte]) + mark for mark in (b"b", b"1", b"!") for byte in range(256)]
@@ -90,7 +92,7 @@ def test_all_code_points_as_tiktoken(gpt2, reference):
 
 
 def all_code_points(frame):
-    """Each in the frame, in batches of 4,096; what to say of a batch if it fails."""
+    """Yield batches of 4,096 characters, each put into `frame`, with a message for failures."""
     for first in range(0, 0x110000, 0x1000):
         points = [p for p in range(first, first + 0x1000) if not 0xD800 <= p < 0xE000]
         text = "\n?\n".join(frame.format(chr(point)) for point in points)
@@ -132,7 +134,7 @@ def test_edge_cases_as_tiktoken(gpt2, reference, text):
 @SETTINGS
 @given(piece=st.text("abcdefghinorst", min_size=1, max_size=150))
 def test_word_as_ten_lines_of_python(gpt2, packaged_ranks, piece):
-    """On both sides of the length from which the core keeps a heap of candidates."""
+    """Test words shorter and longer than the length from which the core uses a heap."""
     parts = [bytes([byte]) for byte in piece.encode()]
     while True:
         pairs = list(pairwise(parts))
@@ -152,7 +154,7 @@ def packaged_ranks(packaged_merges):
 @SETTINGS
 @given(data=st.data())
 def test_any_vocabulary_as_ten_lines_of_python(data):
-    """Also where the order of merges is not that of ids, and some tokens are out of reach."""
+    """Include merges in another order than their ids, and tokens that no merge produces."""
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += data.draw(st.lists(st.text("ab", min_size=2, max_size=4), unique=True).map(_encoded))
     ids = {token: i for i, token in enumerate(tokens)}

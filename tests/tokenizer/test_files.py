@@ -1,4 +1,4 @@
-"""Vocabulary files: Hugging Face's and OpenAI's, whole and broken."""
+"""Tests of Hugging Face's and OpenAI's vocabulary files, valid and malformed."""
 
 import json
 import shutil
@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastgpt.tokenizer import GPT2_MERGES, Tokenizer, load_tokenizer
+from fastgpt.tokenizer import Tokenizer, load_tokenizer
+from fastgpt.tokenizer.bpe import GPT2_MERGES
 from fastgpt.tokenizer.vocabulary_files import LETTER_OF_BYTE
 
 TEXTS = ["Hello world", "don't  stop\n\n now", " 1234 é漢字 😀\t\x00", "x" * 200, ""]
@@ -20,7 +21,7 @@ def hugging_face():
 
 @pytest.fixture
 def saved(tmp_path):
-    """What tokenizer.json holds for a vocabulary of 260 ids, for tests to break."""
+    """Return the contents of tokenizer.json for 260 ids, to be modified by the tests."""
     tokens = [bytes([byte]) for byte in range(256)] + [b"he", b"the", b"in", b"<|endoftext|>"]
     merges = [(104, 101, 256), (116, 256, 257), (105, 110, 258)]
     Tokenizer(tokens, merges, {"<|endoftext|>": 259}).save(tmp_path)
@@ -49,7 +50,7 @@ def test_we_read_hugging_faces(gpt2, hugging_face, tmp_path, multilingual):
 
 
 def test_we_read_a_trained_one(hugging_face, tmp_path, shakespeare, multilingual):
-    """Its special token comes first, so ids are not in the order of merges."""
+    """Load a vocabulary whose special token has the first id, which shifts the other ids."""
     theirs = hugging_face.Tokenizer(hugging_face.models.BPE())
     theirs.pre_tokenizer = hugging_face.pre_tokenizers.ByteLevel(add_prefix_space=False)
     theirs.decoder = hugging_face.decoders.ByteLevel()
@@ -127,13 +128,13 @@ def test_no_files(tmp_path):
         ("model.vocab.the", -1, "each once: 257 is missing"),
         ("model.vocab.the", 2**40, "each once: 257 is missing"),
         ("model.vocab.the", 0, "each once: 257 is missing"),
-        ("model.vocab.two words", 260, "'two words' holds ' ', which stands for no byte"),
+        ("model.vocab.two words", 260, "'two words' contains ' ', which does not"),
         ("model.merges", {}, "model.merges must be a list"),
-        ("model.merges.2", "i n x", r"model.merges\[2\]: 'i n x' is not two tokens"),
-        ("model.merges.2", ["i", "漢"], r"model.merges\[2\]: .* is not two tokens"),
-        ("model.merges.2", 7, r"model.merges\[2\]: 7 is not two tokens"),
-        ("model.merges.2", ["i", ["n"]], r"model.merges\[2\]: .* is not two tokens"),
-        ("model.merges.2", "h e", r"model.merges\[2\]: 'h e' stands there for the second time"),
+        ("model.merges.2", "i n x", r"model.merges\[2\]: 'i n x' is not a pair"),
+        ("model.merges.2", ["i", "漢"], r"model.merges\[2\]: .* is not a pair"),
+        ("model.merges.2", 7, r"model.merges\[2\]: 7 is not a pair"),
+        ("model.merges.2", ["i", ["n"]], r"model.merges\[2\]: .* is not a pair"),
+        ("model.merges.2", "h e", r"model.merges\[2\]: 'h e' is repeated"),
         ("added_tokens.0.special", False, r"added_tokens\[0\].*special = false is not supported"),
         ("added_tokens.0.lstrip", True, r"added_tokens\[0\].*lstrip is not supported"),
         ("added_tokens.0.id", 7, "'<|endoftext|>' has two ids"),
@@ -165,23 +166,23 @@ def test_missing_byte_in_json(saved, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"#version: 0.2\nh e\nh\n", "line 3: is not two tokens"),
-        (b"#version: 0.2\nh e\n\nl o\n", "line 3: is not two tokens"),
-        (b"#version: 0.2\nh  e\n", "line 2: is not two tokens"),
-        (b"h e\nl o w\n", "line 2: is not two tokens"),
-        (b"h e\n l\n", "line 2: is not two tokens"),
-        (b"h e\nl \n", "line 2: is not two tokens"),
-        (b"#version: 0.2\r\nh e\r\n", "line 2: holds a character that stands for no byte"),
-        (b"h e\nl \xff\n", "line 2: holds a character that stands for no byte"),
-        (b"h e\nl \xc4\n", "line 2: holds a character that stands for no byte"),
-        ("h e\nl 漢\n".encode(), "line 2: holds a character that stands for no byte"),
-        (b"h e\nlo w\n", "line 2: merges a token that no line before it makes"),
-        (b"h e\nh e\n", "line 2: makes a token that an earlier line makes"),
-        (b"a b\nb c\nab c\na bc\n", "line 4: makes a token that an earlier line makes"),
+        (b"#version: 0.2\nh e\nh\n", "line 3: does not consist of two tokens"),
+        (b"#version: 0.2\nh e\n\nl o\n", "line 3: does not consist of two tokens"),
+        (b"#version: 0.2\nh  e\n", "line 2: does not consist of two tokens"),
+        (b"h e\nl o w\n", "line 2: does not consist of two tokens"),
+        (b"h e\n l\n", "line 2: does not consist of two tokens"),
+        (b"h e\nl \n", "line 2: does not consist of two tokens"),
+        (b"#version: 0.2\r\nh e\r\n", "line 2: contains a character that represents no byte"),
+        (b"h e\nl \xff\n", "line 2: contains a character that represents no byte"),
+        (b"h e\nl \xc4\n", "line 2: contains a character that represents no byte"),
+        ("h e\nl 漢\n".encode(), "line 2: contains a character that represents no byte"),
+        (b"h e\nlo w\n", "line 2: merges a token that no earlier line produces"),
+        (b"h e\nh e\n", "line 2: produces the same token as an earlier line"),
+        (b"a b\nb c\nab c\na bc\n", "line 4: produces the same token as an earlier line"),
         (b"#version: 0.2\nh e\nl o", "line 3: has no newline at its end"),
     ],
 )
-def test_fault_49_malformed_merges(tmp_path, content, message):
+def test_malformed_merges_are_rejected(tmp_path, content, message):
     path = tmp_path / "vocab.bpe"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
@@ -190,7 +191,7 @@ def test_fault_49_malformed_merges(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xfe", b"[" * 100_000, b"null"])
-def test_fault_49_not_a_vocabulary(tmp_path, content):
+def test_files_without_a_vocabulary_are_rejected(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"tokenizer\.json: "):
@@ -206,8 +207,8 @@ SMALL = st.recursive(
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_fault_50_any_json(tmp_path, data):
-    """A file is read or refused with ValueError, whatever stands in any of its places."""
+def test_any_json_is_loaded_or_rejected(tmp_path, data):
+    """Replace any value in the file by any other; it must load or raise ValueError."""
     bytes_only = {letter: i for i, letter in enumerate(LETTER_OF_BYTE)}
     content = {
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
@@ -225,7 +226,7 @@ def test_fault_50_any_json(tmp_path, data):
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(content=st.binary(max_size=40) | st.text("ab Ġ\n", max_size=40).map(str.encode))
-def test_fault_50_any_merges_file(tmp_path, content):
+def test_any_merges_file_is_loaded_or_rejected(tmp_path, content):
     path = tmp_path / "vocab.bpe"
     path.write_bytes(content)
     assert reads_or_refuses(path, f"{path}: line ")
@@ -240,12 +241,12 @@ def reads_or_refuses(path, complaint):
 
 
 def test_save_refuses_two_tokens_of_one_name(gpt2, tmp_path):
-    """A vocabulary can hold a merged token and a special one of the same letters; JSON cannot."""
+    """Check that a merged and a special token of the same name are rejected when saved as JSON."""
     tokens = [bytes([byte]) for byte in range(256)] + [b"ab", b"ab"]
     twins = Tokenizer(tokens, [(97, 98, 256)], {"ab": 257})
     assert twins.encode("ab") == [256]
     assert twins.encode("ab", allowed_special="all") == [257]
-    with pytest.raises(ValueError, match="two tokens of the same name"):
+    with pytest.raises(ValueError, match="two tokens with the same name"):
         twins.save(tmp_path / "tokenizer.json")
 
 
@@ -256,8 +257,11 @@ def test_save_refuses_two_tokens_of_one_name(gpt2, tmp_path):
         (lambda t, m: ([*t, b"a"], m), "token 257 is the same byte as token 97"),
         (lambda t, m: ([*t, b""], m), "token 257 is empty"),
         (lambda t, m: (t, [*m, (97, 98, 256)]), "merge 1 repeats merge 0"),
-        (lambda t, m: (t, [(97, 98, 999)]), "merge 0 names an id that has no token"),
-        (lambda t, m: (t, [(98, 97, 256)]), "merge 0 makes a token that is not its two parts"),
+        (lambda t, m: (t, [(97, 98, 999)]), "merge 0 refers to an id that has no token"),
+        (
+            lambda t, m: (t, [(98, 97, 256)]),
+            "merge 0 produces a token that is not the concatenation of its parts",
+        ),
     ],
 )
 def test_constructor_checks(change, message):

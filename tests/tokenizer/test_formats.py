@@ -1,4 +1,4 @@
-"""Formats beside tokenizer.json: tiktoken's ranks, OpenAI's merges; read, written, broken."""
+"""Tests of the other file formats: tiktoken's ranks and OpenAI's merges, valid and malformed."""
 
 import base64
 import builtins
@@ -18,7 +18,7 @@ EOT = "<|endoftext|>"
 
 
 def small(special_tokens=(EOT,), order=(0, 1, 2)):
-    """A vocabulary of 259 ids and the special ones, its merges in the order given."""
+    """Return a tokenizer of 259 ids and special tokens, with its merges in the given order."""
     tokens = [*bpe.BYTES, b"he", b"the", b"in"]
     ids = {token: i for i, token in enumerate(tokens)}
     pairs = [(b"h", b"e"), (b"t", b"he"), (b"i", b"n")]
@@ -29,7 +29,7 @@ def small(special_tokens=(EOT,), order=(0, 1, 2)):
 
 @pytest.fixture
 def lines():
-    """Those of a rank file, for tests to break."""
+    """Return the lines of a rank file, to be modified by the tests."""
     tokens = [*bpe.BYTES, b"he", b"the", b"in"]
     return [b"%s %d" % (base64.b64encode(token), i) for i, token in enumerate(tokens)]
 
@@ -38,7 +38,7 @@ def lines():
 
 
 def test_gpt2_as_openais_rank_file(gpt2, tmp_path):
-    """What we write is r50k_base.tiktoken to the byte: this is the hash that tiktoken checks."""
+    """Check that the saved file equals r50k_base.tiktoken, by the hash that tiktoken checks."""
     path = tmp_path / "r50k_base.tiktoken"
     gpt2.save(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -66,39 +66,41 @@ def test_special_tokens_of_a_rank_file(tmp_path):
     assert read == ours
     swapped = Tokenizer.load(tmp_path / "a.tiktoken", special_tokens={EOT: 260, "<|pad|>": 259})
     assert swapped.encode(f"{EOT}<|pad|>", allowed_special="all") == [260, 259]
-    with pytest.raises(ValueError, match=r"a\.tiktoken: the special tokens must have the ids from"):
+    with pytest.raises(
+        ValueError, match=r"a\.tiktoken: the ids of the special tokens must start at"
+    ):
         Tokenizer.load(tmp_path / "a.tiktoken", special_tokens={EOT: 300})
-    with pytest.raises(TypeError, match="given as a list"):
+    with pytest.raises(TypeError, match="must be a list"):
         Tokenizer.load(tmp_path / "a.tiktoken", special_tokens=EOT)
     ours.save(tmp_path)
-    with pytest.raises(ValueError, match=r"special_tokens are for \*\.tiktoken"):
+    with pytest.raises(ValueError, match=r"special_tokens can only be given for \*\.tiktoken"):
         Tokenizer.load(tmp_path, special_tokens=[EOT])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda ls: [*ls[:7], ls[7] + b"\r", *ls[8:]], r"line 8: ends as in Windows \(CRLF\)"),
+        (lambda ls: [*ls[:7], ls[7] + b"\r", *ls[8:]], r"line 8: has a Windows line ending"),
         (lambda ls: [*ls[:7], b"!!!! 7", *ls[8:]], "line 8: is not base64"),
         (lambda ls: [*ls[:7], b"a 7", *ls[8:]], "line 8: is not base64"),
-        (lambda ls: [*ls[:7], b"", *ls[8:]], "line 8: is not a token in base64, a space and"),
-        (lambda ls: [*ls[:7], b" 7", *ls[8:]], "line 8: is not a token in base64"),
-        (lambda ls: [*ls[:7], b"KA== -7", *ls[8:]], "line 8: is not a token in base64"),
-        (lambda ls: [*ls[:7], b"KA== " + b"9" * 5000, *ls[8:]], "line 8: is not a token"),
-        (lambda ls: [*ls, ls[3]], "line 260: holds the token of line 4 again"),
-        (lambda ls: [*ls, b"YWE= 3"], "line 260: gives rank 3 again, which is line 4's"),
+        (lambda ls: [*ls[:7], b"", *ls[8:]], "line 8: must be a token in base64, a space and"),
+        (lambda ls: [*ls[:7], b" 7", *ls[8:]], "line 8: must be a token in base64"),
+        (lambda ls: [*ls[:7], b"KA== -7", *ls[8:]], "line 8: must be a token in base64"),
+        (lambda ls: [*ls[:7], b"KA== " + b"9" * 5000, *ls[8:]], "line 8: must be a token"),
+        (lambda ls: [*ls, ls[3]], "line 260: repeats the token of line 4"),
+        (lambda ls: [*ls, b"YWE= 3"], "line 260: repeats rank 3 of line 4"),
         (
             lambda ls: [*ls[:-1], b"aW4= 300"],
-            "line 259: gives rank 300, but no line gives rank 258",
+            "line 259: has rank 300, but no line has rank 258",
         ),
-        (lambda ls: ls[:100], "line 100 is the last one, and none holds byte 0"),
-        (lambda ls: [*ls[:-1], ls[-1][:-1]], "line 259: gives rank 25 again, which is line 26's"),
-        (lambda ls: [*ls[:-1], ls[-1][:-4]], "line 259: is not a token in base64"),
-        (lambda ls: [*ls, b"YWJj 259"], r"token b'abc' of rank 259 cannot be made of two tokens"),
-        (lambda ls: [], "line 1: is not a token in base64"),
+        (lambda ls: ls[:100], r"no line up to the last one \(100\) contains byte 0"),
+        (lambda ls: [*ls[:-1], ls[-1][:-1]], "line 259: repeats rank 25 of line 26"),
+        (lambda ls: [*ls[:-1], ls[-1][:-4]], "line 259: must be a token in base64"),
+        (lambda ls: [*ls, b"YWJj 259"], r"token b'abc' of rank 259 cannot be merged from two"),
+        (lambda ls: [], "line 1: must be a token in base64"),
     ],
 )
-def test_fault_49_malformed_rank_file(lines, tmp_path, change, message):
+def test_malformed_rank_files_are_rejected(lines, tmp_path, change, message):
     path = tmp_path / "broken.tiktoken"
     path.write_bytes(b"\n".join(change(lines)) + b"\n")
     with pytest.raises(ValueError, match=message) as error:
@@ -114,8 +116,8 @@ def test_a_rank_file_in_any_order_and_without_its_last_newline(lines, tmp_path):
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_fault_50_any_rank_file(tmp_path, data):
-    """Bytes changed, cut or put in anywhere: read or refused with ValueError."""
+def test_any_rank_file_is_loaded_or_rejected(tmp_path, data):
+    """Change, remove or insert bytes anywhere; the file must load or raise ValueError."""
     content = b"\n".join(b"%s %d" % (base64.b64encode(t), i) for i, t in enumerate(bpe.BYTES))
     content += b"\naGU= 256\ndGhl 257\n"
     begin = data.draw(st.integers(0, len(content)))
@@ -136,14 +138,14 @@ def reads_or_refuses(path):
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
-        (small(order=(2, 0, 1)), "its merges go by the order of ids, and here they do not"),
+        (small(order=(2, 0, 1)), "it merges in the order of ids, and these merges are in"),
         (
             Tokenizer([EOT.encode(), *bpe.BYTES], [], {EOT: 0}),
             "has id 0, before ids of ordinary tokens; save it as tokenizer.json",
         ),
         (
             Tokenizer([*bpe.BYTES, b"ab", b"bc", b"abc"], [(64, 65, 256), (65, 66, 257)], {}),
-            "would make some token of two other parts",  # one that no merge makes
+            "would merge a token from two other parts",  # abc, which no merge produces
         ),
         (
             Tokenizer(
@@ -151,9 +153,9 @@ def reads_or_refuses(path):
                 [(64, 65, 256), (65, 66, 257), (64, 257, 258)],
                 {},
             ),
-            "would make some token of two other parts",  # a + bc, where tiktoken has ab first
+            "would merge a token from two other parts",  # a + bc, where tiktoken merges ab first
         ),
-        (Tokenizer([*bpe.BYTES, b"abc"], [], {}), "b'abc' of rank 256 cannot be made of two"),
+        (Tokenizer([*bpe.BYTES, b"abc"], [], {}), "b'abc' of rank 256 cannot be merged from"),
     ],
 )
 def test_what_no_rank_file_can_hold(tokenizer, message, tmp_path):
@@ -165,13 +167,13 @@ def test_what_no_rank_file_can_hold(tokenizer, message, tmp_path):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_to_tiktoken_is_equal_or_refused(data):
-    """For any order of merges: what tiktoken would encode otherwise must not pass."""
+    """Check for any order of merges that tokenizers not equivalent in tiktoken are rejected."""
     pytest.importorskip("tiktoken")
     words = data.draw(st.lists(st.text("ab", min_size=2, max_size=4), unique=True, max_size=8))
     tokens = [*bpe.BYTES, *map(str.encode, words)]
     ids = {token: i for i, token in enumerate(tokens)}
     merges = []
-    for word in tokens[256:]:  # each of its splits that are tokens; mostly one, in order of ids
+    for word in tokens[256:]:  # every split of it into two tokens; mostly one, in order of ids
         splits = [(word[:k], word[k:]) for k in range(1, len(word)) if word[:k] in ids]
         found = [(ids[a], ids[b], ids[word]) for a, b in splits if b in ids]
         merges += data.draw(st.sampled_from([found[:1], found[-1:], found]))
@@ -194,7 +196,7 @@ def test_gpt2_to_tiktoken(gpt2, multilingual):
 
 
 def test_special_tokens_first_to_tiktoken():
-    """No rank file could hold it, but tiktoken itself can."""
+    """Convert a tokenizer that tiktoken supports, but its rank files do not."""
     pytest.importorskip("tiktoken")
     ours = Tokenizer([EOT.encode(), *bpe.BYTES, b"he"], [(72, 69, 257)], {EOT: 0})
     assert ours.encode("he") == [257]
@@ -217,7 +219,7 @@ def test_to_tiktoken_without_tiktoken(gpt2, monkeypatch):
         gpt2.to_tiktoken()
 
 
-# --- OpenAI's merges, and what Hugging Face calls them -------------------------------------------
+# --- OpenAI's merges, and Hugging Face's names for them ------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["vocab.bpe", "merges.txt"])
@@ -242,11 +244,11 @@ def test_hugging_face_reads_our_merges(gpt2, tmp_path, multilingual):
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
-        (small(order=(1, 0, 2)), "cannot hold the merge 't he': each must join what those"),
-        (Tokenizer([*bpe.BYTES, b"abc"], [], {}), "hold token 'abc', which no merge makes"),
+        (small(order=(1, 0, 2)), "cannot represent the merge 't he': each merge must join"),
+        (Tokenizer([*bpe.BYTES, b"abc"], [], {}), "represent token 'abc' without a merge"),
         (
             Tokenizer([*bpe.BYTES, b"he", b"he"], [(71, 68, 256)], {"he": 257}),
-            "cannot hold twice one name",
+            "cannot represent a repeated name",
         ),
     ],
 )
@@ -281,10 +283,10 @@ def test_any_format_is_read_back_equal_or_not_written(tmp_path, data):
 def test_a_name_that_says_no_format(gpt2, tmp_path):
     with pytest.raises(ValueError, match=r"name the file \*\.json, \*\.tiktoken, vocab\.bpe or"):
         gpt2.save(tmp_path / "mine")
-    CharTokenizer("ab").save(tmp_path / "mine.json")  # it has one format only
+    CharTokenizer("ab").save(tmp_path / "mine.json")  # it has only one format
 
 
-# --- tokenizer.json as newer versions of Hugging Face's write it ---------------------------------
+# --- tokenizer.json as saved by newer versions of Hugging Face's tokenizers ----------------------
 
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}

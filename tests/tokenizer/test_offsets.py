@@ -1,4 +1,4 @@
-"""Where in the text each id stands, and how many there are."""
+"""Tests of the offsets of ids in the text, and of their number."""
 
 import json
 
@@ -47,10 +47,10 @@ def test_in_bytes_they_are_the_tokens(gpt2, data):
 @SETTINGS
 @given(text=TEXT)
 def test_in_characters_they_cover_the_text(gpt2, text):
-    """Each id's characters are the fewest that hold its bytes."""
+    """Check that the characters of each id are the fewest that contain its bytes."""
     ids, offsets = gpt2.encode_with_offsets(text)
     assert ids.tolist() == gpt2.encode(text)
-    starts = [0]  # in bytes, of each character; two surrogates that make one have one start
+    starts = [0]  # of each character, in bytes; a surrogate pair has one start
     for char in "".join(map(chr, np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4"))):
         starts.append(starts[-1] + (3 if "\ud800" <= char <= "\udfff" else len(char.encode())))
     if "\ud83d\ude00" in text:
@@ -65,7 +65,7 @@ def test_in_characters_they_cover_the_text(gpt2, text):
     assert at == starts[-1]
 
 
-def test_fault_40_surrogates(gpt2):
+def test_offsets_of_surrogates(gpt2):
     high, low = chr(0xD83D), chr(0xDE00)
     for text, last in ((high + low + "a", [2, 3]), (f"{high}a", [1, 2]), (f"é{low}a", [2, 3])):
         _, offsets = gpt2.encode_with_offsets(text)
@@ -79,7 +79,9 @@ def test_fault_40_surrogates(gpt2):
 @SETTINGS
 @given(text=st.text(st.characters(exclude_categories=["Cs", "Cn"])))
 def test_as_hugging_face(gpt2, hugging_face, text):
-    assume(END_OF_TEXT not in text)  # special there; Hypothesis tries what stands in the sources
+    assume(
+        END_OF_TEXT not in text
+    )  # a special token there; Hypothesis tries strings of the sources
     theirs = hugging_face.encode(text)
     ids, offsets = gpt2.encode_with_offsets(text)
     assert ids.tolist() == theirs.ids
@@ -88,7 +90,7 @@ def test_as_hugging_face(gpt2, hugging_face, text):
 
 @pytest.fixture(scope="module")
 def hugging_face(gpt2, tmp_path_factory):
-    """GPT-2 there, with spaces left in their tokens' offsets."""
+    """Return Hugging Face's tokenizer of GPT-2, whose offsets include the spaces of tokens."""
     path = tmp_path_factory.mktemp("hf") / "tokenizer.json"
     gpt2.save(path)
     content = json.loads(path.read_text("utf-8"))
@@ -104,7 +106,7 @@ def test_special_tokens_have_offsets(gpt2):
     assert gpt2.count(f"é{EOT}a", allowed_special={EOT}) == 3
     assert gpt2.count(f"é{EOT}a") == len(gpt2.encode(f"é{EOT}a"))
     for method in (gpt2.count, gpt2.encode_with_offsets):
-        with pytest.raises(ValueError, match="holds the special token"):
+        with pytest.raises(ValueError, match="contains the special token"):
             method(EOT, disallowed_special="all")
 
 
@@ -119,12 +121,12 @@ def test_single_characters(text):
     assert ids.tolist() == tokenizer.encode(text)
 
 
-# --- special tokens as tiktoken has them ---------------------------------------------------------
+# --- special tokens, compared with tiktoken ------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def with_specials():
-    """A tokenizer with three special tokens, and tiktoken's of the same."""
+    """Return a tokenizer with three special tokens, and its tiktoken equivalent."""
     pytest.importorskip("tiktoken")
     tokens, merges, specials = Tokenizer.gpt2().vocabulary
     more = {"<|user|>": 50257, "<|bot|>": 50258}

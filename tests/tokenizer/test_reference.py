@@ -1,4 +1,4 @@
-"""The pure-Python reference tokenizer: against tiktoken, and the C++ core against it."""
+"""Compare the pure-Python reference tokenizer with tiktoken, and the C++ core with it."""
 
 import doctest
 
@@ -10,7 +10,7 @@ from fastgpt.tokenizer import Tokenizer
 from fastgpt.tokenizer import reference as bpe
 
 SETTINGS = settings(max_examples=150, deadline=None)
-# Characters whose class Python knows. (The core follows Unicode 16.0; a later one may add some.)
+# Characters that Python's Unicode version defines. (The core uses 16.0; later ones can add some.)
 ASSIGNED = st.characters(exclude_categories=["Cn", "Cs"])
 TEXT = st.text(ASSIGNED) | st.text(
     st.sampled_from("'sdmtlvre SLRa1²٣漢é́ \n\t\r\u00a0\u3000\u0085.!😀\u200d\x00\x1c\x1f\u180e")

@@ -1,4 +1,4 @@
-"""Text from ids as they come."""
+"""Tests of incremental decoding."""
 
 import doctest
 
@@ -12,7 +12,7 @@ import fastgpt.tokenizer
 from fastgpt.tokenizer import CharTokenizer, StreamDecoder
 
 
-def test_fault_46_a_character_in_parts(gpt2):
+def test_a_character_split_across_tokens(gpt2):
     ids = gpt2.encode("日é😀".encode())
     decoder = StreamDecoder(gpt2)
     pieces = [decoder.push(i) for i in ids]
@@ -21,7 +21,7 @@ def test_fault_46_a_character_in_parts(gpt2):
     assert decoder.finish() == ""
     assert decoder.push(ids[:-1]) == "日é"
     assert decoder.finish() == "\ufffd"
-    assert decoder.push(ids) == "日é😀"  # nothing is left of what was cut
+    assert decoder.push(ids) == "日é😀"  # finish discarded the cut character
 
 
 @pytest.mark.parametrize("convert", [list, np.array, torch.tensor, iter])
@@ -41,7 +41,7 @@ def test_cut_anywhere_it_is_what_decode_gives(gpt2, rows):
     assert text == gpt2.decode([i for row in rows for i in row])
 
 
-def test_fault_45_a_bad_id_takes_nothing(gpt2):
+def test_an_invalid_id_does_not_change_the_state(gpt2):
     decoder = StreamDecoder(gpt2)
     first, *rest = gpt2.encode("é漢".encode()[:3])
     assert decoder.push(first) + decoder.push(rest) == "é"

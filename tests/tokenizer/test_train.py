@@ -1,4 +1,4 @@
-"""Training against Hugging Face's BpeTrainer and against a naive one written here."""
+"""Compare training with Hugging Face's BpeTrainer and with a naive implementation."""
 
 import _thread
 import gzip
@@ -29,7 +29,7 @@ PARAGRAPH = "The cat sat on the mat, the other cat sat on that mat: they'll see 
 
 @pytest.fixture(scope="module")
 def hugging_face():
-    """A function that trains Hugging Face's tokenizer on the same texts."""
+    """Return a function that trains Hugging Face's tokenizer on the same texts."""
     pytest.importorskip("tokenizers")
     from tokenizers import Tokenizer as Theirs
     from tokenizers import models, pre_tokenizers, trainers
@@ -51,20 +51,20 @@ def hugging_face():
 
 
 def merges_of(tokenizer):
-    """(left, right) of each merge, as bytes."""
+    """Return (left, right) of each merge, as bytes."""
     _, (tokens, merges, _) = tokenizer.__reduce__()
     return [(tokens[left], tokens[right]) for left, right, _ in merges.tolist()]
 
 
 def their_merges(theirs):
-    """The same of Hugging Face's, which writes bytes as letters."""
+    """Return the same for Hugging Face's tokenizer, which represents bytes by characters."""
     byte_of = {letter: byte for byte, letter in enumerate(LETTER_OF_BYTE)}
     merges = json.loads(theirs.to_str())["model"]["merges"]
     return [tuple(bytes(map(byte_of.__getitem__, part)) for part in pair) for pair in merges]
 
 
 def naive_merges(words, n_merges):
-    """(left, right) of each merge, by the definition. words: the count of each, as bytes."""
+    """Return (left, right) of each merge, by definition. words: the count of each word (bytes)."""
     order = sorted(range(256), key=LETTER_OF_BYTE.__getitem__)
     ids = {bytes([byte]): i for i, byte in enumerate(order)}
     counts = {tuple(word[i : i + 1] for i in range(len(word))): n for word, n in words.items()}
@@ -246,7 +246,7 @@ class TestSource:
 
     @pytest.mark.parametrize("length", range(1, 40))
     def test_pieces_of_every_length_are_told_apart(self, length):
-        # NULs, which fill up short pieces in the table, are also what these pieces end in.
+        # The table pads short pieces with NULs, and these pieces end with NULs themselves.
         words = {b"!" * n + b"\0" * (length - n): 1 + n for n in range(length + 1)}
         texts = [word for word, n in words.items() for _ in range(n)]
         ours = Tokenizer.train(texts, 270, special_tokens=())
@@ -276,7 +276,7 @@ class TestFaults:
 
     def test_a_text_where_a_path_belongs(self):
         for text in ("Once upon a time", PARAGRAPH * 100, "nul\0", "\ud800"):
-            with pytest.raises(FileNotFoundError, match="pass a list that holds it"):
+            with pytest.raises(FileNotFoundError, match="pass a list that contains it"):
                 Tokenizer.train(text, 300)
         with pytest.raises(TypeError, match=r"not int .*pass a list"):
             Tokenizer.train(b"Once upon a time", 300)
@@ -290,8 +290,8 @@ class TestFaults:
         [
             ([""], "must not be empty"),
             ([END, END], "twice"),
-            (["a"], "also be made by merges"),
-            ([" word"], r"also be made by merges.*<\|word\|>"),
+            (["a"], "merges could also produce it"),
+            ([" word"], r"merges could also produce it.*<\|word\|>"),
         ],
     )
     def test_special_tokens_that_are_none(self, names, message):
@@ -303,7 +303,7 @@ class TestFaults:
             Tokenizer.train([PARAGRAPH], 300, special_tokens=END)
 
     def test_a_min_frequency_below_zero(self):
-        with pytest.raises(ValueError, match="min_frequency is -1"):
+        with pytest.raises(ValueError, match="min_frequency must be at least 0, not -1"):
             Tokenizer.train([PARAGRAPH], 300, min_frequency=-1)
 
     def test_ctrl_c_ends_it_at_once(self):
@@ -323,14 +323,14 @@ class TestFaults:
         assert time.perf_counter() - began < 2
 
     def test_no_threads(self):
-        with pytest.raises(ValueError, match="threads is 0"):
+        with pytest.raises(ValueError, match="threads must be at least 1, not 0"):
             Tokenizer.train([PARAGRAPH], 300, threads=0)
 
     def test_text_after_the_first_merge(self):
         trainer = _C.BpeTrainer()
         trainer.feed(b"ab ab")
         assert trainer.train(1, 0) == 1
-        with pytest.raises(ValueError, match="once merging has begun"):
+        with pytest.raises(ValueError, match="after merging has started"):
             trainer.feed(b"cd")
 
 

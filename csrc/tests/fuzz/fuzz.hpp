@@ -1,5 +1,5 @@
-// What the fuzz programs share. Each is a function from bytes to nothing, which aborts where the
-// tokenizer's core is wrong; libFuzzer or standalone.cpp calls it again and again.
+// Helpers shared by the fuzz programs. Each program defines LLVMFuzzerTestOneInput, which libFuzzer
+// or standalone.cpp calls with many inputs, and which aborts if the tokenizer's core is wrong.
 #pragma once
 
 #include <cstddef>
@@ -17,13 +17,15 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 
 namespace fastgpt {
 
+// Aborts with a message if a property does not hold. `what` describes the property.
 inline void check(bool holds, const char* what) {
   if (holds) return;
-  std::fprintf(stderr, "wrong: %s\n", what);
+  std::fprintf(stderr, "check failed: %s\n", what);
   std::abort();
 }
 
-// Numbers made of the input's bytes, so that a fuzzer's small change is a small change of them.
+// A sequence of numbers derived from the input's bytes, so that small mutations of the input change
+// the sequence only a little.
 class Numbers {
  public:
   explicit Numbers(std::string_view bytes) : bytes_(bytes) {}
@@ -45,7 +47,7 @@ class Numbers {
   std::string_view bytes_;
 };
 
-// A number that differs from text to text, for what is too slow to be done with each (FNV-1a).
+// Returns a hash of the text (FNV-1a), to select a fraction of the inputs for slow checks.
 inline std::uint64_t number_of(std::string_view text) {
   std::uint64_t hash = 0xCBF29CE484222325;
   for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001B3;
@@ -67,7 +69,7 @@ std::vector<TokenId> encode(const BytePairEncoder& encoder, std::string_view tex
 
 inline std::string decode(const BytePairEncoder& encoder, const std::vector<TokenId>& ids) {
   const std::size_t size = encoder.decoded_size(ids.data(), ids.size());
-  check(size != BytePairEncoder::kInvalid, "encoding gives ids that have no token");
+  check(size != BytePairEncoder::kInvalid, "all encoded ids have a token");
   std::string text(size, '\0');
   encoder.decode(ids.data(), ids.size(), text.data(), size);
   return text;

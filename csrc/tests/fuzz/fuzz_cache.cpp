@@ -1,5 +1,5 @@
-// The caches of pieces against std::map, with pieces that are easily taken for each other, in
-// tables that start so small that they grow again and again.
+// Compares the caches of pieces with std::map, on pieces that are easily confused with each other,
+// in tables that start small, so that they grow many times.
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -17,7 +17,8 @@ namespace {
 template <typename Id>
 using Known = std::map<std::string, std::vector<Id>>;
 
-// A piece of few different bytes, so that many are alike but for their size or one byte.
+// Draws a piece of few different bytes, so that many pieces differ only in their size or in one
+// byte.
 std::string draw_piece(Numbers& numbers, std::size_t min_size, std::size_t max_size) {
   static constexpr char kBytes[] = {'\0', 'a', '\xFF'};
   const std::size_t size = min_size + numbers.below(max_size - min_size + 1);
@@ -36,7 +37,7 @@ std::vector<Id> draw_ids(Numbers& numbers, std::size_t max_count) {
   return ids;
 }
 
-// Returns the piece's ids, none if it is not there.
+// Returns the ids of the piece, or an empty vector if it is not in the cache.
 template <typename Id>
 std::vector<Id> find(const PieceCache<Id>& cache, const std::string& piece) {
   std::array<Id, PieceCache<Id>::kWrittenIds> ids;
@@ -47,7 +48,7 @@ std::vector<Id> find(const PieceCache<Id>& cache, const std::string& piece) {
 template <typename Id>
 void check_found(const PieceCache<Id>& cache, const Known<Id>& known) {
   for (const auto& [piece, ids] : known) {
-    check(find(cache, piece) == ids, "a piece stays in the cache, with its ids");
+    check(find(cache, piece) == ids, "a piece remains in the cache with its ids");
   }
 }
 
@@ -59,20 +60,20 @@ void check_cache(Numbers numbers) {
     const std::string piece = draw_piece(numbers, 1, PieceKey::kMaxSize);
     const PieceKey key = PieceKey::load_exactly(piece);
     const std::string padded = piece + std::string(PieceKey::kMaxSize, 'z');
-    check(PieceKey::load(padded.data(), piece.size()) == key, "both ways to load a key");
-    check(find(cache, piece).empty() == (known.count(piece) == 0), "only what is there is found");
+    check(PieceKey::load(padded.data(), piece.size()) == key, "load and load_exactly agree");
+    check(find(cache, piece).empty() == (known.count(piece) == 0), "only known pieces are found");
     if (known.count(piece) == 1) continue;
     std::vector<Id> ids = draw_ids<Id>(numbers, piece.size());
     known.emplace(piece, ids);
     const std::size_t count = ids.size();
-    ids.resize(PieceCache<Id>::kWrittenIds, Id{9});  // insert() reads so many
+    ids.resize(PieceCache<Id>::kWrittenIds, Id{9});  // insert() reads kWrittenIds elements
     cache.insert(key, piece.size(), ids.data(), count);
     if (known.size() % 64 == 1) check_found(cache, known);
   }
   check_found(cache, known);
 }
 
-// Forgets, but never mistakes one piece for another.
+// This cache may lose entries, but must never return the ids of another piece.
 template <typename Id>
 void check_long_cache(Numbers numbers) {
   LongPieceCache<Id> cache;
@@ -83,13 +84,13 @@ void check_long_cache(Numbers numbers) {
     std::array<Id, LongPieceCache<Id>::kMaxPiece> found;
     if (const std::size_t count = cache.find(piece, found.data()); count != 0) {
       check(std::vector<Id>(found.data(), found.data() + count) == known.at(piece),
-            "a long piece's ids");
+            "a long piece has its own ids");
       continue;
     }
     const std::vector<Id> ids = draw_ids<Id>(numbers, piece.size());
     cache.insert(piece, ids.data(), ids.size());
     known[piece] = ids;
-    check(cache.find(piece, found.data()) == ids.size(), "a long piece is there at once");
+    check(cache.find(piece, found.data()) == ids.size(), "a long piece is found after insertion");
   }
 }
 

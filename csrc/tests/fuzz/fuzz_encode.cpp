@@ -1,4 +1,4 @@
-// Any bytes as a text for GPT-2's vocabulary.
+// Encodes and decodes arbitrary bytes with GPT-2's vocabulary, and compares with references.
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -22,7 +22,7 @@ std::vector<std::string_view> cut(std::string_view text, bool vectorized) {
   std::size_t begin = 0;
   for (Ends ends = pretokenizer.next(); !ends.empty(); ends = pretokenizer.next()) {
     for (const std::size_t end : ends) {
-      check(begin < end && end <= text.size(), "pieces are not empty, and lie in the text");
+      check(begin < end && end <= text.size(), "pieces are not empty and are within the text");
       pieces.push_back(text.substr(begin, end - begin));
       begin = end;
     }
@@ -32,8 +32,8 @@ std::vector<std::string_view> cut(std::string_view text, bool vectorized) {
 
 std::vector<std::string_view> check_pieces(std::string_view text) {
   const std::vector<std::string_view> pieces = reference::split(text);
-  check(cut(text, true) == pieces, "the vectorized pre-tokenizer cuts as the reference does");
-  check(cut(text, false) == pieces, "the portable pre-tokenizer cuts as the reference does");
+  check(cut(text, true) == pieces, "the vectorized pre-tokenizer matches the reference");
+  check(cut(text, false) == pieces, "the portable pre-tokenizer matches the reference");
   return pieces;
 }
 
@@ -48,36 +48,37 @@ std::vector<TokenId> merge_each(const Vocabulary& vocabulary,
   return ids;
 }
 
-// With nothing remembered at first, so that a failure needs no other input than this one.
+// Encodes twice with a new encoder, whose caches are empty at first, so that a failure does not
+// depend on earlier inputs.
 template <typename Id>
 void check_cold_and_warm(const Vocabulary& vocabulary, std::string_view text,
                          const std::vector<TokenId>& expected) {
   PieceEncoder<Id> encoder(vocabulary);
-  for (const char* what : {"a cold encoder's ids", "a warm encoder's ids"}) {
+  for (const char* what : {"ids with empty caches", "ids with filled caches"}) {
     IdBuffer<Id> ids;
     encoder.encode(text, ids);
     check(to_vector(ids) == expected, what);
   }
 }
 
-// With two threads, which only a long text is worth.
+// Repeats the text until it is long enough to be split between two threads.
 void check_long(const BytePairEncoder& encoder, std::string_view text) {
   std::string many;
   while (many.size() < std::size_t{1} << 19) many += text;
   const std::vector<TokenId> ids = encode<std::uint16_t>(encoder, many, 1);
-  check(encode<std::uint16_t>(encoder, many, 2) == ids, "two threads' ids are one thread's");
-  check(decode(encoder, ids) == many, "a long text comes back");
+  check(encode<std::uint16_t>(encoder, many, 2) == ids, "two threads give the ids of one");
+  check(decode(encoder, ids) == many, "a long text is decoded to itself");
 }
 
 void check_as_a_file(std::string_view text) {
-  check(valid_utf8(text) == reference::valid_size(text), "UTF-8 is valid as far as it is");
+  check(valid_utf8(text) == reference::valid_size(text), "valid_utf8 matches the reference");
   std::string expected;
   for (std::size_t i = 0; i < text.size(); ++i) {
     if (text.substr(i, 2) != "\r\n") expected += text[i];
   }
   std::string converted(text.size(), '\0');
   converted.resize(unix_newlines(text, converted.data()));
-  check(converted == expected, "a newline stands for each of Windows's");
+  check(converted == expected, "each CRLF becomes LF");
 }
 
 void check_text(const BytePairEncoder& encoder, std::string_view text) {
@@ -87,7 +88,7 @@ void check_text(const BytePairEncoder& encoder, std::string_view text) {
   check_cold_and_warm<std::uint32_t>(vocabulary, text, expected);
   check(encode<std::uint16_t>(encoder, text, 1) == expected, "ids after many other texts");
   check(encode<std::uint32_t>(encoder, text, 2) == expected, "wide ids after many other texts");
-  check(decode(encoder, expected) == text, "the text comes back");
+  check(decode(encoder, expected) == text, "the text is decoded to itself");
   check_as_a_file(text);
 }
 
@@ -99,7 +100,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const std::string_view text(reinterpret_cast<const char*>(data), size);
   fastgpt::check_text(encoder, text);
   const std::uint64_t number = fastgpt::number_of(text);
-  // The same with all of it at other places of the blocks that the text is cut by.
+  // Check the text again at another offset, with respect to the pre-tokenizer's blocks of 64 bytes.
   const std::string moved = std::string(1 + number % 70, 'x') + std::string(text);
   static_cast<void>(fastgpt::check_pieces(moved));
   fastgpt::check_as_a_file(moved);

@@ -1,5 +1,5 @@
-// Any bytes as a vocabulary: as a vocab.bpe file, and as the recipe of a small vocabulary whose
-// merges need not have been learned from anything, nor stand in an order that could have been.
+// Interprets arbitrary bytes as a vocabulary: as a vocab.bpe file, and as the recipe of a small
+// vocabulary whose merges, and their order, need not be a possible result of training.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -19,9 +19,10 @@
 namespace fastgpt {
 namespace {
 
-constexpr std::size_t kMaxToken = 40;  // bytes: beyond what tables take as words
+constexpr std::size_t kMaxToken = 40;  // bytes: more than PieceKey::kMaxSize
 
-// The definition: of the pairs that merge, the one of lowest rank, then leftmost, again and again.
+// Reference implementation, by definition: repeatedly merges the pair of lowest rank; of several
+// with that rank, the leftmost.
 class NaiveMerger {
  public:
   explicit NaiveMerger(const Vocabulary& vocabulary) : vocabulary_(vocabulary) {
@@ -60,14 +61,15 @@ void check_ids(const NaiveMerger& naive, PieceEncoder<Id>& encoder, std::string_
     const std::vector<TokenId> tokens = naive.merge(piece);
     expected.insert(expected.end(), tokens.begin(), tokens.end());
   }
-  for (const char* what : {"ids are those of merging naively", "the same a second time"}) {
+  for (const char* what : {"ids match the reference", "ids match the reference the second time"}) {
     IdBuffer<Id> ids;
     encoder.encode(text, ids);
     check(to_vector(ids) == expected, what);
   }
 }
 
-// A few bytes and, of them, tokens; all are in `pool`, to be drawn from.
+// A vocabulary under construction. Its tokens are made of the bytes of a small alphabet; `pool`
+// contains these bytes and tokens, to draw from.
 struct Recipe {
   TokenBytes tokens;
   std::vector<Merge> merges;
@@ -103,8 +105,8 @@ Recipe start_recipe(Numbers& numbers) {
   return recipe;
 }
 
-// Adds the merge of two tokens at any place in the order, unless they merge already. Often no text
-// gets that far, and the token remains one that is never made; or it is made in two ways.
+// Inserts a merge of two tokens of the pool at any position in the order, unless the pair merges
+// already. The merged token may be unreachable, or produced by more than one merge.
 void add_merge(Recipe& recipe, Numbers& numbers) {
   const TokenId left = recipe.pool[numbers.below(recipe.pool.size())];
   const TokenId right = recipe.pool[numbers.below(recipe.pool.size())];
@@ -121,13 +123,13 @@ void add_merge(Recipe& recipe, Numbers& numbers) {
   recipe.pool.push_back(merged);
 }
 
-// A text of the recipe's tokens.
+// Generates a text from the recipe's tokens.
 std::string write_text(const Recipe& recipe, Numbers& numbers, std::size_t max_size) {
   std::string text;
   while (numbers.left() > 0 && text.size() < max_size) {
     const std::size_t drawn = numbers.below(256);
     if (drawn == 255) {
-      text += ' ';  // another piece
+      text += ' ';  // starts another piece
     } else {
       text += recipe.tokens[recipe.pool[drawn % recipe.pool.size()]];
     }
@@ -143,7 +145,7 @@ void check_recipe(Numbers numbers) {
   const NaiveMerger naive(vocabulary);
   PieceEncoder<std::uint16_t> narrow(vocabulary);
   PieceEncoder<std::uint32_t> wide(vocabulary);
-  // Short texts first: what is remembered of them is looked up for the long one.
+  // Short texts first, so that their pieces are in the caches when the long ones are encoded.
   constexpr std::size_t kSizes[] = {4, 10, 20, 20, 80, 300};
   for (const std::size_t size : kSizes) {
     const std::string text = write_text(recipe, numbers, size);
@@ -160,7 +162,8 @@ std::optional<MergesFile> parse(std::string_view file) {
   }
 }
 
-// The file's own bytes are a text of its tokens' letters, and so of some of its tokens.
+// Parses the input as a vocab.bpe file, and encodes the file's own bytes, which contain many of its
+// tokens.
 void check_file(std::string_view file) {
   std::optional<MergesFile> parsed = parse(file);
   if (!parsed) return;
@@ -174,7 +177,7 @@ void check_file(std::string_view file) {
     if (token.size() <= 100) check_ids(naive, encoder, token);
     if (token.size() > PieceKey::kMaxSize) continue;
     check(trusted.whole_token(PieceKey::load_exactly(token), token.size()) == id,
-          "a file's tokens are found by their bytes");
+          "the tokens of a file are found by their bytes");
   }
 }
 

@@ -1,4 +1,4 @@
-// GPT-2's vocabulary, for the fuzz programs that encode with it.
+// GPT-2's vocabulary for the fuzz programs.
 #pragma once
 
 #include <cstdio>
@@ -13,7 +13,8 @@
 
 namespace fastgpt {
 
-// Reads the file that the environment names in FASTGPT_MERGES; else the one of the checkout.
+// Reads the file given by the environment variable FASTGPT_MERGES, or by default the one in the
+// repository.
 inline std::string read_gpt2_merges() {
   const char* path = std::getenv("FASTGPT_MERGES");
   if (path == nullptr) path = FASTGPT_MERGES_FILE;

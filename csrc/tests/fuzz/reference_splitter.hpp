@@ -1,4 +1,5 @@
-// GPT-2's splitting, one character after the other: what the Pretokenizer's bit masks must find.
+// Reference implementation of GPT-2's pre-tokenization, character by character, for comparison with
+// the bit masks of Pretokenizer.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +37,7 @@ struct Char {
   bool valid = true;
 };
 
-// Reads the character at text[at]: UTF-8 (RFC 3629), or a byte that is no part of any.
+// Decodes the character at text[at]: valid UTF-8 (RFC 3629), or a single invalid byte.
 inline Char char_at(std::string_view text, std::size_t at) {
   constexpr Char kInvalid{CharClass::kOther, 1, false};
   constexpr std::uint32_t kSmallest[] = {0, 0, 0x80, 0x800, 0x10000};  // by size
@@ -56,14 +57,14 @@ inline Char char_at(std::string_view text, std::size_t at) {
   return {class_of(code_point), size};
 }
 
-// Returns how many bytes from the start are whole, valid characters.
+// Returns the size of the longest prefix that is valid UTF-8.
 inline std::size_t valid_size(std::string_view text) {
   std::size_t at = 0;
   while (at < text.size() && char_at(text, at).valid) at += char_at(text, at).size;
   return at;
 }
 
-// Returns the end of the longest run of characters of one class that starts at `at`.
+// Returns the end of the longest run of characters of the given class that starts at `at`.
 inline std::size_t run_end(std::string_view text, std::size_t at, CharClass char_class) {
   while (at < text.size()) {
     const Char c = char_at(text, at);
@@ -73,8 +74,8 @@ inline std::size_t run_end(std::string_view text, std::size_t at, CharClass char
   return at;
 }
 
-// \s+(?!\S)|\s+ : white space, but its last character is left to what follows, unless it is the
-// only one.
+// Matches \s+(?!\S)|\s+ : a run of white space, without its last character if other text follows
+// and the run has more than one character.
 inline std::size_t space_end(std::string_view text, std::size_t begin) {
   std::size_t last = begin;
   std::size_t end = begin;

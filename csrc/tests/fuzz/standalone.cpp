@@ -1,9 +1,9 @@
-// What libFuzzer does, for compilers without it, and far less of it: calls the target with all
-// files that are given, then with mutations of them. It does not look at which code they reach.
+// A minimal replacement of libFuzzer for compilers without it: calls the target with all given
+// files, then with random mutations of them. It does not use code coverage.
 //
 //   fuzz_encode [-max_total_time=SECONDS] [-seed=NUMBER] FILE-OR-FOLDER...
 //
-// An input that ends the program is left in the file ./crash-input.
+// An input that makes the program crash is left in the file ./crash-input.
 #include <algorithm>
 #include <chrono>
 #include <cstddef>
@@ -65,19 +65,19 @@ std::string read(const fs::path& path) {
 }
 
 void run(const std::string& input) {
-  // Before the call: there is no coming back from some of what it looks for.
+  // Write the input before the call, because a failure ends the process.
   std::ofstream(kCrashInput, std::ios::binary) << input;
   LLVMFuzzerTestOneInput(reinterpret_cast<const std::uint8_t*>(input.data()), input.size());
 }
 
-// A number less than `count`, small ones more often.
+// Returns a random number less than `count`; small numbers are more likely.
 std::size_t below(std::size_t count, Random& random) {
   const std::size_t limit = random() % 2 == 0 ? count : std::min<std::size_t>(count, 20);
   return static_cast<std::size_t>(random() % limit);
 }
 
-// Changes one thing: a byte, or a stretch that goes, comes twice or many times, or comes from
-// another input.
+// Applies one mutation: overwrites a byte, inserts a byte, flips a bit, erases a stretch, repeats a
+// stretch, or inserts a stretch of another input.
 void mutate(std::string& input, const std::vector<std::string>& inputs, Random& random) {
   const std::size_t at = static_cast<std::size_t>(random() % (input.size() + 1));
   const std::size_t size = std::min(input.size() - at, 1 + below(64, random));
@@ -124,5 +124,5 @@ int main(int argc, char** argv) {
     run(input);
   }
   fs::remove(kCrashInput);
-  std::printf("%zu files and %zu mutations of them: all right\n", inputs.size() - 1, rounds);
+  std::printf("%zu files and %zu mutations of them: passed\n", inputs.size() - 1, rounds);
 }

@@ -1,8 +1,10 @@
-// Engines used by many threads, for ThreadSanitizer, AddressSanitizer or Valgrind to watch:
+// Stress test of engines used by many threads. Meant to be run with ThreadSanitizer,
+// AddressSanitizer or Valgrind:
 //
 //   stress_engine [CODE]
 //
-// CODE is one of the engine's codes, by default "best". Valgrind knows no AVX-512: "avx2" there.
+// CODE is one of the engine's codes, by default "best". Valgrind does not support AVX-512: use
+// "avx2".
 #include <algorithm>
 #include <chrono>
 #include <cstddef>
@@ -26,7 +28,7 @@
 #define STRESS_HAS_FORK 1
 #endif
 #if defined(__has_feature)
-#if __has_feature(thread_sanitizer)  // which allows no threads in a forked process
+#if __has_feature(thread_sanitizer)  // which does not support threads in a forked process
 #undef STRESS_HAS_FORK
 #endif
 #endif
@@ -41,7 +43,7 @@ std::string code = "best";
 constexpr Format kAllFormats[] = {Format::kFloat32, Format::kBfloat16, Format::kInt8,
                                   Format::kInt4};
 
-// Odd sizes, so that panels, groups and threads' shares end somewhere within.
+// Irregular sizes, so that panels, groups and the threads' parts are not filled evenly.
 Shape small_shape() {
   Shape shape;
   shape.vocab_size = 61;
@@ -96,12 +98,13 @@ Ids prompt(std::size_t size, std::uint32_t seed) {
   return ids;
 }
 
-// A way of writing, and prompts for it: inside the context, as long as it, and longer.
+// Settings of a generation and its prompts, which are shorter than the context, as long, and
+// longer.
 struct Task {
   std::vector<Ids> prompts;
   Sampling sampling;
   std::optional<std::uint32_t> stop;
-  std::size_t ends_early = SIZE_MAX;  // a row that is ended from outside
+  std::size_t ends_early = SIZE_MAX;  // a row that is ended with Generation::end()
   std::size_t copies = 1;
 };
 
@@ -132,7 +135,7 @@ struct Written {
 using Pause = std::function<void()>;
 
 Written write(const std::shared_ptr<Engine>& engine, const Task& task, const Pause& pause = {}) {
-  constexpr std::size_t kNewTokens = 20;  // past the context
+  constexpr std::size_t kNewTokens = 20;  // enough for the longer prompts to exceed the context
   const std::size_t rows = task.prompts.size() * task.copies;
   std::vector<std::uint64_t> seeds;
   for (std::size_t i = 0; i < rows; ++i) seeds.push_back(100 + i);
@@ -172,10 +175,11 @@ void sleep_for(std::size_t microseconds) {
   std::this_thread::sleep_for(std::chrono::microseconds(microseconds));
 }
 
-// --- what is tried -------------------------------------------------------------------------------
+// --- tests ---------------------------------------------------------------------------------------
 
-// Between two meetings each thread reads what the others have written before the first. Pauses are
-// of about the time in which a thread that waits falls asleep, so that some just do.
+// Between two barriers (ThreadPool::meet), each thread reads what the others have written before
+// the first one. The random pauses are about as long as a waiting thread spins before it sleeps, so
+// that both cases occur.
 void meet_after_pauses() {
   constexpr std::size_t kRounds = 50, kMeetings = 3, kLongest = 400;
   for (const std::size_t size : {1U, 2U, 3U, 8U}) {
@@ -190,7 +194,7 @@ void meet_after_pauses() {
           written[rank] = round * kMeetings + meeting;
           pool.meet();
           for (const std::size_t other : written) {
-            check(other == round * kMeetings + meeting, "who has met has seen all");
+            check(other == round * kMeetings + meeting, "writes before a barrier are visible");
           }
           pool.meet();
         }
@@ -207,8 +211,8 @@ void threads_change_no_bit() {
     const std::vector<float> logits = logits_of(*alone);
     for (const std::size_t threads : {2U, 3U}) {
       const auto engine = make_engine(format, threads);
-      check(write_all(engine) == expected, "any number of threads writes the same");
-      check(logits_of(*engine) == logits, "any number of threads has the same logits");
+      check(write_all(engine) == expected, "tokens do not depend on the number of threads");
+      check(logits_of(*engine) == logits, "logits do not depend on the number of threads");
     }
   }
 }
@@ -216,10 +220,10 @@ void threads_change_no_bit() {
 void engines_side_by_side() {
   std::vector<Written> expected[2];
   for (unsigned i = 0; i < 2; ++i) expected[i] = write_all(make_engine(Format::kInt8, 1, i));
-  check(!(expected[0] == expected[1]), "the two engines write different texts");
+  check(!(expected[0] == expected[1]), "the two engines generate different tokens");
   run_side_by_side(2, [&](std::size_t i) {
     const auto engine = make_engine(Format::kInt8, 2, static_cast<unsigned>(i));
-    check(write_all(engine) == expected[i], "engines do not disturb each other");
+    check(write_all(engine) == expected[i], "concurrent engines are independent");
   });
 }
 
@@ -229,8 +233,8 @@ void share_an_engine() {
     const std::vector<Written> expected = write_all(engine);
     const std::vector<float> logits = logits_of(*engine);
     run_side_by_side(3, [&](std::size_t i) {
-      if (i == 0) check(logits_of(*engine) == logits, "logits, while others write");
-      check(write_all(engine) == expected, "a shared engine writes what it writes for one");
+      if (i == 0) check(logits_of(*engine) == logits, "logits during concurrent generation");
+      check(write_all(engine) == expected, "sharing an engine does not change its tokens");
     });
   }
 }
@@ -240,12 +244,13 @@ void wake_after_pauses() {
   const auto engine = make_engine(Format::kBfloat16, 3);
   const Written expected = write(engine, task);
   for (const std::size_t pause : {100U, 300U, 5'000U}) {
-    check(write(engine, task, [&] { sleep_for(pause); }) == expected, "pauses change nothing");
+    check(write(engine, task, [&] { sleep_for(pause); }) == expected,
+          "pauses between steps do not change the tokens");
   }
 }
 
-// Some never used, some used at once, some when their threads sleep; the last that holds an engine
-// may be a text.
+// Creates and destroys pools and engines: some are never used, some used immediately, some after
+// their threads have gone to sleep. The last reference to an engine is held by a Generation.
 void come_and_go() {
   const Task task = make_tasks()[0];
   const Written expected = write(make_engine(Format::kFloat32, 1), task);
@@ -253,7 +258,7 @@ void come_and_go() {
     const ThreadPool unused(1 + i % 8);
     auto engine = make_engine(Format::kFloat32, 1 + i % 4);
     if (i % 3 == 0) sleep_for(1000);
-    if (i % 2 == 0) check(write(engine, task) == expected, "an engine among many");
+    if (i % 2 == 0) check(write(engine, task) == expected, "tokens of one of many engines");
     Generation text(std::move(engine), task.prompts, 1, 2, task.sampling, {1}, std::nullopt, false);
     std::int64_t token = 0;
     while (text.step(&token)) {
@@ -262,24 +267,24 @@ void come_and_go() {
 }
 
 #ifdef STRESS_HAS_FORK
-// In the child each pool starts new threads, which may get the handles of those that were the
-// parent's. What it cannot free is forgotten with the program that it then becomes.
+// In the child process, each pool starts new threads, which may get the same handles as those of
+// the parent. The child then calls exec, so that what it cannot free is not reported as a leak.
 void fork_with_engines() {
   const Task task = make_tasks()[3];
   auto first = make_engine(Format::kFloat32, 2), second = make_engine(Format::kFloat32, 3);
   const Written expected = write(first, task);
   const pid_t child = fork();
   if (child == 0) {
-    check(write(first, task) == expected, "an engine in a forked process");
-    check(write(second, task) == expected, "another one");
+    check(write(first, task) == expected, "the first engine in a forked process");
+    check(write(second, task) == expected, "the second engine in a forked process");
     first.reset();
     second.reset();
     execlp("true", "true", nullptr);
     _exit(1);
   }
   int status = 1;
-  check(waitpid(child, &status, 0) == child && status == 0, "a forked process ends well");
-  check(write(first, task) == expected, "an engine after a fork");
+  check(waitpid(child, &status, 0) == child && status == 0, "the forked process succeeds");
+  check(write(first, task) == expected, "an engine in the parent after a fork");
 }
 #endif
 
@@ -301,5 +306,5 @@ void stress() {
 int main(int argc, char** argv) {
   if (argc > 1) fastgpt::engine::code = argv[1];
   fastgpt::engine::stress();
-  std::printf("stress_engine %s: all right\n", fastgpt::engine::code.c_str());
+  std::printf("stress_engine %s: passed\n", fastgpt::engine::code.c_str());
 }

@@ -1,4 +1,5 @@
-// Threads that share one encoder and train side by side, for ThreadSanitizer to watch.
+// Threads that share one encoder and threads that train concurrently. Meant to be run with
+// ThreadSanitizer.
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -16,14 +17,14 @@ namespace fastgpt {
 namespace {
 
 constexpr std::size_t kThreads = 8;
-constexpr std::size_t kLong = std::size_t{3} << 18;  // bytes: enough for two threads to share
+constexpr std::size_t kLong = std::size_t{3} << 18;  // bytes: enough to be split between threads
 
 struct Example {
   std::string text;
   std::vector<TokenId> ids;
 };
 
-// Texts that are all different, and hold pieces that every thread has to learn.
+// Generates a text that differs for each seed, with pieces that are not in a cache yet.
 std::string write_text(std::size_t seed, std::size_t size) {
   std::string text;
   for (std::size_t i = seed; text.size() < size;
@@ -35,7 +36,7 @@ std::string write_text(std::size_t seed, std::size_t size) {
 }
 
 std::vector<Example> make_examples() {
-  const BytePairEncoder encoder(gpt2_vocabulary());  // one that no other thread sees
+  const BytePairEncoder encoder(gpt2_vocabulary());  // not shared with other threads
   std::vector<Example> examples;
   for (std::size_t i = 0; i < 2 * kThreads; ++i) {
     std::string text = write_text(i + 1, i % kThreads == 0 ? kLong : 20'000);
@@ -52,7 +53,7 @@ void run_on_all_threads(const Work& work) {
   for (std::thread& thread : threads) thread.join();
 }
 
-// Every thread goes through all examples, some in step with others and some not.
+// Every thread encodes all examples; some threads start at the same example, others do not.
 void share_an_encoder() {
   const std::vector<Example> examples = make_examples();
   const BytePairEncoder encoder(gpt2_vocabulary());
@@ -60,9 +61,9 @@ void share_an_encoder() {
     for (std::size_t i = 0; i < examples.size(); ++i) {
       const auto& [text, ids] = examples[(i + thread / 2) % examples.size()];
       const unsigned threads = 1 + thread % 2;
-      check(encode<std::uint16_t>(encoder, text, threads) == ids, "ids as one thread gets them");
-      check(encode<std::uint32_t>(encoder, text, threads) == ids, "wide ids, too");
-      check(decode(encoder, ids) == text, "texts as one thread gets them");
+      check(encode<std::uint16_t>(encoder, text, threads) == ids, "16-bit ids match one thread's");
+      check(encode<std::uint32_t>(encoder, text, threads) == ids, "32-bit ids match one thread's");
+      check(decode(encoder, ids) == text, "decoded texts match one thread's");
     }
   });
 }
@@ -80,9 +81,9 @@ std::vector<std::pair<TokenId, TokenId>> learn(unsigned threads) {
 
 void train_side_by_side() {
   const std::vector<std::pair<TokenId, TokenId>> expected = learn(1);
-  check(!expected.empty(), "there is something to learn");
+  check(!expected.empty(), "training makes at least one merge");
   run_on_all_threads([&](std::size_t thread) {
-    if (thread < 2) check(learn(2) == expected, "two threads learn what one learns");
+    if (thread < 2) check(learn(2) == expected, "two threads make the merges of one");
   });
 }
 
@@ -92,5 +93,5 @@ void train_side_by_side() {
 int main() {
   fastgpt::share_an_encoder();
   fastgpt::train_side_by_side();
-  std::puts("threads: all right");
+  std::puts("threads: passed");
 }

@@ -1,10 +1,11 @@
-// Runs the kernels of each instruction set that this processor has, or of those named, on random
-// numbers of many shapes, and compares:
-//   - with those of kernels_fused.hpp, bit for bit. Then the last line, a digest of what these
-//     compute, is the same wherever this program succeeds;
-//   - to 1e-5 of the largest, products and attention of those that round otherwise: portable code
-//     rounds products before it adds them, AVX512-BF16 has a rounding of its own.
-// Memory around what a kernel may touch is for AddressSanitizer to watch.
+// Runs the kernels of each instruction set that this processor supports, or of those named on the
+// command line, on random inputs of many shapes, and compares the results with the reference
+// kernels of kernels_fused.hpp:
+//   - bit for bit. The last line of the output is a digest of the reference results, which is the
+//     same on every machine where this program succeeds;
+//   - for products and attention in code with a different rounding, within 1e-5 of the largest
+//     value: portable code rounds products before adding them, and AVX512-BF16 rounds differently.
+// Out-of-bounds accesses are detected if it is built with AddressSanitizer.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -25,9 +26,10 @@ using FloatVector = std::vector<float>;
 constexpr std::size_t kInt4Groups[] = {32, 64};
 constexpr std::size_t kSizes[] = {1,  2,  5,  15,  16,  17,  31,  32, 33,
                                   63, 64, 65, 100, 128, 129, 300, 777};
-constexpr std::size_t kDimensions[] = {1, 16, 25, 40, 64, 128};  // of a head
+constexpr std::size_t kDimensions[] = {1, 16, 25, 40, 64, 128};  // head sizes
 
-// SplitMix64 (https://prng.di.unimi.it/splitmix64.c describes it): the same numbers everywhere.
+// SplitMix64 (https://prng.di.unimi.it/splitmix64.c), which gives the same numbers on all
+// platforms.
 class Random {
  public:
   std::uint32_t bits() {
@@ -37,7 +39,7 @@ class Random {
     return static_cast<std::uint32_t>((z ^ z >> 31) >> 32);
   }
   std::size_t below(std::size_t count) { return bits() % count; }
-  // Of -1 to 1.
+  // Returns a number in [-1, 1].
   float number() { return static_cast<float>(static_cast<std::int32_t>(bits())) * 0x1p-31F; }
   FloatVector numbers(std::size_t count, float size = 1.0F) {
     FloatVector all(count);
@@ -55,12 +57,13 @@ class Random {
   std::uint64_t state_ = 1;
 };
 
-// Compares what one code makes with what it should be.
+// Compares the results of the kernels of one instruction set ("code") with the reference.
 class Checker {
  public:
   Checker(std::string code, const Kernels& kernels) : code_(std::move(code)), kernels_(kernels) {}
 
-  // Has `run` fill results of all zeros with the kernels of either.
+  // Calls run(kernels, results) with the reference kernels and with those to check, each on a
+  // zero-initialized array of `size` results, and compares the results.
   template <typename Run>
   void compare(const std::string& what, bool exactly, std::size_t size, const Run& run) {
     FloatVector expected(size), got(size);
@@ -72,7 +75,7 @@ class Checker {
     for (const float x : expected) digest_ = (digest_ ^ bits(x)) * 0x100000001B3;  // FNV-1a
   }
 
-  // Whether products in that format, or attention, are to be the same to the bit.
+  // Returns whether products in that format (for attention, kFloat32) must match bit for bit.
   bool exact(Format format) const {
     if (code_ == "portable") return false;
     const std::vector<std::string> codes = kernel_codes();
@@ -87,7 +90,7 @@ class Checker {
   std::size_t failures() const { return failures_; }
 
  private:
-  // NaN is NaN: processors differ in its other bits.
+  // Returns the bits of x, with one value for all NaNs, whose payload differs between processors.
   static std::uint32_t bits(float x) {
     std::uint32_t word;
     std::memcpy(&word, &x, sizeof word);
@@ -110,7 +113,7 @@ class Checker {
     if (++failures_ > 10) return;
     std::size_t i = 0;
     while (i + 1 < got.size() && bits(expected[i]) == bits(got[i])) ++i;
-    std::fprintf(stderr, "%s: wrong: %s: of %zu the first at %zu, %.9g instead of %.9g\n",
+    std::fprintf(stderr, "%s: mismatch in %s (%zu values), first at %zu: %.9g instead of %.9g\n",
                  code_.c_str(), what.c_str(), got.size(), i, static_cast<double>(got[i]),
                  static_cast<double>(expected[i]));
   }
@@ -136,10 +139,11 @@ std::string text(std::initializer_list<std::size_t> numbers) {
 
 constexpr std::size_t kPanels = 3;
 
-// A product of random numbers, and the memory that it points into.
+// A product with random operands, and the memory that it points to.
 class RandomProduct {
  public:
-  // `depth` is of words or groups. `extreme` integers are as large as they can be.
+  // `depth` is the number of words per row, or of groups for integer formats. `extreme`: all
+  // integers have the largest possible magnitude.
   RandomProduct(Random& random, Format format, std::size_t group, std::size_t depth,
                 std::size_t rows, bool extreme)
       : random_(random), extreme_(extreme) {
@@ -251,7 +255,8 @@ void check_product(Checker& checker, const RandomProduct& random, const std::str
     Product product = random.product;
     product.y = y;
     for (const Finish finish : {Finish::kStore, Finish::kAdd, Finish::kGelu}) {
-      product.finish = finish;  // of all, of all but the first panel, of the last rows
+      // First all rows and panels, then all panels except the first, then also only the last rows.
+      product.finish = finish;
       kernels.multiply[static_cast<std::size_t>(format)](product);
       if (finish == Finish::kStore) product.panel_begin = 1;
       if (finish == Finish::kAdd) product.row_begin = product.row_end / 2;
@@ -275,7 +280,7 @@ void check_products(Checker& checker, Random& random, Format format, std::size_t
 
 // --- inputs and norms ----------------------------------------------------------------------------
 
-// Numbers among which are zeros, one much larger than the others, and groups of nearly nothing.
+// Returns random numbers with one outlier, and with groups of zeros and of tiny numbers.
 FloatVector activations(Random& random, std::size_t size) {
   FloatVector x = random.numbers(size, 3.0F);
   x[random.below(size)] = 100.0F;
@@ -335,7 +340,8 @@ void check_inputs(Checker& checker, Random& random) {
 
 std::size_t round_up(std::size_t a, std::size_t b) { return (a + b - 1) / b * b; }
 
-// A head's memory, of floats whichever it holds, filled by the kernels that are checked.
+// The cache of one head, filled by the kernels to check. The memory is allocated as floats for both
+// formats.
 struct Head {
   Head(const Kernels& kernels, bool bf16, std::size_t dimensions, std::size_t positions,
        const FloatVector& numbers) {
@@ -427,7 +433,7 @@ Checker check(const std::string& code) {
   check_inputs(checker, random);
   check_attentions(checker, random);
   check_sampling(checker, random);
-  std::printf("%s: %zu comparisons, %zu wrong\n", code.c_str(), checker.comparisons(),
+  std::printf("%s: %zu comparisons, %zu failed\n", code.c_str(), checker.comparisons(),
               checker.failures());
   return checker;
 }

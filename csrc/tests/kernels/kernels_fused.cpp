@@ -8,7 +8,7 @@ namespace fastgpt::engine {
 namespace {
 
 struct Fused : Plain {
-  // A row at a time: what is computed beside it must change nothing.
+  // One row at a time: the results must not depend on how many rows are computed together.
   static constexpr std::size_t kFloatRows = 1, kIntegerRows = 1, kPanelRows = 1;
 
   static Register multiply_add(const Register& x, const Register& y, Register sum) {

@@ -1,5 +1,5 @@
-// Kernels that compute one number after the other, with products and sums in one where kernels ask
-// for them: what each processor that has such an instruction must compute to the bit.
+// Reference kernels that compute element by element, with a fused multiply-add wherever the kernels
+// use multiply_add. Every instruction set with a fused multiply-add must match them bit for bit.
 #pragma once
 
 #include "engine/kernels.hpp"
