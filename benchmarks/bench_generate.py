@@ -1,13 +1,14 @@
-"""Generation on a CPU: tokens per second of decoding and of reading prompts, beside others'.
+"""Benchmark generation on a CPU against other engines: decoding and prefill, in tokens per second.
 
-    python -m benchmarks.bench_generate                      GPT-2 124M's shape, random weights
+    python -m benchmarks.bench_generate                      shape of GPT-2 124M, random weights
     python -m benchmarks.peer_models FOLDER                  the same model for other engines
-    python -m benchmarks.bench_generate --peers FOLDER       these, too
+    python -m benchmarks.bench_generate --peers FOLDER       includes these engines
 
-One process; every contender is loaded, then measured in turns, so that all see the same machine,
-and the medians of the rounds are printed with their ratio to the best other. What a round measures:
-decoding (a prompt of 32, then `--new` tokens, the first not counted) with 1, 8 and 32 rows, and
-reading a prompt of 512 tokens. The contenders, and how each is set up: `generation_peers.py`.
+All engines are loaded into one process and measured in turns, so that all of them are affected by
+the same noise. The output is the median of the rounds and the speedup over the best other engine. A
+round measures decoding (a prompt of 32 tokens, then `--new` tokens, of which the first is not
+counted) with 1, 8 and 32 rows, and the prefill of a prompt of 512 tokens. See
+`generation_peers.py` for the engines and their settings.
 """
 
 import argparse
@@ -40,7 +41,7 @@ PACKAGES = (
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -61,14 +62,14 @@ def main() -> None:
             found = contenders(model, precision, threads, options.peers)
             results += _measure(precision, threads, found, options)
             found.clear()
-            gc.collect()  # before the next ones are loaded
+            gc.collect()  # free the engines before the next ones are loaded
     if options.results is not None:
         write_results(results, options)
 
 
 @dataclass(frozen=True)
 class Result:
-    """The median tokens per second of each contender in one case, of all rows together."""
+    """Median tokens per second of each engine in one case, summed over all rows."""
 
     precision: str
     threads: int
@@ -77,13 +78,13 @@ class Result:
 
     @property
     def ratio(self) -> float | None:
-        """How many times as fast as the best other fastgpt's engine is."""
+        """Return the speedup of fastgpt's engine over the best other engine."""
         others = [speed for name, speed in self.speeds.items() if name != "fastgpt"]
         return self.speeds["fastgpt"] / max(others) if others else None
 
 
 def write_results(results: list[Result], options: argparse.Namespace) -> None:
-    """Write what was measured, where and with what, as JSON and as a table."""
+    """Write the results, the machine and the package versions as JSON and as a table."""
     about = {
         "cpu": processor(),
         "versions": {name: found for name in PACKAGES if (found := version_of(name))},
@@ -98,10 +99,10 @@ def write_results(results: list[Result], options: argparse.Namespace) -> None:
         "",
         f"`python {shlex.join(sys.orig_argv[1:])}`",
         "",
-        "Tokens per second, of all rows together: medians of "
-        f"{options.rounds} rounds in which all took turns. {about['cpu']}; {versions}.",
+        "Tokens per second, summed over all rows: medians of "
+        f"{options.rounds} interleaved rounds. {about['cpu']}; {versions}.",
         "",
-        "| precision | threads | | fastgpt | others | times the best other |",
+        "| precision | threads | task | fastgpt | others | speedup over the best other |",
         "|---|---|---|---|---|---|",
     ]
     for r in results:
@@ -128,11 +129,11 @@ def _measure(
         for turn in range(options.rounds + 1):
             for contender, it in found.items():
                 taken = measure(it)
-                if turn > 0:  # the first warms up
+                if turn > 0:  # the first round is a warm-up
                     speeds[contender].append(tokens / taken)
         medians = {contender: statistics.median(rates) for contender, rates in speeds.items()}
         result = Result(precision, threads, name, medians)
-        ratio = f"  {result.ratio:.2f} times the best other" if result.ratio else ""
+        ratio = f"  speedup over the best other: {result.ratio:.2f}" if result.ratio else ""
         line = ", ".join(f"{contender} {median:.0f}" for contender, median in medians.items())
         print(f"{precision:8} {threads} threads  {name:10} {line}{ratio}", flush=True)
         results.append(result)

@@ -1,8 +1,8 @@
-"""The whole network: ours on each backend, compiled, and the peers of `benchmarks.peers`.
+"""Benchmark the whole network: fastgpt on each backend, compiled, and `benchmarks.peers`.
 
-Evaluation (loss without gradients), forward and backward, a training step, and generation with and
-without a key/value cache. All variants have the same weights, batch, dtype and threads; that they
-compute the same is checked against our reference in float64 first.
+The jobs are evaluation (loss without gradients), forward and backward, a training step, and
+generation with and without a key/value cache. All variants use the same weights, batch, dtype and
+threads. Their results are checked against the reference backend in float64 before timing.
 """
 
 import functools
@@ -43,7 +43,7 @@ PROMPT, NEW_TOKENS = 16, 48
 
 @dataclass(frozen=True)
 class Setting:
-    """A network and a batch: `recipe` gives the optimizer's settings, `config` the network."""
+    """A network and a batch; `recipe` has the optimizer settings, `config` returns the network."""
 
     name: str
     device: str
@@ -54,13 +54,13 @@ class Setting:
     compiled: tuple[str, ...] = ()  # variants whose training step is measured compiled, too
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Return the autocast that the model runs under."""
+        """Return the autocast context of the model."""
         return torch.autocast(self.device, self.autocast) if self.autocast else nullcontext()
 
 
-# Compiling takes half a minute on a CPU, where nanoGPT's readme switches it off.
+# Compilation takes half a minute on a CPU, for which nanoGPT's README disables it.
 CHAR = Setting("shakespeare-char", "cpu", CHAR_RECIPE, char_config, compiled=("native",))
-# GPT-2's vocabulary, which is what a small model's time goes to, on a body that a CPU can take
+# GPT-2's vocabulary, which dominates the time of a small model, with few and narrow layers
 SMALL = Setting(
     "4 layers of 256",
     "cpu",
@@ -80,7 +80,7 @@ SETTINGS = [setting for setting in (CHAR, SMALL, GPT2) if setting.device in DEVI
 
 
 def cases() -> list[Any]:
-    """Return (setting, job, variant) for pytest, a group's variants in a row."""
+    """Return (setting, job, variant) for pytest, with the variants of a group in sequence."""
     return [
         pytest.param(setting, job, variant, id=f"{setting.name}-{job}-{variant}")
         for setting in SETTINGS
@@ -90,7 +90,7 @@ def cases() -> list[Any]:
 
 
 def variants(setting: Setting, job: str) -> tuple[str, ...]:
-    """Return our backends, the peers, and what is measured compiled."""
+    """Return the backends of fastgpt, the peers, and the compiled variants."""
     compiled = setting.compiled if job == "training step" else ()
     return (*backends(setting.device), *PEERS, *(name + COMPILED for name in compiled))
 
@@ -146,7 +146,7 @@ def forward_backward(
 def training_step(
     model: nn.Module, setting: Setting, inputs: Tensor, targets: Tensor
 ) -> Callable[[], None]:
-    """What both fastgpt's and nanoGPT's loops do in a step, each with its own optimizer."""
+    """Return a training step as in the loops of fastgpt and nanoGPT, each with its optimizer."""
     recipe = setting.recipe
     if isinstance(original(model), GPT):
         optimizer = make_optimizer(model, recipe)
@@ -191,7 +191,7 @@ def test_generation(benchmark: Any, setting: Setting, variant: str) -> None:
     measure(
         benchmark,
         work,
-        group=f"{setting.name}: write {new_tokens} tokens, {setting.device}",
+        group=f"{setting.name}: generate {new_tokens} tokens, {setting.device}",
         tokens=new_tokens,
         prompt=PROMPT,
         **description(setting, variant, model),
@@ -202,7 +202,7 @@ def test_generation(benchmark: Any, setting: Setting, variant: str) -> None:
 
 
 def make_model(setting: Setting, variant: str) -> nn.Module:
-    """Return the model called `variant` on the CPU; all of a setting's have the same weights."""
+    """Return the model `variant` on the CPU; all models of a setting have the same weights."""
     torch.manual_seed(0)
     name = variant.removesuffix(COMPILED)
     gpt = GPT(setting.config(), ops="reference" if name in PEERS else name)
@@ -224,7 +224,7 @@ def make_batch(setting: Setting) -> tuple[Tensor, Tensor]:
 
 @functools.cache  # once is enough for all jobs
 def check_same_network(setting: Setting, variant: str) -> None:
-    """Compare loss and all gradients with our reference's, on a small batch."""
+    """Compare the loss and all gradients with those of the reference on a small batch."""
     mine, exact = models_to_check(setting, variant)
     inputs, targets = (ids[:2, :32] for ids in make_batch(setting))
     losses = [mine(inputs, targets), exact(inputs, targets)]
@@ -240,18 +240,19 @@ def check_same_network(setting: Setting, variant: str) -> None:
 
 
 def check_same_text(setting: Setting, variant: str, cache: dict[str, bool]) -> None:
-    """Compare the likeliest continuation with the one that our reference writes."""
+    """Compare the greedy continuation with that of the reference."""
     mine, exact = models_to_check(setting, variant)
     prompt = make_batch(setting)[0][:2, :PROMPT]
     text = mine.generate(prompt, 8, temperature=0.0, **cache)
     true = exact.generate(prompt, 8, temperature=0.0, use_cache=False)
-    assert torch.equal(text, true), f"{variant} at {setting.name} writes another text"
+    assert torch.equal(text, true), f"{variant} at {setting.name} generates a different text"
 
 
 def models_to_check(setting: Setting, variant: str) -> tuple[nn.Module, GPT]:
-    """Return the model called `variant`, and our reference in float64, both without dropout.
+    """Return the model `variant` and the reference in float64, both without dropout.
 
-    A peer comes in float64 too, with GPT-2's form of GELU, so that nothing hides in rounding.
+    A peer is converted to float64 as well, and to GPT-2's tanh GELU, so that rounding cannot hide a
+    difference.
     """
     mine = make_model(setting, variant).to(setting.device).eval()
     exact = make_model(setting, "reference").to(setting.device).double().eval()
@@ -272,7 +273,7 @@ def original(model: nn.Module) -> nn.Module:
 
 
 def description(setting: Setting, variant: str, model: nn.Module) -> dict[str, Any]:
-    """Return what the results say of every case."""
+    """Return the properties that are recorded with the results of every case."""
     dtype = setting.autocast or torch.float32
     peer = variant.removesuffix(COMPILED) in PEERS
     return {

@@ -1,8 +1,8 @@
-"""Each operation of `fastgpt.ops`: every backend, PyTorch's stock form, the compiled reference.
+"""Benchmark each operation of `fastgpt.ops`: every backend, plain PyTorch, the compiled reference.
 
-"torch" is what one writes without fastgpt, at its best: q, k and v split as nanoGPT splits them,
-a cache that is contiguous and exactly full, all logits at once. Results and gradients are checked
-against the reference formulas in float64 first.
+"torch" is the best implementation with PyTorch's own operators: q, k and v split as in nanoGPT, a
+contiguous cache that is exactly full, all logits at once. Results and gradients are checked against
+the reference formulas in float64 before timing.
 """
 
 import functools
@@ -33,7 +33,7 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Size:
-    """The sizes of a GPT-2 and of a batch, from which each operation takes what it has."""
+    """The sizes of a GPT-2 and of a batch, from which the shapes of each operation follow."""
 
     name: str
     batch: int
@@ -71,15 +71,15 @@ COMPILED = ("add_layer_norm", "causal_attention", "linear_gelu", "linear_cross_e
 def sizes(operation: str, device: str) -> tuple[Size, ...]:
     if device == "cuda":
         found: tuple[Size, ...] = (GPT2_CUDA,)
-    else:  # at 768 wide, one round of the head takes seconds on two cores
+    else:  # with a width of 768, one round of the head takes seconds on two cores
         found = (CHAR, GPT2_NARROW if operation == "linear_cross_entropy" else GPT2)
-    if operation == "cached_attention":  # one prompt at a time, as most write
+    if operation == "cached_attention":  # a single sequence, the most common case
         found = tuple(replace(size, batch=1) for size in found)
     return found
 
 
 def cases() -> Iterator[Any]:
-    """Yield (operation, size, direction, device, variant), a group's variants in a row."""
+    """Yield (operation, size, direction, device, variant), the variants of a group in sequence."""
     for device in DEVICES:
         for operation in OPERATIONS:
             for size in sizes(operation, device):
@@ -91,13 +91,16 @@ def cases() -> Iterator[Any]:
 
 
 def directions(operation: str) -> tuple[str, ...]:
-    """A cache is only read in generation, without gradients."""
+    """Return the measured directions; cached attention is used without gradients only."""
     both = ("forward", "forward+backward")
     return both[:1] if operation == "cached_attention" else both
 
 
 def variants(operation: str, size: Size, direction: str, device: str) -> tuple[str, ...]:
-    """Compiling takes seconds a case, so only a few that a compiler could fuse are compiled."""
+    """Return the implementations to measure.
+
+    Compilation takes seconds per case, so only operations that a compiler can fuse are compiled.
+    """
     compiled = operation in COMPILED and size is not CHAR and direction == "forward+backward"
     return (*backends(device), "torch", *(["compiled reference"] if compiled else []))
 
@@ -141,7 +144,7 @@ def forward(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor
 
 
 def forward_backward(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Return outputs and gradients; what flows back is the output itself: dense and not uniform."""
+    """Return outputs and gradients; the output gradient is the output itself, which is dense."""
     outputs = function(*args)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     wanted = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
@@ -149,11 +152,11 @@ def forward_backward(function: Callable[..., Any], args: tuple[Any, ...]) -> tup
     return (*(output.detach() for output in outputs), *grads)
 
 
-@functools.lru_cache(maxsize=1)  # an operation's cases at one size follow each other
+@functools.lru_cache(maxsize=1)  # the cases of an operation at one size run in sequence
 def inputs_and_truth(
     operation: str, size: Size, device: str
 ) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
-    """Make an operation's arguments, and the float64 reference's outputs and gradients."""
+    """Return the arguments of an operation and the outputs and gradients of the reference."""
     torch.manual_seed(0)
     args = placed(INPUTS[operation](size), device, size.dtype)
     return args, forward_backward(
@@ -162,7 +165,7 @@ def inputs_and_truth(
 
 
 def placed(args: tuple[Any, ...], device: str, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Return arguments on a device, the numbers as leaves in a precision."""
+    """Return arguments on a device, with floating-point tensors as leaves in `dtype`."""
     return tuple(
         arg.detach().to(device, dtype).requires_grad_()
         if isinstance(arg, Tensor) and arg.is_floating_point()
@@ -209,7 +212,7 @@ def linear_cross_entropy_inputs(size: Size) -> tuple[Any, ...]:
 
 
 def cached_attention_inputs(size: Size) -> tuple[Any, ...]:
-    """One new token in each row against a cache that is three quarters full."""
+    """Return one new token per row and a cache that is three quarters full."""
     rows, heads, head_dim = size.batch, size.n_head, size.n_embd // size.n_head
     q = torch.randn(rows, heads, 1, head_dim)
     k, v = torch.randn(2, rows, heads, size.time, head_dim)
@@ -227,7 +230,7 @@ INPUTS: dict[str, Callable[[Size], tuple[Any, ...]]] = {
 }
 
 
-# --- the stock form of each operation ----------------------------------------------------------
+# --- each operation in plain PyTorch -----------------------------------------------------------
 
 
 def stock_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -258,7 +261,7 @@ def stock_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def stock_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = F.linear(x, weight).float()  # in bf16, what autocast does before this loss
+    logits = F.linear(x, weight).float()  # for bf16, as autocast does before this loss
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
@@ -267,7 +270,7 @@ def stock_cached_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def without_empty_part(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-    """A cache that grows by concatenation holds what is filled, and nothing else."""
+    """Return the cache cut to its filled part, like one that grows by concatenation."""
     filled = int(lengths.max())
     return q, k[:, :, :filled].contiguous(), v[:, :, :filled].contiguous()
 

@@ -1,9 +1,9 @@
-"""The tokenizer against tiktoken, Hugging Face's tokenizers and gigatoken, where installed.
+"""Benchmark the tokenizer against tiktoken, Hugging Face tokenizers and gigatoken, if installed.
 
-All get the same text, the ids are compared before anything is timed, and ``extra_info`` says how
-many megabytes (10⁶ bytes of UTF-8) a second the median round makes. "Cold" is a new tokenizer's
-first text, "warm" the same text again. Each case runs by itself; for figures to quote, where two
-tokenizers take turns, see compare_tokenizers.py.
+All tokenizers encode the same text, and their ids are compared before timing. ``extra_info``
+contains the throughput of the median round in MB/s (10⁶ bytes of UTF-8). "Cold" is the first text
+of a new tokenizer, "warm" the same text again. Each case runs separately; use
+compare_tokenizers.py, which interleaves the tokenizers, for results that are to be published.
 """
 
 from functools import cache
@@ -30,7 +30,7 @@ def name(request):
 
 
 def make(peer):
-    """Return a new tokenizer of this kind, or skip the case."""
+    """Return a new tokenizer of this kind; skip the case if it is not installed."""
     try:
         return peer()
     except ImportError as error:
@@ -93,8 +93,8 @@ def test_decode_array(benchmark, name, peer):
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_load(benchmark, peer):
-    """Ours from the packaged merges, tiktoken from ranks in memory, the others from JSON."""
-    make(peer)  # what peers need beforehand, they make here
+    """Load fastgpt from the packaged merges, tiktoken from ranks in memory, others from JSON."""
+    make(peer)  # create the files that the peers read
     measure(
         benchmark,
         peer,

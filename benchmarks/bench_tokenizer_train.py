@@ -1,14 +1,15 @@
-"""Training a vocabulary against Hugging Face's tokenizers, gigatoken and rustbpe, one thread each.
+"""Benchmark BPE training against Hugging Face tokenizers, gigatoken and rustbpe, single-threaded.
 
-All learn from one text in memory; its size in megabytes (10⁶ bytes of UTF-8) a second of the
-median round is in ``extra_info``. Before anything is timed,
+All of them train on the same text in memory. ``extra_info`` contains the throughput of the median
+round in MB/s (10⁶ bytes of UTF-8). Before timing, the merges are compared:
 
-- Hugging Face's merges must be equal to ours, one by one;
-- gigatoken's too: it is asked for Hugging Face's way with ties (its ids begin with other bytes);
-- rustbpe's are not compared: it breaks ties in an order of its own, so only their number is.
+- those of Hugging Face must be equal to those of fastgpt, in order;
+- those of gigatoken as well: it is configured to break ties like Hugging Face (the ids of its
+  single bytes are in another order);
+- of rustbpe, which breaks ties differently, only the number of merges is compared.
 
-The corpus is the packaged text and Python's standard library, 6 MB, for 10,000 ids; or the file
-that the environment variable FASTGPT_BENCH_TEXT names, for 32,000.
+The corpus is the packaged text and Python's standard library, 6 MB, with a vocabulary of 10,000; or
+the file in the environment variable FASTGPT_BENCH_TEXT, with a vocabulary of 32,000.
 """
 
 import json

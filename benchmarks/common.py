@@ -1,8 +1,8 @@
-"""What the benchmarks share: devices, the check before the clock starts, one way of timing.
+"""Helpers shared by the benchmarks: devices, the check of results before timing, and timing.
 
-Every case warms up, checks that it computes the right thing, and is then timed for a few short
-rounds. Few and short, so that the cases of a group, which run one after the other, see the same
-machine: on a shared one the noise drifts over seconds.
+Every case is warmed up, checked for correct results, and then timed for a few short rounds. The
+rounds are few and short so that the cases of a group, which run in sequence, are affected by the
+same noise: on a shared machine the noise drifts over seconds.
 """
 
 import functools
@@ -25,25 +25,25 @@ DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 CHAR_RECIPE = RECIPES["shakespeare-char"]
 
-ROUND_SECONDS = 0.02  # shorter work is repeated within a round, or the clock's own cost shows
+ROUND_SECONDS = 0.02  # shorter work is repeated within a round to amortize the cost of the timer
 CASE_SECONDS = 0.4
 MIN_ROUNDS, MAX_ROUNDS = 3, 20
 
-# Largest error, as a share of the largest value: what rounding explains, and a mistake exceeds.
+# Largest accepted error relative to the largest value: above rounding errors, below real errors.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 def backends(device: str) -> list[str]:
-    """Return the backends worth timing: on a CPU, Triton's kernels run in an interpreter."""
+    """Return the backends to measure: on a CPU, Triton is excluded, as it would be interpreted."""
     return [name for name in ops.BACKENDS if name != "triton" or device == "cuda"]
 
 
 def check_equal(
     name: str, ours: Sequence[Tensor], truth: Sequence[Tensor], dtype: torch.dtype
 ) -> None:
-    """Fail unless each tensor of `ours` equals its counterpart as far as `dtype` can tell.
+    """Raise AssertionError unless the tensors of `ours` equal those of `truth` within a tolerance.
 
-    dtype: the precision that `ours` was computed in, which sets the tolerance.
+    dtype: the precision in which `ours` was computed, which determines the tolerance.
     """
     assert len(ours) == len(truth), f"{name}: {len(ours)} results for {len(truth)}"
     for index, (mine, true) in enumerate(zip(ours, truth, strict=True)):
@@ -68,15 +68,16 @@ def measure(
 ) -> None:
     """Time `work` as the member `variant` of `group`.
 
-    baseline: the variant that the report compares the group with. tokens: how many `work`
-    processes, for tokens per second; megabytes: the same, for MB/s. sizes: goes into the results
-    as it is.
+    Args:
+        baseline: the variant that the report compares the group with.
+        tokens, megabytes: the number that a call of `work` processes, for tokens/s or MB/s.
+        sizes: further properties that are recorded with the results.
     """
 
     def timed() -> None:
         work()
         if device == "cuda":
-            torch.cuda.synchronize()  # else the launches are timed, not the work
+            torch.cuda.synchronize()  # wait for the kernels, not only for their launches
 
     benchmark.group = group
     benchmark.extra_info.update(
@@ -89,34 +90,35 @@ def measure(
     )
     rounds, iterations = _plan(timed)
     benchmark.pedantic(timed, rounds=rounds, iterations=iterations)
-    if tokens and benchmark.stats:  # there are none with --benchmark-disable
+    if tokens and benchmark.stats:  # no statistics with --benchmark-disable
         benchmark.extra_info["tokens/s"] = round(tokens / benchmark.stats.stats.median)
     if megabytes:
         note_megabytes(benchmark, megabytes)
 
 
 def note_megabytes(benchmark: Any, megabytes: float) -> None:
-    """Note how many megabytes (10⁶ bytes) a round processes, and in the median round a second."""
+    """Record the megabytes (10⁶ bytes) that a round processes and the median throughput in MB/s."""
     benchmark.extra_info["megabytes"] = megabytes
     if benchmark.stats:
         benchmark.extra_info["MB/s"] = round(megabytes / benchmark.stats.stats.median, 1)
 
 
 def compile_or_skip(function: Any, first_call: Callable[[Any], object]) -> Any:
-    """Return `function` compiled, after `first_call` has been made with it.
+    """Return `function` compiled, after calling `first_call` with it.
 
-    Compiling happens in that first call, so it must do all that will be timed, the backward too.
-    Skips the test where compiling is switched off (FASTGPT_BENCH_COMPILE=0) or impossible.
+    Compilation happens in this first call, so it must perform everything that will be timed,
+    including the backward. Skips the test if compilation is disabled (FASTGPT_BENCH_COMPILE=0) or
+    fails.
     """
     if os.environ.get("FASTGPT_BENCH_COMPILE") == "0":
-        pytest.skip("torch.compile is left out: FASTGPT_BENCH_COMPILE=0")
-    torch.compiler.reset()  # what earlier cases compiled would count against the recompile limit
+        pytest.skip("torch.compile is disabled: FASTGPT_BENCH_COMPILE=0")
+    torch.compiler.reset()  # earlier cases would count towards the recompile limit
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler's own; pytest makes them errors
+            warnings.simplefilter("ignore")  # warnings of the compiler, which pytest makes errors
             compiled = torch.compile(function, dynamic=False)
             first_call(compiled)
-    except (RuntimeError, OSError) as error:  # on a CPU it needs a C++ compiler
+    except (RuntimeError, OSError) as error:  # for example without a C++ compiler on a CPU
         first_line = next(iter(str(error).splitlines()), "")
         pytest.skip(f"torch.compile failed: {type(error).__name__}: {first_line}")
     return compiled
@@ -124,12 +126,12 @@ def compile_or_skip(function: Any, first_call: Callable[[Any], object]) -> Any:
 
 @functools.cache
 def char_config() -> GPTConfig:
-    """Return the network that the shakespeare-char recipe trains."""
+    """Return the configuration of the network of the shakespeare-char recipe."""
     return model_config(CHAR_RECIPE, load_corpus(CHAR_RECIPE.data).tokenizer.vocab_size)
 
 
 def model_config(recipe: Recipe, vocab_size: int) -> GPTConfig:
-    """Return the network of a recipe."""
+    """Return the configuration of the network of a recipe."""
     return GPTConfig(
         vocab_size=vocab_size,
         block_size=recipe.block_size,
@@ -142,7 +144,7 @@ def model_config(recipe: Recipe, vocab_size: int) -> GPTConfig:
 
 
 def _plan(timed: Callable[[], None]) -> tuple[int, int]:
-    """Warm up, and return how many rounds of how many calls fill `CASE_SECONDS`."""
+    """Warm up; return the numbers of rounds and of calls per round that fill `CASE_SECONDS`."""
     fastest, until = float("inf"), time.perf_counter() + CASE_SECONDS / 4
     while fastest == float("inf") or time.perf_counter() < until:
         began = time.perf_counter()

@@ -1,13 +1,14 @@
-"""Matrix products side by side: ours, PyTorch's and NumPy's.
+"""Compare the matrix products of fastgpt, PyTorch and NumPy.
 
     python benchmarks/compare_gemm.py                      # in fp32
-    python benchmarks/compare_gemm.py --dtype bfloat16     # where the processor multiplies that
+    python benchmarks/compare_gemm.py --dtype bfloat16     # on processors with bf16 instructions
 
-The sizes are those of training: GPT-2's (124M) with 1024 tokens, its head with a chunk of 512, and
-the shakespeare-char recipe's with 768; each linear layer's product, and the gradients of its input
-and of its weight. Ours and PyTorch's take turns, a few products each, so that both see the same
-noise; NumPy's (OpenBLAS) is there for orientation, in fp32 always. In bf16 PyTorch's operands are
-bf16 already, while ours are fp32 and rounded on the way, as in training: its product does less.
+The sizes are those of training: GPT-2 124M with 1024 tokens, its head with a chunk of 512, and the
+shakespeare-char recipe with 768; for each linear layer, the forward product and the gradients of
+the input and the weight. fastgpt and PyTorch alternate after a few products each, so that both are
+affected by the same noise. NumPy (OpenBLAS) is shown for orientation and always computes in fp32.
+In bf16, PyTorch's operands are bf16 already, while those of fastgpt are fp32 and are rounded while
+they are packed, as in training: PyTorch's product does less work.
 """
 
 import itertools
@@ -23,7 +24,7 @@ import tyro
 
 from fastgpt import _C
 
-ROUND_FLOPS = 1e9  # smaller products are repeated within a round, or the clock's own cost shows
+ROUND_FLOPS = 1e9  # smaller products are repeated within a round to amortize the cost of the timer
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,16 @@ class Options:
     """Compare matrix products."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What is multiplied; sums are fp32, and bf16 results PyTorch's alone."""
+    """Dtype of the operands. Sums are fp32; only PyTorch's results are rounded to bf16."""
 
     threads: list[int] = field(default_factory=lambda: [1, 2])
-    """Numbers of threads to compare with; NumPy takes part with its own, from two threads on."""
+    """Numbers of threads. NumPy uses its own number of threads."""
     rounds: int = 11
-    """Rounds of each."""
+    """Rounds of each product."""
     peak: float | None = None
-    """What one core can do in GFLOP/s, for shares of it: on AVX2, 32 times the clock in GHz."""
+    """Peak of one core in GFLOP/s, to print shares of it: with AVX2, 32 times the clock in GHz."""
     only: str = ""
-    """Only sizes whose name contains this."""
+    """Measure only products whose name contains this."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def main(options: Options) -> None:
 
 
 def products() -> Iterator[Product]:
-    """Yield the products of training with each layer, from tokens, inputs and outputs."""
+    """Yield the three products of each layer in training: y, dx and dW."""
     layers = [
         ("gpt2 c_attn", 1024, 768, 2304),
         ("gpt2 attn c_proj", 1024, 768, 768),
@@ -88,12 +89,12 @@ def products() -> Iterator[Product]:
 
 
 def line(product: Product, threads: int, options: Options) -> str:
-    """Measure one product."""
+    """Measure one product and return a line of the table."""
     flops = 2 * product.m * product.n * product.k
     repeats = max(1, round(ROUND_FLOPS / flops))
     sides = contestants(product, threads, options.dtype)
     speeds: list[list[float]] = [[] for _ in sides]
-    # NumPy comes last, alone: its threads keep their cores busy for a while after a product.
+    # NumPy is measured separately, at the end: its threads spin for a while after a product.
     for turns in (range(2), range(2, 3)):
         for _, turn in itertools.product(range(options.rounds), turns):
             began = time.perf_counter()
@@ -111,7 +112,7 @@ def line(product: Product, threads: int, options: Options) -> str:
 
 
 def contestants(product: Product, threads: int, dtype: str) -> list[Callable[[], object]]:
-    """Return ours, PyTorch's and NumPy's way, after a check that they agree."""
+    """Return the products of fastgpt, PyTorch and NumPy, after checking that they agree."""
     a = torch.randn((product.k, product.m) if product.transpose_a else (product.m, product.k))
     b = torch.randn((product.n, product.k) if product.transpose_b else (product.k, product.n))
     ours, theirs, numpys = (torch.empty(product.m, product.n) for _ in range(3))

@@ -1,19 +1,19 @@
-"""One training step, side by side: fastgpt's Trainer against a nanoGPT-style loop.
+"""Compare a training step of fastgpt's Trainer with that of a nanoGPT-style loop.
 
     python benchmarks/compare_step.py                           # the shakespeare-char recipe
     python benchmarks/compare_step.py --model nanogpt-char      # nanoGPT's character model for CPUs
     python benchmarks/compare_step.py --model 124m --batch 4 --context 256 --rounds 6 --steps 1
 
-Both train the same network from the same initial weights on the same text, in the same batches'
-size and at the same learning rates. fastgpt's side is a `Trainer`, asked for its own steps; the
-other side is the loop that nanoGPT's users run: its network (`benchmarks/peers.py`), random
-windows, its AdamW, eagerly and in fp32 on a CPU.
+Both sides train the same network from the same initial weights on the same text, with the same
+batch size and learning rates. fastgpt's side runs the steps of a `Trainer`. The other side is
+nanoGPT's training loop: its network (`benchmarks/peers.py`), random windows and its AdamW, eager
+and in fp32 on a CPU.
 
-Each side lives in a process of its own, because fastgpt's trainer changes how its process handles
-freed memory, its commands how threads wait, and the other side must run as its users run it. The
-two processes take turns, a round of steps each, so that both see the same noise; a pair is
-replaced by a fresh one now and then, so that the luck of one process (where its memory lies) does
-not decide.
+Each side runs in its own process, because fastgpt's trainer changes how its process handles freed
+memory, and fastgpt's commands change how threads wait, while the other side must run as it does for
+its users. The two processes alternate after each round of steps, so that both are affected by the
+same noise. The pair of processes is restarted several times, so that the memory layout of a single
+process does not determine the result.
 """
 
 import itertools
@@ -59,38 +59,38 @@ MODELS = {
         **{"batch_size": 4, "lr": 6e-4, "beta2": 0.95, "tokenizer": "gpt2"},
     },
 }
-LOG_INTERVAL = 10  # nanoGPT's: how often its loop waits for the loss
+LOG_INTERVAL = 10  # nanoGPT's default: the steps between two synchronizations to read the loss
 VALIDATION_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure a training step, ours against nanoGPT's way."""
+    """Compare a training step of fastgpt with that of a nanoGPT-style loop."""
 
     model: Literal["shakespeare-char", "nanogpt-char", "124m"] = "shakespeare-char"
-    """What to train on the packaged text: the recipe of that name, nanoGPT's character model for
-    CPUs, or GPT-2's smallest."""
+    """Model to train on the packaged text: the shakespeare-char recipe, nanoGPT's character model
+    for CPUs, or GPT-2 124M."""
     batch: int | None = None
-    """Sequences in a batch, if not the model's own."""
+    """Sequences per batch (default: depends on the model)."""
     context: int | None = None
-    """Tokens in a sequence, if not the model's own."""
+    """Tokens per sequence (default: depends on the model)."""
     warm_up: int = 10
     """Steps before the first round."""
     rounds: int = 30
     """Rounds of each side."""
     steps: int = 10
-    """Steps in a round."""
+    """Steps per round."""
     pairs: int = 3
-    """Fresh pairs of processes among which the rounds are divided."""
+    """Number of pairs of processes among which the rounds are divided."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train."""
+    """Device to train on."""
     side: Literal["both", "fastgpt", "nanogpt"] = "both"
-    """Compare both, or be one of the two processes that this starts."""
+    """Compare both sides, or run as the worker process of one side (used internally)."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """A model in training: `run(n)` does n steps."""
+    """A model in training; `run(n)` performs n steps."""
 
     model: nn.Module
     corpus: Corpus
@@ -98,7 +98,7 @@ class Side:
 
 
 def main(options: Options) -> None:
-    """Compare the two sides, or be one of them."""
+    """Compare the two sides, or run the worker process of one of them."""
     if options.device == "auto":
         options = replace(options, device="cuda" if torch.cuda.is_available() else "cpu")
     if options.side != "both":
@@ -110,22 +110,22 @@ def main(options: Options) -> None:
     for _ in range(options.pairs):
         workers = {side: Worker(options, side) for side in SIDES}
         for turn in range(rounds):
-            for side in SIDES if turn % 2 == 0 else reversed(SIDES):  # neither always goes first
+            for side in SIDES if turn % 2 == 0 else reversed(SIDES):  # alternate the order
                 seconds[side].append(workers[side].ask(f"run {options.steps}"))
         report = {side: worker.finish() for side, worker in workers.items()}
     print_table(seconds, report, options)
 
 
 def print_table(seconds: dict[str, list[float]], report: dict[str, Any], options: Options) -> None:
-    """Print milliseconds a step, tokens per second, and the ratio of neighbouring rounds."""
+    """Print milliseconds per step, tokens per second, and the ratio of neighbouring rounds."""
     facts = report["fastgpt"]
     print(
         f"{options.model} on {options.device}, {facts['threads']} threads, "
         f"torch {torch.__version__}: "
         f"{len(seconds['fastgpt'])} rounds of {options.steps} steps, "
-        f"{facts['tokens']:,} tokens a step; median [quartiles]\n"
+        f"{facts['tokens']:,} tokens per step; median [quartiles]\n"
     )
-    print(f"{'':10}{'ms a step':>26}{'tokens/s':>10}{'peak MB':>10}", end="")
+    print(f"{'':10}{'ms/step':>26}{'tokens/s':>10}{'peak MB':>10}", end="")
     print(f"{'loss at step ' + str(facts['steps']):>20}")
     for side in SIDES:
         ms = [1e3 * s / options.steps for s in seconds[side]]
@@ -133,8 +133,8 @@ def print_table(seconds: dict[str, list[float]], report: dict[str, Any], options
         peak, loss = report[side]["peak_mb"], report[side]["loss"]
         print(f"{side:10}{spread(ms):>26}{rate:>10,.0f}{peak:>10,.0f}{loss:>20.3f}")
     ratios = [b / a for a, b in zip(seconds["fastgpt"], seconds["nanogpt"], strict=True)]
-    print(f"\nfastgpt is {spread(ratios)} times as fast", end="")
-    print(f", in {facts['peak_mb'] / report['nanogpt']['peak_mb']:.0%} of the memory")
+    print(f"\nspeedup of fastgpt: {spread(ratios)}", end="")
+    print(f", with {facts['peak_mb'] / report['nanogpt']['peak_mb']:.0%} of the memory")
 
 
 def spread(values: list[float]) -> str:
@@ -146,7 +146,7 @@ def spread(values: list[float]) -> str:
 
 
 class Worker:
-    """The process of one side, which does nothing until it is asked."""
+    """The worker process of one side, which executes requests one at a time."""
 
     def __init__(self, options: Options, side: str) -> None:
         self.side = side
@@ -166,18 +166,18 @@ class Worker:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            sys.exit(f"the {self.side} process ended: see its message above")
+            sys.exit(f"the {self.side} process ended unexpectedly: see its message above")
         return json.loads(answer)
 
     def finish(self) -> Any:
-        """Ask for what the process has to report, and end it."""
+        """Return the report of the process, and end it."""
         report = self.ask("report")
         self.process.communicate()
         return report
 
 
 def arguments(options: Options) -> list[str]:
-    """Return the command line that stands for options."""
+    """Return the command-line arguments for the options."""
     named = {field.name: getattr(options, field.name) for field in fields(options)}
     return [
         word
@@ -191,7 +191,7 @@ def arguments(options: Options) -> list[str]:
 
 
 def serve(options: Options) -> None:
-    """Answer requests from standard input: "run N" with its seconds, "report" with the rest."""
+    """Answer requests from standard input: "run N" with its seconds, "report" with a report."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = replace(recipe_of(options), out=f"{folder}/run")
         side = (fastgpt_side if options.side == "fastgpt" else nanogpt_side)(recipe)
@@ -207,7 +207,7 @@ def serve(options: Options) -> None:
 
 
 def recipe_of(options: Options) -> Recipe:
-    """Return what both sides train."""
+    """Return the recipe that both sides train."""
     settings: dict[str, Any] = {**MODELS[options.model], "device": options.device}
     if options.batch is not None:
         settings["batch_size"] = options.batch
@@ -217,7 +217,7 @@ def recipe_of(options: Options) -> Recipe:
 
 
 def time_steps(side: Side, steps: int, device: str) -> float:
-    """Return the seconds that `steps` take, until the device has finished them."""
+    """Return the time of `steps` steps in seconds, synchronized with the device."""
     began = time.perf_counter()
     side.run(steps)
     if device == "cuda":
@@ -227,8 +227,9 @@ def time_steps(side: Side, steps: int, device: str) -> float:
 
 @torch.no_grad()
 def describe(side: Side, recipe: Recipe) -> dict[str, Any]:
-    """Return the loss on the first part of the validation text, and the facts of the run."""
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # of the steps alone
+    """Return the loss on the first part of the validation text, and properties of the run."""
+    # Read the peak memory before the evaluation, which is not part of the steps.
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     size, tokens = recipe.block_size, side.corpus.val
     starts = np.arange(0, len(tokens) - size, size)[: max(1, VALIDATION_TOKENS // size)]
     side.model.eval()
@@ -245,7 +246,7 @@ def describe(side: Side, recipe: Recipe) -> dict[str, Any]:
 
 
 def fastgpt_side(recipe: Recipe) -> Side:
-    """Return fastgpt's trainer, doing its own steps with all that belongs to them."""
+    """Return fastgpt's trainer, whose steps include the data feed and the log."""
     trainer = Trainer(recipe)
     trainer._feed = trainer._feeder()
     progress = Progress(0, recipe.max_steps)
@@ -261,10 +262,10 @@ def fastgpt_side(recipe: Recipe) -> Side:
 
 
 def nanogpt_side(recipe: Recipe) -> Side:
-    """Return the nanoGPT-style model in the loop that nanoGPT trains it with.
+    """Return the nanoGPT-style model with nanoGPT's training loop.
 
-    As nanoGPT has it, compiled on a GPU and not on a CPU. Its tokens are in memory, where nanoGPT
-    maps a file for every batch: a little in its favour.
+    As in nanoGPT, the model is compiled on a GPU but not on a CPU. The tokens are in memory, while
+    nanoGPT maps a file for every batch; this slightly favours this side.
     """
     corpus = load_corpus(recipe.data, recipe.tokenizer, recipe.val_fraction)
     model: Any = initial_model(recipe, corpus.tokenizer.vocab_size)
@@ -293,7 +294,7 @@ def nanogpt_side(recipe: Recipe) -> Side:
 
 
 def initial_model(recipe: Recipe, vocab_size: int) -> StockGPT:
-    """Return the peer with the weights that fastgpt's trainer starts from."""
+    """Return the peer with the initial weights of fastgpt's trainer."""
     torch.manual_seed(recipe.seed)
     gpt = GPT(model_config(recipe, vocab_size))
     peer = StockGPT(gpt.config)
@@ -302,7 +303,7 @@ def initial_model(recipe: Recipe, vocab_size: int) -> StockGPT:
 
 
 def random_batch(tokens: Tokens, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Return random windows, drawn with replacement, one slice each, as nanoGPT does."""
+    """Return random windows, drawn with replacement and sliced one by one, as in nanoGPT."""
     size = recipe.block_size
     starts = torch.randint(len(tokens) - size, (recipe.batch_size,)).tolist()
     windows = [torch.from_numpy(tokens[i : i + size + 1].astype(np.int64)) for i in starts]

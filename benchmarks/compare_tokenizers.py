@@ -1,9 +1,10 @@
-"""fastgpt's tokenizer and its peers, taking turns: ``python benchmarks/compare_tokenizers.py``.
+"""Compare fastgpt's tokenizer with others: ``python benchmarks/compare_tokenizers.py``.
 
-On a machine whose speed drifts, only runs side by side can be compared. Each round makes every
-tokenizer anew, has it encode a text cold, then warm, then decode, one tokenizer after the other;
-the figures are medians over the rounds, and a ratio is the median of the rounds' ratios. Ids are
-compared first. Texts: those of tokenizer_peers.texts(), or the files named.
+On a machine whose speed drifts, only interleaved runs are comparable. Each round creates every
+tokenizer anew, one after the other, and measures the encoding of a text, cold and then warm, and
+its decoding. Results are medians over the rounds, and a speedup is the median of the ratios within
+the rounds. The ids are compared before timing. The texts are those of tokenizer_peers.texts() or
+the given files.
 """
 
 import argparse
@@ -33,11 +34,11 @@ TWO_THREAD_BYTES = 50_000_000
 
 
 def main() -> None:
-    """Compare, print a table, and write the figures."""
+    """Run the comparison, print a table, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
     parser.add_argument("files", nargs="*", type=Path, help="UTF-8 texts")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--out", type=Path, help="where to write the figures, as JSON")
+    parser.add_argument("--out", type=Path, help="file to write the results to, as JSON")
     options = parser.parse_args()
     texts = {path.stem: path.read_text("utf-8") for path in options.files}
     texts = texts or {name: read() for name, read in peers.texts().items()}
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 def installed(peer) -> bool:
-    """Say whether a tokenizer of this kind can be made here."""
+    """Return whether a tokenizer of this kind is installed; print a message if not."""
     try:
         peer()
     except ImportError as error:
@@ -68,10 +69,10 @@ def installed(peer) -> bool:
 
 
 def compare(text: str, rivals: list, rounds: int) -> dict:
-    """Return MB/s of each tokenizer, and how many times as fast ours is as each rival."""
+    """Return the throughput of each tokenizer in MB/s and the speedup over each rival."""
     ids = peers.ours().encode(text)
     for rival in rivals:
-        assert np.array_equal(rival().encode(text), ids), f"{rival.__name__} makes other ids"
+        assert np.array_equal(rival().encode(text), ids), f"the ids of {rival.__name__} differ"
     n_bytes = len(text.encode())
     seconds = defaultdict(list)  # by (what, whose)
     for _ in range(rounds):
@@ -90,7 +91,7 @@ def compare(text: str, rivals: list, rounds: int) -> dict:
 
 
 def one_round(peer: peers.Peer, text: str, ids) -> list[tuple[str, float]]:
-    """Return how long a new tokenizer takes."""
+    """Return the times of a new tokenizer in seconds."""
     list_of_ids = ids.tolist()
     durations = [
         ("cold", seconds_of(lambda: peer.encode(text))),
@@ -104,7 +105,7 @@ def one_round(peer: peers.Peer, text: str, ids) -> list[tuple[str, float]]:
 
 
 def two_threads(text: str, rounds: int) -> dict:
-    """Return how much faster two threads are than one on a long text."""
+    """Return the speedup of two threads over one on a long text."""
     text *= TWO_THREAD_BYTES // len(text.encode()) + 1
     n_bytes = len(text.encode())
     one, two = peers.ours(), peers.ours_in_two_threads()
@@ -122,7 +123,7 @@ def two_threads(text: str, rounds: int) -> dict:
 
 
 def long_run(unit: str, rivals: list) -> dict:
-    """Return milliseconds to encode, cold, one piece of a million characters."""
+    """Return the time in milliseconds to encode one piece of a million characters, cold."""
     text = unit * (LONG_RUN_CHARACTERS // len(unit))
     times = {}
     for peer in (peers.ours, *rivals):
@@ -130,18 +131,18 @@ def long_run(unit: str, rivals: list) -> dict:
         try:
             durations = [seconds_of(lambda new=new: new.encode(text)) for new in made]
             times[peer.__name__] = round(statistics.median(durations) * 1e3, 2)
-        except Exception as error:  # tiktoken's regex engine gives up on some
+        except Exception as error:  # tiktoken's regex engine fails on some
             times[peer.__name__] = f"{type(error).__name__}: {error}"[:60]
     return times
 
 
 def load(peer) -> float:
-    """Return milliseconds to make a tokenizer."""
+    """Return the time in milliseconds to create a tokenizer."""
     return round(statistics.median(seconds_of(peer) for _ in range(7)) * 1e3, 2)
 
 
 def seconds_of(work) -> float:
-    """Return how long a call takes, the collection of garbage apart."""
+    """Return the time of a call in seconds, without garbage collection."""
     gc.collect()
     gc.disable()
     try:
@@ -153,7 +154,7 @@ def seconds_of(work) -> float:
 
 
 def machine() -> dict:
-    """Say where this ran, and with which versions."""
+    """Return the processor and the package versions."""
     names = {"numpy", "tiktoken", "gigatoken"}
     return {
         "processor": processor(),
@@ -166,9 +167,9 @@ def machine() -> dict:
 
 
 def table(result: dict) -> str:
-    """Return the figures as Markdown."""
+    """Return the results as Markdown."""
     lines = [
-        "| text | what | fastgpt, MB/s | times tiktoken | times gigatoken |",
+        "| text | task | fastgpt, MB/s | speedup over tiktoken | speedup over gigatoken |",
         "|---|---|--:|--:|--:|",
     ]
     for name, rates in result["texts"].items():
@@ -177,8 +178,8 @@ def table(result: dict) -> str:
             times = [str(figures.get(f"times {who}", "")) for who in ("tiktoken", "gigatoken")]
             lines.append(f"| {name} | {what} | {figures['ours, MB/s']} | {' | '.join(times)} |")
     two = result["two threads"]
-    lines += ["", f"two threads: {two['ratio']} times as fast as one on {two['megabytes']} MB"]
-    lines += ["", "| a million | " + " | ".join(result["load, ms"]) + " |"]
+    lines += ["", f"speedup of two threads over one on {two['megabytes']} MB: {two['ratio']}"]
+    lines += ["", "| one million | " + " | ".join(result["load, ms"]) + " |"]
     lines += ["|---|" + "--:|" * len(result["load, ms"])]
     for name, times in result["a million characters, ms"].items():
         lines.append(f"| {name} | {' | '.join(f'{time} ms' for time in times.values())} |")

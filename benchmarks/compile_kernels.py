@@ -1,15 +1,16 @@
-r"""Compile every kernel in every form that can be launched, for GPUs that need not be there.
+r"""Compile all variants of all kernels ahead of time; this does not need a GPU.
 
-    python benchmarks/compile_kernels.py                        # the common forms, as a table
+    python benchmarks/compile_kernels.py                        # the common variants, as a table
     python benchmarks/compile_kernels.py --modules gelu --capabilities 90
     python benchmarks/compile_kernels.py --all \
         --out benchmarks/results/kernels-compiled.json \
-        --markdown benchmarks/results/kernels-compiled.md       # all there are: half an hour
+        --markdown benchmarks/results/kernels-compiled.md       # all variants: half an hour
 
-What comes out says much about speed: registers and shared memory bound how many blocks a
-multiprocessor holds at once (the occupancy), a spill costs memory traffic in the innermost loop,
-a product without matrix instructions is an order of magnitude slow, and matrix instructions of
-sm_90 that each wait for their own end leave the matrix units idle in between.
+The statistics of the compiled code predict much of its speed: registers and shared memory limit the
+number of blocks that a multiprocessor holds at once (the occupancy); spills cause memory traffic in
+the innermost loop; a product without matrix instructions is an order of magnitude slower; and
+matrix instructions of sm_90 that each wait for their own completion leave the matrix units idle in
+between.
 """
 
 import importlib
@@ -44,8 +45,8 @@ MODULES = (
 )
 CAPABILITIES = (80, 90, 100)
 
-# What a multiprocessor has: threads, blocks, bytes of shared memory, and 32-bit registers
-# (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+# Limits of a multiprocessor: threads, blocks and bytes of shared memory, by compute capability; and
+# 32-bit registers (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
 LIMITS = {
     80: (2048, 32, 164 * 1024),
     86: (1536, 16, 100 * 1024),
@@ -55,32 +56,32 @@ LIMITS = {
     120: (1536, 24, 100 * 1024),
 }
 REGISTERS = 65_536
-RESERVED_SHARED = 1024  # by the system, for each block
+RESERVED_SHARED = 1024  # bytes that the system reserves for each block
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to compile, and where to write what came out."""
+    """Select the kernels to compile and the output."""
 
     modules: tuple[str, ...] = MODULES
-    """Files of kernels/."""
+    """Modules of kernels/."""
     capabilities: tuple[int, ...] = CAPABILITIES
     """Compute capabilities: 80 is an A100, 86 and 89 GeForce 30 and 40, 90 an H100 or H200, 100 a
     B200, 120 GeForce 50."""
     dtypes: tuple[str, ...] = ()
-    """Only variants with a tensor of one of these (fp32, fp16, bf16, fp64); all unless given."""
+    """Only variants with a tensor of one of these: fp32, fp16, bf16, fp64 (default: all)."""
     all: bool = False
-    """Every variant, not only the common ones."""
+    """Compile all variants, not only the common ones."""
     out: Path | None = None
-    """Write JSON here, a row for a variant ("-": all details to standard output, and no table)."""
+    """JSON file to write, one row per variant ("-": all details to standard output, no table)."""
     markdown: Path | None = None
-    """Write a table of the common variants here."""
+    """Markdown file to write a table of the common variants to."""
     workers: int = os.cpu_count() or 1
-    """Processes that compile."""
+    """Number of processes that compile."""
 
 
 def main(options: Options) -> None:
-    # a fresh interpreter each: Triton may not be forked while it compiles
+    # Spawn the workers: forking a process that uses Triton's compiler is not safe.
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         results = list(pool.map(compile_case, cases(options)))
     if options.out == Path("-"):
@@ -107,10 +108,10 @@ def cases(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def compile_case(case: dict[str, Any]) -> dict[str, Any]:
-    """Compile one variant; the result says what it is and what the machine code uses."""
+    """Compile one variant; return its description and the statistics of the machine code."""
     kernel = getattr(importlib.import_module(f"fastgpt.kernels.{case['module']}"), case["kernel"])
     place = {name: (index,) for index, name in enumerate(kernel.arg_names)}
-    # What the launcher finds out at run time: addresses and most sizes are multiples of 16.
+    # The launcher determines this at run time: addresses and most sizes are multiples of 16.
     aligned = {
         place[name]: [["tt.divisibility", 16]]
         for name, kind in case["signature"].items()
@@ -127,7 +128,7 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
             target=GPUTarget("cuda", case["capability"], 32),
             options=case["options"],
         )
-    except Exception as error:  # whatever a compiler may raise: the table is to name the variant
+    except Exception as error:  # any error of the compiler becomes a row of the table
         return describe(case) | {"error": f"{type(error).__name__}: {error}"}
     return describe(case) | measure(compiled, case["capability"])
 
@@ -147,7 +148,7 @@ def describe(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(compiled: Any, capability: int) -> dict[str, Any]:
-    """Return what the machine code uses and the occupancy that this allows."""
+    """Return the resources that the machine code uses and the resulting occupancy."""
     usage = disassemble(compiled.asm["cubin"], "-res-usage")
     counts = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     sass = disassemble(compiled.asm["cubin"], "-sass")
@@ -156,7 +157,7 @@ def measure(compiled: Any, capability: int) -> dict[str, Any]:
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     return {
         "registers": counts["REG"],
-        # where registers spill to: memory of the thread's own
+        # registers are spilled to the thread's local memory
         "spilled_bytes": counts["STACK"] + counts["LOCAL"],
         "local_accesses": sum(name in ("LDL", "STL") for name in instructions),
         "shared_bytes": shared,
@@ -164,7 +165,8 @@ def measure(compiled: Any, capability: int) -> dict[str, Any]:
         "occupancy": occupancy(counts["REG"], shared, warps, capability),
         "instructions": len(instructions),
         "matrix_instructions": {name: instructions.count(name) for name in matrix},
-        # only one that the code waits for signals its end (gsb0): the last of a product, at best
+        # Instructions marked gsb0 signal their completion, and the code waits for them. Ideally
+        # this is only the last instruction of a product.
         "waiting_matrix_instructions": len(re.findall(r"\bHGMMA\b.*\bgsb0\b", sass)),
         "load_bits": access_bits("ld", compiled.asm["ptx"]),
         "store_bits": access_bits("st", compiled.asm["ptx"]),
@@ -172,8 +174,8 @@ def measure(compiled: Any, capability: int) -> dict[str, Any]:
 
 
 def occupancy(registers: int, shared: int, warps: int, capability: int) -> float:
-    """Return the share of a multiprocessor's threads that can be resident: 0 if none fits."""
-    a_warp = -(-registers * 32 // 256) * 256  # registers are handed out 256 at a time to a warp
+    """Return the fraction of a multiprocessor's threads that can be resident; 0 if none fits."""
+    a_warp = -(-registers * 32 // 256) * 256  # a warp's registers are allocated in units of 256
     threads, blocks, shared_bytes = LIMITS[capability]
     fitting = min(
         blocks,
@@ -185,7 +187,7 @@ def occupancy(registers: int, shared: int, warps: int, capability: int) -> float
 
 
 def disassemble(cubin: bytes, what: str) -> str:
-    """Ask the cuobjdump that comes with Triton."""
+    """Return the output of Triton's cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -194,14 +196,14 @@ def disassemble(cubin: bytes, what: str) -> str:
 
 
 def access_bits(direction: str, ptx: str) -> dict[str, int]:
-    """Count accesses to global memory by how wide they are: ``ld.global.v4.b32`` is one of 128."""
+    """Count accesses to global memory by width in bits: ``ld.global.v4.b32`` is one of 128."""
     accesses = re.findall(rf"\b{direction}\.global[.\w:]*?(?:\.v(\d))?\.[a-z](\d+)\s", ptx)
     widths = [int(vector or 1) * int(bits) for vector, bits in accesses]
     return {str(width): widths.count(width) for width in sorted(set(widths))}
 
 
 def rows_of_json(results: list[dict[str, Any]]) -> str:
-    """Return the results as JSON: the names of the columns once, and a line for each variant."""
+    """Return the results as JSON: the column names once, and one line per variant."""
     rows = [summary(result) for result in results]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [json.dumps([row.get(name) for name in columns]) for row in rows]
@@ -210,7 +212,7 @@ def rows_of_json(results: list[dict[str, Any]]) -> str:
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """Return a result in short: what is not a number as one word, and of widths the extremes."""
+    """Return a compact result: structured values as one string, access widths as [min, max]."""
     options = {k: v for k, v in result["options"].items() if k != "enable_fp_fusion"}
     constants = (result["constants"] | options).items()
     short = {
@@ -250,7 +252,7 @@ SHOWN = {
 
 
 def cells(result: dict[str, Any]) -> list[str]:
-    """Return what tables show of a result, in the order of SHOWN."""
+    """Return the cells of a result in tables, in the order of SHOWN."""
     short = summary(result)
     if "error" in short:
         return [*(str(short[name]) for name in list(SHOWN)[:4]), short["error"][:60]]
@@ -265,14 +267,15 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """Return the common variants as Markdown, a table for each module."""
+    """Return the common variants as Markdown, one table per module."""
     lines = [
-        "# What the kernels compile to",
+        "# Compiled kernels",
         "",
-        f"The common forms, by Triton {triton.__version__}, as `benchmarks/compile_kernels.py`",
-        "finds them; the JSON beside this file has more. Registers are a thread's, shared",
-        "memory is a block's, in bytes; the occupancy is the share of a multiprocessor's threads",
-        "that can be resident; of the matrix instructions some wait for their own end.",
+        f"Statistics of the common variants with Triton {triton.__version__}, generated by",
+        "`benchmarks/compile_kernels.py`; the JSON file of the same name has more details.",
+        "Registers are per thread, shared memory is per block, in bytes. The occupancy is the",
+        "fraction of a multiprocessor's threads that can be resident. `waiting` is the number of",
+        "matrix instructions that wait for their own completion.",
     ]
     for module in dict.fromkeys(result["module"] for result in results):
         lines += ["", f"## {module}", "", "| " + " | ".join(SHOWN.values()) + " |"]
@@ -285,5 +288,5 @@ def markdown(results: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     if triton.knobs.runtime.interpret:
-        sys.exit("TRITON_INTERPRET is set: the interpreter leaves nothing to compile; unset it")
+        sys.exit("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
     main(tyro.cli(Options, description=__doc__))

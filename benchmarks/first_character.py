@@ -1,11 +1,11 @@
-"""How long a command takes to print the first character that a model writes: imports count.
+"""Measure the time from the start of a command to the first generated character, with imports.
 
     python -m benchmarks.first_character FOLDER
 
-FOLDER holds a model as transformers saves it, with its tokenizer: `hf` of what
-`python -m benchmarks.peer_models` makes. Beside `python -m fastgpt.generate` in each precision: a
-script that does the same with transformers, and `import torch` alone. They take turns; medians are
-printed.
+FOLDER is a Hugging Face model folder with a tokenizer, such as `hf` in the output of
+`python -m benchmarks.peer_models`. The commands are `python -m fastgpt.generate` in each precision,
+an equivalent script with transformers, and `import torch` alone. Their runs are interleaved; the
+output is the median of each.
 """
 
 import argparse
@@ -34,7 +34,7 @@ model.generate(
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -53,14 +53,14 @@ def main() -> None:
     for turn in range(options.rounds + 1):
         for name, command in commands.items():
             found = seconds(command)
-            if turn > 0:  # the first warms up
+            if turn > 0:  # the first round is a warm-up
                 taken[name].append(found)
     for name, times in taken.items():
         print(f"{name:<18} {statistics.median(times):.2f} s ({min(times):.2f} to {max(times):.2f})")
 
 
 def seconds(command: list[str]) -> float:
-    """Run a command; return when the first byte behind the prompt was there."""
+    """Run a command; return the seconds until the first byte after the prompt."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     begin = time.perf_counter()
     with subprocess.Popen(
@@ -68,7 +68,7 @@ def seconds(command: list[str]) -> float:
     ) as process:
         assert process.stdout is not None
         if len(process.stdout.read(len(PROMPT) + 1)) != len(PROMPT) + 1:
-            raise RuntimeError(f"nothing was written by {command}")
+            raise RuntimeError(f"no output from {command}")
         taken = time.perf_counter() - begin
         process.stdout.read()
     return taken

@@ -1,8 +1,9 @@
-"""Who generates: fastgpt's engine and what people would use instead, with one interface.
+"""fastgpt's engine and other generation engines behind a common interface.
 
-All have the weights of one model (`random_gpt2`); `benchmarks.peer_models` writes the files of the
-engines that read files. Each is set up as fast as it gets on a CPU: keys and values in place,
-logits of the last token only, the precision of its own that is nearest to the one asked for.
+All engines use the weights of the same model (`random_gpt2`); `benchmarks.peer_models` writes the
+files for the engines that load files. Each engine is configured to be as fast as possible on a CPU:
+the key/value cache is updated in place, logits are computed for the last token only, and its
+precision is the one nearest to the requested precision.
 """
 
 import importlib.util
@@ -31,17 +32,17 @@ PROMPT, LONG_PROMPT = 32, 512
 
 
 class Contender(Protocol):
-    """What is measured: both return seconds."""
+    """Interface of a measured engine; both methods return seconds."""
 
     def decode(self, prompts: Tensor, new: int) -> float:
-        """Write `new` tokens behind each of prompts; time from the first new token to the last."""
+        """Generate `new` tokens for each prompt; return the time from the first to the last."""
 
     def read(self, prompt: Tensor) -> float:
-        """Take the time to the logits of the first new token."""
+        """Process a prompt; return the time to the logits of the first new token."""
 
 
 def random_gpt2() -> GPT:
-    """Return GPT-2 124M's shape with random weights, each time the same."""
+    """Return a model with the shape of GPT-2 124M and random weights, the same in every call."""
     torch.manual_seed(1)
     return GPT(GPTConfig(), ops="native").eval()
 
@@ -49,9 +50,9 @@ def random_gpt2() -> GPT:
 def contenders(
     model: GPT, precision: Dtype, threads: int, folder: Path | None
 ) -> dict[str, Contender]:
-    """Load all that have this precision; what is not there is named on stderr, once.
+    """Load all engines that support the precision; report missing ones once on stderr.
 
-    folder: of `benchmarks.peer_models`; None leaves out all that need files.
+    folder: the output of `benchmarks.peer_models`; None excludes all engines that need files.
     """
     found: dict[str, Contender] = {"fastgpt": Ours(model, precision, threads)}
     if precision in ("float32", "bfloat16"):
@@ -66,12 +67,12 @@ def contenders(
             if path.exists():
                 found[peer.name] = peer.load(path, precision, threads)
             else:
-                _leave_out(peer.name, f"{path} is not there")
+                _leave_out(peer.name, f"{path} does not exist")
     return found
 
 
 class Ours:
-    """The engine."""
+    """fastgpt's native engine."""
 
     def __init__(self, model: GPT, precision: Dtype, threads: int) -> None:
         self.engine = Engine(model, precision, threads)
@@ -90,7 +91,7 @@ class Ours:
 
 
 class Twin:
-    """fastgpt's path in PyTorch."""
+    """fastgpt's generation in PyTorch."""
 
     def __init__(self, model: GPT, threads: int) -> None:
         self.model, self.threads = model, threads
@@ -109,7 +110,7 @@ class Twin:
 
 
 class Transformers:
-    """Hugging Face's generate."""
+    """`generate` of Hugging Face transformers."""
 
     def __init__(self, dtype: torch.dtype, threads: int) -> None:
         import transformers
@@ -129,11 +130,11 @@ class Transformers:
             def end(self) -> None:
                 pass
 
-        if len(prompts) > 1:  # streamers take one row: the time to the first token is taken off
+        if len(prompts) > 1:  # streamers support one row only: subtract the time of the first token
             first = seconds(lambda: self._write(prompts, 1))
             return seconds(lambda: self._write(prompts, new)) - first
         self._write(prompts, new, streamer=Clock())
-        return times[-1] - times[1]  # the first is the prompt
+        return times[-1] - times[1]  # the first call of the streamer is the prompt
 
     def read(self, prompt: Tensor) -> float:
         """See Contender."""
@@ -154,7 +155,7 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp by its C interface, as its own benchmark calls it: no sampling."""
+    """llama.cpp through its C interface, used as in its own benchmark: without sampling."""
 
     def __init__(self, path: Path, precision: str, threads: int) -> None:
         import llama_cpp
@@ -188,7 +189,7 @@ class LlamaCpp:
         return taken
 
     def _open(self, rows: int, positions: int) -> None:
-        """Make an empty context of just that size: its attention goes over all that there is."""
+        """Create an empty context of just this size: attention covers the whole context."""
         settings = self.api.llama_context_default_params()
         settings.n_ctx, settings.n_seq_max = rows * (-(-positions // 256) * 256), rows
         settings.n_batch = settings.n_ubatch = max(LONG_PROMPT, rows * PROMPT)
@@ -196,11 +197,11 @@ class LlamaCpp:
         self.context = self.api.llama_init_from_model(self.model, settings)
 
     def _close(self) -> None:
-        """Free the context, and its threads with it."""
+        """Free the context and its threads."""
         self.api.llama_free(self.context)
 
     def _run(self, tokens: list[tuple[int, int, int]]) -> None:
-        """Read (row, position, id)s, with the logits of each row's last."""
+        """Process (row, position, id) triples, with logits for the last one of each row."""
         batch = self.api.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for i, (row, position, token) in enumerate(tokens):
@@ -215,7 +216,7 @@ class LlamaCpp:
 
 
 class CTranslate2:
-    """CTranslate2's generate_batch; it rounds the weights itself."""
+    """`generate_batch` of CTranslate2, which quantizes the weights when it loads them."""
 
     def __init__(self, path: Path, precision: str, threads: int) -> None:
         import ctranslate2
@@ -229,7 +230,7 @@ class CTranslate2:
         """See Contender."""
         times: list[float] = []
         self._write(prompts, new, callback=lambda _: times.append(time.perf_counter()))
-        return times[-1] - times[len(prompts) - 1]  # called for each row
+        return times[-1] - times[len(prompts) - 1]  # the callback is called once per row and token
 
     def read(self, prompt: Tensor) -> float:
         """See Contender."""
@@ -243,17 +244,17 @@ class CTranslate2:
 
 
 class Stepped(ABC):
-    """An engine that is called for one step at a time, by a loop of ours: greedy."""
+    """An engine that executes single steps, in a greedy decoding loop of this class."""
 
     @abstractmethod
     def open(self, rows: int, positions: int) -> None:
-        """Begin new texts of at most so many tokens each."""
+        """Start new sequences of at most `positions` tokens each."""
 
     @abstractmethod
     def step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read ids behind what there is, and return the logits of the next token.
+        """Append ids to the sequences and return the logits of the next token.
 
-        ids: `[B, T]`, contiguous. The logits, `[B, V]`, are good until the next step.
+        ids: `[B, T]`, contiguous. The logits, `[B, V]`, are valid until the next step.
         """
 
     def decode(self, prompts: Tensor, new: int) -> float:
@@ -280,7 +281,7 @@ class OnnxRuntime(Stepped):
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = threads
         settings.inter_op_num_threads = 1
-        # Its threads wait for work without sleeping, but not when a run is over.
+        # Threads spin while they wait for work during a run; this stops the spinning after a run.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
         self.session: Any = onnxruntime.InferenceSession(
             path, settings, providers=["CPUExecutionProvider"]
@@ -288,7 +289,7 @@ class OnnxRuntime(Stepped):
         self.total = np.zeros(1, np.int32)
 
     def open(self, rows: int, positions: int) -> None:
-        """See Stepped. Keys and values get buffers, each the past and the present at once."""
+        """See Stepped. Each key/value buffer is bound both as past and as present."""
         self.binding = self.session.io_binding()
         self.total[:] = 0
         self.last_key = np.zeros(rows, np.int32)
@@ -311,7 +312,8 @@ class OnnxRuntime(Stepped):
     def step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """See Stepped."""
         length = int(self.total[0])
-        positions = np.arange(length, length + ids.shape[1])  # bound, as ids: kept until the end
+        # Bound by address, like ids: both must stay alive until the end of the run.
+        positions = np.arange(length, length + ids.shape[1])
         self.total += ids.shape[1]
         self.last_key[:] = self.total - 1
         self._bind("ids", ids)
@@ -326,7 +328,7 @@ class OnnxRuntime(Stepped):
 
 
 class OpenVino(Stepped):
-    """OpenVINO with the model of `benchmarks.openvino_gpt2`, which keeps keys and values itself."""
+    """OpenVINO with the model of `benchmarks.openvino_gpt2`, which has an internal cache."""
 
     def __init__(self, path: Path, precision: str, threads: int, **more: str) -> None:
         import openvino
@@ -334,10 +336,10 @@ class OpenVino(Stepped):
         settings: dict[str, str | int] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
-            # Keys and values are in 8 bits if KV_CACHE_PRECISION does not say another.
+            # Keys and values are stored in 8 bits unless KV_CACHE_PRECISION is set.
             **more,
         }
-        if precision == "float32":  # where the CPU has bfloat16, that is its default for all
+        if precision == "float32":  # on CPUs with bfloat16 instructions, the default is bfloat16
             settings["INFERENCE_PRECISION_HINT"] = "f32"
         model = openvino.Core().compile_model(path, "CPU", settings)
         self.tensor: Any = openvino.Tensor
@@ -365,7 +367,7 @@ class OpenVino(Stepped):
 
 @dataclass(frozen=True)
 class Peer:
-    """An engine that reads files: one for each precision that it has."""
+    """An engine that loads files, with one file for each supported precision."""
 
     name: str
     package: str
@@ -388,13 +390,13 @@ PEERS = (
     Peer(
         "ctranslate2",
         "ctranslate2",
-        CTranslate2,  # on a CPU it has neither bfloat16 nor 4 bits
+        CTranslate2,  # supports neither bfloat16 nor 4 bits on a CPU
         {"float32": "ctranslate2", "int8": "ctranslate2"},
     ),
     Peer(
         "onnxruntime",
         "onnxruntime",
-        OnnxRuntime,  # its operations for the CPU do not compute in bfloat16
+        OnnxRuntime,  # its CPU operations do not support bfloat16
         {name: f"onnx/{name}.onnx" for name in ("float32", "int8", "int4")},
     ),
     Peer(
@@ -418,13 +420,13 @@ PEERS = (
 
 
 def silence(llama_cpp: Any) -> None:
-    """Turn llama.cpp's log off, by a callback that lives as long as the module."""
+    """Disable llama.cpp's log with a callback that stays alive as long as the module."""
     llama_cpp.fastgpt_silent = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(llama_cpp.fastgpt_silent, None)
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Return how long `work` takes."""
+    """Return the time of a call of `work` in seconds."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
@@ -437,6 +439,6 @@ def _installed(name: str, package: str) -> bool:
     return False
 
 
-@cache  # so that each is said once
+@cache  # print each message once
 def _leave_out(name: str, why: str) -> None:
     print(f"without {name}: {why}", file=sys.stderr)

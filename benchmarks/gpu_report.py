@@ -1,13 +1,14 @@
-"""Every check and every timing of the kernels on a GPU, in one go of less than nine minutes.
+"""Run all checks and timings of the kernels on a GPU, in less than nine minutes.
 
     python benchmarks/gpu_report.py           # writes benchmarks/results/gpu-NAME.json, and .md
-    python benchmarks/gpu_report.py --tiny    # a rehearsal, on a CPU in Triton's interpreter
+    python benchmarks/gpu_report.py --tiny    # a dry run on a CPU, in Triton's interpreter
 
-First right, then fast: the kernels' tests, each implementation's error against float64, then each
-operation, the optimizer, and the whole training step of GPT-2 124M. The two ceilings, what a copy
-moves and what a large matrix product computes, are measured in the same run; the implementations of
-one thing take turns, and medians are compared. Every result is on disk as soon as it is there, so a
-run that is cut short leaves what it had.
+The report contains the results of the kernels' tests, the error of each implementation against
+float64, and the times of each operation, of the optimizer and of the whole training step of GPT-2
+124M. The two ceilings, the memory bandwidth of a copy and the throughput of a large matrix product,
+are measured in the same run. The measurements of different implementations are interleaved, and
+their medians are compared. Every result is written to disk immediately, so that an interrupted run
+keeps its results.
 """
 
 import gc
@@ -61,22 +62,22 @@ Work = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Options:
-    """Where to write, and how long to take."""
+    """Options of the report."""
 
     out: Path | None = None
-    """The JSON file, and a table of the same name in Markdown beside it."""
+    """JSON file to write; a Markdown file of the same name is written to the same folder."""
     minutes: float = 8.5
-    """What would begin after this is left out, and the report says so."""
+    """Time limit. Measurements that would start later are skipped and listed in the report."""
     tests: bool = True
     """Run the kernels' tests first."""
     tiny: bool = False
-    """Small shapes and few rounds: to try this program, not to measure."""
+    """Use small shapes and few rounds: to test this program, not to measure."""
 
 
 def main(options: Options) -> None:
     cuda = torch.cuda.is_available()
     if not cuda and not options.tiny:
-        sys.exit("no CUDA device is visible: `--tiny` rehearses the report on a CPU")
+        sys.exit("no CUDA device is visible; use `--tiny` for a dry run on a CPU")
     gpu = torch.cuda.get_device_name().removeprefix("NVIDIA ").replace(" ", "-") if cuda else "none"
     out = options.out or ROOT / "benchmarks" / "results" / f"gpu-{gpu.lower()}.json"
     report = Report(out, time.monotonic() + 60 * options.minutes)
@@ -88,14 +89,14 @@ def main(options: Options) -> None:
     for part in (check_operations, time_operations, time_optimizers, time_training):
         try:
             part(report, bench)
-        except Exception as error:  # what comes after may still work
-            report.row("left out", what=f"the rest of {part.__name__}: {said(error)}")
+        except Exception as error:  # continue with the next part
+            report.row("skipped", what=f"the rest of {part.__name__}: {said(error)}")
         bench.free()
     print(report.markdown())
 
 
 class Report:
-    """What has been found so far, on disk after each line of it."""
+    """The results so far, written to disk after each change."""
 
     def __init__(self, path: Path, deadline: float) -> None:
         self.path, self.deadline = path, deadline
@@ -103,22 +104,22 @@ class Report:
 
     @property
     def seconds_left(self) -> float:
-        """Time until nothing more should begin."""
+        """Return the seconds until the deadline, after which no measurement should start."""
         return self.deadline - time.monotonic()
 
     def note(self, part: str, value: Any) -> None:
-        """Set a part of the report."""
+        """Set a section of the report."""
         self.content[part] = value
         self.save()
 
     def row(self, part: str, **row: Any) -> None:
-        """Add a row to a table, and show it."""
+        """Add a row to a table and print it."""
         self.content.setdefault(part, []).append(row)
         print(part, " ".join(f"{name}={shown(value)}" for name, value in row.items()), flush=True)
         self.save()
 
     def save(self) -> None:
-        """Write it all, beside and then renamed: a reader never sees half of it."""
+        """Write the report; the JSON file is replaced atomically and is never incomplete."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".tmp")
         beside.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
@@ -126,8 +127,8 @@ class Report:
         self.path.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
 
     def markdown(self) -> str:
-        """Return everything as Markdown."""
-        lines = ["# The kernels on a GPU", "", "Made by `python benchmarks/gpu_report.py`.", ""]
+        """Return the report as Markdown."""
+        lines = ["# Kernels on a GPU", "", "Generated by `python benchmarks/gpu_report.py`.", ""]
         for part, value in self.content.items():
             lines += [f"## {part}", ""]
             if isinstance(value, dict):
@@ -149,7 +150,7 @@ def shown(value: Any) -> str:
 
 @dataclass
 class Bench:
-    """The device, how long to measure, and the clock."""
+    """The device and the functions that measure time and memory on it."""
 
     device: torch.device
     tiny: bool
@@ -159,10 +160,11 @@ class Bench:
         self.flush = torch.empty(size, dtype=torch.int8, device=self.device)
 
     def milliseconds(self, works: dict[str, Work], seconds: float = 1.5) -> dict[str, float]:
-        """Return each work's median time, all taking turns for `seconds` in all.
+        """Return the median time of each work; calls are interleaved for `seconds` in total.
 
-        Before each, the caches are flushed, which also lets the host run ahead of the device: what
-        is measured is the device's time, unless a work needs the host throughout.
+        The caches are flushed before each call. While the flush runs on the device, the host can
+        queue the kernels of the call, so the result is the time of the device, unless a work needs
+        the host throughout.
         """
         for work in works.values():
             work()
@@ -175,7 +177,7 @@ class Bench:
         return {name: statistics.median(values) for name, values in times.items()}
 
     def once(self, work: Work) -> float:
-        """Return the milliseconds of one call."""
+        """Return the time of one call in milliseconds."""
         self.flush.zero_()
         if self.device.type == "cpu":
             began = time.perf_counter()
@@ -189,7 +191,7 @@ class Bench:
         return float(start.elapsed_time(end))
 
     def peak_bytes(self, work: Work) -> int:
-        """Return how much more memory is in use at the worst moment of a work than before it."""
+        """Return the peak memory of a call in bytes, relative to the memory in use before it."""
         if self.device.type == "cpu":
             return 0
         torch.cuda.synchronize()
@@ -200,14 +202,14 @@ class Bench:
         return torch.cuda.max_memory_allocated() - before
 
     def free(self) -> None:
-        """Give back what nobody holds any more."""
+        """Release unused memory."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def environment() -> dict[str, Any]:
-    """Say what this ran on."""
+    """Return the versions of packages and the properties of the machine."""
     facts: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
@@ -239,13 +241,13 @@ def driver_version() -> str:
 
 
 def ceilings(bench: Bench) -> dict[str, float]:
-    """Measure what a copy moves (read and written) and what a large bf16 product computes."""
+    """Measure the bandwidth of a copy (bytes read and written) and a large bf16 product."""
     count, size = (2**12, 64) if bench.tiny else (2**31, 8192)
     source = torch.empty(count, dtype=torch.int8, device=bench.device).random_()
     target = torch.empty_like(source)
     a, b = (
         torch.randn(size, size, device=bench.device, dtype=torch.bfloat16) for _ in range(2)
-    )  # not zeros, on which a GPU runs faster
+    )  # random values: with zeros, a GPU uses less power and runs faster
     times = bench.milliseconds({"copy": lambda: target.copy_(source), "product": lambda: a @ b})
     return {
         COPY: 2 * count / times["copy"] * 1e3,
@@ -254,17 +256,17 @@ def ceilings(bench: Bench) -> dict[str, float]:
 
 
 def run_tests(seconds: float) -> dict[str, str]:
-    """Run the kernels' tests, several processes at once, and return each one's last line.
+    """Run the kernels' tests in parallel processes and return the last line of each.
 
-    Most of their time is Triton's compiler's. Those of attention, which has most kernels, are
-    shared between three.
+    Most of the time is spent in Triton's compiler. The tests of attention, which has the most
+    kernels, are divided among three processes.
     """
     parts = {"attention": ("head_dims", "dropout", "not head_dims and not dropout")}
     files = [*sorted(ROOT.glob("tests/kernels/test_*.py")), ROOT / "tests/ops/test_triton.py"]
     running = {}
     for file in files:
         if file.stem == "test_compiled":
-            continue  # needs no GPU
+            continue  # does not need a GPU
         for part in parts.get(file.stem.removeprefix("test_"), ("",)):
             name = f"{file.relative_to(ROOT)} {part}".strip()
             running[name] = subprocess.Popen(
@@ -282,13 +284,13 @@ def run_tests(seconds: float) -> dict[str, str]:
 
 
 def last_lines(process: "subprocess.Popen[str]", until: float) -> str:
-    """Wait for pytest: its summary line if all passed, else what it said last."""
+    """Wait for pytest; return its summary line if all tests passed, else its last 25 lines."""
     try:
         output, _ = process.communicate(timeout=max(1.0, until - time.monotonic()))
     except subprocess.TimeoutExpired:
         process.kill()
-        output, _ = process.communicate()  # and leave the GPU to what is measured next
-        return "\n".join(["not finished in time:", *output.strip().splitlines()[-25:]])
+        output, _ = process.communicate()  # the GPU must be free for the measurements
+        return "\n".join(["timed out:", *output.strip().splitlines()[-25:]])
     return "\n".join(output.strip().splitlines()[-1 if not process.returncode else -25 :])
 
 
@@ -296,13 +298,13 @@ def last_lines(process: "subprocess.Popen[str]", until: float) -> str:
 
 
 def sizes(bench: Bench, operation: str) -> list[Size]:
-    """Return GPT-2 124M's shapes at several batch sizes."""
+    """Return the shapes of GPT-2 124M at several batch sizes."""
     if bench.tiny:
         return [Size("tiny", 1, 16, 1, 16, 50, torch.float32)]
     batches = {"cached_attention": (1, 8, 64), "linear_cross_entropy": (8, 32)}
     whole = Size("gpt2", 8, 1024, 12, 768, 50257, torch.bfloat16)
     found = [replace(whole, batch=batch) for batch in batches.get(operation, (8, 32, 64))]
-    if operation == "causal_attention":  # where `ops="auto"` takes PyTorch's
+    if operation == "causal_attention":  # shapes for which `ops="auto"` selects PyTorch's attention
         found += [replace(whole, time=4096), replace(whole, dtype=torch.float32)]
     return found
 
@@ -315,7 +317,10 @@ def make_inputs(operation: str, size: Size, bench: Bench) -> tuple[Any, ...]:
 def implementations(
     operation: str, bench: Bench, compiled: bool = True
 ) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Yield what computes an operation, ours first; compiling takes seconds for every shape."""
+    """Yield the implementations of an operation, fastgpt's first.
+
+    compiled: whether to include the compiled reference, which takes seconds for every shape.
+    """
     for name in ("triton", "native", "reference"):
         yield f"fastgpt {name}", getattr(ops.get(name), operation)
     yield "torch", STOCK[operation]
@@ -340,7 +345,7 @@ def implementations(
 
 
 class OnePassAttention(torch.autograd.Function):
-    """Our attention with the backward that adds up the queries' gradients atomically."""
+    """fastgpt's attention with the single-pass backward, which uses atomic additions."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_head: int) -> Tensor:
@@ -360,7 +365,7 @@ class OnePassAttention(torch.autograd.Function):
 
 
 def args_for(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return an operation's arguments as an implementation wants them."""
+    """Return the arguments of an operation in the form that an implementation expects."""
     return without_empty_part(*args) if function is stock_cached_attention else args
 
 
@@ -381,9 +386,9 @@ def liger_functional() -> ModuleType | None:
 
 
 def check_operations(report: Report, bench: Bench) -> None:
-    """Note each implementation's error against float64, as a share of the largest value.
+    """Report the error of each implementation against float64, relative to the largest value.
 
-    At most twice that of stock PyTorch in the same precision is what the kernels promise.
+    The kernels guarantee at most twice the error of plain PyTorch in the same precision.
     """
     for operation in INPUTS:
         size = replace(sizes(bench, operation)[0], batch=1)
@@ -395,7 +400,7 @@ def check_operations(report: Report, bench: Bench) -> None:
             row = {"operation": operation, "implementation": name}
             try:
                 results = run(function, args_for(function, args))
-            except Exception as error:  # a peer that cannot is a result, and the rest goes on
+            except Exception as error:  # an implementation that fails is a result; continue
                 report.row("errors", **row, failed=said(error))
                 continue
             errors = [
@@ -409,7 +414,7 @@ def check_operations(report: Report, bench: Bench) -> None:
 
 
 def time_operations(report: Report, bench: Bench) -> None:
-    """Time each operation, forward and with its backward, ours and what one would use instead."""
+    """Time each operation, forward and with its backward, for all implementations."""
     for operation in INPUTS:
         for size in sizes(bench, operation):
             args = make_inputs(operation, size, bench)
@@ -417,7 +422,7 @@ def time_operations(report: Report, bench: Bench) -> None:
                 (forward,) if operation == "cached_attention" else (forward, forward_backward)
             ):
                 if report.seconds_left < RESERVED_SECONDS and not bench.tiny:
-                    report.row("left out", what=f"{operation}, batch {size.batch}, {run.__name__}")
+                    report.row("skipped", what=f"{operation}, batch {size.batch}, {run.__name__}")
                     continue
                 time_operation(report, bench, operation, size, run, args)
             del args
@@ -436,13 +441,13 @@ def time_operation(
     first = size == sizes(bench, operation)[0]
     for name, function in implementations(operation, bench, first and run is forward_backward):
         if name == "fastgpt reference" and not first:
-            continue  # gigabytes of scores, and no contest
+            continue  # needs gigabytes for the scores and is far slower
         work = partial(run, function, args_for(function, args))
         try:
             work()
             peaks[name] = bench.peak_bytes(work)
-        except Exception as error:  # a peer that cannot is a result, and the rest goes on
-            report.row("left out", what=f"{operation}, {name}: {said(error)}")
+        except Exception as error:  # an implementation that fails is a result; continue
+            report.row("skipped", what=f"{operation}, {name}: {said(error)}")
         else:
             works[name] = work
     moved, computed = floors(operation, size, run is forward_backward)
@@ -462,23 +467,23 @@ def time_operation(
             direction="forward" if run is forward else "forward+backward",
             implementation=name,
             ms=time_ms,
-            **({"ours is faster by": time_ms / ours} if ours else {}),
+            **({"speedup of fastgpt triton": time_ms / ours} if ours else {}),
             **{share: floor / time_ms * 1e3 for share, floor in shares.items() if floor},
             **{"peak MB": peaks[name] / 1e6},
         )
 
 
 def said(error: Exception) -> str:
-    """Return an error in a line."""
+    """Return an error as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def floors(operation: str, size: Size, backward: bool) -> tuple[float, float]:
-    """Return the bytes that must move and the FLOP that must be computed.
+    """Return the minimum number of bytes moved and of FLOP computed by an operation.
 
-    Each input read once and each result written once; what the backward reads again is counted
-    again. Causal attention needs half of the square of scores, and its backward 2.5 times the
-    forward's products.
+    Each input is read once and each result is written once; reads of the backward are counted in
+    addition. Causal attention needs half of the matrix of scores, and its backward has 2.5 times
+    the products of the forward.
     """
     rows, width = size.batch * size.time, size.n_embd
     one = rows * width * size.dtype.itemsize  # [B, T, C]
@@ -525,7 +530,7 @@ def time_optimizers(report: Report, bench: Bench) -> None:
 
 
 def torch_adamw(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Work]:
-    """Return PyTorch's fused AdamW, and a work that clips and steps."""
+    """Return PyTorch's fused AdamW and a function that clips the gradients and steps."""
     cuda = next(model.parameters()).is_cuda
     optimizer = torch.optim.AdamW(
         parameter_groups(model, WEIGHT_DECAY), lr=LR, betas=BETAS, fused=True, capturable=cuda
@@ -539,7 +544,7 @@ def torch_adamw(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Work]:
 
 
 def our_adamw(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Work]:
-    """Return fastgpt's AdamW, which clips as it steps."""
+    """Return fastgpt's AdamW, whose step includes clipping."""
     from fastgpt.training.fused_adamw import FusedAdamW
 
     optimizer = FusedAdamW(parameter_groups(model, WEIGHT_DECAY), lr=LR, betas=BETAS, max_norm=CLIP)
@@ -555,20 +560,20 @@ def time_training(report: Report, bench: Bench) -> None:
         works = {}
         for name, make in STEPS.items():
             if report.seconds_left < 45 and not bench.tiny:
-                report.row("left out", what=f"training, batch {batch}, {name}")
+                report.row("skipped", what=f"training, batch {batch}, {name}")
                 continue
             try:
                 works[name] = make(bench, batch)
                 works[name]()
             except Exception as error:
                 works.pop(name, None)
-                report.row("left out", what=f"training, batch {batch}, {name}: {said(error)}")
+                report.row("skipped", what=f"training, batch {batch}, {name}: {said(error)}")
         if not works:
             continue
         try:
             times = bench.milliseconds(works, seconds=min(20.0, max(4.0, report.seconds_left / 3)))
-        except Exception as error:  # such as no memory for all of them together
-            report.row("left out", what=f"training, batch {batch}: {said(error)}")
+        except Exception as error:  # for example too little memory for all of them together
+            report.row("skipped", what=f"training, batch {batch}: {said(error)}")
             times = {}
         for name, time_ms in times.items():
             note_step(report, bench, batch, name, time_ms, times)
@@ -582,20 +587,20 @@ def note_step(
     shape = config(bench)
     tokens = batch * shape.block_size
     n_params = meta_model(shape).num_params()
-    # 6N + 12LCT a token: the products of weights and those of attention, uncut by the mask
+    # 6N + 12LCT per token: products with weights and those of attention, without the causal mask
     flop = tokens * (6 * n_params + 12 * shape.n_layer * shape.n_embd * shape.block_size)
     gpu = report.content["environment"].get("gpu", "")
     nanogpt = times.get(NANOGPT)
     peaks = {"measured": report.content["ceilings"][PRODUCT]}
     if gpu in NOMINAL_FLOPS:
-        peaks["datasheet's"] = NOMINAL_FLOPS[gpu]
+        peaks["datasheet"] = NOMINAL_FLOPS[gpu]
     report.row(
         "training step",
         batch=batch,
         implementation=name,
         ms=time_ms,
         **{"tokens/s": tokens / time_ms * 1e3},
-        **({"times nanoGPT's way": nanogpt / time_ms} if nanogpt else {}),
+        **({"speedup over nanoGPT-style": nanogpt / time_ms} if nanogpt else {}),
         **{
             f"MFU of the {which} peak": flop / time_ms * 1e3 / peak for which, peak in peaks.items()
         },
@@ -620,17 +625,17 @@ def our_step(
 
 
 def nanogpt_step(bench: Bench, batch: int, attention: SDPBackend | None = None) -> Work:
-    """Return a training step of nanoGPT's model, compiled, its optimizer fused.
+    """Return a training step of nanoGPT's model, compiled, with the fused optimizer.
 
-    attention: which of PyTorch's to use; None: that which PyTorch takes by itself. The vocabulary
-    is padded as nanoGPT pads it: products of 50,257 columns would hold it back.
+    attention: backend of PyTorch's attention (None: chosen by PyTorch). The vocabulary is padded as
+    in nanoGPT: products with 50,257 columns would be slower.
     """
     torch.manual_seed(0)
     shape = config(bench)
     shape = replace(shape, vocab_size=-(-shape.vocab_size // 64) * 64)
     gpt = GPT(shape)
-    # A class of its own, because the compiler reuses code for a model of the same class and
-    # shapes, and it does not look at which attention it was compiled with.
+    # Create a new class: the compiler reuses code for models of the same class and shapes, without
+    # regard to the attention backend with which it was compiled.
     model = type("StockGPT", (StockGPT,), {})(shape)
     copy_weights(gpt, model)
     model.to(bench.device)
@@ -648,7 +653,7 @@ def nanogpt_step(bench: Bench, batch: int, attention: SDPBackend | None = None) 
 
 
 def compile_for(bench: Bench, work: Any) -> Any:
-    """Compile; in a rehearsal without making code of it, which takes a C++ compiler minutes."""
+    """Compile `work`; in a dry run without code generation, which takes minutes on a CPU."""
     return torch.compile(work, dynamic=False, backend="aot_eager" if bench.tiny else "inductor")
 
 
@@ -664,7 +669,7 @@ def training_step(
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with context():
-            # in fp32 on a CPU, where this is a rehearsal: the interpreter cannot compute in bf16
+            # fp32 on a CPU, for a dry run: the interpreter does not support bf16
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss = network(ids, targets)
             loss.backward()
@@ -680,7 +685,7 @@ def batch_of(bench: Bench, batch: int) -> tuple[Tensor, Tensor]:
 
 
 def recorded(step: Work) -> Work:
-    """Record a step into a CUDA graph and return what replays it."""
+    """Capture a step in a CUDA graph and return a function that replays it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -693,17 +698,17 @@ def recorded(step: Work) -> Work:
     return graph.replay
 
 
-NANOGPT = "nanoGPT's way"  # what every step is compared with
+NANOGPT = "nanoGPT-style"  # the baseline of the training steps
 
-# What matters most comes first, for time may run out.
+# The most important ones come first, because the time limit may be reached.
 STEPS: dict[str, Callable[[Bench, int], Work]] = {
     "fastgpt": partial(our_step, compiled=True, optimizer=our_adamw),  # as the trainer does it
     NANOGPT: nanogpt_step,
     "fastgpt, CUDA graph": partial(our_step, compiled=True, graph=True),
     "fastgpt, torch's AdamW": partial(our_step, compiled=True),
     "fastgpt, not compiled": our_step,
-    "nanoGPT's way, SDPA flash": partial(nanogpt_step, attention=SDPBackend.FLASH_ATTENTION),
-    "nanoGPT's way, SDPA cuDNN": partial(nanogpt_step, attention=SDPBackend.CUDNN_ATTENTION),
+    "nanoGPT-style, SDPA flash": partial(nanogpt_step, attention=SDPBackend.FLASH_ATTENTION),
+    "nanoGPT-style, SDPA cuDNN": partial(nanogpt_step, attention=SDPBackend.CUDNN_ATTENTION),
     "fastgpt native": partial(our_step, compiled=True, optimizer=our_adamw, backend="native"),
 }
 

@@ -1,4 +1,4 @@
-"""What a benchmark says of where it ran."""
+"""Properties of the machine that benchmarks report."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """Return the processor's name as far as the system tells."""
+    """Return the name of the processor and its SIMD extensions, as reported by the system."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
@@ -19,7 +19,7 @@ def processor() -> str:
 
 
 def version_of(name: str) -> str | None:
-    """Return the version of an installed package."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -1,9 +1,9 @@
-"""GPT-2 as an ONNX graph of the operations that onnxruntime is fastest with on a CPU.
+"""Export GPT-2 as an ONNX graph of the operations that are fastest in onnxruntime on a CPU.
 
-Read by `benchmarks.generation_peers`. The operations of com.microsoft:
-https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. Keys and values lie in
-buffers `[B, H, S, D]` of the caller's that GroupQueryAttention writes into: each is bound as the
-past and as the present.
+The graph is used by `benchmarks.generation_peers`. The com.microsoft operations are documented in
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. Keys and values are in
+buffers `[B, H, S, D]` that the caller owns and GroupQueryAttention updates in place: each buffer is
+bound both as past and as present.
 """
 
 from pathlib import Path
@@ -18,23 +18,24 @@ from onnx import TensorProto, helper, numpy_helper
 from fastgpt import GPT
 
 Array = NDArray[Any]
-BLOCK = 32  # weights of a row that share a scale
-CHANNELS = -8  # 8 bits, one scale for a row
-# How the blocks' matrices are rounded, and the head.
+BLOCK = 32  # number of weights of a row that share a scale
+CHANNELS = -8  # 8 bits with one scale per row
+# Bits of the weights of the transformer blocks and of the head (0: not quantized).
 KINDS = {"float32": (0, 0), "int8": (8, 8), "int4": (4, 8), "int8_channels": (CHANNELS, CHANNELS)}
 MICROSOFTS = ("FastGelu", "MatMulNBits", "DynamicQuantizeMatMul")
-DYNAMIC_QUANTIZATION = 4  # MatMulNBits' accuracy_level that rounds its input to int8
+DYNAMIC_QUANTIZATION = 4  # the accuracy_level of MatMulNBits that quantizes its input to int8
 
 
 def write(model: GPT, path: Path, kind: str) -> None:
     """Write the graph of a GPT-2 with biases.
 
-    kind: "float32"; "int8" or "int4" for products with scales for each block of weights; or
-    "int8_channels" for those of onnxruntime's dynamic quantization, slower for one token, but
-    faster for many.
-    Inputs: `ids` int64 [B, T], `positions` int64 [T], `last_key` int32 [B] (the number of all
-    tokens so far, less one), `total` int32 [1] (that number), `past.key.i` and `past.value.i`.
-    Outputs: `logits` float32 [B, V] behind the last token, `present.key.i` and `present.value.i`.
+    kind: "float32"; "int8" or "int4" with one scale per block of weights; or "int8_channels" with
+    onnxruntime's dynamic quantization, which is slower for one token, but faster for many.
+
+    Inputs of the graph: `ids` int64 [B, T], `positions` int64 [T], `last_key` int32 [B] (the number
+    of tokens so far minus one), `total` int32 [1] (the number of tokens so far), `past.key.i` and
+    `past.value.i`. Outputs: `logits` float32 [B, V] after the last token, `present.key.i` and
+    `present.value.i`.
     """
     graph = _Graph(model, *KINDS[kind])
     graph.network()
@@ -46,7 +47,7 @@ def write(model: GPT, path: Path, kind: str) -> None:
 
 
 class _Graph:
-    """The graph while it is made; values in it are known by their names."""
+    """Builder of the graph; values are identified by their names."""
 
     def __init__(self, model: GPT, rounding: int, head: int) -> None:
         self.config = model.config
@@ -68,12 +69,12 @@ class _Graph:
         self.linear("lm_head", normed, self.head, output="logits")
 
     def block(self, i: int, normed: str, total: str) -> tuple[str, str]:
-        """Add a block, which takes and returns the stream and the norm of it that comes next."""
+        """Add a block; take and return the residual stream and its next norm."""
         last = i + 1 == self.config.n_layer
         at = f"h.{i}."
         qkv = self.linear(at + "attn.c_attn", normed, self.rounding, bias=True)
         y = self.attention(i, qkv)
-        if last:  # only the logits behind the last token are wanted
+        if last:  # only the logits after the last token are needed
             y, total = self.last_token(y), self.last_token(total)
         y = self.linear(at + "attn.c_proj", y, self.rounding)
         normed, total = self.add_and_norm(y, total, at + "ln_2", at + "attn.c_proj.bias")
@@ -84,7 +85,7 @@ class _Graph:
         return self.add_and_norm(y, total, next_norm, at + "mlp.c_proj.bias")
 
     def attention(self, i: int, qkv: str) -> str:
-        """Add causal attention over what the buffers hold and `qkv` [B, T, 3C]."""
+        """Add causal attention of `qkv` [B, T, 3C] over the key/value buffers."""
         heads = self.config.n_head
         output = f"h.{i}.attention"
         node = helper.make_node(
@@ -99,7 +100,7 @@ class _Graph:
         return output
 
     def add_and_norm(self, y: str, total: str, norm: str, bias: str) -> tuple[str, str]:
-        """Add `y` + bias to the stream; return the norm of the sum, and the sum."""
+        """Add `y` + bias to the residual stream; return the norm of the sum and the sum."""
         names = [self.weight(n) for n in (f"{norm}.weight", f"{norm}.bias", bias)]
         outputs = [f"{norm}.normed", "", "", f"{norm}.sum"]
         node = helper.make_node(
@@ -113,7 +114,7 @@ class _Graph:
         return outputs[0], outputs[3]
 
     def linear(self, name: str, x: str, bits: int, bias: bool = False, output: str = "") -> str:
-        """Add x W^T with W rounded to `bits` (0: not at all), and the bias if asked to."""
+        """Add x W^T with W quantized to `bits` (0: not quantized), plus the bias if `bias`."""
         weight = self.weights[f"{name}.weight"]  # [out, in]
         shift = [self.weight(f"{name}.bias")] if bias else []
         if bits == 0:
@@ -134,11 +135,11 @@ class _Graph:
         )
 
     def last_token(self, x: str) -> str:
-        """Add the choice of the last position: [B, T, C] -> [B, C]."""
+        """Add the selection of the last position: [B, T, C] -> [B, C]."""
         return self.node("Gather", x, self.constant("last", np.array(-1)), axis=1)
 
     def node(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
-        """Add a node of one output; return the output's name."""
+        """Add a node with one output; return the name of the output."""
         output = output or f"{kind}.{len(self.nodes)}"
         domain = "com.microsoft" if kind in MICROSOFTS else ""
         node = helper.make_node(kind, list(inputs), [output], domain=domain, **attributes)
@@ -146,18 +147,18 @@ class _Graph:
         return output
 
     def weight(self, name: str) -> str:
-        """Add one of the model's weights, as it is."""
+        """Add one of the model's weights unchanged."""
         return self.constant(name, self.weights[name])
 
     def constant(self, name: str, value: Array) -> str:
-        """Add a constant, if it is not there yet."""
+        """Add a constant, unless one of this name exists."""
         if all(name != tensor.name for tensor in self.initializers):
             contiguous = np.ascontiguousarray(value).reshape(value.shape)
             self.initializers.append(numpy_helper.from_array(contiguous, name))
         return name
 
     def inputs(self) -> list[onnx.ValueInfoProto]:
-        """Return what the caller binds."""
+        """Return the inputs of the graph, which the caller binds."""
         return [
             helper.make_tensor_value_info("ids", TensorProto.INT64, ["B", "T"]),
             helper.make_tensor_value_info("positions", TensorProto.INT64, ["T"]),
@@ -167,7 +168,7 @@ class _Graph:
         ]
 
     def outputs(self) -> list[onnx.ValueInfoProto]:
-        """Return what the graph gives."""
+        """Return the outputs of the graph."""
         logits: list[str | int | None] = ["B", self.config.vocab_size]
         return [
             helper.make_tensor_value_info("logits", TensorProto.FLOAT, logits),
@@ -185,7 +186,7 @@ class _Graph:
 
 
 def _in_blocks(weight: Array, bits: int) -> tuple[Array, Array]:
-    """Round to multiples of a scale for each block, stored with half of the range added.
+    """Quantize with one scale per block; values are stored unsigned, with half of the range added.
 
     [N, K] -> uint8 [N, K / BLOCK, bytes of a block] and float32 [N, K / BLOCK].
     """
@@ -193,7 +194,9 @@ def _in_blocks(weight: Array, bits: int) -> tuple[Array, Array]:
     blocks = weight.reshape(rows, columns // BLOCK, BLOCK)
     half = 2 ** (bits - 1)
     furthest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
-    scales = furthest / -half  # so that the furthest is the end of the range that has one more
+    # Map the value of largest magnitude to -half: the range -half to half - 1 has one more value on
+    # this side. The scale is negative where that value is positive.
+    scales = furthest / -half
     whole = np.rint(blocks / np.where(scales == 0, 1, scales)) + half
     stored = whole.clip(0, 2 * half - 1).astype(np.uint8)
     if bits == 4:
@@ -202,7 +205,7 @@ def _in_blocks(weight: Array, bits: int) -> tuple[Array, Array]:
 
 
 def _by_row(weight: Array) -> tuple[Array, Array]:
-    """Round to multiples of a scale for each row: [N, K] -> int8 [K, N] and float32 [N]."""
+    """Quantize with one scale per row: [N, K] -> int8 [K, N] and float32 [N]."""
     scales = np.abs(weight).max(1) / 127
     whole = np.rint(weight / np.where(scales == 0, 1, scales)[:, None])
     return whole.astype(np.int8).T, scales.astype(np.float32)

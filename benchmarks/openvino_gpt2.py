@@ -1,7 +1,7 @@
-"""GPT-2 as an OpenVINO model that keeps its keys and values itself, as optimum-intel's exports do.
+"""Export GPT-2 as a stateful OpenVINO model with its own key/value cache, as optimum-intel does.
 
-Read by `benchmarks.generation_peers`. How such a model is made of ReadValue, Gather by `beam_idx`,
-Concat, ScaledDotProductAttention and Assign, which OpenVINO makes one operation of:
+The model is used by `benchmarks.generation_peers`. Attention consists of ReadValue, Gather by
+`beam_idx`, Concat, ScaledDotProductAttention and Assign, which OpenVINO fuses into one operation:
 https://docs.openvino.ai/2026/openvino-workflow/running-inference/inference-request/stateful-models.html
 """
 
@@ -14,15 +14,17 @@ from openvino import opset15 as op
 
 from fastgpt import GPT
 
-INT4_GROUP = 32  # weights of a row that share a scale
+INT4_GROUP = 32  # number of weights of a row that share a scale
 
 
 def write(model: GPT, path: Path, precision: str) -> None:
-    """Write the model of a GPT-2 with biases as `path` (.xml, .bin beside it).
+    """Write the model of a GPT-2 with biases to `path` (.xml, and .bin in the same folder).
 
-    precision: "float32", or "int8" or "int4" as NNCF makes them, with its defaults but the group
-    (with "int4" table and head have 8 bits). Inputs: `ids` int64 [B, T], `positions` int64 [T],
-    `beam_idx` int32 [B]; output: the logits float32 [B, V] behind the last token.
+    precision: "float32", or "int8" or "int4", quantized by NNCF with its default settings except
+    the group size (with "int4", the embedding table and the head have 8 bits).
+
+    Inputs of the model: `ids` int64 [B, T], `positions` int64 [T], `beam_idx` int32 [B]. Output:
+    the logits float32 [B, V] after the last token.
     """
     made = _Network(model).model()
     if precision != "float32":
@@ -37,7 +39,7 @@ def write(model: GPT, path: Path, precision: str) -> None:
 
 
 class _Network:
-    """The model while it is made."""
+    """Builder of the model."""
 
     def __init__(self, model: GPT) -> None:
         self.config = model.config
@@ -51,7 +53,7 @@ class _Network:
         self.sinks: list[Any] = []
 
     def model(self) -> ov.Model:
-        """Return the whole."""
+        """Return the complete model."""
         tokens = op.gather(self.table, self.ids, 0)
         x = op.add(tokens, op.gather(self.constant("wpe.weight"), self.positions, 0))  # [B, T, C]
         for i in range(self.config.n_layer):
@@ -65,7 +67,7 @@ class _Network:
         return ov.Model([result], self.sinks, parameters, "gpt2")
 
     def block(self, i: int, x: Any) -> Any:
-        """Return x after a block; the last one goes on with the last token only: [B, C]."""
+        """Return x after a block; the last block returns only the last token: [B, C]."""
         y = self.attention(i, self.norm(f"h.{i}.ln_1", x))
         if i + 1 == self.config.n_layer:
             y, x = (op.gather(v, np.int64(-1), np.int64(1)) for v in (y, x))
@@ -82,13 +84,13 @@ class _Network:
         return op.reshape(y, [0, 0, self.config.n_embd], True)
 
     def by_head(self, x: Any) -> Any:
-        """[B, T, C] -> [B, H, T, D]."""
+        """Split the heads: [B, T, C] -> [B, H, T, D]."""
         heads = self.config.n_head
         shape = [0, 0, heads, self.config.n_embd // heads]
         return op.transpose(op.reshape(x, shape, True), [0, 2, 1, 3])
 
     def remember(self, name: str, new: Any) -> Any:
-        """Return what is kept under a name with `new` behind it, and keep that."""
+        """Append `new` to the state of a name and return the result."""
         heads = self.config.n_head
         size = [-1, heads, -1, self.config.n_embd // heads]
         rows = op.gather(op.shape_of(self.ids), [0], 0)

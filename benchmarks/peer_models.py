@@ -1,9 +1,10 @@
-"""`python -m benchmarks.peer_models FOLDER`: one model in the files of the engines beside ours.
+"""`python -m benchmarks.peer_models FOLDER`: write one model in the formats of other engines.
 
-GPT-2 124M's shape with random weights, for `python -m benchmarks.bench_generate --peers FOLDER`.
-A peer is left out, and named, if what makes its files is not installed. Files that are there stay.
+The model has the shape of GPT-2 124M and random weights. The files are for
+`python -m benchmarks.bench_generate --peers FOLDER`. An engine is skipped with a message if the
+packages that write its files are not installed. Existing files are kept.
 
-    hf/                              transformers, and what CTranslate2's files are made from
+    hf/                              transformers; also the source of CTranslate2's files
     *.gguf                           llama.cpp: needs gguf, and llama-cpp-python for q4_0
     ctranslate2/                     needs ctranslate2 and transformers
     onnx/*.onnx                      needs onnx, and onnxruntime to check them
@@ -26,12 +27,13 @@ from fastgpt.tokenizer import Tokenizer
 
 GGUF_PRECISIONS: tuple[gguf.Precision, ...] = ("f32", "bf16", "q8_0")
 LLAMA_FTYPE_Q4_0 = 2
-# How far logits may be from fastgpt's, whose own spread is about 0.55: random weights round badly.
+# Maximum difference of logits from fastgpt's, whose standard deviation is about 0.55. The
+# quantization errors of random weights are large.
 TOLERANCES = {"float32": 1e-3, "int8": 0.15, "int8_channels": 0.15, "int4": 1.5}
 
 
 def main() -> None:
-    """Make what is not there yet."""
+    """Write the files that do not exist yet."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -53,12 +55,12 @@ def main() -> None:
 
 
 def _make(path: Path, packages: list[str], write: Callable[[Path], None]) -> None:
-    """Write a file, or say why not."""
+    """Write a file, or print why it is skipped."""
     missing = [package for package in packages if not importlib.util.find_spec(package)]
     if path.exists():
-        print(f"{path} is there already")
+        print(f"{path} already exists")
     elif missing:
-        print(f"{path} is left out: {', '.join(missing)} not installed")
+        print(f"{path} is skipped: {', '.join(missing)} not installed")
     else:
         path.parent.mkdir(exist_ok=True)
         write(path)
@@ -70,7 +72,7 @@ def _gguf(model: GPT, precision: gguf.Precision) -> Callable[[Path], None]:
 
 
 def _gguf_in_4_bits(path: Path) -> None:
-    """Have llama.cpp round f32.gguf: blocks in 4 bits, table and head as it chooses."""
+    """Quantize f32.gguf with llama.cpp: blocks to 4 bits, table and head to its defaults."""
     import llama_cpp
 
     silence(llama_cpp)
@@ -85,7 +87,7 @@ def _gguf_in_4_bits(path: Path) -> None:
 
 
 def _ctranslate2(path: Path) -> None:
-    """Convert the Hugging Face folder; in float32, from which it makes int8 when it loads."""
+    """Convert the Hugging Face folder to float32, which CTranslate2 quantizes when it loads it."""
     from ctranslate2.converters import TransformersConverter
 
     TransformersConverter(str(path.with_name("hf"))).convert(str(path))
@@ -114,9 +116,9 @@ def _openvino(model: GPT, precision: str) -> Callable[[Path], None]:
 
 @torch.no_grad()
 def _check(engine: Stepped, model: GPT, path: Path, tolerance: float) -> None:
-    """Compare logits of two rows, behind a prompt and behind each of three tokens more.
+    """Compare the logits of two rows after a prompt and after each of three further tokens.
 
-    A file whose logits are further from fastgpt's than `tolerance` is deleted.
+    A file whose logits differ from fastgpt's by more than `tolerance` is deleted.
     """
     ids = torch.randint(
         model.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(1)
@@ -129,7 +131,9 @@ def _check(engine: Stepped, model: GPT, path: Path, tolerance: float) -> None:
         furthest = max(furthest, float(np.abs(logits - truth[:, end - 1]).max()))
     if not furthest <= tolerance:
         path.unlink()
-        raise RuntimeError(f"{path}: a logit is {furthest:.2g} from fastgpt's, not {tolerance}")
+        raise RuntimeError(
+            f"{path}: a logit differs from fastgpt's by {furthest:.2g}, more than {tolerance}"
+        )
     print(f"{path}: logits within {furthest:.1g} of fastgpt's")
 
 

@@ -1,11 +1,11 @@
-"""GPT-2 as people build it from PyTorch's stock parts: what fastgpt is compared with.
+"""GPT-2 models built from PyTorch's standard modules, as baselines for benchmarks.
 
-Each peer is a GPT-2 for the same `GPTConfig`, takes fastgpt's weights (`copy_weights`) and
-computes the same function but for the form of GELU: both peers have PyTorch's default, the exact
-(erf) one, as nanoGPT does. On a CPU it is also the faster one, so it flatters the peers.
-`use_tanh_gelu` switches to GPT-2's form, to check that all else is equal.
+Each peer is a GPT-2 for the same `GPTConfig`, takes fastgpt's weights (`copy_weights`) and computes
+the same function except for the variant of GELU: both peers use PyTorch's default, the exact (erf)
+one, as nanoGPT does. On a CPU it is also the faster one, which favours the peers. `use_tanh_gelu`
+switches to the tanh approximation of GPT-2, to check that everything else is equal.
 
-Neither is held back: same dtype, same batch, same threads, PyTorch's fused attention in both.
+The conditions are equal: same dtype, same batch, same threads, and PyTorch's fused attention.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from fastgpt.model import GPT, GPTConfig
 
 
 class Peer(nn.Module):
-    """Embeddings, a stack of blocks that the subclass brings, a last norm and a tied head."""
+    """Base class: embeddings, the blocks of the subclass, a final norm and a tied head."""
 
     def __init__(self, config: GPTConfig, blocks: nn.Module) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Peer(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """Return the last hidden states `[B, T, C]`, after the last norm."""
+        """Return the hidden states `[B, T, C]` after the final norm."""
         positions = torch.arange(ids.size(1), device=ids.device)
         return self.ln_f(self.run_blocks(self.drop(self.wte(ids) + self.wpe(positions))))
 
@@ -50,9 +50,9 @@ class Peer(nn.Module):
 
     @torch.no_grad()
     def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0) -> Tensor:
-        """Continue `ids` `[B, T]`, reading everything again for each token: there is no cache.
+        """Continue `ids` `[B, T]` without a cache: each token processes the whole context again.
 
-        temperature: 0 takes the likeliest token.
+        temperature: 0 selects the most likely token.
         """
         for _ in range(max_new_tokens):
             window = ids[:, -self.config.block_size :]
@@ -72,7 +72,7 @@ class Peer(nn.Module):
 
 
 class StockGPT(Peer):
-    """GPT-2 the way nanoGPT lays it out (github.com/karpathy/nanoGPT, model.py)."""
+    """GPT-2 in the style of nanoGPT (github.com/karpathy/nanoGPT, model.py)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(
@@ -96,7 +96,7 @@ class StockGPT(Peer):
 
 
 class StockBlock(nn.Module):
-    """A pre-norm block: q, k and v split apart and transposed, then PyTorch's fused attention."""
+    """A pre-norm block: q, k and v are split and transposed, with PyTorch's fused attention."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class StockBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
     def attend(self, x: Tensor) -> Tensor:
-        """Multi-head causal self-attention over `x` `[B, T, C]`."""
+        """Return multi-head causal self-attention over `x` `[B, T, C]`."""
         q, k, v = (self.heads(part) for part in self.qkv(x).split(x.size(-1), dim=-1))
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
@@ -146,8 +146,8 @@ class TransformerEncoderGPT(Peer):
             norm_first=True,
             bias=config.bias,
         )
-        layer.dropout.p = 0.0  # inside the MLP, where GPT-2 has none
-        # nested tensors are for padded batches, and PyTorch warns that norm_first excludes them
+        layer.dropout.p = 0.0  # inside the MLP, where GPT-2 has no dropout
+        # Nested tensors are for padded batches; with norm_first, enabling them causes a warning.
         encoder = nn.TransformerEncoder(layer, config.n_layer, enable_nested_tensor=False)
         super().__init__(config, encoder)
         mask = nn.Transformer.generate_square_subsequent_mask(config.block_size)
@@ -156,7 +156,7 @@ class TransformerEncoderGPT(Peer):
     def run_blocks(self, x: Tensor) -> Tensor:
         """Return `x` `[B, T, C]` after all blocks."""
         time = x.size(1)
-        # with is_causal the layers hand the causal flag, not the mask, to the fused attention
+        # With is_causal, the layers pass the causal flag instead of the mask to fused attention.
         return self.blocks(x, mask=self.mask[:time, :time], is_causal=True)
 
     def pairs(self, gpt: GPT) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
@@ -176,36 +176,36 @@ class TransformerEncoderGPT(Peer):
 
 @torch.no_grad()
 def copy_weights(gpt: GPT, peer: Peer) -> None:
-    """Give `peer` the weights of `gpt`, all of them."""
+    """Copy all weights of `gpt` to `peer`; raise ValueError if one has no counterpart."""
     pairs = list(peer.pairs(gpt))
     copied = {id(mine) for mine, _ in pairs}
     missed = [name for name, p in peer.named_parameters() if id(p) not in copied]
     if missed or len(pairs) != len(list(gpt.parameters())):
-        raise ValueError(f"not every weight has a counterpart; without one: {missed}")
+        raise ValueError(f"not every weight has a counterpart; weights without one: {missed}")
     for mine, theirs in pairs:
         mine.copy_(theirs)
 
 
 def use_tanh_gelu(peer: Peer) -> None:
-    """Have `peer` compute GPT-2's tanh form of GELU: to be checked, not to be timed."""
+    """Switch `peer` to GPT-2's tanh approximation of GELU, for checks only, not for timing."""
     for module in peer.modules():
         if isinstance(module, nn.GELU):
             module.approximate = "tanh"
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation = partial(F.gelu, approximate="tanh")
-            module.activation_relu_or_gelu = 0  # off: PyTorch's inference path knows only erf
+            module.activation_relu_or_gelu = 0  # disables the fast path, which supports erf only
 
 
 def make_optimizer(
     peer: Peer, lr: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
-    """Return AdamW as nanoGPT makes it: decay on matrices only, fused on CUDA and only there."""
+    """Return AdamW as in nanoGPT: weight decay on matrices only, fused on CUDA only."""
     parameters = list(peer.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    # None, not False: on a CPU PyTorch then chooses, as it does for nanoGPT's users
+    # None instead of False: on a CPU, PyTorch chooses the implementation, as in nanoGPT.
     fused = True if parameters[0].is_cuda else None
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
 

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.quantized_loss runs/latest`: what rounding the weights does to the loss.
+"""`python -m benchmarks.quantized_loss runs/latest`: the effect of quantization on the loss.
 
-Loss in nats per token of the run's validation part, read in windows that do not overlap, by the
-native engine in each of its dtypes.
+Prints the loss in nats per token on the validation part of the run's data, in non-overlapping
+windows, for each dtype of the native engine.
 """
 
 import sys
@@ -19,7 +19,7 @@ MOST_TOKENS = 20_000
 
 
 def main(run: str) -> None:
-    """Print a line for each dtype."""
+    """Print the loss for each dtype, and its difference from float32."""
     model, tokenizer = fastgpt.load(run)
     _, recipe = read_run(fastgpt.checkpoint.load.resolve_run(Path(run)))
     data = find_data(Path(run), recipe)["data"] or ""

@@ -1,12 +1,12 @@
-"""From pytest-benchmark's JSON to a Markdown table and a bar chart.
+"""Convert the JSON output of pytest-benchmark to Markdown tables and a bar chart.
 
     pytest benchmarks/ --benchmark-only --benchmark-json=results.json
     python benchmarks/report.py results.json --out results.md
 
-The chart goes beside the Markdown file, under the same name. "Speed" is that of the group's
-baseline, what a user would pick instead, taken as 1: 2 is twice as fast. Each benchmark names
-itself and its baseline by `variant` and `baseline` in its `extra_info`; where it does not, the
-group's first one is the baseline.
+The chart is written to the folder of the Markdown file, with the same name. "Speedup" is relative
+to the baseline of the group, the most common alternative: 2 is twice as fast. Each benchmark gives
+its name and that of its baseline as `variant` and `baseline` in its `extra_info`. Without them, the
+first benchmark of a group is the baseline.
 """
 
 import json
@@ -17,15 +17,15 @@ from typing import Annotated, Any, Literal
 import tyro
 from matplotlib.figure import Figure
 
-OURS = ("fastgpt", "ours")  # how the names of our own variants begin
+OURS = ("fastgpt", "ours")  # prefixes of the names of fastgpt's variants
 RATES = ("tokens/s", "MB/s")
-LINE_INCHES = 0.2  # of the chart's height
-GROUP_LINES = 1.5  # a group's title and the space before the next
+LINE_INCHES = 0.2  # height of a bar in the chart
+GROUP_LINES = 1.5  # height of a group's title and the space before the next one, in lines
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One benchmark's result; times in seconds."""
+    """Result of one benchmark; times are in seconds."""
 
     variant: str
     median: float
@@ -45,9 +45,9 @@ def main(
     """Write the report of a benchmark run.
 
     Args:
-        results: the file that --benchmark-json wrote.
+        results: the JSON file of --benchmark-json.
         out: the Markdown file to write.
-        chart: what kind of picture to put beside it.
+        chart: the format of the chart.
     """
     data = json.loads(results.read_text(encoding="utf-8"))
     groups = read_groups(data["benchmarks"])
@@ -59,7 +59,7 @@ def main(
 
 
 def read_groups(benchmarks: list[dict[str, Any]]) -> Groups:
-    """Sort the results into groups, in the order in which they ran."""
+    """Return the results by group, in the order in which they ran."""
     groups: Groups = {}
     for result in benchmarks:
         entries = groups.setdefault(result["group"] or result["name"], [])
@@ -73,7 +73,7 @@ def read_groups(benchmarks: list[dict[str, Any]]) -> Groups:
 
 
 def speeds(entries: list[Entry]) -> list[float | None]:
-    """Return each entry's speed, its baseline's being 1; None where the baseline did not run."""
+    """Return the speedup of each entry over the baseline; None if the baseline did not run."""
     base = next((entry.median for entry in entries if entry.is_baseline), None)
     return [base / entry.median if base else None for entry in entries]
 
@@ -82,20 +82,20 @@ def speeds(entries: list[Entry]) -> list[float | None]:
 
 
 def markdown(groups: Groups, under: str, picture: str) -> str:
-    """Return the report's text: under what conditions, the chart, a table per group."""
+    """Return the text of the report: the conditions, the chart, and one table per group."""
     parts = [
         "# Benchmarks",
-        f"{under} Medians, with quartiles in brackets; speed is relative to the bold line's.",
-        f"![Speed relative to each group's baseline]({picture})",
+        f"{under} Medians with quartiles in brackets; the speedup is relative to the bold line.",
+        f"![Speedup over each group's baseline]({picture})",
         *(f"## {name}\n\n{table(entries)}" for name, entries in groups.items()),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def table(entries: list[Entry]) -> str:
-    """Return one group as a Markdown table, without a rate's column where nothing has one."""
+    """Return one group as a Markdown table, with a column of rates if any entry has one."""
     rated = any(entry.rate for entry in entries)
-    lines = [["", "time", *(["rate"] if rated else []), "speed"]]
+    lines = [["variant", "time", *(["throughput"] if rated else []), "speedup"]]
     lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
     for entry, speed in zip(entries, speeds(entries), strict=True):
         name = f"**{entry.variant}**" if entry.is_baseline else entry.variant
@@ -107,7 +107,7 @@ def table(entries: list[Entry]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time with three digits and the unit that suits it."""
+    """Return a time with three digits in s, ms or µs."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
@@ -115,7 +115,7 @@ def duration(seconds: float) -> str:
 
 
 def conditions(data: dict[str, Any]) -> str:
-    """Return what the figures were measured on, in a sentence."""
+    """Return the machine and the package versions of the results as one sentence."""
     machine = data["machine_info"]
     cpu = machine.get("cpu", {}).get("brand_raw") or machine["machine"]
     infos = [result["extra_info"] for result in data["benchmarks"]]
@@ -134,7 +134,7 @@ def conditions(data: dict[str, Any]) -> str:
 
 
 def draw(groups: Groups, path: Path) -> None:
-    """Draw each group's speeds as bars, its baseline at 1; ours are blue."""
+    """Draw the speedups of each group as bars; the bars of fastgpt are blue."""
     n_lines = sum(len(entries) + GROUP_LINES for entries in groups.values())
     figure = Figure(figsize=(8, LINE_INCHES * n_lines + 1), layout="constrained")
     axes = figure.subplots()
@@ -150,8 +150,8 @@ def draw(groups: Groups, path: Path) -> None:
         labels += [entry.variant for entry in entries]
         y += len(entries) + GROUP_LINES
     axes.set_yticks(ticks, labels, fontsize=7)
-    axes.set_ylim(y, -1.0)  # the first group on top
-    axes.set_xlabel("speed (baseline = 1, longer is faster)")
+    axes.set_ylim(y, -1.0)  # inverted: the first group is on top
+    axes.set_xlabel("speedup over the baseline (longer is faster)")
     figure.savefig(path)
 
 

@@ -1,6 +1,6 @@
-"""Texts to tokenize, and the tokenizers that people would use instead, where they are installed.
+"""Texts for the tokenizer benchmarks, and the tokenizers that fastgpt is compared with.
 
-All have GPT-2's vocabulary, from the merges that ship with fastgpt: nothing is downloaded.
+All tokenizers use GPT-2's vocabulary, created from the packaged merges: nothing is downloaded.
 """
 
 import os
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # of Hugging Face's; read at import
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read by `tokenizers` at import
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,27 +25,27 @@ CODE_CHARACTERS = 10_000_000
 
 @dataclass(frozen=True)
 class Peer:
-    """A tokenizer newly made: what it does, and how many threads it does it in."""
+    """The functions of a newly created tokenizer."""
 
-    encode: Callable[[str], "NDArray[np.integer] | Sequence[int]"]  # into an array, if it can
+    encode: Callable[[str], "NDArray[np.integer] | Sequence[int]"]  # to an array, if supported
     decode: Callable[[Sequence[int]], str | bytes]  # from a list
     decode_array: Callable[[NDArray[np.integer]], str | bytes] | None = None
 
 
 def ours() -> Peer:
-    """Return fastgpt's tokenizer, without what an earlier one has seen."""
+    """Return a new instance of fastgpt's tokenizer with an empty cache."""
     new = fastgpt_tokenizer._gpt2.__wrapped__()
     return Peer(new.encode_to_numpy, new.decode, new.decode_bytes)
 
 
 def ours_in_two_threads() -> Peer:
-    """Return fastgpt's tokenizer, encoding in two threads."""
+    """Return a new instance of fastgpt's tokenizer that encodes in two threads."""
     new = fastgpt_tokenizer._gpt2.__wrapped__()
     return Peer(lambda text: new.encode_to_numpy(text, threads=2), new.decode, new.decode_bytes)
 
 
 def tiktoken() -> Peer:
-    """Return tiktoken's, from ranks that are in memory already."""
+    """Return tiktoken's tokenizer, created from ranks in memory."""
     import tiktoken
 
     new = tiktoken.Encoding(**_tiktoken_arguments())
@@ -53,7 +53,7 @@ def tiktoken() -> Peer:
 
 
 def hugging_face() -> Peer:
-    """Return that of Hugging Face's tokenizers, in one thread."""
+    """Return the tokenizer of Hugging Face tokenizers, single-threaded."""
     import tokenizers
 
     new = tokenizers.Tokenizer.from_file(str(_tokenizer_json()))
@@ -61,7 +61,7 @@ def hugging_face() -> Peer:
 
 
 def gigatoken() -> Peer:
-    """Return gigatoken's; its call for one text runs in one thread."""
+    """Return gigatoken's tokenizer, which encodes a single text in one thread."""
     import gigatoken
 
     new = gigatoken.Tokenizer(str(_tokenizer_json()))
@@ -69,9 +69,9 @@ def gigatoken() -> Peer:
 
 
 def texts() -> dict[str, Callable[[], str]]:
-    """Return what reads each text: prose, code and many scripts, or a file of the user's.
+    """Return a function that reads each text, by name: prose, code and many scripts.
 
-    That is the one that the environment variable FASTGPT_BENCH_TEXT names.
+    If the environment variable FASTGPT_BENCH_TEXT is set, the only text is the file that it names.
     """
     if path := os.environ.get("FASTGPT_BENCH_TEXT"):
         return {Path(path).stem: lambda: Path(path).read_text("utf-8")}

@@ -1,12 +1,12 @@
-"""How much of a training step is the trainer's own: neither forward, backward nor optimizer.
+"""Measure the overhead of the trainer: the time of a step outside forward, backward and optimizer.
 
     python benchmarks/trainer_overhead.py                                  # character-level, small
     python benchmarks/trainer_overhead.py --recipe gpt2 --steps 10 --batch-size 4 --block-size 256
 
-It runs `Trainer.fit` as it is, logging and all, and takes the time within forward, backward and
-update from the time from the first of the steps to the last. What is left is the data, the learning
-rate, the figures on the screen and in metrics.jsonl. Evaluations and checkpoints, which come
-between steps and as often as a recipe wants, are left out.
+The script runs `Trainer.fit` unchanged, including its logging, and subtracts the time of forward,
+backward and update from the time between the first and the last step. The remainder is the time of
+loading data, of the learning rate schedule, and of the metrics on the screen and in metrics.jsonl.
+Evaluations and checkpoints, whose frequency depends on the recipe, are excluded.
 """
 
 import functools
@@ -27,36 +27,37 @@ from fastgpt.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Options:
-    """Measure the trainer's own share of a step."""
+    """Measure the overhead of the trainer in a training step."""
 
     recipe: str = "shakespeare-char"
-    """Which network, if not changed below."""
+    """Recipe whose network is trained, with the changes below."""
     n_layer: int = 4
-    """Blocks; nanoGPT's character-level setting for a CPU has 4. For gpt2 it is 12 always."""
+    """Number of blocks, as in nanoGPT's character-level configuration for CPUs. Always 12 for
+    gpt2."""
     batch_size: int = 12
-    """Sequences a step."""
+    """Sequences per step."""
     block_size: int = 64
-    """Tokens in each."""
+    """Tokens per sequence."""
     steps: int = 300
-    """Steps to measure, after a few to warm up."""
+    """Steps to measure, after a few warm-up steps."""
     rounds: int = 3
-    """Runs; the median is reported."""
+    """Number of runs; the median is reported."""
 
 
 def main(options: Options) -> None:
-    """Measure a few runs."""
+    """Measure several runs and print the median."""
     shares, steps = zip(*(measure(options) for _ in range(options.rounds)), strict=True)
     runs = ", ".join(f"{share:.2%}" for share in shares)
     print(
         f"{options.recipe}, {options.batch_size} x {options.block_size} tokens, "
         f"{torch.get_num_threads()} threads: a step takes {1e3 * median(steps):.1f} ms, "
-        f"{median(shares):.2%} of it the trainer's own "
+        f"of which {median(shares):.2%} are overhead of the trainer "
         f"({1e3 * median(shares) * median(steps):.2f} ms; runs: {runs})"
     )
 
 
 def measure(options: Options) -> tuple[float, float]:
-    """Return the share of the time that is the trainer's own, and the seconds of a step."""
+    """Return the fraction of a step that is overhead, and the time of a step in seconds."""
     spent: list[float] = []
     starts: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +97,7 @@ def recipe_of(options: Options, out: str) -> Any:
 
 
 def timed(function: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
-    """Return `function`, which notes how long it takes."""
+    """Return `function` with its time in seconds appended to `spent` in each call."""
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:

@@ -7,96 +7,113 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 source_hash: str
-"""SHA-256 over csrc/, as CMakeLists.txt computes it."""
+"""SHA-256 of the sources in csrc/, computed by CMakeLists.txt at build time."""
 
 class BytePairEncoder:
-    """Byte-pair encoding over an immutable vocabulary."""
+    """A byte-pair encoder with an immutable vocabulary."""
 
     def __init__(self, tokens: Sequence[bytes], merges: NDArray[np.uint32]) -> None:
-        """Take the bytes of each id, and the merges as rows (left, right, merged), in order."""
+        """Create an encoder from the bytes of each id and the merges in order of priority.
+
+        merges: rows of ids (left, right, merged), ``[n, 3]``.
+        """
 
     @staticmethod
     def from_merges_file(
         file: bytes, special_tokens: Sequence[bytes], trusted: bool = ...
     ) -> BytePairEncoder:
-        """Take the bytes of a ``vocab.bpe``; special tokens get the ids after its own.
+        """Create an encoder from the contents of a ``vocab.bpe`` file.
 
-        trusted: skip the search for tokens that their own bytes are not encoded to; there are none.
+        special_tokens: they get the ids after those of the file.
+        trusted: asserts that encoding the bytes of each token gives that token, so that the search
+        for tokens for which this is not the case is skipped.
         """
 
     def encode(
         self, text: str | bytes, specials: Sequence[tuple[int, int, int]] = ..., threads: int = ...
     ) -> NDArray[np.uint16] | NDArray[np.uint32]:
-        """Encode the text, with each of its spans (begin, end, id) replaced by that id.
+        """Return the ids of a text.
 
-        Returns: uint16 if the vocabulary has at most 65,536 tokens, else uint32. Raises
+        specials: spans (begin, end, id) of the text, in bytes, each of which is encoded as the id.
+        threads: maximum number of threads.
+
+        Returns: uint16 if the vocabulary has at most 65,536 tokens, otherwise uint32. Raises
         UnicodeEncodeError for a str with lone surrogates.
         """
 
     def to_list(self, ids: NDArray[np.uint16] | NDArray[np.uint32]) -> list[int]:
-        """Return ids of ``encode`` as a list, quicker than ``tolist`` does."""
+        """Return ids of ``encode`` as a list, faster than ``tolist``."""
 
     def decode(self, ids: Any) -> bytes | None:
-        """Return the bytes of a list or an array of ids, or None if it is not one of valid ids."""
+        """Return the bytes of a list or array of ids.
+
+        Returns None for other types and invalid ids.
+        """
 
     def tokens(self) -> list[bytes]: ...
     def merges(self) -> NDArray[np.uint32]: ...
     def __len__(self) -> int: ...
 
 class BpeTrainer:
-    """Learns the merges of a byte-pair encoding: first all the text, then the merges."""
+    """Learns the merges of a byte-pair encoding. Feed all text before training."""
 
     def __init__(self, threads: int = 1) -> None:
-        """Count on so many threads; their number changes no merge."""
+        """Create a trainer that counts with this many threads; they do not affect the merges."""
 
     def feed(self, block: bytes) -> None:
-        """Take the next block of a text, of any size: what it ends in may go on in the next."""
+        """Add the next block of a text; a block can end anywhere, also within a piece."""
 
     def end_text(self) -> None:
-        """End a text: the next block starts another, and no piece spans both."""
+        """End the current text; the next block starts another one, and no piece spans both."""
 
     @property
     def n_pieces(self) -> int:
-        """How many pieces were counted, but for those that the next block may go on with.
+        """Number of pieces counted, except those that the next block may continue.
 
-        0 once merging has begun.
+        It is 0 after merging has begun.
         """
 
     def train(self, n_merges: int, min_count: int) -> int:
-        """Make that many merges, or all there are of pairs this frequent; return how many.
+        """Make up to ``n_merges`` merges of pairs that occur ``min_count`` times or more.
 
-        The first call's ``min_count`` holds for all.
+        Returns: the number of merges made. ``min_count`` of the first call is used for all calls.
         """
 
     def merges(self) -> NDArray[np.uint32]:
-        """Return rows (left, right, merged); ids 0 to 255 are the bytes in GPT-2's order."""
+        """Return the merges as rows (left, right, merged).
+
+        Ids 0 to 255 are the bytes in GPT-2's order.
+        """
 
 def parse_merges_file(file: bytes) -> tuple[list[bytes], NDArray[np.uint32]]:
-    """Return the tokens and the merges, rows (left, right, merged), of a ``vocab.bpe``."""
+    """Return the tokens and the merges, rows (left, right, merged), of a ``vocab.bpe`` file."""
 
 def valid_utf8(text: bytes) -> int:
-    """Return how many bytes from the start are whole, valid characters."""
+    """Return the length in bytes of the longest prefix that is valid UTF-8."""
 
 def unix_newlines(text: bytes) -> bytes:
-    """Return the text with each Windows line end as a newline."""
+    """Return the text with each Windows line ending replaced by a newline."""
 
 def piece_ends(text: str | bytes, vectorized: bool = ...) -> list[int]:
-    """Return the byte offsets where the pieces end that GPT-2's pattern cuts the text into."""
+    """Return the byte offsets of the ends of the pieces into which GPT-2's pattern splits a text.
+
+    vectorized: use the vectorized implementation.
+    """
 
 def crc32c(data: Buffer, initial: int = ..., hardware: bool = ...) -> int:
     """Return the CRC-32C (RFC 3720, section 12.1) of the bytes of a contiguous buffer.
 
-    initial: that of the bytes before them. hardware: use the processor's instruction for it, where
-    it has one. Leaves Python's lock to others.
+    initial: the CRC of the preceding bytes. hardware: use the processor's CRC-32C instruction if it
+    has one. Releases the GIL.
     """
 
 def gelu_forward(x: NDArray[np.float32], y: NDArray[np.float32], threads: int) -> None:
-    """Write gelu(x) into `y`; both C-contiguous and of one size."""
+    """Write gelu(x) to `y`; both are C-contiguous and of the same size."""
 
 def gelu_backward(
     grad: NDArray[np.float32], x: NDArray[np.float32], grad_x: NDArray[np.float32], threads: int
 ) -> None:
-    """Write the gradient of `x` into `grad_x`, given that of gelu(x); all as in gelu_forward."""
+    """Write the gradient of `x` to `grad_x`, given that of gelu(x); shapes as in gelu_forward."""
 
 def norm_forward(
     x: Tensor,
@@ -110,9 +127,10 @@ def norm_forward(
     rstd: Tensor,
     threads: int,
 ) -> None:
-    """Write ``x + residual`` into `total`, its LayerNorm into `y`, and each row's mean and 1/σ.
+    """Write ``x + residual`` to `total`, its LayerNorm to `y`, and the mean and 1/σ of each row.
 
-    Tensors, here and below: fp32, contiguous, on the CPU; ValueError if not. `y` may be bf16.
+    All tensors, here and below, must be contiguous fp32 CPU tensors; otherwise ValueError is
+    raised. `y` can be bf16.
     """
 
 def norm_apply(
@@ -124,7 +142,7 @@ def norm_apply(
     y: Tensor,
     threads: int,
 ) -> None:
-    """Write the LayerNorm of `total` into `y` again."""
+    """Recompute the LayerNorm of `total` into `y`, from its saved `mean` and `rstd`."""
 
 def norm_backward(
     grad_y: Tensor,
@@ -138,7 +156,7 @@ def norm_backward(
     grad_bias: Tensor | None,
     threads: int,
 ) -> None:
-    """Write the gradients, given those of the LayerNorm and of `total` itself."""
+    """Write the gradients of the inputs, given those of `y` and, directly, of `total`."""
 
 def cross_entropy(
     logits: Tensor,
@@ -149,21 +167,21 @@ def cross_entropy(
     losses: Tensor,
     threads: int,
 ) -> None:
-    """Write the losses of logits [rows, classes] against int64 targets; 0 for ignored ones.
+    """Write the cross-entropy of logits [rows, classes] and int64 targets [rows] to `losses`.
 
-    gradient: the logits become that of the losses' sum, times `scale`. Raises IndexError for a
-    target that is no class.
+    The loss of a target equal to `ignored` is 0. gradient: overwrite the logits with the gradient
+    of the sum of the losses, times `scale`. Raises IndexError for a target that is not a class.
     """
 
 def attention_is_fast() -> bool:
-    """Whether this processor's vector instructions make `attention_forward` worth while."""
+    """Return whether `attention_forward` is fast with this processor's vector instructions."""
 
 def attention_forward(
     qkv: Tensor, heads: int, time: int, y: Tensor, log_sums: Tensor, threads: int
 ) -> None:
-    """Write causal attention over qkv [B, T, 3C] into `y` [B, T, C], both fp32 or both bf16.
+    """Write the causal attention of qkv [B, T, 3C] to `y` [B, T, C], both fp32 or both bf16.
 
-    log_sums [B, H, T] gets the logarithms of the softmaxes' denominators.
+    The log-sum-exp of the scores of each row is written to log_sums [B, H, T].
     """
 
 def attention_backward(
@@ -176,12 +194,12 @@ def attention_backward(
     grad_qkv: Tensor,
     threads: int,
 ) -> None:
-    """Write the gradient of `qkv`, given that of `y`."""
+    """Write the gradient of `qkv` to `grad_qkv`, given that of `y`."""
 
 def add_rows(ids: Tensor, values: Tensor, table: Tensor, threads: int) -> None:
-    """Add values [n, columns] to the rows of `table` that int64 `ids` [n] name, in their order.
+    """Add values [n, columns] to the rows of `table` selected by int64 `ids` [n], in this order.
 
-    Raises IndexError for an id that is no row.
+    Raises IndexError for an id that is not a row of `table`.
     """
 
 def adamw(
@@ -190,10 +208,13 @@ def adamw(
     max_norm: float,
     threads: int,
 ) -> float:
-    """Clip, do a step of AdamW, and return the gradients' norm; if not finite, change nothing.
+    """Clip the gradients, do an AdamW step, and return the gradient norm before clipping.
 
-    rows: of each parameter its size, then the addresses of itself, gradient, exp_avg, exp_avg_sq
-    and step, all contiguous fp32 and not checked. rates: lr, beta1, beta2, eps, weight decay.
+    If the norm is not finite, nothing is changed.
+
+    rows: for each parameter, its number of elements and the addresses of the parameter, gradient,
+    exp_avg, exp_avg_sq and step. All must be contiguous fp32, which is not checked.
+    rates: for each parameter, lr, beta1, beta2, eps and weight decay.
     """
 
 def gemm(
@@ -214,72 +235,80 @@ def gemm(
     bf16: bool = ...,
     code: str | None = ...,
 ) -> None:
-    """Write the product op(a) · op(b) into `c`: [M, K] · [K, N] = [M, N], each transposed or not.
+    """Write the matrix product op(a) · op(b) to `c`: [M, K] · [K, N] = [M, N].
 
-    All are fp32 on the CPU, with the elements of a row side by side and any distance between rows;
-    with `bf16` the matrices may be bf16, too. `c` and `pre` must not overlap anything else. The
-    threads are PyTorch's own, and their number changes no bit. Autograd sees nothing of it.
+    op transposes its argument or not. All tensors are fp32 CPU tensors with unit stride within rows
+    and any stride between rows; with `bf16`, the matrices can also be bf16. `c` and `pre` must not
+    overlap any other tensor. PyTorch's own thread pool is used, and the number of threads does not
+    affect the result. The operation is not recorded by autograd.
 
     Args:
         transpose_a: `a` is stored as [K, M].
-        transpose_b: `b` is stored as [N, K], as the weight of a linear layer is.
-        accumulate: add to `c`, fp32, and to `row_sums`; not together with GELU.
-        bias: [N], added to every row.
-        gelu: write gelu(product + bias), in the tanh form.
-        pre: [M, N], with `gelu`: also gets product + bias.
-        gelu_grad: [M, N]: the product is multiplied by gelu's derivative there.
-        gelu_b: take gelu(b) for b.
-        row_sums: [M], gets the sums of op(a)'s rows: a bias's gradient beside its weight's.
-        bf16: round the operands to bf16; sums stay fp32.
+        transpose_b: `b` is stored as [N, K], like the weight of a linear layer.
+        accumulate: add to `c`, which must be fp32, and to `row_sums`; not supported with GELU.
+        bias: [N], added to each row.
+        gelu: write gelu(product + bias), with the tanh approximation.
+        pre: [M, N], with `gelu`: receives product + bias.
+        gelu_grad: [M, N]: multiply the product by the derivative of gelu at these values.
+        gelu_b: use gelu(b) in place of b.
+        row_sums: [M], receives the sums of the rows of op(a), which are the gradient of a bias if
+            the product is the gradient of its weight.
+        bf16: round the operands to bf16; products are accumulated in fp32.
         code: "portable", "avx2", "avx512", or for products in bf16 "bf16-portable" or
             "bf16-avx512"; by default the best for this processor.
 
-    Raises ValueError for anything else.
+    Raises ValueError for other arguments.
     """
 
 def gemm_is_faster(bf16: bool) -> bool:
-    """Whether to prefer `gemm` to PyTorch's product, in fp32 or in bf16.
+    """Return whether `gemm` is expected to be faster than PyTorch's matmul, in fp32 or in bf16.
 
-    In fp32 on AMD's processors with AVX2; in bf16 where there is AVX512-BF16 and no AMX.
+    This is the case in fp32 on AMD processors with AVX2, and in bf16 on processors with AVX512-BF16
+    and without AMX.
     """
 
 def pool_array(
     shape: Sequence[int], bf16: bool = ...
 ) -> NDArray[np.float32] | NDArray[np.uint16] | None:
-    """Return an array from the pool for a step's memory, not initialised; None if there is none.
+    """Return an uninitialised array from the memory pool, or None if it cannot provide one.
 
-    bf16: of that, as its bits.
+    bf16: return a uint16 array for the bits of bf16 values, instead of fp32.
     """
 
 def pool_usage() -> tuple[int, int]:
-    """Return how many bytes the pool has reached up to since `trim_pool`, and how many are used."""
+    """Return the peak extent of the pool since `trim_pool` and the memory in use, in bytes."""
 
 def trim_pool() -> None:
-    """Give the system back what of the pool nobody uses."""
+    """Return the pool's unused memory to the system."""
 
 class Generation:
-    """Prompts, and what an engine writes behind them."""
+    """The state of an engine that generates continuations of prompts."""
 
     def read(self, vocab_size: int) -> NDArray[np.float32]:
-        """Read what is not yet read; return the logits [rows, vocab_size] of what follows."""
+        """Process the pending tokens; return the next-token logits [rows, vocab_size].
+
+        Rows that have ended are left out.
+        """
 
     def step(self) -> list[int] | None:
-        """Return the next token of each row, or None when all is written."""
+        """Generate and return the next token of each row, or None if generation is complete."""
 
     def end(self, row: int) -> None:
-        """End a row: nothing more is computed for it."""
+        """Finish a row: nothing more is computed for it."""
 
     def logprobs(self) -> list[float]:
-        """Return how likely the network found the last token of each row, in nats."""
+        """Return the model's log-probability of the last token of each row, in nats."""
 
     def run(self, on_tokens: Callable[[list[int]], bool | None] | None) -> list[list[int]]:
-        """Take all steps, looking for Ctrl-C after each; `on_tokens` stops them by returning true.
+        """Do all steps, checking for Ctrl-C after each one.
 
-        Returns what they returned. Python's lock is free while a step is computed.
+        on_tokens: called with the tokens of each step; generation stops if it returns true.
+
+        Returns: the tokens of all steps. The GIL is released while a step is computed.
         """
 
 class Engine:
-    """GPT-2 on a CPU, without PyTorch: see fastgpt/inference/engine.py."""
+    """GPT-2 inference on a CPU without PyTorch; see fastgpt/inference/engine.py."""
 
     def __init__(
         self,
@@ -290,11 +319,15 @@ class Engine:
         code: str,
         weights: Mapping[str, Tensor | tuple[Tensor, Tensor]],
     ) -> None:
-        """Copy the weights: fp32, or pairs of integers and scales as `quantize` makes them.
+        """Create an engine with a copy of the weights.
 
-        dtype: "float32", "bfloat16", "int8" or "int4". group: 32 or 64 weights that share a scale
-        in "int4". code: "best" or one of `engine_codes`. Missing biases are zeros. Raises
-        ValueError, naming the weight, for one that is missing, unknown, of another shape or dtype,
+        dtype: "float32", "bfloat16", "int8" or "int4".
+        group: number of weights that share a scale in "int4", 32 or 64.
+        code: "best" or one of `engine_codes`.
+        weights: fp32 tensors, or pairs of integers and scales as returned by `quantize`. Missing
+        biases are zeros.
+
+        Raises ValueError that names a weight that is missing, unknown, of another shape or dtype,
         or not finite.
         """
 
@@ -308,26 +341,26 @@ class Engine:
         stop: int | None,
         with_logprobs: bool,
     ) -> Generation:
-        """Begin to write behind prompts, which may differ in length: `copies` rows behind each.
+        """Start generating `copies` continuations of each prompt; prompts can differ in length.
 
-        seeds: one for each row.
         settings: temperature, top_k (0: all), top_p, min_p, repetition_penalty, presence_penalty,
         frequency_penalty.
+        seeds: one per row.
         """
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Return the logits [tokens, vocab_size] behind each token."""
+        """Return the logits [tokens, vocab_size] of the token after each position."""
 
     def matrix(
         self, name: str
     ) -> NDArray[np.float32] | tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        """Return a matrix as it is in here: floats, or integers and scales (two dimensions)."""
+        """Return a matrix as stored: floats, or integers and scales (two-dimensional)."""
 
     def vector(self, name: str) -> NDArray[np.float32]:
-        """Return a bias (with zeros up to a multiple of 32), a norm's weights, or positions."""
+        """Return a bias (zero-padded to a multiple of 32), LayerNorm weights, or positions."""
 
     def multiply(self, name: str, x: Tensor, rows: int) -> NDArray[np.float32]:
-        """Return the product of x [rows, K] and a matrix, plus its bias: one kernel, for tests."""
+        """Return the product of x [rows, K] and a matrix, plus its bias. For testing one kernel."""
 
     @property
     def threads(self) -> int: ...
@@ -337,12 +370,15 @@ class Engine:
 def quantize(
     weights: Tensor, outputs: int, dtype: str, group: int, threads: int, name: str = "weights"
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Round weights [outputs, K] to "int8" or "int4": integers (as bytes) and scales, in rows.
+    """Quantize weights [outputs, K] to "int8" or "int4".
 
-    name: how an error calls them; ValueError if they are not finite.
+    name: name of the weights in error messages.
+
+    Returns: the integers (as bytes) and the scales, row by row. Raises ValueError if the weights
+    are not finite.
     """
 
-MOST_THREADS: int  # of an engine
+MOST_THREADS: int  # maximum number of threads of an engine
 
 def engine_codes() -> list[str]:
-    """Return the names of the instructions that engines can use on this processor."""
+    """Return the names of the instruction sets that engines can use on this processor."""

@@ -1,10 +1,11 @@
-"""AdamW over all parameters at once, with the norm of the gradient and its clipping.
+"""AdamW for all parameters at once, including the gradient norm and its clipping.
 
-The twin of `torch.nn.utils.clip_grad_norm_` and `torch.optim.AdamW` (Loshchilov & Hutter 2019,
-arXiv:1711.05101). Three launches for any number of tensors, wherever they lie: the sums of squares
-of all gradients; one program that turns them into the norm and each tensor's factors; the update.
-Nothing is waited for, and what changes from step to step (rates, step counts) lies on the device,
-so that a step can be recorded into a CUDA graph.
+The reference implementations are `torch.nn.utils.clip_grad_norm_` and `torch.optim.AdamW`
+(Loshchilov & Hutter 2019, arXiv:1711.05101). A step takes three launches for any number of tensors
+at any addresses: sums of squares of all gradients; a single program that computes the norm and the
+factors of each tensor; the update. There is no synchronization with the host, and the values that
+change between steps (learning rates, step counts) are on the device, so that a step can be captured
+in a CUDA graph.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from fastgpt.kernels.common import Variant, check_devices, on_device
 
-BLOCK = 2048  # elements of a program
-# 8 elements a thread in two 128-bit loads; one at a time they need twice the registers.
+BLOCK = 2048  # elements per program
+# By alignment. Aligned: 8 elements per thread in two 128-bit loads. Elements loaded one at a time
+# need twice the registers, so these launches use twice the warps.
 OPTIONS = {
     True: {"num_warps": 8, "enable_fp_fusion": True},
     False: {"num_warps": 16, "enable_fp_fusion": True},
@@ -27,7 +29,8 @@ OPTIONS = {
 PREPARE_BLOCK = 1024
 HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay")  # the columns of `hyper`
 
-# The rows of the table of addresses, and the columns of the factors that an update uses.
+# The rows of the table of addresses, and the columns of the table of factors: `_prepare` computes
+# the factors, `_update` reads them (see `_store_factors`).
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, STEP = (tl.constexpr(row) for row in range(5))
 CLIP, DECAY, TAKE1, KEEP2, TAKE2, RATE, ROOT, EPS = (tl.constexpr(column) for column in range(8))
 N_FACTORS = tl.constexpr(8)
@@ -35,21 +38,22 @@ N_FACTORS = tl.constexpr(8)
 
 @dataclass(frozen=True)
 class Tensors:
-    """Where the tensors of a step lie, told to the device once for all steps with the same ones.
+    """Device tables of the addresses and sizes of the tensors of a step.
 
-    It holds addresses, not tensors: whoever steps with it keeps them alive and in their place.
+    They are copied to the device once and serve for all steps with the same tensors. They hold
+    addresses, not references: the caller must keep the tensors alive and must not move them.
     """
 
     addresses: Tensor
-    """int64 `[5, n]`: of each parameter, gradient, first and second moment, step count."""
+    """int64 `[5, n]`: addresses of the parameters, gradients, first and second moments, steps."""
     sizes: Tensor
-    """int64 `[n]`: elements of each."""
+    """int64 `[n]`: number of elements of each parameter."""
     block_tensor: Tensor
-    """int64 `[n_blocks]`: whose elements each program works on."""
+    """int64 `[n_blocks]`: index of the tensor that each program processes."""
     block_start: Tensor
-    """int64 `[n_blocks]`: and from which one."""
+    """int64 `[n_blocks]`: index of the first element that each program processes."""
     aligned: bool
-    """Whether all addresses and sizes are multiples of 16: 128 bits are then moved at once."""
+    """Whether all addresses and sizes are multiples of 16, which allows 128-bit accesses."""
 
 
 def tensors_of_a_step(
@@ -60,11 +64,18 @@ def tensors_of_a_step(
     steps: Sequence[Tensor],
     before: Tensors | None = None,
 ) -> Tensors:
-    """Return what `adamw` needs to find the tensors.
+    """Return the device tables through which `adamw` finds the tensors.
 
-    All in fp32 on one device; those of a parameter dense in memory and with its shape and strides,
-    the steps scalars. ValueError if not. before: what this returned for parameters of these sizes,
-    some of whose tensors have moved: the tables of sizes, a megabyte for GPT-2, are taken from it.
+    Args:
+        params, grads, exp_avgs, exp_avg_sqs, steps: the tensors of a step, fp32, on one device.
+            Parameters must be dense in memory; their gradients and moments must have the same
+            shapes and strides; steps must be scalars.
+        before: the result of an earlier call for parameters of the same sizes, some of whose
+            tensors have moved since. Its tables of sizes and blocks, a megabyte for GPT-2, are
+            reused.
+
+    Raises:
+        ValueError: if a tensor does not meet these conditions.
     """
     rows = (params, grads, exp_avgs, exp_avg_sqs, steps)
     _check(*rows)
@@ -79,11 +90,19 @@ def tensors_of_a_step(
 
 
 def adamw(tensors: Tensors, hyper: Tensor, max_norm: float = float("inf")) -> Tensor:
-    """Do one step of AdamW in place and return the norm of all gradients before it, a scalar.
+    """Perform one step of AdamW in place; return the norm of all gradients before clipping.
 
-    hyper: fp64 `[n, 5]` on the device, the `HYPER` of each parameter. Gradients are used, not
-    stored, times ``min(1, max_norm / (norm + 1e-6))``. If the norm is not finite, nothing is
-    written: no parameter, no moment, no step count.
+    Gradients are multiplied by ``min(1, max_norm / (norm + 1e-6))`` when they are used, but are not
+    modified in memory. If the norm is non-finite, the step is skipped: parameters, moments and step
+    counts remain unchanged.
+
+    Args:
+        tensors: the result of `tensors_of_a_step`.
+        hyper: fp64 `[n, 5]` on the device, the values of `HYPER` for each parameter.
+        max_norm: maximum norm of the gradients.
+
+    Returns:
+        The norm, an fp32 scalar on the device.
     """
     n_tensors = tensors.sizes.numel()
     check_devices("adamw", hyper=hyper, tensors=tensors.sizes)
@@ -103,7 +122,7 @@ def adamw(tensors: Tensors, hyper: Tensor, max_norm: float = float("inf")) -> Te
         **OPTIONS[tensors.aligned],
     }
     with on_device(hyper):
-        if n_blocks:  # CUDA has no empty grid
+        if n_blocks:  # CUDA rejects empty grids
             _square_sums[(n_blocks,)](*where, sums, n_tensors, **blocks)
         _prepare[(1,)](
             tensors.addresses,
@@ -123,7 +142,7 @@ def adamw(tensors: Tensors, hyper: Tensor, max_norm: float = float("inf")) -> Te
 
 
 def variants(capability: int) -> Iterator[Variant]:
-    """Yield all that the launcher can launch on a GPU of a compute capability."""
+    """Yield the configurations that the launcher can launch on a GPU of a compute capability."""
     where = dict.fromkeys(("addresses_ptr", "sizes_ptr", "tensor_ptr", "start_ptr"), "*i64")
     count, counts = {"n_tensors": "i32"}, ("n_tensors", "n_blocks")
     for aligned in (True, False):
@@ -158,7 +177,7 @@ def _square_sums(
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Write the sum of the squares of a block of a gradient."""
+    """Store the sum of the squares of a block of a gradient."""
     tensor, offsets, inside = _block(sizes_ptr, tensor_ptr, start_ptr, BLOCK, ALIGNED)
     grad_ptr = _pointer(addresses_ptr, GRAD, tensor, n_tensors, ALIGNED)
     grad = tl.load(grad_ptr + offsets, mask=inside, other=0.0)
@@ -177,9 +196,10 @@ def _prepare(
     max_norm,
     BLOCK: tl.constexpr,
 ):
-    """Write the norm and what each tensor's update needs, and count the step.
+    """Store the norm and the factors of each tensor, and increment the step counts.
 
-    One program, in fp64: 1 - beta2 and the corrections of the bias lose digits in fp32.
+    A single program computes all of it, in fp64: in fp32, 1 - beta2 and the bias corrections would
+    lose digits. Its lanes iterate first over the partial sums and then over the tensors.
     """
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
@@ -188,11 +208,12 @@ def _prepare(
         total += tl.load(sums_ptr + start + lanes, mask=inside, other=0.0).to(tl.float64)
     norm = tl.sqrt(tl.sum(total)).to(tl.float32)
     tl.store(norm_ptr, norm)
-    if norm < float("inf"):  # which NaN is not either
+    if norm < float("inf"):  # False for NaN, too: a non-finite norm skips the step
         clip = tl.minimum(1.0, max_norm / (norm + 1e-6))
         for start in range(0, n_tensors, BLOCK):
             tensor = start + lanes
             inside = tensor < n_tensors
+            # One pointer per lane, to the step count of its tensor.
             address = tl.load(addresses_ptr + STEP * n_tensors + tensor, mask=inside, other=0)
             step_ptr = address.to(tl.pointer_type(tl.float32))
             step = tl.load(step_ptr, mask=inside, other=0.0) + 1.0
@@ -202,6 +223,18 @@ def _prepare(
 
 @triton.jit
 def _store_factors(hyper_ptr, factors_ptr, tensor, inside, step, clip):
+    """Compute the factors of the update of each tensor in fp64 and store them in fp32.
+
+    With g the clipped gradient, the update in `_update` is
+
+        m += (g - m) * TAKE1                   TAKE1 = 1 - beta1
+        v = v * KEEP2 + g^2 * TAKE2            KEEP2 = beta2, TAKE2 = 1 - beta2
+        p = p * DECAY                          DECAY = 1 - lr * weight_decay
+        p -= RATE * m / (sqrt(v) * ROOT + EPS)
+
+    where RATE = lr / (1 - beta1^step) and ROOT = 1 / sqrt(1 - beta2^step) correct the bias of the
+    moments.
+    """
     hyper_ptr += tensor * 5
     lr = tl.load(hyper_ptr, mask=inside, other=0.0)
     beta1 = tl.load(hyper_ptr + 1, mask=inside, other=0.5)
@@ -223,7 +256,8 @@ def _store_factors(hyper_ptr, factors_ptr, tensor, inside, step, clip):
 
 @triton.jit
 def _power(base, exponent):
-    # A base of 0 has no logarithm, and any power of 1e-300 is as good as 0 here.
+    """Return base^exponent in fp64, for a base from 0 to 1."""
+    # log2(0) is -inf. Replacing 0 by 1e-300 changes nothing: 1 minus any power of it is 1.
     return tl.exp2(exponent.to(tl.float64) * tl.log2(tl.maximum(base, 1e-300)))
 
 
@@ -239,7 +273,7 @@ def _update(
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Update a block of a parameter and of its moments."""
+    """Update a block of a parameter and of its moments (see `_store_factors` for the formulas)."""
     if tl.load(norm_ptr) < float("inf"):
         tensor, offsets, inside = _block(sizes_ptr, tensor_ptr, start_ptr, BLOCK, ALIGNED)
         factors_ptr += tensor * N_FACTORS
@@ -264,44 +298,48 @@ def _update(
 
 @triton.jit
 def _block(sizes_ptr, tensor_ptr, start_ptr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return whose block this program's is, its offsets there and which of them exist."""
+    """Return the index of this program's tensor, its offsets in it, and their mask."""
     tensor = tl.load(tensor_ptr + tl.program_id(0))
     start = tl.multiple_of(tl.load(start_ptr + tl.program_id(0)), BLOCK)
     size = tl.load(sizes_ptr + tensor)
     if ALIGNED:
-        size = tl.multiple_of(size, 16)  # so that a mask covers 128 bits or none of them
+        size = tl.multiple_of(size, 16)  # the mask is then uniform within each 128-bit access
     offsets = start + tl.arange(0, BLOCK)
     return tensor, offsets, offsets < size
 
 
 @triton.jit
 def _pointer(addresses_ptr, row: tl.constexpr, tensor, n_tensors, ALIGNED: tl.constexpr):
+    """Return the address of a tensor from a row of the table, as an fp32 pointer."""
     address = tl.load(addresses_ptr + row * n_tensors + tensor)
     pointer = address.to(tl.pointer_type(tl.float32))
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
 def _blocks(sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return for each block of the launch whose elements it has, and from which one."""
+    """Return, for each block of the launch, the index of its tensor and of its first element."""
     counts = torch.tensor([triton.cdiv(size, BLOCK) for size in sizes])
-    first = counts.cumsum(0) - counts  # block of each tensor
+    first = counts.cumsum(0) - counts  # the first block of each tensor
     tensor = torch.arange(len(sizes)).repeat_interleave(counts)
     return tensor, (torch.arange(tensor.numel()) - first[tensor]) * BLOCK
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to a device without waiting for it."""
+    """Copy a CPU tensor to a device asynchronously."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def _check(params: Sequence[Tensor], *others: Sequence[Tensor]) -> None:
-    """Raise ValueError unless the kernels can work on all of the tensors by their addresses."""
+    """Raise ValueError unless the kernels can access all of the tensors by their addresses."""
     names = ("a gradient", "an exp_avg", "an exp_avg_sq", "a step")
     if not params or any(len(row) != len(params) for row in others):
         counts = [len(params), *map(len, others)]
-        raise ValueError(f"adamw: there must be one of each for each parameter, not {counts}")
+        raise ValueError(
+            "adamw: params, grads, exp_avgs, exp_avg_sqs and steps must have the same length, at "
+            f"least 1, not {counts}"
+        )
     named = {"a parameter": params} | dict(zip(names, others, strict=True))
     for name, row in named.items():
         for i, (tensor, param) in enumerate(zip(row, params, strict=True)):
@@ -313,9 +351,9 @@ def _check(params: Sequence[Tensor], *others: Sequence[Tensor]) -> None:
             expected = torch.Size() if name == "a step" else param.shape
             if tensor.shape != expected or (expected and tensor.stride() != param.stride()):
                 raise ValueError(
-                    f"adamw: {name} must be laid out as {list(expected)} strided "
-                    f"{list(param.stride())}, as its parameter asks, not {list(tensor.shape)} "
-                    f"strided {list(tensor.stride())} (no. {i})"
+                    f"adamw: {name} must have shape {list(expected)} (and, except a step, the "
+                    f"strides of its parameter, {list(param.stride())}), not shape "
+                    f"{list(tensor.shape)} and strides {list(tensor.stride())} (no. {i})"
                 )
     for i, param in enumerate(params):
         if not _dense(param):
@@ -326,7 +364,7 @@ def _check(params: Sequence[Tensor], *others: Sequence[Tensor]) -> None:
 
 
 def _dense(tensor: Tensor) -> bool:
-    """Whether a tensor's elements fill a piece of memory, in any order of the dimensions."""
+    """Return whether a tensor occupies memory without gaps, in any order of its dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1 and stride != expected:

@@ -1,12 +1,16 @@
-"""Causal self-attention on packed qkv (the twin of `fastgpt.ops.reference.causal_attention`).
+"""Causal self-attention on packed qkv.
 
-The scores never exist as a whole: each program keeps a block of them, with a running maximum and
-sum for the softmax (FlashAttention-2, Dao 2023, arXiv:2307.08691), and the backward recomputes the
-probabilities from the logarithm of that sum. Queries, keys and values are read where they lie in
-`[B, T, 3C]`, and their gradients are written where they belong in one packed gradient.
+The reference implementation is `fastgpt.ops.reference.causal_attention`.
 
-Exponentials are powers of two, with log2(e) as a part of the scale of the scores. Dropout computes
-its mask anew from (seed, batch and head, query, key) wherever it is needed, whatever the blocks.
+The matrix of scores is never materialized: each program computes it block by block, with a running
+maximum and sum for the softmax (FlashAttention-2, Dao 2023, arXiv:2307.08691). The backward
+recomputes the probabilities from the logarithm of that sum. Queries, keys and values are read
+directly from the packed `[B, T, 3C]`, and their gradients are written to one packed gradient of the
+same shape.
+
+Exponentials are computed as powers of two; log2(e) is folded into the scale of the scores. The
+dropout mask is a function of (seed, batch and head, query, key) alone and is recomputed wherever it
+is needed, so it does not depend on the block sizes.
 """
 
 from collections.abc import Iterator
@@ -34,33 +38,40 @@ from fastgpt.kernels.common import (
 
 LARGEST_HEAD = 128
 
-# Offsets inside a block of at most 128 rows are int32; a row of a wider tensor is copied.
+# Offsets inside a block of at most 128 rows are int32: tensors with row strides of this or more
+# are copied.
 LARGEST_STRIDE = 2**23
 
-# Triton loads 128 bits at a time where it knows a stride to be a multiple of this.
+# Triton specializes integer arguments that are multiples of 16. With such strides it can prove that
+# rows are aligned and uses 128-bit loads.
 ALIGNED = 16
 
-# Programs that run at the same time share keys and values in the L2 cache: half of an H100's.
+# Target size of the keys and values that concurrent programs share in the L2 cache: half of the
+# L2 cache of an H100.
 SHARED_BYTES = 25 * 10**6
 
 
 def _with_registers(
     table: dict[str, tuple[int, ...]], registers: int
 ) -> dict[str, tuple[int, ...]]:
-    """Return the table with a limit of registers in each row."""
+    """Return the table with a register limit set in each row."""
     return {kind: (*row[:4], registers) for kind, row in table.items()}
 
 
-# Queries and keys in a block, warps, and stages in the pipeline of loads, for each kernel ("sums"
-# is the backward in one pass), by whether the head dim is above 64 and whether there is dropout,
-# whose random numbers take many registers. None of them spills. Those of sm_90 at head dim 64 and
-# without dropout were the fastest of a dozen each on an H200: small blocks of four warps, several
-# of which a multiprocessor holds at once, so that some compute exponentials while others multiply.
-# That counts for more than the products' own overlap: with three stages Triton leaves a product
-# unfinished from one round to the next, and then ptxas lets no two instructions of it overlap.
+# Launch configurations: (BLOCK_M, BLOCK_N, num_warps, num_stages) and optionally maxnreg. BLOCK_M
+# is the number of queries and BLOCK_N the number of keys in a block. A table is indexed by (head
+# dim > 64, dropout) and then by the kernel: "forward"; "q" and "kv", the two kernels of the
+# deterministic backward; "sums", the backward in a single pass. Dropout has its own rows because
+# its random numbers need many registers. No configuration spills.
 #
-# A fifth number is the registers that a thread may have. Without it ptxas may spill a register or
-# two, which ones depends on its version, for one more block on a multiprocessor.
+# The configurations of sm_90 for head dims up to 64 without dropout were the fastest of about a
+# dozen each on an H200. They are small blocks of few warps, so that a multiprocessor holds several
+# of them and some compute exponentials while others multiply. This matters more than the overlap of
+# the matrix instructions of one product: with three stages Triton leaves a product unfinished at
+# the end of an iteration, and ptxas then serializes its instructions.
+#
+# maxnreg limits the registers of a thread. Without it, ptxas may spill one or two registers
+# (depending on its version) in order to fit one more block on a multiprocessor.
 Table = dict[tuple[bool, bool], dict[str, tuple[int, ...]]]
 SMALL_90 = {
     "forward": (64, 64, 4, 3),
@@ -68,7 +79,8 @@ SMALL_90 = {
     "kv": (32, 64, 4, 2),
     "sums": (64, 128, 8, 3),
 }
-# The others are chosen by the compiler's figures alone.
+# The remaining configurations were chosen from the compiler's statistics (registers, shared memory,
+# spills), not from measurements.
 HALVES: Table = {
     (False, False): {
         "forward": (64, 64, 4, 2),
@@ -96,8 +108,9 @@ HALVES: Table = {
     },
 }
 HALVES_90: Table = HALVES | {(False, False): SMALL_90}
-# Before sm_90, and on sm_120, operands take registers too, as do the masks of padded heads, and a
-# block may have but 99 KB of shared memory. sm_100 hands out fewer registers at head dim 128.
+# Before sm_90 and on sm_120, the operands of matrix products are held in registers, as are the
+# masks of padded heads, and a block is limited to 99 KB of shared memory. On sm_100 fewer registers
+# are available at head dim 128.
 HALVES_80: Table = {
     (False, False): HALVES[False, False],
     (False, True): HALVES[False, True] | {"sums": (16, 64, 8, 2)},
@@ -113,9 +126,9 @@ HALVES_100: Table = HALVES | {
     (True, False): HALVES[True, False] | {"q": (128, 32, 8, 2), "kv": (32, 128, 8, 2, 255)},
     (True, True): HALVES[True, True] | {"q": (64, 32, 8, 2), "kv": (16, 64, 8, 2)},
 }
-# fp32, multiplied without the matrix units, and (fp64 too) in the interpreter
-IEEE_SMALL = dict.fromkeys(("q", "kv"), (32, 32, 8, 1))
-IEEE_SMALL |= {"forward": (32, 32, 8, 1), "sums": (16, 16, 8, 1)}
+# fp32 without TF32, which is multiplied without the matrix units, and fp64 (interpreter only).
+IEEE_SMALL: dict[str, tuple[int, ...]] = dict.fromkeys(("q", "kv"), (32, 32, 8, 1))
+IEEE_SMALL |= {"forward": (32, 32, 8, 1, 128), "sums": (16, 16, 8, 1)}
 IEEE_LARGE: dict[str, tuple[int, ...]] = {
     "forward": (16, 32, 8, 1, 128),
     "q": (16, 16, 8, 1),
@@ -137,7 +150,7 @@ TF32: Table = {
     (True, False): TF32_LARGE,
     (True, True): TF32_LARGE,
 }
-# Of the forms that `variants` lists: dtype, precision, head dim, padded, dropout.
+# The configurations that `variants` marks as common: dtype, precision, head dim, padded, dropout.
 COMMON = {
     ("bf16", "ieee", 64, False, False),
     ("bf16", "ieee", 128, False, False),
@@ -147,20 +160,30 @@ COMMON = {
 }
 DELTA_FORM = {"BLOCK_M": 32, "num_warps": 4, "enable_fp_fusion": True}
 
-# Numbers that change from call to call: not worth a compilation for each kind of them.
+# Arguments whose values vary between calls. They are not specialized: specialization on 1 and on
+# multiples of 16 would compile each kernel several times and gain nothing.
 CHANGING = ["n_time", "n_head", "n_heads", "group", "scale_dim", "threshold"]
 
 
 def causal_attention_forward(
     qkv: Tensor, n_head: int, dropout_p: float = 0.0, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the attention `[B, T, C]`, contiguous, in the dtype of `qkv`, and its `lse`.
+    """Compute causal self-attention; return the output and the statistics for the backward.
 
-    qkv: `[B, T, 3C]`, any strides; fp32, fp16 or bf16, computed in fp32, or fp64 (in Triton's
-    interpreter only). lse: `[B, H, T]`, for the backward: the base-2 logarithm of the sum of each
-    query's exponentials, in fp32 (fp64 for fp64). seed: int64, one element, where qkv is, and read
-    on the device: it decides which probabilities are dropped, each with probability `dropout_p`.
-    ValueError for what is not supported, such as head dims outside 1 to 128.
+    Args:
+        qkv: `[B, T, 3C]`, any strides; fp32, fp16 or bf16 (computed in fp32), or fp64 (in Triton's
+            interpreter only).
+        n_head: number of heads; the head dim C / n_head must be from 1 to 128.
+        dropout_p: probability with which each attention probability is dropped.
+        seed: int64 tensor with one element on the device of `qkv`, which determines the dropped
+            probabilities. It is read on the device, without a synchronization.
+
+    Returns:
+        The output `[B, T, C]`, contiguous, in the dtype of `qkv`; and lse `[B, H, T]`, the base-2
+        logarithm of the sum of each query's exponentials, in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: for unsupported inputs.
     """
     head_dim = _check(qkv, n_head, dropout_p, seed)
     qkv = _readable(qkv, head_dim)
@@ -182,12 +205,19 @@ def causal_attention_backward(
     seed: Tensor | None = None,
     deterministic: bool = True,
 ) -> Tensor:
-    """Return the gradient of `qkv`, `[B, T, 3C]`, contiguous, given `grad_out`, that of `out`.
+    """Return the gradient of `qkv`, `[B, T, 3C]`, contiguous.
 
-    grad_out: shape and dtype of out, any strides (autograd's expanded ones too). out, lse: what the
-    forward returned for the same qkv, n_head, dropout_p and seed. deterministic: the same inputs
-    give the same bits; if False, all is done in one pass, which adds up the gradients of the
-    queries with atomic additions, in whatever order programs get there. ValueError as the forward.
+    Args:
+        grad_out: gradient of `out`, in its shape and dtype; any strides, including the expanded
+            gradients of autograd.
+        qkv, n_head, dropout_p, seed: the arguments of the forward.
+        out, lse: the results of the forward for these arguments.
+        deterministic: whether the same inputs must give bitwise identical results. If False, a
+            single pass computes all gradients and accumulates those of the queries with atomic
+            additions, whose order varies.
+
+    Raises:
+        ValueError: for unsupported or inconsistent inputs.
     """
     head_dim = _check(qkv, n_head, dropout_p, seed)
     _check_saved(grad_out, qkv, out, lse, n_head)
@@ -202,22 +232,24 @@ def causal_attention_backward(
     saved = {"out_ptr": _readable(out, head_dim).contiguous()}
     given = {"lse_ptr": lse.contiguous(), "grad_qkv_ptr": grad_qkv}
     arguments = qkv, n_head, head_dim, dropout_p, seed
-    if deterministic:  # the first kernel also leaves delta for the second
+    if deterministic:  # the first kernel also stores delta, which the second one reads
         _launch(_attention_backward_q, "q", *arguments, **shared, **saved, **given)
         _launch(_attention_backward_kv, "kv", *arguments, **shared, **given, grad_q_ptr=None)
     else:
         sums = qkv.new_zeros(grad_out.shape, dtype=lse.dtype)
         _run(_attention_delta, qkv, n_head, **shared, **saved, **DELTA_FORM)
         _launch(_attention_backward_kv, "sums", *arguments, **shared, **given, grad_q_ptr=sums)
+        # The kernel accumulates unscaled gradients in fp32; scale, round and store them.
         torch.mul(sums, head_dim**-0.5, out=grad_qkv[..., : sums.size(2)])
     return _unpad(grad_qkv, head_dim)
 
 
 def variants(capability: int) -> Iterator[Variant]:
-    """Yield what the launchers can launch on a GPU of a compute capability.
+    """Yield the configurations that the launchers can launch on a GPU of a compute capability.
 
-    All of bf16. What is left out of fp16, which takes as much as bf16, and of fp32, differs from
-    what is listed in being padded, or in having a dim between two that are listed.
+    All configurations of bf16 are listed. Those of fp16, which needs the same resources as bf16,
+    and of fp32 are a selection: the others differ from it only in padding, or have a head dim
+    between two of the listed ones.
     """
     for case in _cases():
         dtype, precision, dim, padded, dropout = case
@@ -230,13 +262,14 @@ def variants(capability: int) -> Iterator[Variant]:
         ):
             form = _form(kind, capability, *case)
             yield _variant(kernel, form | {"DIM": dim}, **types, sums=kind == "sums")
-        if precision == "ieee" and not dropout:  # both are nothing to it
+        if precision == "ieee" and not dropout:  # the kernel depends on neither
             yield _variant(_attention_delta, DELTA_FORM | {"DIM": dim}, **types, sums=False)
 
 
 def _cases() -> Iterator[tuple[str, str, int, bool, bool]]:
-    """Yield dtype, precision, padded head dim, whether it is padded, whether there is dropout."""
-    # `_readable` makes head dims multiples of 16: 16 and 32 themselves are never padded further
+    """Yield (dtype, precision, padded head dim, whether it is padded, whether there is dropout)."""
+    # `_readable` pads head dims to multiples of 16. Those that need further padding to a power of
+    # two are thus above 32: tiles 16 and 32 wide are never padded.
     every = [(16, False), (32, False), (64, False), (64, True), (128, False), (128, True)]
     forms = {"bf16": every, "fp16": every[2::2], "fp32": every[::2]}
     for dtype, dims in forms.items():
@@ -254,7 +287,7 @@ def _variant(
     common: bool,
     sums: bool,
 ) -> Variant:
-    """Describe one way to launch a kernel, as `_run` does it."""
+    """Return the description of one configuration in which `_run` launches a kernel."""
     wide = "*fp64" if dtype == "fp64" else "*fp32"
     types = dict.fromkeys(("qkv_ptr", "out_ptr", "grad_out_ptr", "grad_qkv_ptr"), f"*{dtype}")
     types |= dict.fromkeys(("lse_ptr", "delta_ptr", "grad_q_ptr"), wide)
@@ -285,7 +318,7 @@ def _launch(
     seed: Tensor | None,
     **arguments: Any,
 ) -> None:
-    """Run one of the kernels that compute scores."""
+    """Launch one of the kernels that compute scores, with the configuration from the tables."""
     dim = _tile_dim(head_dim)
     dropout = dropout_p > 0.0
     precision = "tf32" if multiplies_in_tf32() else "ieee"
@@ -306,10 +339,10 @@ def _launch(
 
 
 def _run(kernel: triton.JITFunction, qkv: Tensor, n_head: int, **arguments: Any) -> None:
-    """Run a kernel over all blocks of all heads."""
+    """Launch a kernel with one program for each block of each head."""
     n_batch, n_time, width = qkv.shape
     head_dim = width // 3 // n_head
-    if n_batch * n_time == 0:  # CUDA has no empty grid
+    if n_batch * n_time == 0:  # CUDA rejects empty grids
         return
     dim = _tile_dim(head_dim)
     rows = arguments["BLOCK_N" if kernel is _attention_backward_kv else "BLOCK_M"]
@@ -328,7 +361,7 @@ def _run(kernel: triton.JITFunction, qkv: Tensor, n_head: int, **arguments: Any)
 def _form(
     kind: str, capability: int, dtype: str, precision: str, dim: int, padded: bool, dropout: bool
 ) -> dict[str, Any]:
-    """Return the block sizes, the precision and the options to launch a kernel with."""
+    """Return the block sizes, the precision and the launch options of a kernel."""
     if dtype in ("fp16", "bf16"):
         table = HALVES_80_PADDED if padded else HALVES_80
         table = {9: HALVES_90, 10: HALVES_100, 11: HALVES_100}.get(capability // 10, table)
@@ -347,23 +380,26 @@ def _form(
 
 
 def _tile_dim(head_dim: int) -> int:
-    """Return the width that a head has in registers: the least that the matrix units take, or more.
+    """Return the width of a head in registers: a power of two, at least 16 for the matrix units.
 
-    What is added is zero, and is never stored.
+    The additional columns are zero and are never stored.
     """
     return max(16, triton.next_power_of_2(head_dim))
 
 
 def _threshold(dropout_p: float) -> int:
-    """Return the smallest int32 that is kept, if each is as likely as another."""
+    """Return the smallest int32 random number at which a probability is kept.
+
+    A uniformly distributed int32 is below it with probability `dropout_p`.
+    """
     return min(round(dropout_p * 2**32), 2**32 - 1) - 2**31
 
 
 def _readable(x: Tensor, head_dim: int) -> Tensor:
-    """Return [B, T, heads] so that the kernels load rows of a head 128 bits at a time.
+    """Return `x`, `[B, T, heads]`, in a layout whose rows the kernels can load 128 bits at a time.
 
-    Heads of a dim that is no multiple of 16 are padded with zeros. They and odd layouts (a slice at
-    an odd address, the gradient of a sum) come up rarely, and are copied.
+    Head dims that are not multiples of 16 are padded with zeros. Unaligned layouts (a slice at an
+    unaligned address, the expanded gradient of a sum) are copied. Both are rare.
     """
     if head_dim % ALIGNED:
         x = torch.nn.functional.pad(x.unflatten(2, (-1, head_dim)), (0, -head_dim % ALIGNED))
@@ -383,7 +419,7 @@ def _unpad(x: Tensor, head_dim: int) -> Tensor:
 
 
 def _check(qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None) -> int:
-    """Return the head dim; ValueError for what the kernels do not support."""
+    """Return the head dim; raise ValueError for unsupported inputs."""
     name = "causal_attention"
     check_tensors(name, qkv=qkv)
     if qkv.dtype == torch.float64 and not INTERPRETED:
@@ -416,7 +452,7 @@ def _check(qkv: Tensor, n_head: int, dropout_p: float, seed: Tensor | None) -> i
 
 
 def _check_saved(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int) -> None:
-    """Raise ValueError unless the backward's inputs belong together."""
+    """Raise ValueError unless the shapes and dtypes of the backward's inputs are consistent."""
     name = "causal_attention"
     check_tensors(name, grad_out=grad_out, qkv=qkv, out=out, lse=lse)
     n_batch, n_time, width = qkv.size(0), qkv.size(1), qkv.size(2) // 3
@@ -458,9 +494,9 @@ def _attention_forward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One block of queries of one head, over all keys up to its last."""
+    """Compute the attention of one block of queries of one head over all keys up to its last."""
     head, place, n_blocks = _place(n_heads, group, n_time, BLOCK_M)
-    first = (n_blocks - 1 - place) * BLOCK_M  # the longest rows come first
+    first = (n_blocks - 1 - place) * BLOCK_M  # the last queries, which see the most keys, first
     q_ptr, k_ptr, v_ptr = _inputs(qkv_ptr, stride_b, head, n_head, head_dim, DIM, PADDED)
     q_ptr += first.to(tl.int64) * stride_t
     q = _load(q_ptr, stride_t, n_time - first, head_dim, BLOCK_M, DIM, True, PADDED)
@@ -470,7 +506,11 @@ def _attention_forward(
     maximum = tl.full([BLOCK_M], float("-inf"), scale.dtype)
     total = tl.zeros([BLOCK_M], scale.dtype)
     acc = tl.zeros([BLOCK_M, DIM], scale.dtype)
-    shared = first // BLOCK_N * BLOCK_N  # all these queries see all keys before this one
+    # All queries of the block see all keys before `shared`: these blocks need no mask. The other
+    # blocks, on the diagonal, are masked, which also excludes keys past the end. `static_range`
+    # compiles both loops from one body. The first block of keys contains key 0, which every query
+    # sees, so the maximum is finite from the first iteration on and -inf - -inf does not occur.
+    shared = first // BLOCK_N * BLOCK_N
     for MASKED in tl.static_range(2):
         start = shared if MASKED else 0
         end = tl.minimum(first + BLOCK_M, n_time) if MASKED else shared
@@ -484,14 +524,14 @@ def _attention_forward(
                 past = _past(first, key, BLOCK_M, BLOCK_N, False)
                 scores = tl.where(past, scores, float("-inf"))
             p, decay, maximum = _exponentials(scores, maximum, scale, q.dtype)
-            total = total * decay + tl.sum(p, 1)  # of all, dropped or not
+            total = total * decay + tl.sum(p, 1)  # dropout does not change the normalization
             if DROPOUT:
                 kept = _kept(seed, head, first, key, threshold, BLOCK_M, BLOCK_N, False)
                 p = tl.where(kept, p, 0.0)
             acc *= decay[:, None]
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
-    if q.dtype != tl.bfloat16:
+    if q.dtype != tl.bfloat16:  # for bf16, `_exponentials` returns a scaled maximum
         maximum *= scale
     _store_numbers(lse_ptr, maximum + tl.log2(total), head, first, n_time, BLOCK_M)
     if DROPOUT:
@@ -504,7 +544,10 @@ def _attention_forward(
 # ---- backward ------------------------------------------------------------------------------------
 # With S the scaled scores, P = softmax(S), O = P V and delta = rowsum(dO * O), the gradients are
 # dV = Pᵀ dO, dS = P * (dO Vᵀ - delta), dQ = dS K / sqrt(D) and dK = dSᵀ Q / sqrt(D). Dropout
-# multiplies P in O and dO Vᵀ in dS by a mask and by 1 / (1 - dropout_p).
+# multiplies P in O (and thus in dV) and dO Vᵀ in dS by the mask and by 1 / (1 - dropout_p).
+#
+# P is recomputed as 2^(S log2(e) - lse). Queries past the end are loaded as zeros, with lse and
+# delta 0: their P is 1, but their dO, dO Vᵀ and delta are 0, so they contribute nothing.
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -534,9 +577,9 @@ def _attention_backward_q(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Delta and the gradient of one block of queries of one head."""
+    """Compute delta and the gradient of one block of queries of one head."""
     head, place, n_blocks = _place(n_heads, group, n_time, BLOCK_M)
-    first = (n_blocks - 1 - place) * BLOCK_M  # the longest rows come first
+    first = (n_blocks - 1 - place) * BLOCK_M  # the last queries, which see the most keys, first
     n_rows = n_time - first
     q_ptr, k_ptr, v_ptr = _inputs(qkv_ptr, stride_b, head, n_head, head_dim, DIM, PADDED)
     q_ptr += first.to(tl.int64) * stride_t
@@ -562,7 +605,7 @@ def _attention_backward_q(
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
     grad_q = tl.zeros([BLOCK_M, DIM], delta.dtype)
-    shared = first // BLOCK_N * BLOCK_N  # all these queries see all keys before this one
+    shared = first // BLOCK_N * BLOCK_N  # blocks of keys before it need no mask, as in the forward
     for MASKED in tl.static_range(2):
         start = shared if MASKED else 0
         end = tl.minimum(first + BLOCK_M, n_time) if MASKED else shared
@@ -603,7 +646,7 @@ def _attention_delta(
     PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Delta of one block of queries of one head."""
+    """Compute delta for one block of queries of one head."""
     head, place, _ = _place(n_heads, n_heads, n_time, BLOCK_M)
     first = place * BLOCK_M
     _gradient(
@@ -630,7 +673,7 @@ def _attention_backward_kv(
     lse_ptr,
     delta_ptr,
     grad_qkv_ptr,
-    grad_q_ptr,  # None, or fp32 [B, T, C] to add the gradient of the queries to
+    grad_q_ptr,  # None, or fp32 [B, T, C]: accumulates the unscaled gradient of the queries
     seed_ptr,
     stride_b: tl.int64,
     stride_t,
@@ -650,13 +693,14 @@ def _attention_backward_kv(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The gradients of one block of keys and values of one head, over all queries that see them.
+    """Compute the gradients of one block of keys and values of one head.
 
-    Scores and what comes of them are transposed here, [BLOCK_N, BLOCK_M]: so each product's first
-    factor is in registers already.
+    The loop runs over all queries that see them. Scores, probabilities and their gradients are
+    transposed, [BLOCK_N, BLOCK_M]: the first operands of the products for dV and dK are then
+    results that are already in registers.
     """
     head, place, _ = _place(n_heads, group, n_time, BLOCK_N)
-    first = place * BLOCK_N  # early keys have the most queries
+    first = place * BLOCK_N  # the first keys, which are seen by the most queries, first
     q_ptr, k_ptr, v_ptr = _inputs(qkv_ptr, stride_b, head, n_head, head_dim, DIM, PADDED)
     n_rows = n_time - first
     k_ptr += first.to(tl.int64) * stride_t
@@ -673,7 +717,8 @@ def _attention_backward_kv(
 
     grad_k = tl.zeros([BLOCK_N, DIM], scale.dtype)
     grad_v = tl.zeros([BLOCK_N, DIM], scale.dtype)
-    # Queries: first those among which the keys lie, then whole blocks, then what is left of one.
+    # The queries in three parts: those on the diagonal, which need the causal mask (BLOCK_M divides
+    # BLOCK_N); whole blocks without any mask; and a last, partial block with bounds checks only.
     later = tl.minimum(first + BLOCK_N, n_time)
     whole = later + tl.maximum(n_time - later, 0) // BLOCK_M * BLOCK_M
     for PART in tl.static_range(3):
@@ -702,6 +747,8 @@ def _attention_backward_kv(
             grad_v = tl.dot(dropped, grad, grad_v, input_precision=PRECISION, out_dtype=scale.dtype)
             grad_s = (p * (grad_p - delta[None, :])).to(q.dtype)
             grad_k = tl.dot(grad_s, q, grad_k, input_precision=PRECISION, out_dtype=scale.dtype)
+            # Single pass: each block of keys contributes to the gradients of these queries, so the
+            # programs of a head accumulate them atomically.
             if grad_q_ptr is not None:
                 grad_q = tl.dot(grad_s.T, k, input_precision=PRECISION, out_dtype=scale.dtype)
                 pointers = grad_q_ptr + _offsets(n_head * head_dim, BLOCK_M, DIM)
@@ -718,25 +765,27 @@ def _attention_backward_kv(
     _store(grad_qkv_ptr, grad_v, 3 * width, n_rows, head_dim, BLOCK_N, DIM, PADDED)
 
 
-# ---- the mathematics they share ------------------------------------------------------------------
+# ---- mathematics shared by forward and backward --------------------------------------------------
 
 
 @triton.jit
 def _scale(scale_dim, dtype: tl.constexpr):
-    """1 / sqrt(D)."""
+    """Return 1 / sqrt(D)."""
     return 1.0 / tl.sqrt(scale_dim.to(dtype))
 
 
 @triton.jit
 def _exponentials(scores, maximum, scale, dtype: tl.constexpr):
-    """One step of the softmax: exponentials of a block of scores, and what they are relative to.
+    """Perform one step of the online softmax on a block of scores.
 
-    Returns 2^(scaled scores - maximum), the factor for what was relative to the last maximum, and
-    the new maximum. With bf16 that is a maximum of scaled scores, and scaling and subtraction are
-    one instruction; its rounding may make an exponential larger than one where scores are in the
-    millions, which is no harm, for all are relative to the same number. In fp16 such a one would
-    overflow, so there (and where it costs nothing) it is a maximum of scores, and they subtract
-    exactly.
+    Returns the exponentials 2^(scaled scores - maximum); the factor that rescales sums relative to
+    the previous maximum; and the new running maximum.
+
+    For bf16 the maximum is that of the scaled scores, so that scaling and subtraction are one fused
+    multiply-add. Its rounding can make an exponential larger than 1 if scores are in the millions.
+    This is harmless, because all exponentials are relative to the same number. In fp16 such a value
+    would overflow. For fp16, and for the other dtypes, where it costs nothing, the maximum is that
+    of the unscaled scores, and the subtraction comes before the scaling: no exponent exceeds 0.
     """
     if dtype == tl.bfloat16:
         new = tl.maximum(maximum, tl.max(scores, 1) * scale)
@@ -749,9 +798,11 @@ def _exponentials(scores, maximum, scale, dtype: tl.constexpr):
 
 @triton.jit
 def _probabilities(scores, lse, scale, dtype: tl.constexpr):
-    """The softmax again, from its logarithm of the sum of exponentials."""
+    """Recompute the softmax probabilities from the logarithm of the sum of exponentials."""
     power = scores * scale - lse
-    if dtype != tl.bfloat16:  # lse of millions is too coarse to keep it from 0: fp16 would overflow
+    # The exact value is at most 0, but if lse is in the millions its rounding error can make the
+    # difference positive, and the exponential would overflow in fp16.
+    if dtype != tl.bfloat16:
         power = tl.minimum(power, 0.0)
     return tl.exp2(power)
 
@@ -772,7 +823,7 @@ def _gradient(
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Load the gradient of a block of outputs; store its delta, and return both."""
+    """Load the gradient of a block of outputs, store its delta, and return both."""
     grad_out_ptr += _row(head, row, stride_gb, stride_gt, n_head, head_dim, DIM, PADDED)
     grad = _load(grad_out_ptr, stride_gt, n_time - row, head_dim, ROWS, DIM, True, PADDED)
     out_ptr += _start(head, row, n_time, n_head, head_dim, 1, DIM, PADDED)
@@ -784,7 +835,7 @@ def _gradient(
 
 @triton.jit
 def _past(query, key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Which keys of a block each query of another may see: [BLOCK_M, BLOCK_N], or transposed."""
+    """Return the causal mask of a block of queries and keys: [BLOCK_M, BLOCK_N], or transposed."""
     queries = query + tl.arange(0, BLOCK_M)
     keys = key + tl.arange(0, BLOCK_N)
     transposed = keys[:, None] <= queries[None, :]
@@ -802,10 +853,12 @@ def _kept(
     BLOCK_N: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """Which probabilities of a block dropout keeps: [BLOCK_M, BLOCK_N], or transposed.
+    """Return the dropout mask of a block, True if kept: [BLOCK_M, BLOCK_N], or transposed.
 
-    Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the seed
-    as its key; its counter (key // 4, query, head) gives the numbers of four neighbouring keys.
+    The random numbers come from Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as
+    easy as 1, 2, 3") with the seed as its key. The counter (key // 4, query, head) yields four
+    numbers, one for each of four neighbouring keys, so the mask depends on positions only. `key`
+    must be a multiple of 4.
     """
     queries = query + tl.arange(0, BLOCK_M)
     fours = key // 4 + tl.arange(0, BLOCK_N // 4)
@@ -818,7 +871,10 @@ def _kept(
     b = b.to(tl.int32, bitcast=True) >= threshold
     c = c.to(tl.int32, bitcast=True) >= threshold
     d = d.to(tl.int32, bitcast=True) >= threshold
-    kept = tl.join(tl.join(a, c), tl.join(b, d))  # [..., 2, 2] with [[a, b], [c, d]] last
+    # Interleave the four masks so that keys 4 i, 4 i + 1, ... take a, b, c, d of counter i: each
+    # join adds a last dimension, which gives [..., 2, 2] with [[a, b], [c, d]]. Flattening the last
+    # two dimensions into that of the counters yields the order of the keys.
+    kept = tl.join(tl.join(a, c), tl.join(b, d))
     if TRANSPOSED:
         kept = tl.reshape(tl.permute(kept, (0, 2, 3, 1)), [BLOCK_N, BLOCK_M])
     else:
@@ -828,19 +884,20 @@ def _kept(
 
 @triton.jit
 def _growth(threshold, dtype: tl.constexpr):
-    """1 / (1 - dropout_p), by how many of the int32 are not below `threshold`."""
+    """Return 1 / (1 - dropout_p): 2^32 over the number of int32 values not below `threshold`."""
     return 4294967296.0 / (2147483648.0 - threshold.to(dtype))
 
 
-# ---- where things are ----------------------------------------------------------------------------
+# ---- indexing, loads and stores ------------------------------------------------------------------
 
 
 @triton.jit
 def _place(n_heads, group, n_time, BLOCK: tl.constexpr):
-    """Which head, and which of its blocks in order of length, a program works on.
+    """Return the head of a program, the rank of its block by length, and the number of blocks.
 
-    Heads are taken in groups whose keys and values fit in the L2 cache together; in a group the
-    longest blocks of all heads come first, so that short ones fill the gaps at the end.
+    Heads are processed in groups whose keys and values fit into the L2 cache together. Within a
+    group, the longest blocks of all heads come first, so that the short ones balance the load at
+    the end. The last group may be smaller.
     """
     n_blocks = tl.cdiv(n_time, BLOCK)
     in_group = group * n_blocks
@@ -853,7 +910,8 @@ def _place(n_heads, group, n_time, BLOCK: tl.constexpr):
 
 @triton.jit
 def _inputs(qkv_ptr, stride_b, head, n_head, head_dim, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Where queries, keys and values of a head begin."""
+    """Return pointers to the first row of the queries, keys and values of a head."""
+    # `head * 0` is a zero of a tensor type, which `_row` casts to int64.
     q_ptr = qkv_ptr + _row(head, head * 0, stride_b, 0, n_head, head_dim, DIM, PADDED)
     width = n_head * (head_dim if PADDED else DIM)
     return q_ptr, q_ptr + width, q_ptr + 2 * width
@@ -861,7 +919,8 @@ def _inputs(qkv_ptr, stride_b, head, n_head, head_dim, DIM: tl.constexpr, PADDED
 
 @triton.jit
 def _row(head, row, stride_b, stride_t, n_head, head_dim, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """The offset of a row of a head in [B, T, heads of one row side by side, ...]."""
+    """Return the offset of a row of a head in [B, T, C] or [B, T, 3C], whose heads are adjacent."""
+    # Without padding, the head dim is the constant DIM, so that the compiler knows the alignment.
     offset = (head // n_head).to(tl.int64) * stride_b + row.to(tl.int64) * stride_t
     return offset + head % n_head * (head_dim if PADDED else DIM)
 
@@ -877,7 +936,7 @@ def _start(
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """The same in a contiguous [B, T, PARTS * C]."""
+    """Return the offset of a row of a head in a contiguous [B, T, PARTS * C]."""
     width = PARTS * n_head * (head_dim if PADDED else DIM)
     stride_b = width.to(tl.int64) * n_time
     return _row(head, row, stride_b, width, n_head, head_dim, DIM, PADDED)
@@ -894,7 +953,7 @@ def _load(
     BOUNDED: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Load a block of rows of one head, zeros where there are none."""
+    """Load a block of rows of one head, with zeros outside of the tensor."""
     pointers = pointer + _offsets(stride, ROWS, DIM)
     if BOUNDED or PADDED:
         inside = _inside(n_rows, head_dim, ROWS, DIM, BOUNDED, PADDED)
@@ -935,7 +994,7 @@ def _inside(
     BOUNDED: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Which elements of a block exist: of `n_rows` rows if BOUNDED, of `head_dim` if PADDED."""
+    """Return a mask of a block: rows below `n_rows` if BOUNDED, columns < `head_dim` if PADDED."""
     rows = tl.arange(0, ROWS)[:, None] < n_rows
     columns = tl.arange(0, DIM)[None, :] < head_dim
     if BOUNDED and PADDED:
@@ -949,7 +1008,7 @@ def _inside(
 
 @triton.jit
 def _load_numbers(pointer, head, row, n_time, ROWS: tl.constexpr, BOUNDED: tl.constexpr):
-    """Load one number for each row of a block, of [B, H, T]."""
+    """Load one number for each row of a block from [B, H, T]."""
     rows = row + tl.arange(0, ROWS)
     pointer += head.to(tl.int64) * n_time
     if BOUNDED:
@@ -961,6 +1020,6 @@ def _load_numbers(pointer, head, row, n_time, ROWS: tl.constexpr, BOUNDED: tl.co
 
 @triton.jit
 def _store_numbers(pointer, numbers, head, row, n_time, ROWS: tl.constexpr):
-    """Store one number for each row of a block, in [B, H, T]."""
+    """Store one number for each row of a block in [B, H, T]."""
     rows = row + tl.arange(0, ROWS)
     tl.store(pointer + head.to(tl.int64) * n_time + rows, numbers, mask=rows < n_time)

@@ -1,15 +1,18 @@
-"""Attention of new queries against a key/value cache (twin: `reference.cached_attention`).
+"""Attention of new queries against a key/value cache.
 
-One new query a row, which is how text is written, is bound by how fast the cache is read. A product
-with one row would leave matrix units idle, so `_attend_one` multiplies and adds plainly: about five
-instructions for a key and its value, a fraction of what a GPU does in the time of their load.
-Several new queries (a prompt) go through the matrix units in `_attend_tile`.
+The reference implementation is `fastgpt.ops.reference.cached_attention`.
+
+With one new query per row, as in token-by-token generation, attention is limited by the memory
+bandwidth of reading the cache. The matrix units would be mostly idle in a product with one row, so
+`_attend_one` uses ordinary multiply-adds: about five instructions for a key and its value, a
+fraction of what a GPU executes in the time of their load. Several new queries (a prompt) use the
+matrix units in `_attend_tile`.
 
 Where rows, heads and blocks of queries are too few to fill the GPU, the keys are split between
-programs, whose results `_combine` puts together (flash-decoding: Dao et al. 2023,
-https://pytorch.org/blog/flash-decoding). Each program finds its part from the row's length, on the
-device, so the host never waits for the GPU. How many parts there are depends on the shapes alone,
-so the same inputs give the same bits.
+programs, whose results `_combine` merges (flash-decoding: Dao et al. 2023,
+https://pytorch.org/blog/flash-decoding). Each program computes its range of keys on the device from
+the row's length, without a synchronization with the host. The number of splits depends on the
+shapes only, so the same inputs give bitwise identical results.
 """
 
 from collections.abc import Iterator
@@ -35,43 +38,55 @@ from fastgpt.kernels.common import (
 )
 
 HEAD_BLOCKS = (64, 128)  # heads are padded to one of these widths, in registers only
-COMMON = (("bf16", 64), ("fp32", 64))  # of the forms that `variants` lists
-MAX_SPLITS = 64  # what _combine takes in one tile
+COMMON = (("bf16", 64), ("fp32", 64))  # the configurations that `variants` marks as common
+MAX_SPLITS = 64  # the number of parts that _combine merges in one tile
 
-# Programs wanted for each multiprocessor. Those of _attend_one have 16 to 24 KB of loads under way
-# each, and memory wants about 25 KB a multiprocessor (4.5 TB/s for 0.7 µs on 132 of them): four
-# also give its arithmetic enough warps.
+# Target number of programs per multiprocessor. A program of _attend_one has 16 to 24 KB of loads in
+# flight, and saturating the memory takes about 25 KB per multiprocessor (4.5 TB/s with a latency of
+# 0.7 µs, divided by 132 multiprocessors). Four programs also provide enough warps for the
+# arithmetic.
 ONE_PER_PROCESSOR = 4
 TILES_PER_PROCESSOR = 2
 
 
 def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
-    """Return the attention `[B, H, T, D]` of the newest T positions over a cache that holds them.
+    """Return the attention of the newest T positions over a cache that already contains them.
 
-    q: `[B, H, T, D]`, any strides, D from 1 to 128. k_cache, v_cache: `[B, H, S, D]`, any strides
-    but the last, which is 1: caches are never copied. lengths: int64 `[B]`, the filled positions of
-    each row, the T new ones included: from T to S. fp32, fp16, bf16 (computed in fp32) or fp64, the
-    same for all three. ValueError names what does not fit.
-
-    What a cache holds past a row's length counts for nothing. A query that would see no position,
-    in a row of fewer than T, gets NaN, as from the twin; lengths past S count as S for reading.
-    The result lies in memory as `[B, T, H, D]`, so that putting heads together is only a view.
     There is no backward.
+
+    Args:
+        q: `[B, H, T, D]`, any strides, D from 1 to 128; fp32, fp16 or bf16 (computed in fp32), or
+            fp64.
+        k_cache, v_cache: `[B, H, S, D]` in the dtype of `q`. The stride of the last dimension must
+            be 1, the others are arbitrary: caches are never copied.
+        lengths: int64 `[B]`, the number of filled positions of each row, including the T new ones:
+            from T to S.
+
+    Returns:
+        `[B, H, T, D]`. Its memory layout is `[B, T, H, D]`, so that merging the heads is a view.
+        Cache contents past a row's length have no effect. A query that sees no position, in a row
+        with a length below T, yields NaN, as in the reference. For reads, lengths above S are
+        clamped to S.
+
+    Raises:
+        ValueError: if a shape, dtype, stride or device is not supported.
     """
     _check(q, k_cache, v_cache, lengths)
     batch, n_head, n_new, head_dim = q.shape
     out = q.new_empty(batch, n_new, n_head, head_dim).transpose(1, 2)
-    if out.numel() == 0:  # CUDA has no empty grid
+    if out.numel() == 0:  # CUDA rejects empty grids
         return out
     if q.stride(-1) != 1:
-        q = q.contiguous()  # next to the caches a copy of q is nothing
+        q = q.contiguous()  # q is small compared with the caches
     plan = _plan(q.dtype, n_new, head_dim)
     n_rows = batch * n_head * n_new
     n_blocks = batch * n_head * triton.cdiv(n_new, plan.tile["BLOCK_M"])
     n_tiles = triton.cdiv(k_cache.size(2), plan.tile["BLOCK_N"])
     n_splits = _n_splits(q.device, n_new, n_blocks, n_tiles)
     partial = out
-    if n_splits > 1:  # every part's result, and behind all of them the logarithms of their sums
+    # Buffer of the splits: the results [n_rows, n_splits, head_dim], followed by the logarithms of
+    # their sums of exponentials [n_rows, n_splits].
+    if n_splits > 1:
         size = n_rows * n_splits * (head_dim + 1)
         partial = q.new_empty(size, dtype=wide_dtype(q.dtype))
     with on_device(q):
@@ -91,18 +106,18 @@ def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
 
 
 def variants(capability: int) -> Iterator[Variant]:
-    """Yield all that the launcher can launch on a GPU of a compute capability."""
+    """Yield the configurations that the launcher can launch on a GPU of a compute capability."""
     for dtype, block_d in product(DTYPES.values(), HEAD_BLOCKS):
         common = (dtype, block_d) in COMMON
         wide = "fp64" if dtype == "fp64" else "fp32"
         plans = _plans(dtype, block_d, tf32=False)
         if dtype == "fp32":
-            plans += _plans(dtype, block_d, tf32=True)[1:]  # the first is the same
+            plans += _plans(dtype, block_d, tf32=True)[1:]  # the first one does not use TF32
         for plan, split in product(plans, (True, False)):
             pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}")
             pointers |= {"lengths_ptr": "*i64", "out_ptr": f"*{wide if split else dtype}"}
-            # Sixteen rows are too few for sm_90's own instruction (HGMMA): Triton then takes the
-            # one of sm_80.
+            # Tiles of 16 rows are too small for the matrix instruction of sm_90 (HGMMA). Triton
+            # uses that of sm_80 (HMMA) instead.
             matrix = plan.tile["BLOCK_M"] > (16 if capability == 90 else 1)
             plan = plan._replace(tile=plan.tile | {"SPLIT": split})
             yield _variant(plan, pointers, common, matrix)
@@ -118,10 +133,11 @@ def _attend_one(
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One query of one row and head over one part of its keys; n_new and BLOCK_M are 1.
+    """Compute the attention of one query over one part of its keys; n_new and BLOCK_M are 1.
 
-    Each of the BLOCK_N places in a tile keeps a maximum, sum and result of its own, over the keys
-    n, n + BLOCK_N, ...: threads have nothing to tell each other until the loop is over.
+    Each of the BLOCK_N positions of a tile has its own running maximum, sum and result, over the
+    keys n, n + BLOCK_N, ... of the part. There are no reductions over keys inside the loop; the
+    positions are merged after it.
     """
     split = tl.program_id(0) % n_splits
     row = tl.program_id(0) // n_splits
@@ -138,11 +154,13 @@ def _attend_one(
     v_ptrs = v_ptr + b * v_b + h * v_h + n.to(tl.int64)[:, None] * v_n + d[None, :]
     step_k, step_v = tl.cast(BLOCK_N, tl.int64) * k_n, tl.cast(BLOCK_N, tl.int64) * v_n
 
+    # Online softmax for each position: maximum, sum of exponentials and weighted sum of values.
     top = tl.full((BLOCK_N,), float("-inf"), q.dtype)
     total = tl.zeros((BLOCK_N,), q.dtype)
     y = tl.zeros((BLOCK_N, BLOCK_D), q.dtype)
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         filled = start + tl.arange(0, BLOCK_N) < last
+        # Values past the end are loaded as 0: the cache may hold NaN there, and 0 * NaN is NaN.
         here = filled[:, None] & inside[None, :]
         k = widen(tl.load(k_ptrs, mask=here, other=0.0))
         v = widen(tl.load(v_ptrs, mask=here, other=0.0))
@@ -154,13 +172,15 @@ def _attend_one(
         k_ptrs += step_k
         v_ptrs += step_v
 
+    # Merge the positions: rescale their sums from their own maxima to the overall one.
     highest = tl.max(top, 0)
     weight = tl.exp2(top - _finite(highest))
     total = tl.sum(total * weight, 0)
     y = tl.sum(y * weight[:, None], 0)
     if SPLIT:
         part = row.to(tl.int64) * n_splits + split
-        total = tl.where(total == 0.0, 1.0, total)  # an empty part: the logarithm becomes -inf
+        # An empty part stores a result of 0 and, as `highest` is -inf, the logarithm -inf.
+        total = tl.where(total == 0.0, 1.0, total)
         tl.store(out_ptr + part * head_dim + d, y / total, mask=inside)
         log_ptr = out_ptr + tl.cast(n_rows, tl.int64) * n_splits * head_dim
         tl.store(log_ptr + part, highest + tl.log2(total))
@@ -177,16 +197,21 @@ def _attend_tile(
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one row and head over one part of the keys that any of them sees."""
+    """Compute the attention of BLOCK_M queries of one row and head over one part of their keys.
+
+    The parts divide the keys that at least one of the queries sees.
+    """
     split = tl.program_id(0) % n_splits
     block = tl.program_id(0) // n_splits
     n_blocks = tl.cdiv(n_new, BLOCK_M)
     row = block // n_blocks
-    block = n_blocks - 1 - block % n_blocks  # the last queries see most: those first
+    block = n_blocks - 1 - block % n_blocks  # the last queries, which see the most keys, first
     b, h = (row // n_head).to(tl.int64), (row % n_head).to(tl.int64)
     length = tl.load(lengths_ptr + b * lengths_b).to(tl.int32)
     t = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    visible = tl.minimum(length - n_new + t + 1, n_cache)  # how many keys each query sees
+    # Query t is at position length - n_new + t and sees the keys up to its own position. `end` is
+    # the number of keys that the last query of the block sees.
+    visible = tl.minimum(length - n_new + t + 1, n_cache)
     end = tl.minimum(tl.minimum(length, n_cache), length - n_new + (block + 1) * BLOCK_M)
     first, last = _part(end, split, n_splits, BLOCK_N)
 
@@ -225,7 +250,8 @@ def _attend_tile(
     t = t.to(tl.int64)
     if SPLIT:
         part = (row.to(tl.int64) * n_new + t) * n_splits + split
-        total = tl.where(total == 0.0, 1.0, total)  # an empty part: the logarithm becomes -inf
+        # A query that sees no key of this part stores a result of 0 and the logarithm -inf.
+        total = tl.where(total == 0.0, 1.0, total)
         tl.store(out_ptr + part[:, None] * head_dim + d[None, :], y / total[:, None], mask=here)
         log_ptr = out_ptr + tl.cast(n_rows, tl.int64) * n_splits * head_dim
         tl.store(log_ptr + part, top + tl.log2(total), mask=t < n_new)
@@ -239,7 +265,7 @@ def _combine(
     partial_ptr, out_ptr, n_head, n_new, head_dim, n_rows, n_splits,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add up the parts of one query, each with the weight that its sum has in the whole."""
+    """Merge the parts of one query, weighted by their shares of the total sum of exponentials."""
     row = tl.program_id(0).to(tl.int64)  # (b * n_head + h) * n_new + t
     split, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     part = row * n_splits + split
@@ -260,7 +286,11 @@ def _combine(
 
 @triton.jit
 def _part(end, split, n_splits, BLOCK_N: tl.constexpr):
-    """Return the first key of a part, at the edge of a tile, and the one behind its last."""
+    """Return the range of keys [first, last) of a part.
+
+    Each part is a range of consecutive tiles; their numbers of tiles differ by at most one. If
+    there are fewer tiles than parts, some parts are empty.
+    """
     n_tiles = tl.cdiv(tl.maximum(end, 0), BLOCK_N)
     first = split * n_tiles // n_splits * BLOCK_N
     last = (split + 1) * n_tiles // n_splits * BLOCK_N
@@ -269,7 +299,7 @@ def _part(end, split, n_splits, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _raise(top, score):
-    """Return the new maximum, the same made finite, and the factor of what was summed before."""
+    """Return the new maximum, the same made finite, and the factor that rescales earlier sums."""
     new = tl.maximum(top, score)
     finite = _finite(new)
     return new, finite, tl.exp2(top - finite)
@@ -277,18 +307,18 @@ def _raise(top, score):
 
 @triton.jit
 def _finite(top):
-    """Return the maximum of scores, or 0 where there is none yet (-inf): nothing becomes NaN."""
+    """Replace -inf, the maximum of no scores, by 0, because -inf - -inf would be NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
 def _to_powers_of_two(head_dim, dtype: tl.constexpr):
-    """Return what makes a score an exponent of two: log2(e) / sqrt(head_dim)."""
+    """Return the factor from dot products to exponents of two: log2(e) / sqrt(head_dim)."""
     return LOG2_E / tl.sqrt(tl.cast(head_dim, dtype))
 
 
 class _Plan(NamedTuple):
-    """How to launch a kernel: its compile-time arguments and options."""
+    """Configuration of a launch: the kernel, its compile-time arguments and its options."""
 
     kernel: triton.JITFunction
     tile: dict[str, Any]
@@ -296,22 +326,22 @@ class _Plan(NamedTuple):
 
 
 def _plan(dtype: torch.dtype, n_new: int, head_dim: int) -> _Plan:
-    """Return how `n_new` queries a row attend: with the smallest tile that takes them all."""
+    """Return the launch configuration for `n_new` queries per row: the smallest fitting tile."""
     plans = _plans(DTYPES[dtype], _head_block(head_dim), multiplies_in_tf32())
     return next((plan for plan in plans if n_new <= plan.tile["BLOCK_M"]), plans[-1])
 
 
 def _plans(dtype: str, block_d: int, tf32: bool) -> list[_Plan]:
-    """Return how to attend with more and more queries a row."""
-    if dtype == "fp64":  # for checks only: one plan for all
+    """Return the launch configurations, ordered by the number of queries in a tile."""
+    if dtype == "fp64":  # used for tests only
         return [_tile_plan(16, 2048 // block_d, block_d, "ieee", num_warps=4)]
-    # 16 numbers of keys and 16 of values a thread, loaded 128 bits at a time
+    # Each of the 128 threads holds 16 elements of keys and 16 of values, in 128-bit loads.
     tile = {"BLOCK_M": 1, "BLOCK_N": 2048 // block_d, "BLOCK_D": block_d, "STAGES": 3}
     one = _Plan(_attend_one, tile, {"num_warps": 4, "enable_fp_fusion": True})
-    num_warps = 4 if block_d == 64 else 8  # 64 queries' results in registers, 32 or so a thread
+    num_warps = 4 if block_d == 64 else 8  # the results of 64 queries take 32 registers a thread
     if dtype == "fp32" and tf32:
         return [one, _tile_plan(64, 32, block_d, "tf32", num_warps)]
-    if dtype == "fp32":  # without matrix units the registers bound the tile
+    if dtype == "fp32":  # without matrix units, registers limit the size of the tile
         return [one, _tile_plan(64 if block_d == 64 else 16, 32, block_d, "ieee", num_warps=8)]
     few = _tile_plan(16, 64, block_d, "ieee", num_warps=4)
     return [one, few, _tile_plan(64, 64, block_d, "ieee", num_warps)]
@@ -329,7 +359,7 @@ def _combine_plan(block_d: int) -> _Plan:
 
 
 def _variant(plan: _Plan, pointers: dict[str, str], common: bool, matrix: bool = False) -> Variant:
-    """Describe a plan for the compiler, given the types of its pointers."""
+    """Return the variant for a launch configuration, given the types of its pointers."""
     given = pointers.keys() | plan.tile.keys()
     integers = [name for name in plan.kernel.arg_names if name not in given]
     return Variant(
@@ -344,9 +374,9 @@ def _variant(plan: _Plan, pointers: dict[str, str], common: bool, matrix: bool =
 
 
 def _n_splits(device: torch.device, n_new: int, n_blocks: int, n_tiles: int) -> int:
-    """Return into how many parts to split the keys, so that the GPU has enough to do.
+    """Return the number of parts into which to split the keys in order to fill the GPU.
 
-    n_blocks: programs that there are without a split. n_tiles: tiles of keys in a full cache.
+    n_blocks: number of programs without a split. n_tiles: number of tiles of keys in a full cache.
     """
     wanted = ONE_PER_PROCESSOR if n_new == 1 else TILES_PER_PROCESSOR
     enough = triton.cdiv(wanted * n_processors(device), n_blocks)
@@ -358,7 +388,7 @@ def _head_block(head_dim: int) -> int:
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> None:
-    """Raise ValueError unless the shapes, dtypes and strides are those that the launcher takes."""
+    """Raise ValueError unless the launcher supports the shapes, dtypes and strides."""
     name = "cached_attention"
     check_tensors(name, q=q, k_cache=k_cache, v_cache=v_cache)
     check_devices(name, q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
@@ -380,17 +410,18 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> None
         )
     if n_new > k_cache.size(2):
         raise ValueError(
-            f"{name}: the caches hold {k_cache.size(2)} positions, and the {n_new} new ones of q "
+            f"{name}: the caches hold {k_cache.size(2)} positions, but the {n_new} new ones of q "
             "must be among them"
         )
     if not 1 <= head_dim <= HEAD_BLOCKS[-1]:
         raise ValueError(
-            f'{name}: a head must be 1 to {HEAD_BLOCKS[-1]} wide, not {head_dim}; use ops="native"'
+            f"{name}: head dims from 1 to {HEAD_BLOCKS[-1]} are supported, not {head_dim}; use "
+            'ops="native"'
         )
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
         raise ValueError(
             f"{name}: the last dimension of the caches must have stride 1 (they are not copied), "
-            f"not {k_cache.stride(3)} and {v_cache.stride(3)}; make them contiguous once"
+            f"not {k_cache.stride(3)} and {v_cache.stride(3)}; allocate contiguous caches"
         )
     if lengths.shape != (batch,) or lengths.dtype != torch.int64:
         raise ValueError(

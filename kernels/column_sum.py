@@ -1,8 +1,8 @@
 """Sums over rows for the gradients of weights and biases, in two stages and without atomics.
 
-The kernels that walk over the rows anyway keep sums for their columns in registers, and each of
-their programs writes its own once, as a row of partial sums; the kernel here adds those up. Every
-number is added in a fixed order, so the same inputs give the same bits.
+In the first stage, each program of another kernel that iterates over the rows accumulates column
+sums in registers and stores them as one row of partial sums. The kernel in this module adds up
+these rows. The order of additions is fixed, so the same inputs give bitwise identical results.
 """
 
 from collections.abc import Iterator
@@ -14,21 +14,22 @@ from torch import Tensor
 
 from fastgpt.kernels.common import DTYPES, Variant, check_tensors, n_processors, on_device
 
-# Rows × columns that a program reads at once: 16 numbers a thread, in four 128-bit loads. The fewer
-# columns the more programs, and 64 bytes of a row are still enough to read in one piece.
+# Rows × columns that a program reads in one iteration: 16 elements per thread in four 128-bit
+# loads. Narrow tiles give more programs; their 64 bytes of a row are still read efficiently.
 NARROW, WIDE = {"ROWS": 256, "COLUMNS": 16}, {"ROWS": 64, "COLUMNS": 64}
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 def add_up(partials: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Return `n_sums` (one or two) tensors `[C]` of `dtype`, the sums of ``partials[i]``.
+    """Return the sums of the rows of each ``partials[i]``, as tensors `[C]` of `dtype`.
 
-    partials: contiguous `[n_sums, n_programs, C]`; without programs the sums are 0.
+    partials: contiguous `[n_sums, n_programs, C]`, with n_sums one or two. If n_programs is 0, the
+    sums are 0.
     """
     check_tensors("column_sum", partials=partials)
     n_sums, n_programs, width = partials.shape
     sums = [torch.empty(width, dtype=dtype, device=partials.device) for _ in range(n_sums)]
-    if width == 0:  # CUDA has no empty grid
+    if width == 0:  # CUDA rejects empty grids
         return sums
     first, second = sums if n_sums == 2 else (*sums, None)
     enough = 4 * n_processors(partials.device) * NARROW["COLUMNS"]
@@ -41,7 +42,7 @@ def add_up(partials: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 
 def variants(capability: int) -> Iterator[Variant]:
-    """Yield all that `add_up` can launch on a GPU of a compute capability."""
+    """Yield the configurations that `add_up` can launch on a GPU of a compute capability."""
     for dtype in DTYPES.values():
         wide = "fp64" if dtype == "fp64" else "fp32"
         for second in (f"*{dtype}", None):
@@ -69,7 +70,7 @@ def _add_up(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    which = tl.program_id(1).to(tl.int64)
+    which = tl.program_id(1).to(tl.int64)  # the sum: first or second
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < width
     added = tl.zeros([ROWS, COLUMNS], partials_ptr.dtype.element_ty)

@@ -1,8 +1,8 @@
-"""What the kernels share: checks of their inputs, facts of a GPU, and how to list what can be run.
+"""Helpers shared by the kernels: input checks, device properties and the description of variants.
 
 Every kernel module has two kinds of public names: launchers, which take and return tensors, and
-`variants`, which lists all the ways in which its launchers can launch its kernels, from the same
-tables, so that each can be compiled ahead of time without a GPU.
+`variants`, which yields every configuration in which the launchers can launch the kernels. Both
+read the same tables, so that each configuration can be compiled ahead of time without a GPU.
 """
 
 import functools
@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Whether `@triton.jit` functions run in Triton's interpreter: decided when they are defined.
+# Whether `@triton.jit` functions run in Triton's interpreter. Triton decides this when a function
+# is defined, that is when the kernel modules are imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 if INTERPRETED and triton.__version__.startswith("3.6."):
-    # NumPy 2.4 no longer converts arrays of one element, such as the bounds of the interpreter's
-    # loops, by `int()`. Triton 3.7 has the same correction.
+    # The interpreter converts its loop bounds, arrays of one element, with `int()`, which NumPy 2.4
+    # no longer supports. Triton 3.7 contains the same fix.
     from triton.runtime import interpreter
 
     def _patch_lang_tensor(
@@ -32,7 +33,7 @@ if INTERPRETED and triton.__version__.startswith("3.6."):
 
     interpreter._patch_lang_tensor = _patch_lang_tensor
 
-# What Triton calls the dtypes that the kernels take.
+# The supported dtypes and their names in Triton.
 DTYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -41,20 +42,20 @@ DTYPES = {
 }
 
 
-# A GPU's exponentials are powers of two.
+# NVIDIA GPUs have an instruction for 2^x only: exp(x) is computed as exp2(x * log2(e)).
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way in which a launcher launches a kernel; Triton compiles each one separately.
+    """Describe one configuration of a kernel launch; Triton compiles each one separately.
 
     kernel: the name of the `@triton.jit` function in its module. signature: the type of each
-    run-time argument, as Triton writes it ("*bf16", "i32", "fp32"). constants: the compile-time
-    arguments (None for a pointer that is left out). options: `num_warps`, `num_stages` and so on.
-    matrix: whether its products must reach the matrix units. unaligned: the run-time integers that
-    are not multiples of 16 in ordinary use. common: whether training or writing with GPT-2 meets
-    it, or it stands for its kind in a check that has no time for all.
+    run-time argument in Triton's notation ("*bf16", "i32", "fp32"). constants: the compile-time
+    arguments (None for an omitted pointer). options: `num_warps`, `num_stages` and so on. matrix:
+    whether its matrix products must use the matrix units. unaligned: the run-time integers that are
+    usually not multiples of 16. common: whether the configuration occurs in training or generation
+    with GPT-2, or represents its kind in a check that does not cover all configurations.
     """
 
     kernel: str
@@ -67,7 +68,10 @@ class Variant:
 
 
 def check_tensors(operation: str, **tensors: Tensor | None) -> None:
-    """Raise ValueError unless the kernels can compute with each of the tensors (None: left out)."""
+    """Raise ValueError unless the kernels support the dtype and device of each tensor.
+
+    Tensors that are None are ignored. All tensors must be on the same device.
+    """
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     for name, tensor in given.items():
         if tensor.dtype not in DTYPES:
@@ -75,14 +79,14 @@ def check_tensors(operation: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{operation}: {name} must be one of {names}, not {tensor.dtype}")
         if INTERPRETED and tensor.dtype == torch.bfloat16:
             raise ValueError(
-                f"{operation}: {name} is torch.bfloat16, with which Triton's interpreter computes "
-                "wrong numbers; take float16 or float32 there, or run on a GPU"
+                f"{operation}: {name} is torch.bfloat16, for which Triton's interpreter computes "
+                "wrong numbers; use float16 or float32 in the interpreter, or run on a GPU"
             )
     check_devices(operation, **given)
 
 
 def check_devices(operation: str, **tensors: Tensor) -> None:
-    """Raise ValueError unless all tensors, of any dtype, are where the kernels can run."""
+    """Raise ValueError unless all tensors, of any dtype, are on one device that can run kernels."""
     devices = {name: tensor.device for name, tensor in tensors.items()}
     if len(set(devices.values())) > 1:
         places = ", ".join(f"{name} on {device}" for name, device in devices.items())
@@ -94,35 +98,42 @@ def check_device(operation: str, device: torch.device) -> None:
     """Raise ValueError unless the kernels can run on a device."""
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         raise ValueError(
-            f"{operation}: the Triton kernels run on CUDA, not on {device}; move there, use "
+            f"{operation}: the Triton kernels run on CUDA, not on {device}; use a CUDA device, "
             'PyTorch\'s own operators (ops="native"), or, to try the kernels slowly on a CPU, '
             "set TRITON_INTERPRET=1 before the first import of triton"
         )
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Return the context to launch a kernel on `tensor` in: Triton takes the current device."""
+    """Return a context manager that makes the device of `tensor` the current CUDA device.
+
+    Triton launches kernels on the current device, which need not be that of their arguments.
+    """
     return torch.cuda.device_of(tensor)
 
 
 def capability(device: torch.device) -> int:
-    """Return a GPU's compute capability, 90 for 9.0; in the interpreter that of an H100."""
+    """Return the compute capability of a GPU (90 for 9.0); in the interpreter that of an H100."""
     return 90 if device.type == "cpu" else _capability(device)
 
 
 def n_processors(device: torch.device) -> int:
-    """Return how many multiprocessors a GPU has; a few in the interpreter, so that grids loop."""
+    """Return the number of multiprocessors of a GPU.
+
+    In the interpreter it is 3, so that tests of small tensors also run persistent kernels for more
+    than one iteration of their loops.
+    """
     return 3 if device.type == "cpu" else _n_processors(device)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that numbers are computed in: fp32, or fp64 for fp64 (`widen` casts)."""
+    """Return the dtype of computations on `dtype`: fp64 for fp64, else fp32 (see `widen`)."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def multiplies_in_tf32() -> bool:
-    """Whether the user has told PyTorch to multiply fp32 matrices in TF32."""
-    # not `allow_tf32`, which raises where a program has set the newer name
+    """Return whether PyTorch is configured to multiply fp32 matrices in TF32."""
+    # `allow_tf32` raises an error if the program has set the newer option, `fp32_precision`.
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
@@ -139,5 +150,5 @@ def _n_processors(device: torch.device) -> int:
 
 @triton.jit
 def widen(x):
-    """Cast to fp32, in which all arithmetic is done; fp64 stays."""
+    """Cast to fp32, the dtype of all arithmetic; fp64 is returned unchanged."""
     return x if x.dtype == tl.float64 else x.to(tl.float32)

@@ -1,10 +1,11 @@
-"""The loss of the tied head, and its gradients, without ever holding all the logits.
+"""The cross-entropy of the tied output head and its gradients, computed in chunks of logits.
 
-The twin of `fastgpt.ops.reference.linear_cross_entropy`. The logits of a chunk of rows are computed
-by cuBLAS into a buffer that all chunks share; one kernel reads them, writes the loss of each row
-and puts the gradient of the logits in their place; two more products turn that into gradients.
-Wijmans et al. 2024 (Cut Cross-Entropy, arXiv:2411.09009) never store a logit and pay with a second
-product; here the chunks are large, because a product of few rows leaves most of a GPU idle.
+The reference implementation is `fastgpt.ops.reference.linear_cross_entropy`. cuBLAS computes the
+logits of a chunk of rows into a buffer that all chunks share; a kernel reads them, stores the loss
+of each row and overwrites the logits with their gradient in place; two more matrix products turn
+that into the gradients of x and the weight. Cut Cross-Entropy (Wijmans et al. 2024,
+arXiv:2411.09009) does not store logits at all, but needs a second product to recompute them. Here
+the chunks are large, because products with few rows leave most of a GPU idle.
 """
 
 import math
@@ -27,9 +28,12 @@ from fastgpt.kernels.common import (
     widen,
 )
 
-MAX_BYTES = 1_700_000_000  # of logits at once: 16,896 rows of GPT-2's vocabulary in 16 bits
-PADDING = 128  # columns: each row of logits then begins on a cache line, as cuBLAS likes it too
-LONG_ROW = 16_384  # columns from which a row is worth 16 warps, which need no register spilled
+# Maximum size of a chunk of logits: 16,896 rows of GPT-2's vocabulary in 16 bits.
+MAX_BYTES = 1_700_000_000
+# The number of columns is padded to a multiple of this, so that each row of logits starts on a
+# cache line, which also suits cuBLAS.
+PADDING = 128
+LONG_ROW = 16_384  # rows of at least this many columns use 16 warps; these do not spill either
 
 LOG_2 = tl.constexpr(math.log(2.0))
 
@@ -44,18 +48,31 @@ def linear_cross_entropy_forward(
     need_weight: bool = True,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return (loss, n_counted, grad_x, grad_weight) of the logits ``x @ weight.T``.
+    """Compute the mean cross-entropy of the logits ``x @ weight.T`` and its gradients.
 
-    x: `[N, C]`, fp32, fp16, bf16 or fp64; weight: `[V, C]`, used in the dtype of `x`; targets:
-    int64 `[N]`; chunk: rows at once (None: as many as `MAX_BYTES` of logits allow).
+    The gradients are those of the *sum* of the losses, in the dtype of the loss. In this form they
+    do not underflow, a sum over thousands of rows does not overflow, and the caller, which knows
+    the gradient of the loss, rounds only once. Multiplied by
+    ``grad_loss / n_counted.clamp(min=1)`` they equal the gradients of PyTorch's `cross_entropy`,
+    including zeros if no target is counted.
 
-    loss: the mean over the targets that are not `ignore_index`, a scalar in fp32 (fp64 for fp64);
-    NaN if there are none, or if one is outside [0, V). n_counted: how many there are, int64, on the
-    device as well: nothing waits for it here. The gradients are those of the *sum* of the losses,
-    and in the dtype of the loss: so none underflows, the sum over thousands of rows does not
-    overflow, and the caller, who knows the gradient of the loss, rounds once. Times
-    ``grad_loss / n_counted.clamp(min=1)`` they are what PyTorch's `cross_entropy` gives, zeros
-    included where nothing counts. None where not needed.
+    Args:
+        x: `[N, C]`; fp32, fp16, bf16 or fp64.
+        weight: `[V, C]`, converted to the dtype of `x`.
+        targets: int64 `[N]`.
+        ignore_index: target value of the rows that are excluded from the loss.
+        need_x, need_weight: whether to compute the gradients of `x` and `weight`.
+        chunk: number of rows per chunk (None: as many as `MAX_BYTES` of logits allow).
+
+    Returns:
+        loss: the mean over the targets other than `ignore_index`, a scalar in fp32 (fp64 for fp64);
+            NaN if there are none, or if one of them is outside [0, V).
+        n_counted: the number of these targets, an int64 scalar on the device. It is not
+            synchronized with the host.
+        grad_x, grad_weight: the gradients, or None if not needed.
+
+    Raises:
+        ValueError: for unsupported inputs.
     """
     _check(x, weight, targets, chunk)
     n_rows, n_vocab = x.size(0), weight.size(0)
@@ -68,7 +85,7 @@ def linear_cross_entropy_forward(
     losses = x.new_empty(n_rows, dtype=wide)
     logits = x.new_empty(rows, n_padded)
     grad_x = x.new_empty(x.shape, dtype=wide) if need_x else None
-    new = weight.new_empty if n_rows else weight.new_zeros  # the first chunk does not add
+    new = weight.new_empty if n_rows else weight.new_zeros  # the first chunk overwrites it
     grad_weight = new(weight.shape, dtype=wide) if need_weight else None
     for start in range(0, n_rows, max(rows, 1)):
         here = slice(start, start + rows)
@@ -87,7 +104,7 @@ def linear_cross_entropy_forward(
 
 
 def variants(capability: int) -> Iterator[Variant]:
-    """Yield all that the launcher can launch on a GPU of a compute capability."""
+    """Yield the configurations that the launcher can launch on a GPU of a compute capability."""
     for dtype, name in DTYPES.items():
         wide = DTYPES[wide_dtype(dtype)]
         signature = {
@@ -110,7 +127,7 @@ def variants(capability: int) -> Iterator[Variant]:
                 )
 
 
-# The two integers that are whatever they are: 1 and multiples of 16 need no kernel of their own.
+# These two integers are arbitrary: specializing them on 1 and multiples of 16 gains nothing.
 @triton.jit(do_not_specialize=("n_vocab", "ignore_index"))
 def _cross_entropy(
     logits_ptr,  # [rows, n_padded]
@@ -119,15 +136,21 @@ def _cross_entropy(
     n_vocab,
     n_padded,
     ignore_index,
-    GRADIENT: tl.constexpr,  # whether the logits are to become their gradient
-    SCALE: tl.constexpr,  # of that gradient
+    GRADIENT: tl.constexpr,  # whether to replace the logits by their gradient
+    SCALE: tl.constexpr,  # factor of that gradient
     LANES: tl.constexpr,
-    WIDTH: tl.constexpr,  # columns that a lane reads at once: 128 bits
+    WIDTH: tl.constexpr,  # adjacent columns that a lane loads together: 128 bits
 ):
+    """Compute the loss of one row and, if GRADIENT, overwrite its logits with their gradient.
+
+    The row is read twice: a first pass computes the maximum and the sum of exponentials; a second
+    one computes (softmax - one_hot(target)) * SCALE in place. Padding columns get gradient 0, so
+    they do not contribute to the matrix products that follow.
+    """
     row = tl.program_id(0).to(tl.int64)  # int64: rows × n_padded exceeds 2^31
     target = tl.load(targets_ptr + row)
     logits_ptr += row * n_padded
-    # [LANES, WIDTH]: each lane looks at WIDTH columns that lie side by side
+    # [LANES, WIDTH]: each lane processes WIDTH adjacent columns.
     columns = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     if target == ignore_index:
         tl.store(losses_ptr + row, 0.0)
@@ -137,18 +160,21 @@ def _cross_entropy(
                 tl.store(logits_ptr + start + columns, zeros, mask=start + columns < n_padded)
     else:
         column = tl.where((target >= 0) & (target < n_vocab), target, -1).to(tl.int32)
-        # Read before the reductions, thus before any warp of the program overwrites it.
+        # Read the target's logit before the reductions, which synchronize the warps: later another
+        # warp may have overwritten it with its gradient.
         chosen = widen(tl.load(logits_ptr + column, mask=column >= 0, other=0.0))
         largest, total = _largest_and_total(logits_ptr, columns, n_vocab, n_padded, LANES, WIDTH)
-        total = tl.where(column >= 0, total, float("nan"))  # and so are the loss and the gradient
+        # An invalid target makes the loss and the gradient of the row NaN.
+        total = tl.where(column >= 0, total, float("nan"))
         log2_total = tl.log2(total)
         tl.store(losses_ptr + row, (largest - chosen) + log2_total * LOG_2)
         if GRADIENT:
             at_target = (tl.exp2((chosen - largest) * LOG2_E - log2_total) - 1.0) * SCALE
             full = n_vocab // (LANES * WIDTH) * (LANES * WIDTH)
-            # Read a second time, from a cache: from the end, because that was read last.
+            # The second pass runs backwards: the end of the row was read last and is most likely
+            # still in the cache.
             x = _load_rest(logits_ptr + full, columns, n_vocab - full, n_padded - full)
-            p = tl.exp2((x - largest) * LOG2_E - log2_total)  # 0 where it is padding
+            p = tl.exp2((x - largest) * LOG2_E - log2_total)  # 0 in the padding, where x is -inf
             gradient = tl.where(columns == column - full, at_target, p * SCALE)
             _store(logits_ptr + full + columns, gradient, columns < n_padded - full)
             for done in range(0, full, LANES * WIDTH):
@@ -165,11 +191,13 @@ def _largest_and_total(
 ):
     """Return the largest logit of a row and the sum of exp(logit - largest).
 
-    Milakov & Gimelshein 2018 (arXiv:1805.02867), each lane for its own columns: nothing crosses
-    lanes before the end, and a lane rescales its sum once in WIDTH columns.
+    This is the online softmax of Milakov & Gimelshein 2018 (arXiv:1805.02867). Each lane processes
+    its own columns: there is no communication between lanes before the end, and a lane rescales its
+    sum only once per WIDTH columns.
     """
     dtype: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
-    # Finite, so that a lane with padding only has no inf - inf. No logit is as small as this.
+    # The initial maximum is finite, so that a lane with only padding does not compute -inf - -inf.
+    # It is below all logits that occur.
     largest = tl.full([LANES], -1e38, dtype)
     total = tl.zeros([LANES], dtype)
     full = n_vocab // (LANES * WIDTH) * (LANES * WIDTH)  # columns that need no mask
@@ -184,23 +212,26 @@ def _largest_and_total(
 
 @triton.jit
 def _accumulate(x, largest, total):
+    """Update each lane's running maximum and sum of exponentials with the logits x."""
     larger = tl.maximum(largest, tl.max(x, axis=1))
-    # Subtracted before the factor: the product of a large logit and log2(e) is a rounded one.
+    # Subtract before multiplying by log2(e): the product of a large logit and log2(e) would carry a
+    # large rounding error.
     total *= tl.exp2((largest - larger) * LOG2_E)
     return larger, total + tl.sum(tl.exp2((x - larger[:, None]) * LOG2_E), axis=1)
 
 
 @triton.jit
 def _load_rest(logits_ptr, columns, n_vocab, n_padded):
-    # n_padded is a multiple of 16 and so of what a lane reads: its mask leaves 128-bit loads whole,
-    # which that of n_vocab would not.
+    """Load the last, partial block of columns, with -inf in the padding."""
+    # n_padded is a multiple of 16 and thus of WIDTH: its mask is uniform within each 128-bit load,
+    # unlike a mask of n_vocab. The padding is excluded after the load.
     x = widen(tl.load(logits_ptr + columns, mask=columns < n_padded, other=0.0))
     return tl.where(columns < n_vocab, x, float("-inf"))
 
 
 @triton.jit
 def _store(pointers, gradient, mask):
-    # ".cs": what comes next to read it is a matrix product, long after it has left the cache
+    # ".cs" (streaming): the gradient is not read again before it would be evicted from the cache.
     tl.store(pointers, gradient.to(pointers.dtype.element_ty), mask=mask, cache_modifier=".cs")
 
 
@@ -212,7 +243,7 @@ def _launch(
     ignore_index: int,
     gradient: bool,
 ) -> None:
-    """Write the loss of each row and, if asked, the gradient of the logits in their place."""
+    """Store the loss of each row and, if `gradient`, overwrite the logits with their gradient."""
     n_rows, n_padded = logits.shape
     constants, options = _configuration(logits.dtype, n_padded, gradient)
     with on_device(logits):
@@ -236,20 +267,21 @@ def _configuration(
 
 
 def _scale(dtype: torch.dtype) -> float:
-    """Return what the gradient of the logits is multiplied by while it is stored in a dtype.
+    """Return the factor by which the gradient of the logits is scaled while stored in `dtype`.
 
-    It lies in [-1, 1], and most of it is a probability of about 1/V or far less: fp16 loses all
-    below 6e-8, and bits of all below 6e-5. Times 2^15 that is 2e-12 and 2e-9, and the largest still
-    fits. The products of what is scaled go to fp32, where they are scaled back, exactly.
+    The gradient lies in [-1, 1], and most of it consists of probabilities of about 1/V or far less.
+    In fp16, values below 6e-8 underflow and those below 6e-5 are subnormal and lose bits. Scaled by
+    2^15, these limits are 2e-12 and 2e-9, and the largest value still fits. The matrix products of
+    the scaled gradient are in fp32, where the scale is removed exactly.
     """
     return 2.0**15 if dtype == torch.float16 else 1.0
 
 
 def _multiply(out: Tensor, scaled: Tensor, b: Tensor, add: bool = False) -> None:
-    """Compute ``out = scaled @ b / scale`` in fp32 or fp64, or add that to `out`."""
+    """Compute ``out = scaled @ b / scale`` in fp32 or fp64, or add it to `out` if `add`."""
     if out.dtype == scaled.dtype:  # not fp16, so not scaled
-        torch.addmm(out, scaled, b, beta=float(add), out=out)  # beta 0: out is not read
-    elif add:  # in two steps: not every PyTorch has an addmm from 16 bits to fp32
+        torch.addmm(out, scaled, b, beta=float(add), out=out)  # with beta 0, out is not read
+    elif add:  # in two steps: not every PyTorch version has addmm from 16 bits to fp32
         out.add_(_product(scaled, b, out.dtype), alpha=1.0 / _scale(scaled.dtype))
     else:
         _product(scaled, b, out.dtype, out)
@@ -258,14 +290,14 @@ def _multiply(out: Tensor, scaled: Tensor, b: Tensor, add: bool = False) -> None
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Return ``a @ b`` in a wider dtype."""
-    if a.device.type == "cpu":  # which multiplies into no other dtype
+    """Return ``a @ b`` computed in a wider dtype."""
+    if a.device.type == "cpu":  # `out_dtype` is not supported on CPUs
         return torch.mm(a.to(dtype), b.to(dtype), out=out)
     return torch.mm(a, b, out_dtype=dtype, out=out)
 
 
 def _padded(weight: Tensor, n_padded: int, dtype: torch.dtype) -> Tensor:
-    """Return `weight` in `dtype` with rows of zeros up to `n_padded`: itself where it is so."""
+    """Return `weight` in `dtype`, padded with rows of zeros to `n_padded`; no copy if unchanged."""
     if weight.size(0) == n_padded:
         return weight.to(dtype)
     padded = weight.new_empty(n_padded, weight.size(1), dtype=dtype)
@@ -275,7 +307,7 @@ def _padded(weight: Tensor, n_padded: int, dtype: torch.dtype) -> Tensor:
 
 
 def _rows(n_rows: int, row_bytes: int) -> int:
-    """Return how many rows of logits to compute at once: chunks of one size, none of them tiny."""
+    """Return the number of rows per chunk, such that all chunks have about the same size."""
     at_most = max(1, MAX_BYTES // row_bytes)
     return triton.cdiv(n_rows, max(1, triton.cdiv(n_rows, at_most)))
 

@@ -1,11 +1,12 @@
-"""GPT-2's GELU in its tanh form, forward and backward (the twin of `fastgpt.ops.reference.gelu`).
+"""GPT-2's GELU (tanh approximation), forward and backward.
 
-``0.5 x (1 + tanh(u))`` is ``x * sigmoid(2u)``: one exponential, no cancellation for negative x, and
-Triton has no tanh. The backward recomputes the sigmoid from x, so that only x is kept.
+The reference implementation is `fastgpt.ops.reference.gelu`. ``0.5 x (1 + tanh(u))`` is computed as
+``x * sigmoid(2u)``: this needs only one exponential, does not cancel for negative x, and avoids
+tanh, which Triton does not provide. The backward recomputes the sigmoid, so that only x is saved.
 
-The bias of the linear layer before it can be added on the way: then the layer is a bare matrix
-product, what is kept is its result, and the gradient of the bias, a sum over all rows, comes out of
-the backward's pass (`fastgpt.kernels.column_sum` finishes it).
+The kernels can also add the bias of the preceding linear layer. That layer is then a plain matrix
+product, whose result is saved for the backward; the backward also computes the gradient of the
+bias, a sum over all rows (completed by `fastgpt.kernels.column_sum`).
 """
 
 import math
@@ -27,12 +28,12 @@ from fastgpt.kernels.common import (
     widen,
 )
 
-BLOCK = 1024  # 8 elements a thread: one 128-bit load of 16-bit numbers, two of 32-bit ones
+BLOCK = 1024  # 8 elements per thread: one 128-bit load of 16-bit numbers, two of 32-bit numbers
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
-# With a bias, programs walk down the rows of a block of columns. 256 columns: a warp reads 512
-# bytes of a row of 16-bit numbers. Tiles and programs of a multiprocessor are the fastest of a
-# dozen on an H200, for GPT-2's bf16.
+# With a bias, a program iterates over the rows of a block of columns. With 256 columns, a warp
+# reads 512 bytes of a row of 16-bit numbers. The tile sizes and the number of programs per
+# multiprocessor were the fastest of about a dozen on an H200 with GPT-2 in bf16.
 FORWARD_TILE = {"ROWS": 16, "COLUMNS": 256}
 BACKWARD_TILE = {"ROWS": 4, "COLUMNS": 256}
 PROGRAMS = 8
@@ -45,8 +46,13 @@ CUBIC = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi) * 0.044715)
 def gelu_forward(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return gelu(x), or gelu(x + bias), contiguous, in the shape and dtype of `x`.
 
-    x: any shape and strides; fp32, fp16 or bf16, computed in fp32, or fp64. bias: `[C]`, for x of
-    `[..., C]`, of any of these dtypes; the sum is not rounded to that of x. ValueError if not.
+    Args:
+        x: any shape and strides; fp32, fp16 or bf16 (computed in fp32), or fp64.
+        bias: `[C]` for x `[..., C]`, in any of these dtypes. The sum is not rounded to the dtype of
+            `x`.
+
+    Raises:
+        ValueError: for unsupported inputs.
     """
     check_tensors("gelu", x=x, bias=bias)
     x = x.contiguous()
@@ -62,10 +68,18 @@ def gelu_forward(x: Tensor, bias: Tensor | None = None) -> Tensor:
 def gelu_backward(
     grad: Tensor, x: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of `x`, contiguous, and of `bias`, given `grad`, that of the result.
+    """Return the gradients of `x` and of `bias`.
 
-    grad: shape and dtype of `x`, any strides (autograd's expanded ones too); ValueError if not. The
-    gradient of the bias has its dtype and is None without one.
+    Args:
+        grad: gradient of the result, in the shape and dtype of `x`; any strides, including the
+            expanded gradients of autograd.
+        x, bias: the arguments of `gelu_forward`.
+
+    Returns:
+        The gradient of `x`, contiguous, and that of `bias` in its dtype (None without a bias).
+
+    Raises:
+        ValueError: for unsupported inputs.
     """
     check_tensors("gelu", grad=grad, x=x, bias=bias)
     if grad.shape != x.shape or grad.dtype != x.dtype:
@@ -73,8 +87,8 @@ def gelu_backward(
             f"gelu: grad must have the shape and dtype of x, {tuple(x.shape)} {x.dtype}, "
             f"not {tuple(grad.shape)} {grad.dtype}"
         )
-    # Both come out of matrix products and are contiguous; the rare one that is not (the gradient of
-    # a sum has stride 0) is worth a copy, which keeps the kernels to one flat, vectorised index.
+    # Both are usually contiguous results of matrix products. Other layouts are rare (the gradient
+    # of a sum has stride 0) and are copied, so that the kernels need only a flat, vectorised index.
     grad, x = grad.contiguous(), x.contiguous()
     grad_x = torch.empty_like(x)
     if bias is None:
@@ -90,7 +104,7 @@ def gelu_backward(
 
 
 def variants(capability: int) -> Iterator[Variant]:
-    """Yield all that the launchers can launch on a GPU of a compute capability."""
+    """Yield the configurations that the launchers can launch on a GPU of a compute capability."""
     for dtype in DTYPES.values():
         for kernel, pointers in (
             (_gelu_forward, ("x_ptr", "y_ptr")),
@@ -167,7 +181,7 @@ def _bias_gelu_backward(
         grad = widen(tl.load(grad_ptr + offsets, mask=inside, other=0.0))  # [ROWS, COLUMNS]
         x = widen(tl.load(x_ptr + offsets, mask=inside, other=0.0)) + bias
         grad_x = grad * _slope(x)
-        added += grad_x  # 0 outside, as grad is
+        added += grad_x  # 0 outside of the tensor, because grad is 0 there
         tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
     partials_ptr += tl.program_id(1).to(tl.int64) * width  # [1, n_programs, C]
     total = tl.sum(added, axis=0, keep_dims=True)
@@ -184,7 +198,8 @@ def _gelu(x):
 def _slope(x):
     """Return the derivative of gelu at x."""
     e, r = _decay(x)
-    # d/dx x s(2u) = s + x s (1 - s) (2u)', and s (1 - s) = e r². Where e is 0, (2u)' may overflow.
+    # With s = sigmoid(2u): d/dx (x s) = s + x s (1 - s) (2u)', and s (1 - s) = e r². Where e is 0
+    # the second term is 0, but (2u)' may overflow, and 0 * inf would be NaN.
     slope = tl.where(e == 0.0, 0.0, x * (e * r * r) * (LINEAR + 3.0 * CUBIC * (x * x)))
     return tl.where(x < 0.0, e * r, r) + slope
 
@@ -193,7 +208,7 @@ def _slope(x):
 def _decay(x):
     """Return e = exp(-|2u|) and r = 1 / (1 + e).
 
-    sigmoid(2u) is r for positive x and e r for negative x; nothing overflows or cancels.
+    sigmoid(2u) is r for positive x and e r for negative x, without overflow or cancellation.
     """
     e = tl.exp2(-tl.abs(x * (LINEAR * LOG2_E + CUBIC * LOG2_E * (x * x))))
     return e, 1.0 / (1.0 + e)
@@ -201,22 +216,22 @@ def _decay(x):
 
 @triton.jit
 def _block(n_elements, BLOCK: tl.constexpr):
-    # int64: tensors of more than 2^31 elements are in use
+    # int64: tensors may have more than 2^31 elements
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return offsets, offsets < n_elements
 
 
 @triton.jit
 def _tile(tile, columns, n_rows, width, ROWS: tl.constexpr):
-    """Return the offsets of a tile of rows, [ROWS, COLUMNS], and which of them exist."""
+    """Return the offsets of a tile of rows, [ROWS, COLUMNS], and their mask."""
     rows = tl.full([ROWS, 1], tile, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     return rows * width + columns, (rows < n_rows) & (columns < width)
 
 
 def _launch(kernel: triton.JITFunction, *tensors: Tensor) -> None:
-    """Run an elementwise kernel over contiguous tensors of one size."""
+    """Launch an elementwise kernel on contiguous tensors of the same size."""
     n_elements = tensors[0].numel()
-    if n_elements == 0:  # CUDA has no empty grid
+    if n_elements == 0:  # CUDA rejects empty grids
         return
     with on_device(tensors[0]):
         kernel[(triton.cdiv(n_elements, BLOCK),)](*tensors, n_elements, BLOCK=BLOCK, **OPTIONS)
@@ -225,11 +240,11 @@ def _launch(kernel: triton.JITFunction, *tensors: Tensor) -> None:
 def _launch_by_columns(
     kernel: triton.JITFunction, tile: dict[str, int], x: Tensor, *tensors: Tensor
 ) -> None:
-    """Run a kernel over `x`, contiguous `[..., C]`, and the tensors that go with it.
+    """Launch a kernel on `x`, contiguous `[..., C]`, and further tensors.
 
-    Its grid: blocks of columns × the programs that share the rows of each.
+    The grid is (blocks of columns) × (programs that share the rows of a block).
     """
-    if x.numel() == 0:  # CUDA has no empty grid
+    if x.numel() == 0:  # CUDA rejects empty grids
         return
     width = x.size(-1)
     grid = (triton.cdiv(width, tile["COLUMNS"]), _n_programs(x, tile))
@@ -238,7 +253,7 @@ def _launch_by_columns(
 
 
 def _n_programs(x: Tensor, tile: dict[str, int]) -> int:
-    """Return how many programs share the rows of a block of columns: 0 if there are none."""
+    """Return the number of programs that share the rows of a block of columns; 0 if x is empty."""
     if x.numel() == 0:
         return 0
     width = x.size(-1)
@@ -249,6 +264,6 @@ def _n_programs(x: Tensor, tile: dict[str, int]) -> int:
 def _check_bias(x: Tensor, bias: Tensor) -> None:
     if x.dim() == 0 or bias.shape != x.shape[-1:]:
         raise ValueError(
-            f"gelu: bias must be of one dimension, the last of x, {tuple(x.shape)}, "
+            f"gelu: bias must have shape [C], C being the last dimension of x, {tuple(x.shape)}, "
             f"not {tuple(bias.shape)}"
         )

@@ -1,11 +1,13 @@
-"""Layer normalisation over the last dimension, alone or after a residual addition, in one pass
-(the twins of `fastgpt.ops.reference.layer_norm` and `add_layer_norm`).
+"""Layer normalisation over the last dimension, alone or fused with a residual addition.
 
-A program holds some whole rows in registers: the mean comes first and then the variance, of the
-centred numbers, from one reading (the mean of squares less the squared mean would cancel). The
-backward reads rows, normalises them again from the kept mean and 1 / std, and adds up the gradients
-of weight and bias on the way: a few programs on each multiprocessor walk over all rows, with sums
-in registers, which `fastgpt.kernels.column_sum` finishes.
+The reference implementations are `fastgpt.ops.reference.layer_norm` and `add_layer_norm`.
+
+A program of the forward holds several whole rows in registers. It reads them once and computes the
+mean and then the variance of the centred values (the mean of squares minus the squared mean would
+suffer from cancellation). The backward reads the rows, normalises them again with the saved mean
+and 1 / std, and accumulates the gradients of weight and bias in the same pass: it is a persistent
+kernel, in which a few programs per multiprocessor iterate over all rows and keep the sums in
+registers. `fastgpt.kernels.column_sum` adds up the sums of the programs.
 """
 
 from collections.abc import Iterator
@@ -29,14 +31,14 @@ from fastgpt.kernels.common import (
     widen,
 )
 
-# Rows are held in registers whole; wider ones would spill.
+# Rows are held entirely in registers; wider ones would spill.
 MAX_WIDTH = 8192
 MAX_WIDTH_FP64 = 2048
 MIN_BLOCK = 128
 
 
 class Gradients(NamedTuple):
-    """What `layer_norm_backward` returns."""
+    """Results of `layer_norm_backward`."""
 
     total: Tensor
     x: Tensor | None
@@ -47,11 +49,21 @@ class Gradients(NamedTuple):
 def layer_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the normalised `x`, in `out_dtype` or its own, and each row's mean and 1 / std.
+    """Return the normalised `x` and the mean and 1 / std of each row.
 
-    x: `[..., C]`, C at most 8192 (fp64: 2048), any strides; weight, bias: `[C]`. fp32, fp16 and
-    bf16 in any mix, computed in fp32, or fp64 alone. mean and 1 / std are fp32 (fp64), one number
-    for each row, flat. ValueError for anything else.
+    Args:
+        x: `[..., C]`, any strides, C at most 8192 (2048 for fp64).
+        weight, bias: `[C]`. All inputs may be fp32, fp16 and bf16 in any combination (computed in
+            fp32), or all fp64.
+        eps: value added to the variance.
+        out_dtype: dtype of the normalised result (None: that of `x`).
+
+    Returns:
+        y: the normalised `x`, contiguous `[..., C]`.
+        mean, rstd: `[n_rows]`, fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: for unsupported inputs.
     """
     _check_inputs("layer_norm", out_dtype, weight, bias, x=x)
     x = x.contiguous()
@@ -67,11 +79,11 @@ def add_layer_norm_forward(
     eps: float,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ``total = x + residual`` and what `layer_norm_forward` returns of it.
+    """Return ``total = x + residual`` and the results of `layer_norm_forward` for it.
 
-    x, residual: `[..., C]`, each of any strides; total has the dtype that PyTorch gives it, fp32
-    for fp16 + fp32. What is normalised is total as it is stored, for the backward knows no other.
-    The rest is as in `layer_norm_forward`.
+    x, residual: `[..., C]`, any strides. total has the dtype of PyTorch's type promotion (fp32 for
+    fp16 + fp32). The normalisation uses total as rounded to this dtype, because the backward
+    recomputes it from the stored tensor. The other arguments are as in `layer_norm_forward`.
     """
     _check_inputs("add_layer_norm", out_dtype, weight, bias, x=x, residual=residual)
     x, residual = x.contiguous(), residual.contiguous()
@@ -90,17 +102,28 @@ def layer_norm_backward(
     has_bias: bool,
     x_dtype: torch.dtype | None = None,
 ) -> Gradients:
-    """Return the gradients of total (the x of `layer_norm_forward`), x, weight and bias.
+    """Return the gradients of total, x, weight and bias.
 
-    grad_y: that of the normalised, `[..., C]`; grad_total: what else reaches total, added to its
-    gradient (None: nothing does); both of any strides, so autograd's expanded ones too. mean, rstd:
-    as the forward returned them. The gradients of weight and bias (None without `has_bias`) have
-    the dtype of weight. That of total serves for both summands; where a summand has another dtype,
-    `x_dtype`, its gradient is the second result (else None), rounded from the same fp32 numbers.
+    Args:
+        grad_y: gradient of the normalised result, `[..., C]`; any strides, including the expanded
+            gradients of autograd.
+        grad_total: gradient of total from its other uses, which is added to the result (None: it
+            has no other uses); any strides.
+        total: the normalised tensor: total of `add_layer_norm_forward` or x of
+            `layer_norm_forward`.
+        weight: the argument of the forward.
+        mean, rstd: the results of the forward.
+        has_bias: whether to compute the gradient of the bias.
+        x_dtype: dtype of x in ``total = x + residual`` if it differs from that of total.
+
+    Returns:
+        The gradient of total, which is also that of both summands; the gradient of x in `x_dtype`
+        if that differs from the dtype of total, rounded from the same fp32 values, else None; the
+        gradients of weight and bias (None without `has_bias`) in the dtype of weight.
     """
     _check_gradients(grad_y, grad_total, total, weight, mean, rstd, x_dtype)
-    # All come out of kernels and are contiguous; the rare one that is not (the gradient of a sum
-    # has stride 0) is worth a copy, which keeps each row one vectorised range of memory.
+    # All are usually contiguous results of kernels. Other layouts are rare (the gradient of a sum
+    # has stride 0) and are copied, so that each row is a contiguous range for vectorised loads.
     grad_y, total, weight = grad_y.contiguous(), total.contiguous(), weight.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     grad = torch.empty_like(total)
@@ -112,7 +135,7 @@ def layer_norm_backward(
     resident = n_processors(total.device) * shape.programs
     n_programs = min(triton.cdiv(n_rows, shape.rows), resident)
     partials = torch.empty(1 + has_bias, n_programs, width, dtype=mean.dtype, device=total.device)
-    if n_programs:  # CUDA has no empty grid
+    if n_programs:  # CUDA rejects empty grids
         tensors = (grad_y, grad_total, total, weight, mean, rstd, grad, grad_x, partials)
         with on_device(total):
             _layer_norm_backward[(n_programs,)](
@@ -123,10 +146,11 @@ def layer_norm_backward(
 
 
 class Shape(NamedTuple):
-    """How a kernel is launched for a width: rows × block numbers at once, on so many warps.
+    """Launch configuration of a kernel for a width.
 
-    programs: for the backward, how many are to run on a multiprocessor at once. registers: what a
-    thread may use so that they do (None: the compiler decides).
+    rows, block: the tile of a program, rows × columns. warps: number of warps. programs: for the
+    backward, the number of programs that run concurrently on a multiprocessor. registers: limit of
+    registers per thread that makes this possible (None: no limit).
     """
 
     rows: int
@@ -137,42 +161,43 @@ class Shape(NamedTuple):
 
     @property
     def constants(self) -> dict[str, int]:
-        """Compile-time arguments of the kernel."""
+        """Return the compile-time arguments of the kernel."""
         return {"ROWS": self.rows, "BLOCK": self.block}
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """Options of the compiler."""
+        """Return the compiler options."""
         options = {"num_warps": self.warps, "enable_fp_fusion": True}
         return options | ({"maxnreg": self.registers} if self.registers else {})
 
 
 def forward_shape(width: int) -> Shape:
-    """Return how the forward is launched for rows of `width`.
+    """Return the launch configuration of the forward for rows of `width`.
 
-    A thread has 8 columns (16 in the widest rows), a 128-bit load of 16-bit numbers, of several
-    rows: tens of KB are on their way to each multiprocessor, which is what its share of the memory
-    bandwidth times the latency asks for.
+    A thread holds 8 columns (16 for the widest rows), which is one 128-bit load of 16-bit numbers,
+    of several rows. This keeps tens of KB of loads in flight for each multiprocessor, the product
+    of its share of the memory bandwidth and the latency.
     """
     block = max(MIN_BLOCK, triton.next_power_of_2(width))
     return Shape(max(1, min(4, 8192 // block)), block, _n_warps(block))
 
 
 def backward_shape(width: int, n_bytes: int, capability: int) -> Shape:
-    """Return how the backward is launched for rows of `width`.
+    """Return the launch configuration of the backward for rows of `width`.
 
-    n_bytes: of a number, in the widest of the tensors that it reads. All programs of a
-    multiprocessor are to run at once, so that none waits for another's end; rows of 32-bit numbers
-    have as much on its way with fewer warps, and need more registers.
+    n_bytes: size of an element in the widest of the tensors that it reads. All programs must be
+    resident on the multiprocessors at the same time, so that there is no second wave. Rows of
+    32-bit numbers keep as many bytes in flight with fewer warps, and need more registers.
     """
     block = max(MIN_BLOCK, triton.next_power_of_2(width))
     warps = _n_warps(block)
-    if n_bytes == 8:  # for checks of gradients: free of spills, and no more
+    if n_bytes == 8:  # used for gradient checks only: does not spill, but is not tuned
         return Shape(1, block, warps, programs=1)
     if warps > 8:
         return Shape(8192 // block, block, warps, programs=1)
     if n_bytes == 4 and capability == 90 and block >= 1024 and width % 16 == 0:
-        # A row at a time: the fastest of a dozen shapes on an H200 (elsewhere it may spill)
+        # One row at a time: the fastest of a dozen configurations on an H200; it may spill on
+        # other GPUs.
         return Shape(1, block, warps // 2, 32 // warps, 128)
     resident, registers = (16, 128) if n_bytes == 4 else (20, 96)
     return Shape(2, block, warps, min(16, resident // warps), registers)
@@ -182,8 +207,8 @@ def _n_warps(block: int) -> int:
     return min(max(1, block // 256), 16)
 
 
-# What training meets: dtypes of x, of the residual stream, of weight and bias, and of y. In one
-# precision throughout; under autocast; under autocast with the residual stream in 16 bits.
+# The combinations of dtypes in training: x, the residual stream, weight and bias, y. These are a
+# single precision throughout; autocast; and autocast with the residual stream in 16 bits.
 AUTOCAST = ("bf16", "fp32", "fp32", "bf16")
 MIXES = [*((dtype,) * 4 for dtype in DTYPES.values()), AUTOCAST, ("bf16", "bf16", "fp32", "bf16")]
 COMMON = (AUTOCAST, MIXES[-1])
@@ -192,11 +217,11 @@ OTHER_WIDTHS = (MIN_BLOCK, 256, 512, 4096, MAX_WIDTH)
 
 
 def variants(capability: int) -> Iterator[Variant]:
-    """Yield what the launchers can launch on a GPU of a compute capability.
+    """Yield configurations that the launchers can launch on a GPU of a compute capability.
 
-    All mixes of dtypes that training meets in the widths of GPT-2, and one mix, that which takes
-    most registers, in all widths. What is not listed, fp16 with bf16 for example, differs in a
-    conversion or leaves a tensor out.
+    They are all combinations of dtypes that occur in training, in widths of GPT-2, and one of them,
+    which needs the most registers, in all widths. Combinations that are not listed, such as fp16
+    with bf16, differ only in a conversion or omit a tensor.
     """
     for mix in MIXES:
         for width in WIDTHS + OTHER_WIDTHS * (mix == AUTOCAST):
@@ -334,7 +359,7 @@ def _layer_norm_backward(
         _, offsets, _, inside = _tile(tile, n_rows, width, ROWS, BLOCK)
         grad_y = widen(tl.load(grad_y_ptr + offsets, mask=inside, other=0.0))  # [ROWS, BLOCK]
         total = widen(tl.load(total_ptr + offsets, mask=inside, other=0.0))
-        if grad_total_ptr is not None:  # early, so that all the loads are on their way at once
+        if grad_total_ptr is not None:  # issued early, so that all loads are in flight together
             grad_total = tl.load(grad_total_ptr + offsets, mask=inside, other=0.0)
         mean = _load_per_row(mean_ptr, tile, n_rows, ROWS)  # [ROWS, 1]
         rstd = _load_per_row(rstd_ptr, tile, n_rows, ROWS)
@@ -343,7 +368,9 @@ def _layer_norm_backward(
         grad_weight += tl.sum(grad_y * normed, axis=0, keep_dims=True)
         if HAS_BIAS:
             grad_bias += tl.sum(grad_y, axis=0, keep_dims=True)
-        # Outside, grad_normed is 0: what normed is there does not count.
+        # With xhat = normed and g = grad_y * weight, the gradient of a row is
+        # rstd * (g - xhat * mean(g * xhat) - mean(g)). Outside of the tensor g is 0, so the value
+        # of xhat there has no effect on the sums.
         grad_normed = grad_y * weight
         along = tl.sum(grad_normed * normed, axis=1, keep_dims=True) / width  # [ROWS, 1]
         level = tl.sum(grad_normed, axis=1, keep_dims=True) / width
@@ -364,8 +391,8 @@ def _layer_norm_backward(
 
 @triton.jit
 def _tile(tile, n_rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Return rows [ROWS, 1] and offsets [ROWS, BLOCK] of a tile, and which of each exist."""
-    # int64: tensors of more than 2^31 elements are in use
+    """Return the rows [ROWS, 1] and offsets [ROWS, BLOCK] of a tile, and the masks of both."""
+    # int64: tensors may have more than 2^31 elements
     rows = tl.full([ROWS, 1], tile, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
     present = rows < n_rows
@@ -374,23 +401,23 @@ def _tile(tile, n_rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load_per_row(pointer, tile, n_rows, ROWS: tl.constexpr):
-    """Load one number for each row of a tile as [ROWS, 1], and 0 beyond the last row."""
-    # Loaded in one dimension: up to version 3.8, Triton loads a tensor [ROWS, 1] in the layout of
-    # the tile, once for each column that a thread has, into as many registers.
+    """Load one number for each row of a tile as [ROWS, 1], with 0 past the last row."""
+    # Load in one dimension and reshape: Triton up to 3.8 loads a tensor [ROWS, 1] in the layout of
+    # the tile, that is once for each column of a thread, into as many registers.
     rows = tl.full([ROWS], tile, tl.int64) * ROWS + tl.arange(0, ROWS)
     return tl.load(pointer + rows, mask=rows < n_rows, other=0.0)[:, None]
 
 
 @triton.jit
 def _vector(pointer, width, BLOCK: tl.constexpr):
-    """Load a weight or bias as [1, BLOCK], and 0 beyond its width."""
-    # Two dimensions from the start: the threads that load it are those that use it.
+    """Load a weight or bias as [1, BLOCK], with 0 past its width."""
+    # Load in two dimensions: each thread then loads the columns that it uses, without an exchange.
     columns = tl.arange(0, BLOCK)[None, :]
     return widen(tl.load(pointer + columns, mask=columns < width, other=0.0))
 
 
 def _widest(*tensors: Tensor | None) -> int:
-    """Return the bytes of a number in the tensor, of those given, where it has most."""
+    """Return the largest element size, in bytes, of the tensors that are not None."""
     return max(tensor.element_size() for tensor in tensors if tensor is not None)
 
 
@@ -403,12 +430,12 @@ def _forward(
     total: Tensor | None,
     y: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Fill total and y; return mean and 1 / std."""
+    """Compute total and y in place; return mean and 1 / std."""
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     width = weight.numel()
     n_rows = x.shape[:-1].numel()
     mean, rstd = (torch.empty(n_rows, dtype=wide_dtype(x.dtype), device=x.device) for _ in range(2))
-    if n_rows:  # CUDA has no empty grid
+    if n_rows:  # CUDA rejects empty grids
         shape = forward_shape(width)
         tensors = (x, residual, weight, bias, total, y, mean, rstd)
         with on_device(x):
@@ -425,7 +452,7 @@ def _check_inputs(
     bias: Tensor | None,
     **inputs: Tensor,
 ) -> None:
-    """Raise ValueError unless the forward kernel can take the tensors."""
+    """Raise ValueError unless the forward kernel supports the tensors."""
     check_tensors(operation, **inputs, weight=weight, bias=bias)
     x = inputs["x"]
     for name, tensor in inputs.items():
@@ -448,7 +475,7 @@ def _check_gradients(
     rstd: Tensor,
     x_dtype: torch.dtype | None,
 ) -> None:
-    """Raise ValueError unless the backward kernel can take the tensors."""
+    """Raise ValueError unless the backward kernel supports the tensors."""
     operation = "layer_norm backward"
     gradients = {"grad_y": grad_y, "grad_total": grad_total}
     check_tensors(operation, **gradients, total=total, weight=weight, mean=mean, rstd=rstd)
@@ -479,7 +506,7 @@ def _check_dtypes(operation: str, dtypes: set[torch.dtype | None]) -> None:
     if torch.float64 in dtypes and len(dtypes) > 1:
         others = ", ".join(sorted(str(dtype) for dtype in dtypes - {torch.float64}))
         raise ValueError(
-            f"{operation}: torch.float64 does not mix with {others}; cast all to one dtype"
+            f"{operation}: torch.float64 cannot be mixed with {others}; cast all to one dtype"
         )
 
 
@@ -488,12 +515,12 @@ def _check_width(operation: str, x: Tensor, weight: Tensor, bias: Tensor | None)
     largest = MAX_WIDTH_FP64 if x.dtype == torch.float64 else MAX_WIDTH
     if not 1 <= width <= largest:
         raise ValueError(
-            f"{operation}: the last dimension may have 1 to {largest} elements in {x.dtype}, and "
-            f'the shape is {tuple(x.shape)}; use ops="native" for others'
+            f"{operation}: the last dimension must have 1 to {largest} elements in {x.dtype}, but "
+            f'the shape is {tuple(x.shape)}; use ops="native" for other sizes'
         )
     for name, vector in {"weight": weight, "bias": bias}.items():
         if vector is not None and vector.shape != (width,):
             raise ValueError(
-                f"{operation}: {name} must be ({width},), as the rows are, not "
+                f"{operation}: {name} must have shape ({width},), the size of a row, not "
                 f"{tuple(vector.shape)}"
             )

@@ -45,18 +45,18 @@ inline void of_type(const Floats& all, const Body& body) {
 }
 
 // Converts to float32, which is exact.
-inline float widened(Bfloat16 x) {
+inline float to_float32(Bfloat16 x) {
   const std::uint32_t bits = static_cast<std::uint32_t>(x) << 16;
   float wide;
   std::memcpy(&wide, &bits, sizeof wide);
   return wide;
 }
-inline float widened(float x) { return x; }
+inline float to_float32(float x) { return x; }
 
 // Converts to bfloat16, rounding to nearest, ties to even; NaN becomes a quiet NaN. Adding 0x7FFF
 // plus the lowest bit that is kept carries into the upper half exactly if the value rounds up. For
 // NaN the addition could overflow, so bits are truncated instead, and the quiet bit set.
-inline Bfloat16 narrowed(float x) {
+inline Bfloat16 to_bfloat16(float x) {
   std::uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   const std::uint32_t rounded = (bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16;
@@ -66,7 +66,7 @@ inline Bfloat16 narrowed(float x) {
 
 // Stores x in the type of the destination.
 inline void put(float x, float* to) { *to = x; }
-inline void put(float x, Bfloat16* to) { *to = narrowed(x); }
+inline void put(float x, Bfloat16* to) { *to = to_bfloat16(x); }
 
 }  // namespace
 }  // namespace fastgpt

@@ -61,7 +61,7 @@ std::uint32_t update_portable(std::uint32_t crc, const unsigned char* data, std:
 // The crc32 instruction has a throughput of one per cycle but a latency of three cycles. Therefore
 // three independent streams, which are consecutive stretches of the data, are computed interleaved.
 // Their CRCs are then combined: since the CRC is linear, the CRC of A followed by B is that of A
-// followed by zeros (past_a_stream) XOR that of B.
+// followed by zeros (append_zero_stream) XOR that of B.
 constexpr std::size_t kStream = 4096;  // bytes per stream
 
 // Returns the product of two polynomials modulo the CRC polynomial.
@@ -86,7 +86,7 @@ constexpr std::uint32_t power_of_x(std::size_t exponent) {
 }
 
 // Returns the CRC after kStream zero bytes, which multiply it by x^(8 * kStream).
-std::uint32_t past_a_stream(std::uint32_t crc) {
+std::uint32_t append_zero_stream(std::uint32_t crc) {
   constexpr std::uint32_t kShift = power_of_x(8 * kStream);
   return product(kShift, crc);
 }
@@ -110,8 +110,8 @@ __attribute__((target("sse4.2"))) std::uint32_t update_sse42(std::uint32_t crc,
       third = _mm_crc32_u64(third, word_at(at + 2 * kStream));
     }
     const auto both =
-        past_a_stream(static_cast<std::uint32_t>(first)) ^ static_cast<std::uint32_t>(second);
-    first = past_a_stream(both) ^ third;
+        append_zero_stream(static_cast<std::uint32_t>(first)) ^ static_cast<std::uint32_t>(second);
+    first = append_zero_stream(both) ^ third;
   }
   for (; size >= 8; data += 8, size -= 8) first = _mm_crc32_u64(first, word_at(data));
   crc = static_cast<std::uint32_t>(first);

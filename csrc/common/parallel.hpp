@@ -56,8 +56,8 @@ void run_team(unsigned threads, const Body& body) {
 // an OpenMP runtime was found and n is large enough, otherwise body(0, n) on the calling thread.
 template <typename Body>
 void parallel_for(std::size_t n, unsigned threads, const Body& body) {
-  constexpr std::size_t kWorthAThread = 16384;
-  const OpenMp omp = n < 2 * kWorthAThread || threads < 2 ? OpenMp{} : OpenMp::find();
+  constexpr std::size_t kMinBytesPerThread = 16384;
+  const OpenMp omp = n < 2 * kMinBytesPerThread || threads < 2 ? OpenMp{} : OpenMp::find();
   if (!omp.complete()) {
     body(std::size_t{0}, n);
     return;

@@ -70,7 +70,7 @@ Generation::Generation(std::shared_ptr<Engine> engine, const std::vector<Ids>& p
 
 // Returns the tokens that are not in the cache, and marks them as cached. If a row's window has
 // moved, all of its positions have changed, and the whole window is processed again.
-std::vector<Token> Generation::unread() {
+std::vector<Token> Generation::uncached_tokens() {
   std::vector<Token> tokens;
   for (std::size_t r = 0; r < rows_.size(); ++r) {
     Row& row = rows_[r];
@@ -92,7 +92,7 @@ float* Generation::read() {
   if (std::any_of(rows_.begin(), rows_.end(), [](const Row& row) { return row.ended; })) {
     copies_ = 1;  // logits are stored for active rows only: copy_first_rows expects those of all
   }
-  const std::vector<Token> tokens = unread();
+  const std::vector<Token> tokens = uncached_tokens();
   float* logits = logits_.data();
   for (std::size_t begin = 0; begin < tokens.size(); begin += kMostTokens) {
     const auto first = tokens.begin() + static_cast<long>(begin);

@@ -73,7 +73,7 @@ class Generation {
     double logprob = 0.0;
   };
 
-  std::vector<Token> unread();
+  std::vector<Token> uncached_tokens();
   void copy_first_rows();
   void sample(const std::vector<std::size_t>& rows);
 

@@ -14,7 +14,7 @@ struct Avx2 {
   static constexpr std::size_t kWidth = 8;
   static constexpr bool kManyRegisters = false;
   static constexpr std::size_t kFloatRows = 3, kIntegerRows = 2, kPanelRows = 3;
-  static constexpr std::int32_t kZeroOfDot8 = 0;  // dot8 subtracts the offset itself
+  static constexpr std::int32_t kDot8Offset = 0;  // dot8 subtracts the offset itself
 
   static Register zero() { return _mm256_setzero_ps(); }
   static Register load(const void* from) {

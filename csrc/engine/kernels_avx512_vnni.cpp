@@ -7,7 +7,7 @@ namespace fastgpt::engine {
 namespace {
 
 struct Avx512Vnni : Avx512 {
-  static constexpr std::int32_t kZeroOfDot8 = kInt8Zero;
+  static constexpr std::int32_t kDot8Offset = kInt8Zero;
 
   static Integers load_integers(const std::uint32_t* from) { return _mm512_loadu_si512(from); }
   static Integers broadcast_integer(std::int32_t x) { return _mm512_set1_epi32(x); }

@@ -8,7 +8,7 @@ namespace {
 
 struct Neon : NeonBase {
   static constexpr std::size_t kIntegerRows = 4;
-  static constexpr std::int32_t kZeroOfDot8 = 0;  // dot8 subtracts the offset itself
+  static constexpr std::int32_t kDot8Offset = 0;  // dot8 subtracts the offset itself
 
   static Integers dot8(Integers weights, Integers inputs, Integers sum) {
     return dot(signed_bytes(weights), inputs, sum);

@@ -8,7 +8,7 @@ namespace {
 
 struct NeonDot : NeonBase {
   static constexpr std::size_t kIntegerRows = 5;
-  static constexpr std::int32_t kZeroOfDot8 = 0;  // dot8 subtracts the offset itself
+  static constexpr std::int32_t kDot8Offset = 0;  // dot8 subtracts the offset itself
 
   static Integers dot8(Integers weights, Integers inputs, Integers sum) {
     return vdotq_s32(sum, signed_bytes(weights), vreinterpretq_s8_s32(inputs));

@@ -24,7 +24,7 @@ namespace {
 constexpr std::size_t kLanes = 16;  // independent accumulators of a reduction, to be vectorized
 
 // Returns the largest absolute value of x[0, size).
-inline float largest_size(const float* x, std::size_t size) {
+inline float max_abs(const float* x, std::size_t size) {
   float lanes[kLanes] = {};
   std::size_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
@@ -53,12 +53,12 @@ inline std::int32_t round_group(const float* x, std::size_t size, float inverse,
 }
 
 // Quantizes a row of inputs to int8 by groups. Each group's scale makes its largest absolute value
-// 127; its integers are also summed, for the offset of the weights (see add_up_integers).
+// 127; its integers are also summed, for the offset of the weights (see accumulate_integers).
 inline void quantize(std::size_t group, const float* x, std::size_t size, const InputRow& to) {
   std::int8_t whole[kInt8Group] = {};
   for (std::size_t begin = 0, index = 0; begin < size; begin += group, ++index) {
-    const std::size_t n = smaller_of(group, size - begin);
-    const float largest = largest_size(x + begin, n);
+    const std::size_t n = min_of(group, size - begin);
+    const float largest = max_abs(x + begin, n);
     const bool tiny = largest < 1e-30F;  // its inverse would be infinite
     if (n < group) std::memset(whole, 0, sizeof whole);
     to.sums[index] = round_group(x + begin, n, tiny ? 0.0F : 127.0F / largest, whole);
@@ -71,10 +71,10 @@ inline void quantize(std::size_t group, const float* x, std::size_t size, const 
 inline void narrow_pairs(const float* x, std::size_t size, float* to) {
   for (std::size_t word = 0; word < size / 2; ++word) {
     const std::uint32_t bits =
-        narrowed(x[2 * word]) | static_cast<std::uint32_t>(narrowed(x[2 * word + 1])) << 16;
+        to_bfloat16(x[2 * word]) | static_cast<std::uint32_t>(to_bfloat16(x[2 * word + 1])) << 16;
     to[word] = float_of(static_cast<std::int32_t>(bits));
   }
-  if (size % 2 != 0) to[size / 2] = float_of(static_cast<std::int32_t>(narrowed(x[size - 1])));
+  if (size % 2 != 0) to[size / 2] = float_of(static_cast<std::int32_t>(to_bfloat16(x[size - 1])));
 }
 
 inline void prepare(Format format, std::size_t group, const float* x, std::size_t size,
@@ -149,7 +149,8 @@ typename Vector::Register load_any(const Bfloat16* from) {
 }
 
 // Attention of kCount consecutive queries over the cached positions of a head, in three steps: all
-// scores (`score`), the softmax of each query (`soften`) and the weighted sum of values (`mix`).
+// scores (`score`), the softmax of each query (`softmax_row`) and the weighted sum of values
+// (`mix`).
 //
 // The queries share the loads of keys and values: scores are computed for all positions that the
 // last query sees, and the softmax sets those after a query's own position to zero. A tile of
@@ -157,7 +158,7 @@ typename Vector::Register load_any(const Bfloat16* from) {
 // kOutVectors registers of dimensions. Their sizes are limited by the number of registers; a single
 // query takes larger tiles, to have several independent accumulators.
 template <typename Vector, typename Number, std::size_t kCount>
-struct Attender {
+struct AttentionTile {
   using Register = typename Vector::Register;
   static constexpr std::size_t kPerBlock = kKeys / Vector::kWidth;
   static constexpr std::size_t kBlocks = kCount == 1 ? 4 : (kPerBlock == 1 ? 2 : 1);
@@ -166,7 +167,7 @@ struct Attender {
   const Attention& a;
   std::size_t stride;  // of a query's scores
 
-  explicit Attender(const Attention& attention) : a(attention) {
+  explicit AttentionTile(const Attention& attention) : a(attention) {
     stride = (a.visible + kCount - 1 + kKeysAtOnce - 1) / kKeysAtOnce * kKeysAtOnce;
   }
 
@@ -174,7 +175,7 @@ struct Attender {
     const std::size_t positions = a.visible + kCount - 1;
     for (std::size_t key = 0; key < positions; key += kBlocks * kKeys) score(key);
     float inverse[kCount];
-    for (std::size_t q = 0; q < kCount; ++q) inverse[q] = soften(q, positions);
+    for (std::size_t q = 0; q < kCount; ++q) inverse[q] = softmax_row(q, positions);
     std::size_t d = 0;
     for (; d + kOutVectors * Vector::kWidth <= a.head.value_stride;
          d += kOutVectors * Vector::kWidth) {
@@ -218,7 +219,7 @@ struct Attender {
 
   // Replaces a query's scores by exp(score - maximum), and those that it must not see by 0. Returns
   // the reciprocal of their sum, by which `mix` multiplies at the end.
-  float soften(std::size_t q, std::size_t positions) const {
+  float softmax_row(std::size_t q, std::size_t positions) const {
     float* scores = a.scores + q * stride;
     const std::size_t visible = a.visible + q;
     float lanes[kLanes];
@@ -281,10 +282,10 @@ void attend_as(const Attention& all) {
     part.out = all.out + q * all.out_stride;
     part.visible = all.visible + q;
     if (q + kQueries <= all.count) {
-      Attender<Vector, Number, kQueries>(part).run();
+      AttentionTile<Vector, Number, kQueries>(part).run();
       q += kQueries;
     } else {
-      Attender<Vector, Number, 1>(part).run();
+      AttentionTile<Vector, Number, 1>(part).run();
       ++q;
     }
   }

@@ -268,8 +268,8 @@ struct Range {
 };
 
 // A forward pass, which every thread of the pool runs with its own rank. Each step is divided among
-// the threads; `meet` is a barrier, after every step whose results other threads read, or whose
-// inputs the next step overwrites.
+// the threads; `barrier_wait` is a barrier, after every step whose results other threads read, or
+// whose inputs the next step overwrites.
 class Pass {
  public:
   Pass(const Network& network, const Kernels& kernels, ThreadPool& pool, const Workspace& workspace,
@@ -290,7 +290,7 @@ class Pass {
 
   void run(std::size_t rank) const {
     embed(rank);
-    pool_.meet();
+    pool_.barrier_wait();
     for (std::size_t i = 0; i < net_.layers.size(); ++i) run_layer(rank, i);
     if (wanted_.empty()) return;
     const Linear& head = net_.head();
@@ -307,18 +307,18 @@ class Pass {
     const std::size_t n = tokens_.size();
     Inputs x = prepare_norm(rank, layer.qkv.weight, layer.before_attention, nullptr);
     multiply(rank, layer.qkv, x, n, work_.qkv, Finish::kStore);
-    pool_.meet();
+    pool_.barrier_wait();
     attend(rank, index);
-    pool_.meet();
+    pool_.barrier_wait();
     x = prepare_rows(rank, layer.attention_out.weight, work_.mixed);
     multiply(rank, layer.attention_out, x, n, work_.hidden, Finish::kAdd);
-    pool_.meet();
+    pool_.barrier_wait();
     x = prepare_norm(rank, layer.mlp_in.weight, layer.before_mlp, nullptr);
     multiply(rank, layer.mlp_in, x, n, work_.inner, Finish::kGelu);
-    pool_.meet();
+    pool_.barrier_wait();
     x = prepare_rows(rank, layer.mlp_out.weight, work_.inner);
     multiply(rank, layer.mlp_out, x, n, work_.hidden, Finish::kAdd);
-    pool_.meet();
+    pool_.barrier_wait();
   }
 
   void embed(std::size_t rank) const {
@@ -346,7 +346,7 @@ class Pass {
     const Workspace::InputRows& to = few ? work_.own[rank] : work_.shared;
     const Range mine = few ? Range{0, rows} : share(rows, rank);
     for (std::size_t i = mine.begin; i < mine.end; ++i) put(i, row_of(to, i, matrix));
-    if (!few) pool_.meet();
+    if (!few) pool_.barrier_wait();
     return {to.words, to.quads, to.stride, to.scales, to.sums};
   }
 

@@ -18,7 +18,7 @@
 //                                                    dot8 with kInt8Zero added, for dot4 from 0 to
 //                                                    15; inputs are from -127 to 127
 //   low_nibbles, high_nibbles                        the halves of each byte, as bytes
-//   kZeroOfDot8                                      the offset that dot8 leaves in the weights: 0
+//   kDot8Offset                                      the offset that dot8 leaves in the weights: 0
 //                                                    if it subtracts kInt8Zero itself
 //   kFloatRows, kIntegerRows                         the maximum number of rows of a tile
 //   kPanelRows                                       the maximum number of rows of a tile that has
@@ -40,7 +40,7 @@ namespace {
 // added in memory. This is faster than a single long loop, and reduces the rounding error.
 constexpr std::size_t kBlock = 256;
 
-inline std::size_t smaller_of(std::size_t a, std::size_t b) { return a < b ? a : b; }
+inline std::size_t min_of(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
 // The sums of a tile of kRows rows by one panel of outputs.
 template <std::size_t kRows>
@@ -55,12 +55,12 @@ constexpr std::size_t kOutputs = kRows <= Vector::kPanelRows ? kPanel : kPanel /
 // Computes the sums of a tile in kFloat32, or in kBfloat16 (kPairs), for the outputs of a panel
 // from kFirst on.
 template <typename Vector, std::size_t kRows, bool kPairs, std::size_t kFirst>
-void add_up_floats(const Product& p, std::size_t row, const std::uint32_t* weights,
-                   Sums<kRows>& sums) {
+void accumulate_floats(const Product& p, std::size_t row, const std::uint32_t* weights,
+                       Sums<kRows>& sums) {
   constexpr std::size_t kVectors = kOutputs<Vector, kRows> / Vector::kWidth;
   const float* x = p.x.words + row * p.x.stride;
   for (std::size_t begin = 0; begin < p.words; begin += kBlock) {
-    const std::size_t end = smaller_of(begin + kBlock, p.words);
+    const std::size_t end = min_of(begin + kBlock, p.words);
     typename Vector::Register tile[kRows][kVectors];
     repeat<kRows>([&](auto r) FASTGPT_INLINE {
       repeat<kVectors>([&](auto v) FASTGPT_INLINE { tile[r][v] = Vector::zero(); });
@@ -103,10 +103,10 @@ void add_up_floats(const Product& p, std::size_t row, const std::uint32_t* weigh
 // of 32 words. Such a word has eight inputs of one output: the low nibbles of its bytes are the
 // weights of one quad of inputs, the high nibbles those of the next quad.
 template <typename Vector, std::size_t kRows, bool kNibbles, std::size_t kFirst>
-void add_up_integers(const Product& p, std::size_t row, const std::uint32_t* weights,
-                     Sums<kRows>& sums) {
+void accumulate_integers(const Product& p, std::size_t row, const std::uint32_t* weights,
+                         Sums<kRows>& sums) {
   constexpr std::size_t kVectors = kOutputs<Vector, kRows> / Vector::kWidth;
-  constexpr std::int32_t kZero = kNibbles ? kInt4Zero : Vector::kZeroOfDot8;
+  constexpr std::int32_t kZero = kNibbles ? kInt4Zero : Vector::kDot8Offset;
   const std::size_t quads = p.group_depth / 4;
   for (std::size_t group = 0; group < p.groups; ++group) {
     const std::int32_t* x = p.x.quads + row * p.x.stride + group * quads;
@@ -186,9 +186,9 @@ inline void finish(const Product& p, std::size_t panel, const float* sums, float
 template <typename Vector, Format kFormat, std::size_t kFirst, std::size_t kRows>
 void add_up(const Product& p, std::size_t row, const std::uint32_t* weights, Sums<kRows>& sums) {
   if constexpr (is_integer(kFormat)) {
-    add_up_integers<Vector, kRows, kFormat == Format::kInt4, kFirst>(p, row, weights, sums);
+    accumulate_integers<Vector, kRows, kFormat == Format::kInt4, kFirst>(p, row, weights, sums);
   } else {
-    add_up_floats<Vector, kRows, kFormat == Format::kBfloat16, kFirst>(p, row, weights, sums);
+    accumulate_floats<Vector, kRows, kFormat == Format::kBfloat16, kFirst>(p, row, weights, sums);
   }
 }
 

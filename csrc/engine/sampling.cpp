@@ -166,7 +166,7 @@ void Sampler::keep_probable(double least) {
 // Keeps the smallest set of most likely tokens whose weights sum to at least `enough`. Tokens are
 // sorted in steps of growing size, since usually few are needed.
 void Sampler::keep_top_p(const float* logits, double enough) {
-  const auto likelier = [&](std::uint32_t a, std::uint32_t b) {
+  const auto more_likely = [&](std::uint32_t a, std::uint32_t b) {
     return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
   };
   double before = 0.0;
@@ -177,8 +177,8 @@ void Sampler::keep_top_p(const float* logits, double enough) {
       ordered = std::min(kept_.size(), ordered + step);
       step *= 4;
       const auto end = kept_.begin() + static_cast<long>(ordered);
-      if (end != kept_.end()) std::nth_element(begin, end, kept_.end(), likelier);
-      std::sort(begin, end, likelier);
+      if (end != kept_.end()) std::nth_element(begin, end, kept_.end(), more_likely);
+      std::sort(begin, end, more_likely);
     }
     before += static_cast<double>(weights_[kept_[kept++]]);
   }

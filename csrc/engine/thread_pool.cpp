@@ -19,7 +19,7 @@ namespace {
 constexpr int kSpins = 4000;
 
 // Pauses for a moment within a spin loop.
-void relax() {
+void cpu_pause() {
 #if defined(__x86_64__) || defined(_M_X64)
   _mm_pause();
 #elif defined(__aarch64__) && defined(__GNUC__)
@@ -48,7 +48,7 @@ void Barrier::wait() {
   if (arrive(1)) return;
   for (int spins = 0; spins < kSpins; ++spins) {
     if (generation_.load(std::memory_order_acquire) != generation) return;
-    relax();
+    cpu_pause();
   }
   sleep_until_past(generation);
 }
@@ -81,7 +81,7 @@ ThreadPool::~ThreadPool() {
   if (process_ == this_process()) {
     stop();
   } else {
-    abandon();
+    leak_after_fork();
   }
 }
 
@@ -90,7 +90,7 @@ void ThreadPool::start() {
   team_->threads.reserve(size_ - 1);
   try {
     for (std::size_t rank = 1; rank < size_; ++rank) {
-      team_->threads.emplace_back([this, rank] { serve(rank); });
+      team_->threads.emplace_back([this, rank] { worker_loop(rank); });
     }
   } catch (const std::system_error&) {
     const std::size_t started = team_->threads.size() + 1;
@@ -111,29 +111,29 @@ void ThreadPool::stop() {
 // Leaks the team, in the child process after a fork. Its threads exist only in the parent: the
 // condition variable that they wait on cannot be destroyed, and their handles must not be used,
 // since new threads may have the same ones.
-void ThreadPool::abandon() { static_cast<void>(team_.release()); }
+void ThreadPool::leak_after_fork() { static_cast<void>(team_.release()); }
 
-// The first barrier publishes body_ and releases the threads, which wait for it in `serve`; the
-// second waits until they have finished.
+// The first barrier publishes body_ and releases the threads, which wait for it in `worker_loop`;
+// the second waits until they have finished.
 void ThreadPool::run(const std::function<void(std::size_t)>& body) {
   if (process_ != this_process()) {
-    abandon();
+    leak_after_fork();
     start();
   }
   body_ = &body;
-  meet();
+  barrier_wait();
   body(0);
-  meet();
+  barrier_wait();
 }
 
 // The loop of a pool thread.
-void ThreadPool::serve(std::size_t rank) {
+void ThreadPool::worker_loop(std::size_t rank) {
   for (;;) {
-    meet();
+    barrier_wait();
     const std::function<void(std::size_t)>* body = body_;
     if (body == nullptr) return;
     (*body)(rank);
-    meet();
+    barrier_wait();
   }
 }
 

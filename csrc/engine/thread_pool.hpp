@@ -56,7 +56,7 @@ class ThreadPool {
   void run(const std::function<void(std::size_t)>& body);
 
   // Synchronizes the team, within a body: returns when all threads have called it.
-  void meet() {
+  void barrier_wait() {
     if (size_ > 1) team_->barrier.wait();
   }
 
@@ -69,8 +69,8 @@ class ThreadPool {
 
   void start();
   void stop();
-  void abandon();
-  void serve(std::size_t rank);
+  void leak_after_fork();
+  void worker_loop(std::size_t rank);
 
   const std::size_t size_;
   std::unique_ptr<Team> team_;

@@ -16,23 +16,23 @@ constexpr float kInt8Largest = 127.0F;
 constexpr std::size_t kLanes = 16;  // independent accumulators of a reduction, to be vectorized
 
 // Returns the largest absolute value of x[0, size).
-float largest_size(const float* x, std::size_t size) {
+float max_abs(const float* x, std::size_t size) {
   float largest = 0.0F;
   for (std::size_t i = 0; i < size; ++i) largest = std::max(largest, std::fabs(x[i]));
   return largest;
 }
 
-float rounded_to_bf16(float x) { return widened(narrowed(x)); }
+float rounded_to_bf16(float x) { return to_float32(to_bfloat16(x)); }
 
 // Rounds to the nearest integer, ties to even, for absolute values below 2²². Unlike
 // std::nearbyint, it is not a function call and can be vectorized.
-inline float nearest(float x) {
+inline float round_to_int(float x) {
   constexpr float kRound = 12582912.0F;  // 1.5 · 2²³
   return (x + kRound) - kRound;
 }
 
 // Rounds to the nearest integer from -8 to 7.
-inline float nearest4(float x) { return std::min(std::max(nearest(x), -8.0F), 7.0F); }
+inline float round_to_int4(float x) { return std::min(std::max(round_to_int(x), -8.0F), 7.0F); }
 
 inline float squared(float x) { return x * x; }
 
@@ -43,12 +43,12 @@ float squared_error(const float* x, std::size_t size, float scale) {
   std::size_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
     for (std::size_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] += squared(x[i + lane] - nearest4(x[i + lane] * inverse) * scale);
+      lanes[lane] += squared(x[i + lane] - round_to_int4(x[i + lane] * inverse) * scale);
     }
   }
   float error = 0.0F;
   for (const float lane : lanes) error += lane;
-  for (; i < size; ++i) error += squared(x[i] - nearest4(x[i] * inverse) * scale);
+  for (; i < size; ++i) error += squared(x[i] - round_to_int4(x[i] * inverse) * scale);
   return error;
 }
 
@@ -76,12 +76,13 @@ float best_scale4(const float* x, std::size_t size) {
 
 // Quantizes a row to int8, and sets its scale.
 void quantize_row8(const float* row, std::size_t inputs, std::uint8_t* integers, float& scale) {
-  const float largest = largest_size(row, inputs);
+  const float largest = max_abs(row, inputs);
   const bool tiny = largest < 1e-30F;
   const float inverse = tiny ? 0.0F : kInt8Largest / largest;
   scale = tiny ? 0.0F : largest / kInt8Largest;
   for (std::size_t k = 0; k < inputs; ++k) {
-    integers[k] = static_cast<std::uint8_t>(static_cast<std::int32_t>(nearest(row[k] * inverse)));
+    integers[k] =
+        static_cast<std::uint8_t>(static_cast<std::int32_t>(round_to_int(row[k] * inverse)));
   }
 }
 
@@ -94,7 +95,7 @@ float quantize_group4(const float* x, std::size_t size, std::size_t group, std::
   std::int32_t whole[kLargestGroup];
   for (std::size_t i = 0; i < group; ++i) {
     whole[i] =
-        i < size ? static_cast<std::int32_t>(nearest4(x[i] * inverse)) + kInt4Zero : kInt4Zero;
+        i < size ? static_cast<std::int32_t>(round_to_int4(x[i] * inverse)) + kInt4Zero : kInt4Zero;
   }
   for (std::size_t i = 0; i < group / 2; ++i) {
     bytes[i] = static_cast<std::uint8_t>(whole[2 * i] | whole[2 * i + 1] << 4);
@@ -202,7 +203,7 @@ float Matrix::scale(std::size_t output, std::size_t group) const {
   const std::uint32_t* panel = memory_ + output / kPanel * panel_words_;
   Bfloat16 scales[kPanel];
   std::memcpy(scales, panel + group * group_words4(group_), sizeof scales);
-  return widened(scales[output % kPanel]);
+  return to_float32(scales[output % kPanel]);
 }
 
 // Writes `words` words of each output of some panels, in memory order: word_of(output, index) for
@@ -221,7 +222,7 @@ void Matrix::fill(Panels panels, std::size_t first, std::size_t words, std::uint
   }
 }
 
-void Matrix::take_floats(const float* weights, Panels panels) {
+void Matrix::pack_floats(const float* weights, Panels panels) {
   const std::size_t inputs = inputs_;
   if (format_ == Format::kFloat32) {
     fill(panels, 0, words_, 0, [=](std::size_t n, std::size_t k) {
@@ -233,22 +234,22 @@ void Matrix::take_floats(const float* weights, Panels panels) {
   }
   fill(panels, 0, words_, 0, [=](std::size_t n, std::size_t pair) {
     const float* x = weights + n * inputs + 2 * pair;
-    const std::uint32_t second = 2 * pair + 1 < inputs ? narrowed(x[1]) : Bfloat16{0};
-    return narrowed(x[0]) | second << 16;
+    const std::uint32_t second = 2 * pair + 1 < inputs ? to_bfloat16(x[1]) : Bfloat16{0};
+    return to_bfloat16(x[0]) | second << 16;
   });
 }
 
-void Matrix::take_integers(const std::uint8_t* integers, const float* scales, Panels panels) {
+void Matrix::pack_integers(const std::uint8_t* integers, const float* scales, Panels panels) {
   if (format_ == Format::kInt8) {
-    take_integers8(integers, panels);
+    pack_int8(integers, panels);
     const std::size_t end = std::min(outputs_, panels.end * kPanel);
     for (std::size_t n = panels.begin * kPanel; n < end; ++n) scales_[n] = scales[n];
     return;
   }
-  for (std::size_t g = 0; g < groups_; ++g) take_group4(integers, scales, g, panels);
+  for (std::size_t g = 0; g < groups_; ++g) pack_int4_group(integers, scales, g, panels);
 }
 
-void Matrix::take_integers8(const std::uint8_t* integers, Panels panels) {
+void Matrix::pack_int8(const std::uint8_t* integers, Panels panels) {
   constexpr std::uint32_t kZeros = 0x80808080U;  // kInt8Zero, four times
   const std::size_t inputs = inputs_;
   // Four weights per word. Inputs past the end are weights of zero; XOR adds kInt8Zero to all four.
@@ -272,8 +273,8 @@ inline std::uint32_t spread(std::uint32_t halves) {
 
 }  // namespace
 
-void Matrix::take_group4(const std::uint8_t* integers, const float* scales, std::size_t g,
-                         Panels panels) {
+void Matrix::pack_int4_group(const std::uint8_t* integers, const float* scales, std::size_t g,
+                             Panels panels) {
   constexpr std::uint32_t kZeros = 0x88888888U;  // kInt4Zero, eight times
   const std::size_t groups = groups_, stride = groups_ * group_ / 2;
   const std::size_t first = g * group_words4(group_);
@@ -289,7 +290,7 @@ void Matrix::take_group4(const std::uint8_t* integers, const float* scales, std:
   // Scales are two per word, and set by OR: memory is zero at first.
   for (std::size_t n = panels.begin * kPanel; n < std::min(outputs_, panels.end * kPanel); ++n) {
     std::uint32_t& two = memory_[n / kPanel * panel_words_ + first + n % kPanel / 2];
-    two |= static_cast<std::uint32_t>(narrowed(scales[n * groups + g])) << (n % 2 * 16);
+    two |= static_cast<std::uint32_t>(to_bfloat16(scales[n * groups + g])) << (n % 2 * 16);
   }
 }
 
@@ -321,7 +322,7 @@ void Matrix::read_row(std::size_t output, float* to) const {
         std::memcpy(to + k, word(output, k), sizeof(float));
         break;
       case Format::kBfloat16:
-        to[k] = widened(static_cast<Bfloat16>(*word(output, k / 2) >> (k % 2 * 16)));
+        to[k] = to_float32(static_cast<Bfloat16>(*word(output, k / 2) >> (k % 2 * 16)));
         break;
       case Format::kInt8:
         to[k] = static_cast<float>(integer(output, k) - kInt8Zero) * scales_[output];

@@ -44,8 +44,8 @@ class Matrix {
   void place(std::uint32_t* memory) { memory_ = memory; }
 
   // Pack a range of panels of a matrix. Several threads may pack different panels at once.
-  void take_floats(const float* weights, Panels panels);
-  void take_integers(const std::uint8_t* integers, const float* scales, Panels panels);
+  void pack_floats(const float* weights, Panels panels);
+  void pack_integers(const std::uint8_t* integers, const float* scales, Panels panels);
   // Unpack the whole matrix.
   std::vector<float> floats() const;
   Integers integers() const;
@@ -72,8 +72,9 @@ class Matrix {
   template <typename WordOf>
   void fill(Panels panels, std::size_t first, std::size_t words, std::uint32_t empty,
             const WordOf& word_of);
-  void take_integers8(const std::uint8_t* integers, Panels panels);
-  void take_group4(const std::uint8_t* integers, const float* scales, std::size_t g, Panels panels);
+  void pack_int8(const std::uint8_t* integers, Panels panels);
+  void pack_int4_group(const std::uint8_t* integers, const float* scales, std::size_t g,
+                       Panels panels);
   const std::uint32_t* word(std::size_t output, std::size_t index) const;
   std::uint8_t integer(std::size_t output, std::size_t input) const;
   float scale(std::size_t output, std::size_t group) const;

@@ -30,7 +30,7 @@ struct DlExchange {
   void* unused[3];
   // Fills *tensor with a view of the object's memory, without ownership: data, shape and strides
   // belong to the object. Returns 0, or -1 with a Python exception set.
-  int (*look_at)(void* object, DlTensor* tensor);
+  int (*view_tensor)(void* object, DlTensor* tensor);
 };
 
 }  // namespace fastgpt

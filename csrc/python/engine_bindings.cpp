@@ -46,7 +46,7 @@ std::size_t checked_group(std::size_t group) {
 }
 
 // Throws std::invalid_argument with a message about the weight.
-[[noreturn]] void refuse_weight(const std::string& name, const std::string& what) {
+[[noreturn]] void fail_weight(const std::string& name, const std::string& what) {
   throw std::invalid_argument(name + " " + what);
 }
 
@@ -61,7 +61,7 @@ void check_finite(const std::string& name, const float* x, std::size_t size) {
   }
   for (; i < size; ++i) poison[0] += x[i] - x[i];
   for (const float lane : poison) {
-    if (!(lane == 0.0F)) refuse_weight(name, "contains NaN or infinity");
+    if (!(lane == 0.0F)) fail_weight(name, "contains NaN or infinity");
   }
 }
 
@@ -69,9 +69,9 @@ void check_finite(const std::string& name, const float* x, std::size_t size) {
 // uint8.
 const std::uint8_t* bytes(py::handle tensor, const std::string& name, std::size_t size,
                           bool with_sign) {
-  const DlTensor seen = look_at(tensor, name.c_str(), with_sign ? kDlInt : kDlUnsigned, 8,
-                                with_sign ? "int8" : "uint8");
-  check_size(size_without_gaps(seen, name.c_str()), size, name.c_str());
+  const DlTensor seen = view_tensor(tensor, name.c_str(), with_sign ? kDlInt : kDlUnsigned, 8,
+                                    with_sign ? "int8" : "uint8");
+  check_size(contiguous_size(seen, name.c_str()), size, name.c_str());
   return static_cast<const std::uint8_t*>(memory_of(seen));
 }
 
@@ -95,11 +95,11 @@ void take_matrix(Engine& to, const std::string& name, py::handle value) {
   if (!engine::is_integer(matrix.format())) {
     const float* weights = floats(value, name.c_str(), outputs * inputs);
     check_finite(name, weights, outputs * inputs);
-    in_parts(to.pool, matrix, [&](engine::Panels part) { matrix.take_floats(weights, part); });
+    in_parts(to.pool, matrix, [&](engine::Panels part) { matrix.pack_floats(weights, part); });
     return;
   }
   if (!py::isinstance<py::tuple>(value) || py::len(value) != 2) {
-    refuse_weight(name, "must be a pair of integers and scales");
+    fail_weight(name, "must be a pair of integers and scales");
   }
   const auto pair = py::reinterpret_borrow<py::tuple>(value);
   const bool eight = matrix.format() == Format::kInt8;
@@ -110,10 +110,10 @@ void take_matrix(Engine& to, const std::string& name, py::handle value) {
   const float* scales = floats(pair[1], scales_name.c_str(), scale_count);
   check_finite(scales_name, scales, scale_count);
   for (std::size_t i = 0; eight && i < outputs * columns; ++i) {
-    if (integers[i] == 0x80) refuse_weight(name, "contains -128; weights must be in [-127, 127]");
+    if (integers[i] == 0x80) fail_weight(name, "contains -128; weights must be in [-127, 127]");
   }
   in_parts(to.pool, matrix,
-           [&](engine::Panels part) { matrix.take_integers(integers, scales, part); });
+           [&](engine::Panels part) { matrix.pack_integers(integers, scales, part); });
 }
 
 // Loads a bias or a LayerNorm parameter into the engine.
@@ -153,13 +153,13 @@ std::shared_ptr<Engine> make_engine(const py::dict& config, const std::string& d
       std::make_shared<Engine>(shape, format_named(dtype), checked_group(group), threads, kernels);
   std::size_t taken = 0;
   for (const std::string& name : made->network.matrix_names()) {
-    if (!weights.contains(name)) refuse_weight(name, "is missing");
+    if (!weights.contains(name)) fail_weight(name, "is missing");
     take_matrix(*made, name, py::object(weights[name.c_str()]));
     ++taken;
   }
   for (const std::string& name : made->network.vector_names()) {
     if (!weights.contains(name)) {
-      if (!ends_with(name, ".bias")) refuse_weight(name, "is missing");
+      if (!ends_with(name, ".bias")) fail_weight(name, "is missing");
       continue;  // a model without biases, which remain zero
     }
     take_vector(*made, name, py::object(weights[name.c_str()]));
@@ -169,7 +169,7 @@ std::shared_ptr<Engine> make_engine(const py::dict& config, const std::string& d
   for (const py::handle name : weights) {
     const auto text = name.cast<std::string>();
     if (made->network.linear(text) == nullptr && made->network.vector(text) == nullptr) {
-      refuse_weight(text, "is not a weight of this model");
+      fail_weight(text, "is not a weight of this model");
     }
   }
   return made;
@@ -211,7 +211,7 @@ py::tuple quantize_weights(py::handle weights, std::size_t outputs, const std::s
   if (!engine::is_integer(format)) throw std::invalid_argument("dtype must be int8 or int4");
   const Numbers<float> numbers = numbers_of<float>(weights, name.c_str());
   if (outputs == 0 || numbers.size == 0 || numbers.size % outputs != 0) {
-    refuse_weight(name, "must be rows of equal size");
+    fail_weight(name, "must be rows of equal size");
   }
   checked_group(group);
   check_finite(name, numbers.data, numbers.size);

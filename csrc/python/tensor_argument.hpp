@@ -26,10 +26,10 @@ struct TensorType {
     if (PyErr_Occurred() != nullptr) throw py::error_already_set();
     const auto* exchange = static_cast<const DlExchange*>(found);
     while (exchange != nullptr && exchange->major != 1) exchange = exchange->older;
-    if (exchange == nullptr || exchange->look_at == nullptr) {
+    if (exchange == nullptr || exchange->view_tensor == nullptr) {
       throw std::runtime_error("PyTorch 2.11 or newer is required");
     }
-    look_at = exchange->look_at;
+    view_tensor = exchange->view_tensor;
     type = reinterpret_cast<PyTypeObject*>(py::object(tensor).release().ptr());
   }
 
@@ -38,21 +38,21 @@ struct TensorType {
     return found;
   }
 
-  decltype(DlExchange::look_at) look_at;
+  decltype(DlExchange::view_tensor) view_tensor;
   PyTypeObject* type;
 };
 
 // Returns a view of a CPU tensor of the given dtype (with `bf16_too`, or of bfloat16). Throws
 // std::invalid_argument for any other object. `name` and `type` are for the error message.
-inline DlTensor look_at(pybind11::handle tensor, const char* name, std::uint8_t type_code,
-                        std::uint8_t bits, const char* type, bool bf16_too = false) {
+inline DlTensor view_tensor(pybind11::handle tensor, const char* name, std::uint8_t type_code,
+                            std::uint8_t bits, const char* type, bool bf16_too = false) {
   const auto refuse = [=](const std::string& what) {
     throw std::invalid_argument(std::string(name) + " must be " + what);
   };
   const TensorType& known = TensorType::get();
   if (PyObject_TypeCheck(tensor.ptr(), known.type) == 0) refuse("a torch.Tensor");
   DlTensor seen{};
-  const bool visible = known.look_at(tensor.ptr(), &seen) == 0;
+  const bool visible = known.view_tensor(tensor.ptr(), &seen) == 0;
   if (!visible) PyErr_Clear();  // a tensor without memory, e.g. on the meta device
   const bool fits = (seen.type_code == type_code && seen.type_bits == bits) ||
                     (bf16_too && seen.type_code == kDlBfloat && seen.type_bits == 16);
@@ -63,7 +63,7 @@ inline DlTensor look_at(pybind11::handle tensor, const char* name, std::uint8_t 
 }
 
 inline DlTensor look_at_floats(pybind11::handle tensor, const char* name, bool bf16_too) {
-  return look_at(tensor, name, kDlFloat, 32, "float32", bf16_too);
+  return view_tensor(tensor, name, kDlFloat, 32, "float32", bf16_too);
 }
 
 inline void* memory_of(const DlTensor& seen) {
@@ -76,7 +76,7 @@ inline Floats numbers_in(const DlTensor& seen) {
 
 // Returns the number of elements of a contiguous tensor. Throws std::invalid_argument for one that
 // is not contiguous; the strides of dimensions of size 1 are ignored.
-inline std::size_t size_without_gaps(const DlTensor& seen, const char* name) {
+inline std::size_t contiguous_size(const DlTensor& seen, const char* name) {
   std::size_t size = 1;
   for (std::int32_t i = seen.dimensions - 1; i >= 0; --i) {
     const bool gaps = seen.strides != nullptr && seen.shape[i] != 1 &&
@@ -97,9 +97,9 @@ struct Numbers {
 template <typename Number>
 Numbers<Number> numbers_of(pybind11::handle tensor, const char* name) {
   constexpr bool kFloats = std::is_floating_point_v<Number>;
-  const DlTensor seen = look_at(tensor, name, kFloats ? kDlFloat : kDlInt, 8 * sizeof(Number),
-                                kFloats ? "float32" : "int64");
-  const std::size_t size = size_without_gaps(seen, name);
+  const DlTensor seen = view_tensor(tensor, name, kFloats ? kDlFloat : kDlInt, 8 * sizeof(Number),
+                                    kFloats ? "float32" : "int64");
+  const std::size_t size = contiguous_size(seen, name);
   return {static_cast<Number*>(memory_of(seen)), size};
 }
 
@@ -121,7 +121,7 @@ inline float* floats(pybind11::handle tensor, const char* name, std::size_t size
 // Returns the data of a contiguous float32 or bfloat16 tensor with `size` elements.
 inline Floats any_floats(pybind11::handle tensor, const char* name, std::size_t size) {
   const DlTensor seen = look_at_floats(tensor, name, true);
-  check_size(size_without_gaps(seen, name), size, name);
+  check_size(contiguous_size(seen, name), size, name);
   return numbers_in(seen);
 }
 

@@ -84,7 +84,7 @@ void backward_of_norm(py::handle grad_y, py::handle grad_total, py::handle total
 // tensors do not match.
 Attention attention_of(py::handle qkv, py::handle log_sums, std::size_t heads, std::size_t time) {
   const DlTensor seen = look_at_floats(qkv, "qkv", true);
-  const std::size_t size = size_without_gaps(seen, "qkv");
+  const std::size_t size = contiguous_size(seen, "qkv");
   const std::size_t rows = numbers_of<float>(log_sums, "log_sums").size;  // batch * heads * time
   Attention attention;
   attention.heads = heads;

@@ -14,7 +14,7 @@ struct Plain {
   static constexpr std::size_t kWidth = 4;
   static constexpr bool kManyRegisters = false;
   static constexpr std::size_t kFloatRows = 2, kIntegerRows = 1, kPanelRows = 2;
-  static constexpr std::int32_t kZeroOfDot8 = kInt8Zero;
+  static constexpr std::int32_t kDot8Offset = kInt8Zero;
   struct Register {
     float lane[kWidth];
   };
@@ -45,16 +45,17 @@ struct Plain {
   static Register multiply_pairs(const Register& x, const Register& y, Register sum) {
     for (std::size_t i = 0; i < kWidth; ++i) {
       const std::uint32_t a = unsigned_bits(x.lane[i]), b = unsigned_bits(y.lane[i]);
-      sum.lane[i] += widened(static_cast<Bfloat16>(a)) * widened(static_cast<Bfloat16>(b));
+      sum.lane[i] += to_float32(static_cast<Bfloat16>(a)) * to_float32(static_cast<Bfloat16>(b));
       sum.lane[i] +=
-          widened(static_cast<Bfloat16>(a >> 16)) * widened(static_cast<Bfloat16>(b >> 16));
+          to_float32(static_cast<Bfloat16>(a >> 16)) * to_float32(static_cast<Bfloat16>(b >> 16));
     }
     return sum;
   }
   static Register load_narrow(const void* from) {
     Bfloat16 narrow[kWidth];
     std::memcpy(narrow, from, sizeof narrow);
-    return {{widened(narrow[0]), widened(narrow[1]), widened(narrow[2]), widened(narrow[3])}};
+    return {{to_float32(narrow[0]), to_float32(narrow[1]), to_float32(narrow[2]),
+             to_float32(narrow[3])}};
   }
   static float square_root(float x) { return std::sqrt(x); }
 

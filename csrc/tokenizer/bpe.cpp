@@ -37,7 +37,7 @@ std::vector<std::string_view> split(std::string_view text, std::size_t parts) {
 // others on a new thread. Waits for all of them, then rethrows the exception of the lowest i that
 // threw one.
 template <typename Work>
-void run_side_by_side(std::size_t count, const Work& work) {
+void run_concurrently(std::size_t count, const Work& work) {
   std::vector<std::exception_ptr> errors(count);
   const auto guarded = [&](std::size_t i) {
     try {
@@ -98,7 +98,7 @@ void BytePairEncoder::encode(std::string_view text, unsigned threads, IdBuffer<I
 
   const std::vector<std::string_view> texts = split(text, parts);
   std::vector<IdBuffer<Id>> others(texts.size() - 1);
-  run_side_by_side(texts.size(),
+  run_concurrently(texts.size(),
                    [&](std::size_t i) { encode_part(texts[i], i == 0 ? ids : others[i - 1]); });
   for (const IdBuffer<Id>& part : others) ids.append(part.data(), part.size());
 }

@@ -28,7 +28,7 @@ constexpr std::uint64_t kCollectedFraction = 512;
 constexpr int kBoundBits = 18;
 
 // The minimum number of bytes per thread, for which counting takes longer than starting a thread.
-constexpr std::size_t kWorthAThread = std::size_t{1} << 18;
+constexpr std::size_t kMinBytesPerThread = std::size_t{1} << 18;
 
 // Prefetch distance, in steps.
 constexpr std::size_t kAhead = 16;
@@ -287,27 +287,27 @@ void PairMerger::update_counts(Merge merge) {
   for (const TokenId after : right_.touched) pairs_.prefetch_slot(pair_of(right, after));
   for (const TokenId before : left_.touched) {
     Neighbour& neighbour = left_.by_token[before];
-    take_away(pair_of(before, left), neighbour.count);
+    subtract_count(pair_of(before, left), neighbour.count);
     add_pair(pair_of(before, merged), neighbour, neighbour.count);
   }
   for (const TokenId after : right_.touched) {
     Neighbour& neighbour = right_.by_token[after];
-    take_away(pair_of(right, after), neighbour.count);
+    subtract_count(pair_of(right, after), neighbour.count);
     // In "abab", the first "ab" is followed by an "a" only until that is merged as well: these
     // occurrences were added on the right side and are counted on the left side of the second
     // merge.
     const Count merged_since = after == left ? left_.by_token[merged].count : 0;
     add_pair(pair_of(merged, after), neighbour, neighbour.count - merged_since);
   }
-  write_places(left_);
-  write_places(right_);
+  write_set_bits(left_);
+  write_set_bits(right_);
 }
 
-void PairMerger::take_away(std::uint64_t pair, Count count) {
+void PairMerger::subtract_count(std::uint64_t pair, Count count) {
   if (PairTable::Entry* entry = pairs_.find(pair)) entry->count -= count;
 }
 
-// Inserts a new pair with `neighbour.n_places` places, which write_places() fills in.
+// Inserts a new pair with `neighbour.n_places` places, which write_set_bits() fills in.
 //
 // A pair becomes possible only in the merge that creates the later of its two tokens, because no
 // two merges create the same token: wherever the bytes of a token form a token, no token ever
@@ -325,7 +325,7 @@ void PairMerger::add_pair(std::uint64_t pair, Neighbour& neighbour, Count count)
 }
 
 // Writes the places of the new pairs on one side, and resets the side for the next merge.
-void PairMerger::write_places(Side& side) {
+void PairMerger::write_set_bits(Side& side) {
   for (const Event& event : side.events) {
     std::size_t& next_place = side.by_token[event.neighbour].next_place;
     if (next_place != kNowhere) places_[next_place++] = event.place;
@@ -360,7 +360,7 @@ void BpeTrainer::end_text() {
 // thread, and counts the rest on this one.
 void BpeTrainer::count(std::string_view text) {
   std::vector<std::future<void>> others;
-  for (std::size_t n = std::min(counters_.size(), text.size() / kWorthAThread); n > 1; --n) {
+  for (std::size_t n = std::min(counters_.size(), text.size() / kMinBytesPerThread); n > 1; --n) {
     const std::size_t part = text.size() - text.size() / n;
     const std::size_t begin = find_start(text, part + 1);
     others.push_back(std::async(

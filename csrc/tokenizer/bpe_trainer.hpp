@@ -128,9 +128,9 @@ class PairMerger {
   void replace(const PairTable::Entry& entry, Merge merge);
   void replace_at(Place place, Merge merge);
   void update_counts(Merge merge);
-  void take_away(std::uint64_t pair, Count count);
+  void subtract_count(std::uint64_t pair, Count count);
   void add_pair(std::uint64_t pair, Neighbour& neighbour, Count count);
-  void write_places(Side& side);
+  void write_set_bits(Side& side);
 
   Count min_count_;
   std::vector<std::uint32_t> slots_;

@@ -155,7 +155,7 @@ class PieceCache {
   // Inserts a piece. `ids` must have kWrittenIds readable elements, of which `count` are used.
   // Inserting a piece that is already in the cache wastes a slot: find() returns the first entry.
   void insert(PieceKey key, std::size_t size, const Id* ids, std::size_t count) {
-    if (used_ + 2 > table_.size()) make_room();  // keep at least half of the slots free
+    if (used_ + 2 > table_.size()) grow_or_clear();  // keep at least half of the slots free
     if (size <= kShortSize && count <= kShortIds) {
       used_ += 1;
       put_short({key.low, pack(size, count, ids, count)});
@@ -211,7 +211,7 @@ class PieceCache {
   }
 
   // Grows the table and reinserts all pieces; clears a table that has reached kMaxSize.
-  void make_room() {
+  void grow_or_clear() {
     if (table_.size() == kMaxSize) {
       *this = PieceCache(kMaxSize);
       return;

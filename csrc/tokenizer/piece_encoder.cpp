@@ -52,11 +52,11 @@ void PieceEncoder<Id>::encode(std::string_view text, IdBuffer<Id>& ids) {
 // merging several pieces at a time is faster than one by one (see ShortMerge).
 //
 // The ids are written directly to the end of `ids`. If pieces are missing, the ids after the first
-// hole are moved to looked_up_ and appended again by fill_holes().
+// hole are moved to looked_up_ and appended again by insert_missing().
 template <typename Id>
 void PieceEncoder<Id>::encode_stretch(std::string_view text, std::size_t begin, Ends ends,
                                       IdBuffer<Id>& ids) {
-  holes_.clear();
+  missing_.clear();
   Id* const first = ids.reserve(PieceCache<Id>::kWrittenIds * (ends.size() + 1));
   Id* to = first;
   for (const std::size_t* end = ends.begin(); end != ends.end(); begin = end[-1]) {
@@ -64,15 +64,15 @@ void PieceEncoder<Id>::encode_stretch(std::string_view text, std::size_t begin, 
     to = look_up_group(text, begin, end, count, first, to);
     end += count;
   }
-  if (holes_.empty()) return ids.extend_to(to);
-  learn(holes_.data(), holes_.data() + holes_.size());
-  looked_up_.assign(first + holes_[0].at, to);
-  ids.extend_to(first + holes_[0].at);
-  fill_holes(ids);
+  if (missing_.empty()) return ids.extend_to(to);
+  learn(missing_.data(), missing_.data() + missing_.size());
+  looked_up_.assign(first + missing_[0].at, to);
+  ids.extend_to(first + missing_[0].at);
+  insert_missing(ids);
 }
 
 // Writes the ids of the pieces that are in the cache to `to`, returns the end of the ids written,
-// and adds the other pieces to holes_. The first piece starts at `begin`; the pieces end at the
+// and adds the other pieces to missing_. The first piece starts at `begin`; the pieces end at the
 // `count` offsets in `ends`. `first` points to the first id of the stretch.
 //
 // Most of the time is spent on cache misses. Therefore a first pass computes the home buckets of
@@ -85,7 +85,7 @@ Id* PieceEncoder<Id>::look_up_group(std::string_view text, std::size_t begin,
   // PieceKey::load reads 16 bytes, which near the end of the text would be beyond it.
   if (text.size() - ends[count - 1] < PieceKey::kMaxSize) {
     for (std::size_t i = 0, at = begin; i < count; at = ends[i++]) {
-      to += find_or_note(text, at, ends[i] - at, first, to);
+      to += find_or_add_missing(text, at, ends[i] - at, first, to);
     }
     return to;
   }
@@ -115,45 +115,45 @@ Id* PieceEncoder<Id>::look_up_group(std::string_view text, std::size_t begin,
         continue;
       }
     }
-    to += find_or_note(text, at, size, first, to);
+    to += find_or_add_missing(text, at, size, first, to);
   }
   return to;
 }
 
 // Writes the ids of the piece if it is anywhere in the cache and returns their number; otherwise
-// adds the piece to holes_ and returns 0. Not inlined, to keep the loop of look_up_group small.
+// adds the piece to missing_ and returns 0. Not inlined, to keep the loop of look_up_group small.
 template <typename Id>
-FASTGPT_NOINLINE std::size_t PieceEncoder<Id>::find_or_note(std::string_view text, std::size_t at,
-                                                            std::size_t size, const Id* first,
-                                                            Id* to) {
+FASTGPT_NOINLINE std::size_t PieceEncoder<Id>::find_or_add_missing(std::string_view text,
+                                                                   std::size_t at, std::size_t size,
+                                                                   const Id* first, Id* to) {
   const bool is_short = size <= PieceKey::kMaxSize;
   const PieceKey key = is_short ? key_at(text, at, size) : PieceKey{};
   const std::size_t tokens = is_short ? cache_.find(key, size, to) : 0;
   if (tokens == 0) {
     if (is_short) vocabulary_.ask_for_whole_token(key);  // prefetch for learn()
-    holes_.emplace_back(key, text.substr(at, size), static_cast<std::size_t>(to - first));
+    missing_.emplace_back(key, text.substr(at, size), static_cast<std::size_t>(to - first));
   }
   return tokens;
 }
 
 // Sets the tokens of the short pieces among the holes, and inserts them into the caches.
 template <typename Id>
-void PieceEncoder<Id>::learn(Hole* hole, Hole* end) {
-  std::array<Hole*, kBatch> unknown;
+void PieceEncoder<Id>::learn(MissingPiece* hole, MissingPiece* end) {
+  std::array<MissingPiece*, kBatch> unknown;
   std::size_t unknowns = 0;
   for (; hole != end; ++hole) {
     if (!hole->is_short() || is_known(*hole)) continue;
     unknown[unknowns++] = hole;
-    if (unknowns == kBatch) merge_holes(unknown.data(), std::exchange(unknowns, 0));
+    if (unknowns == kBatch) merge_missing(unknown.data(), std::exchange(unknowns, 0));
   }
-  merge_holes(unknown.data(), unknowns);
+  merge_missing(unknown.data(), unknowns);
 }
 
 // Sets the tokens of a piece that needs no merging and returns true: one that has been inserted
 // into a cache since the lookup that missed it, or one that is a single token. Returns false for
 // others.
 template <typename Id>
-bool PieceEncoder<Id>::is_known(Hole& hole) {
+bool PieceEncoder<Id>::is_known(MissingPiece& hole) {
   auto& [ids, count] = hole.tokens;
   if (!hole.in_cache()) {
     count = long_cache_.find(hole.piece, ids.data());
@@ -171,7 +171,7 @@ bool PieceEncoder<Id>::is_known(Hole& hole) {
 
 // Merges the pieces together (see merge_short), sets their tokens and inserts them into the caches.
 template <typename Id>
-void PieceEncoder<Id>::merge_holes(Hole* const* holes, std::size_t count) {
+void PieceEncoder<Id>::merge_missing(MissingPiece* const* holes, std::size_t count) {
   std::array<std::string_view, kBatch> pieces;
   std::array<ShortTokens<Id>*, kBatch> tokens{};
   for (std::size_t i = 0; i < count; ++i) {
@@ -180,7 +180,7 @@ void PieceEncoder<Id>::merge_holes(Hole* const* holes, std::size_t count) {
   }
   merge_short(vocabulary_, pieces.data(), tokens.data(), count);
   for (std::size_t i = 0; i < count; ++i) {
-    const Hole& hole = *holes[i];
+    const MissingPiece& hole = *holes[i];
     if (hole.in_cache()) {
       cache_.insert(hole.key, hole.piece.size(), hole.tokens.ids.data(), hole.tokens.count);
     } else {
@@ -191,10 +191,10 @@ void PieceEncoder<Id>::merge_holes(Hole* const* holes, std::size_t count) {
 
 // Appends the ids in looked_up_, with the ids of the missing pieces inserted.
 template <typename Id>
-void PieceEncoder<Id>::fill_holes(IdBuffer<Id>& ids) {
-  const std::size_t first = holes_[0].at;
+void PieceEncoder<Id>::insert_missing(IdBuffer<Id>& ids) {
+  const std::size_t first = missing_[0].at;
   std::size_t at = first;
-  for (const Hole& hole : holes_) {
+  for (const MissingPiece& hole : missing_) {
     ids.append(looked_up_.data() + (at - first), hole.at - at);
     if (hole.is_short()) {
       const auto& [tokens, count] = hole.tokens;
@@ -224,7 +224,7 @@ void PieceEncoder<Id>::encode_long(std::string_view piece, IdBuffer<Id>& ids) {
 
 // Encodes a long piece chunk by chunk. The result is exact if no merge can cross the ends of the
 // chunks, or if the two tokens at each seam between chunks can stand side by side (see
-// stand_side_by_side). Otherwise the tokens around the seam are merged again (see mend). If that
+// is_stable_pair). Otherwise the tokens around the seam are merged again (see mend). If that
 // fails, the whole piece is merged at once.
 template <typename Id>
 void PieceEncoder<Id>::encode_chunks(std::string_view piece, IdBuffer<Id>& ids) {
@@ -236,7 +236,7 @@ void PieceEncoder<Id>::encode_chunks(std::string_view piece, IdBuffer<Id>& ids) 
   for (std::size_t at = 0; at < piece.size(); count = std::min(2 * count, kBatch)) {
     at = cut_chunks(piece, at, count);
     learn(chunks_.data(), chunks_.data() + chunks_.size());
-    for (const Hole& chunk : chunks_) {
+    for (const MissingPiece& chunk : chunks_) {
       if (!append_chunk(piece, chunk, fence, ids)) {
         ids.truncate(first);
         const std::vector<TokenId>& tokens = merger_.merge(piece);
@@ -268,12 +268,12 @@ std::size_t PieceEncoder<Id>::cut_chunks(std::string_view piece, std::size_t at,
 // Appends the ids of a chunk, and merges again across the seam before it if necessary. Returns
 // false if that fails.
 template <typename Id>
-bool PieceEncoder<Id>::append_chunk(std::string_view piece, const Hole& chunk, std::size_t fence,
-                                    IdBuffer<Id>& ids) {
+bool PieceEncoder<Id>::append_chunk(std::string_view piece, const MissingPiece& chunk,
+                                    std::size_t fence, IdBuffer<Id>& ids) {
   const std::size_t seam = ids.size();
   ids.append(chunk.tokens.ids.data(), chunk.tokens.count);
-  if (seam == fence || stand_side_by_side(ids.data()[seam - 1], ids.data()[seam])) return true;
-  return mend(piece, chunk.at, fence, seam, ids);
+  if (seam == fence || is_stable_pair(ids.data()[seam - 1], ids.data()[seam])) return true;
+  return merge_across_seam(piece, chunk.at, fence, seam, ids);
 }
 
 // Repairs a seam between chunks, which is at offset `at` of the piece and before ids[seam]. Takes
@@ -282,8 +282,8 @@ bool PieceEncoder<Id>::append_chunk(std::string_view piece, const Hole& chunk, s
 // again, up to kMostTaken tokens on the left. Never takes tokens before ids[fence], since no merge
 // can cross that position. Returns false, with `ids` unchanged, if this limit is exceeded.
 template <typename Id>
-bool PieceEncoder<Id>::mend(std::string_view piece, std::size_t at, std::size_t fence,
-                            std::size_t seam, IdBuffer<Id>& ids) {
+bool PieceEncoder<Id>::merge_across_seam(std::string_view piece, std::size_t at, std::size_t fence,
+                                         std::size_t seam, IdBuffer<Id>& ids) {
   constexpr std::size_t kMostTaken = 64;
   const auto size_of = [&](std::size_t i) { return vocabulary_.tokens().size_of(ids.data()[i]); };
   std::size_t begin = seam;  // ids[begin : end] are merged again
@@ -298,9 +298,8 @@ bool PieceEncoder<Id>::mend(std::string_view piece, std::size_t at, std::size_t 
     const std::vector<Id>& tokens =
         merge_again(piece.substr(at - bytes_left, bytes_left + bytes_right));
     const bool left_stands =
-        begin == fence || stand_side_by_side(ids.data()[begin - 1], tokens.front());
-    const bool right_stands =
-        end == ids.size() || stand_side_by_side(tokens.back(), ids.data()[end]);
+        begin == fence || is_stable_pair(ids.data()[begin - 1], tokens.front());
+    const bool right_stands = end == ids.size() || is_stable_pair(tokens.back(), ids.data()[end]);
     if (left_stands && right_stands) {
       merged_again_.insert(merged_again_.end(), ids.data() + end, ids.data() + ids.size());
       ids.truncate(begin);
@@ -341,12 +340,12 @@ const std::vector<Id>& PieceEncoder<Id>::merge_again(std::string_view bytes) {
 // Results are kept in a direct-mapped cache. An entry is the pair, shifted left by one, with the
 // result in the lowest bit; kKnown distinguishes the pair (0, 0) from an empty entry.
 template <typename Id>
-bool PieceEncoder<Id>::stand_side_by_side(TokenId left, TokenId right) {
+bool PieceEncoder<Id>::is_stable_pair(TokenId left, TokenId right) {
   constexpr std::size_t kSlots = 4096;
   constexpr std::uint64_t kKnown = std::uint64_t{1} << 62;
-  if (side_by_side_.empty()) side_by_side_.resize(kSlots);
+  if (stable_pairs_.empty()) stable_pairs_.resize(kSlots);
   const std::uint64_t pair = kKnown | static_cast<std::uint64_t>(left) << kIdBits | right;
-  std::uint64_t& known = side_by_side_[(pair * 0x9E3779B97F4A7C15) >> 52];
+  std::uint64_t& known = stable_pairs_[(pair * 0x9E3779B97F4A7C15) >> 52];
   if (known >> 1 != pair) {
     const TokenBytes& bytes = vocabulary_.tokens();
     std::string both(bytes[left]);

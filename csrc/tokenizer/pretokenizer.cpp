@@ -174,13 +174,13 @@ struct Avx2 {
 
 // Aligns each byte with the one before it: bit i of the result is bit i - 1 of the mask. Bit 0
 // comes from the last bit of the previous block.
-inline std::uint64_t shifted_on(std::uint64_t bits, std::uint64_t previous) {
+inline std::uint64_t with_previous_bit(std::uint64_t bits, std::uint64_t previous) {
   return bits << 1 | previous >> 63;
 }
 
 // Aligns each byte with the one after it: bit i of the result is bit i + 1 of the mask. Bit 63
 // comes from the first bit of the next block.
-inline std::uint64_t shifted_back(std::uint64_t bits, std::uint64_t next) {
+inline std::uint64_t with_next_bit(std::uint64_t bits, std::uint64_t next) {
   return bits >> 1 | next << 63;
 }
 
@@ -190,16 +190,16 @@ inline std::uint64_t shifted_back(std::uint64_t bits, std::uint64_t next) {
 //
 // `continued` is the mask of the bytes whose predecessor is white space.
 inline std::uint64_t space_starts(std::uint64_t continued, const Block& block, const Block& next) {
-  const std::uint64_t last_bytes = block.spaces & ~shifted_back(block.spaces, next.spaces);
+  const std::uint64_t last_bytes = block.spaces & ~with_next_bit(block.spaces, next.spaces);
   std::uint64_t last_chars = last_bytes;
   // If the last character of a run has several bytes, the piece starts at its first byte: one byte
   // before the last byte of a character of two, two bytes before that of a character of three. The
   // last byte may lie in the next block.
-  if (block.wide_spaces != 0) {
+  if (block.multibyte_spaces != 0) {
     const std::uint64_t last_bytes_next = next.spaces & ~(next.spaces >> 1);
-    const std::uint64_t one_on = shifted_back(last_bytes, last_bytes_next);
-    const std::uint64_t two_on = shifted_back(one_on, last_bytes_next >> 1);
-    last_chars = (last_bytes & ~block.wide_spaces) | (block.spaces_of_2 & one_on) |
+    const std::uint64_t one_on = with_next_bit(last_bytes, last_bytes_next);
+    const std::uint64_t two_on = with_next_bit(one_on, last_bytes_next >> 1);
+    last_chars = (last_bytes & ~block.multibyte_spaces) | (block.spaces_of_2 & one_on) |
                  (block.spaces_of_3 & two_on);
   }
   return (block.spaces & ~continued) | last_chars;
@@ -209,7 +209,7 @@ inline std::uint64_t space_starts(std::uint64_t continued, const Block& block, c
 // loop writes eight values per iteration, so that its branch is mispredicted less often; up to
 // seven values after the last one are meaningless, and `to` must have room for them.
 template <typename Isa>
-inline std::size_t write_places(std::uint64_t bits, std::size_t base, std::size_t* to) {
+inline std::size_t write_set_bits(std::uint64_t bits, std::size_t base, std::size_t* to) {
   const std::size_t count = count_bits(bits);
   for (std::size_t i = 0; i < count; i += 8) {
     for (std::size_t j = i; j < i + 8; ++j) {
@@ -244,13 +244,13 @@ Pretokenizer::Pretokenizer(std::string_view text, bool vectorized)
 
 Ends Pretokenizer::next() {
 #if defined(FASTGPT_HAS_AVX2)
-  if (vectorized_ && has_avx2()) return {ends_.data(), cut_with_avx2()};
+  if (vectorized_ && has_avx2()) return {ends_.data(), find_ends_avx2()};
 #endif
   return {ends_.data(), cut<Portable>()};
 }
 
 #if defined(FASTGPT_HAS_AVX2)
-FASTGPT_AVX2_FLAT std::size_t Pretokenizer::cut_with_avx2() { return cut<Avx2>(); }
+FASTGPT_AVX2_FLAT std::size_t Pretokenizer::find_ends_avx2() { return cut<Avx2>(); }
 #endif
 
 // Writes the next ends to ends_ and returns their number. A piece ends where the next one starts,
@@ -265,7 +265,7 @@ std::size_t Pretokenizer::cut() {
     if (at_ == 0) places &= ~std::uint64_t{1};  // no piece ends at the start of the text
     const std::size_t left = text_.size() - at_;
     if (left < kBlock) places &= (std::uint64_t{1} << left) - 1;
-    count += write_places<Isa>(places, at_, &ends_[count]);
+    count += write_set_bits<Isa>(places, at_, &ends_[count]);
     if (left <= kBlock) ends_[count++] = text_.size();
     previous_ = current_;
     current_ = next;
@@ -284,13 +284,14 @@ std::uint64_t Pretokenizer::starts(const Block& next) {
   const Block& block = current_;
   const std::uint64_t others = ~(block.letters | block.numbers | block.spaces);
   const std::uint64_t previous_others = ~(previous_.letters | previous_.numbers | previous_.spaces);
-  const std::uint64_t continued = (block.letters & shifted_on(block.letters, previous_.letters)) |
-                                  (block.numbers & shifted_on(block.numbers, previous_.numbers)) |
-                                  (others & shifted_on(others, previous_others));
-  const std::uint64_t after_blank = shifted_on(block.blanks, previous_.blanks);
+  const std::uint64_t continued =
+      (block.letters & with_previous_bit(block.letters, previous_.letters)) |
+      (block.numbers & with_previous_bit(block.numbers, previous_.numbers)) |
+      (others & with_previous_bit(others, previous_others));
+  const std::uint64_t after_blank = with_previous_bit(block.blanks, previous_.blanks);
   const std::uint64_t words = ~(block.spaces | continued | after_blank);
   const std::uint64_t places =
-      words | space_starts(shifted_on(block.spaces, previous_.spaces), block, next);
+      words | space_starts(with_previous_bit(block.spaces, previous_.spaces), block, next);
   return join_contractions(places);
 }
 
@@ -336,7 +337,7 @@ Block Pretokenizer::classify(std::size_t at) {
     bytes = padded.data();
   }
   const std::uint64_t leads = Isa::classify(bytes, block);
-  if (leads != 0 || has_spill_) classify_wide(at, leads, block);
+  if (leads != 0 || has_spill_) classify_multibyte(at, leads, block);
   return block;
 }
 
@@ -344,7 +345,7 @@ Block Pretokenizer::classify(std::size_t at) {
 // the set bits of `leads`, and of the remaining bytes (spill_) of a character that started in the
 // previous block. The bytes of this block's last character that lie in the next block become the
 // new spill_. A continuation byte that belongs to no character is in no class.
-void Pretokenizer::classify_wide(std::size_t at, std::uint64_t leads, Block& block) {
+void Pretokenizer::classify_multibyte(std::size_t at, std::uint64_t leads, Block& block) {
   std::array<std::uint64_t, 4> masks = {0, spill_.letters, spill_.numbers, spill_.spaces};
   std::array<std::uint64_t, 4> spilled{};  // masks and spilled are indexed by CharClass
   for (; leads != 0; leads &= leads - 1) {
@@ -361,7 +362,7 @@ void Pretokenizer::classify_wide(std::size_t at, std::uint64_t leads, Block& blo
   block.letters |= masks[1];
   block.numbers |= masks[2];
   block.spaces |= masks[3];
-  block.wide_spaces = masks[3];
+  block.multibyte_spaces = masks[3];
   spill_.letters = spilled[1];
   spill_.numbers = spilled[2];
   spill_.spaces = spilled[3];

@@ -61,14 +61,14 @@ class Pretokenizer {
   // multi-byte character have the class of the character. Bytes in none of letters, numbers and
   // spaces have the class [^\s\p{L}\p{N}].
   struct Block {
-    std::uint64_t letters = 0;      // \p{L}
-    std::uint64_t numbers = 0;      // \p{N}
-    std::uint64_t spaces = 0;       // \s
-    std::uint64_t blanks = 0;       // U+0020, which is joined to the word after it
-    std::uint64_t apostrophes = 0;  // possible starts of contractions
-    std::uint64_t wide_spaces = 0;  // all bytes of multi-byte \s
-    std::uint64_t spaces_of_2 = 0;  // first bytes of \s of two bytes
-    std::uint64_t spaces_of_3 = 0;  // first bytes of \s of three bytes
+    std::uint64_t letters = 0;           // \p{L}
+    std::uint64_t numbers = 0;           // \p{N}
+    std::uint64_t spaces = 0;            // \s
+    std::uint64_t blanks = 0;            // U+0020, which is joined to the word after it
+    std::uint64_t apostrophes = 0;       // possible starts of contractions
+    std::uint64_t multibyte_spaces = 0;  // all bytes of multi-byte \s
+    std::uint64_t spaces_of_2 = 0;       // first bytes of \s of two bytes
+    std::uint64_t spaces_of_3 = 0;       // first bytes of \s of three bytes
   };
 
  private:
@@ -77,10 +77,10 @@ class Pretokenizer {
 
   template <typename Isa>
   std::size_t cut();
-  std::size_t cut_with_avx2();
+  std::size_t find_ends_avx2();
   template <typename Isa>
   Block classify(std::size_t at);
-  void classify_wide(std::size_t at, std::uint64_t leads, Block& block);
+  void classify_multibyte(std::size_t at, std::uint64_t leads, Block& block);
   std::uint64_t starts(const Block& next);
   std::uint64_t join_contractions(std::uint64_t starts);
 

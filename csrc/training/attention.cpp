@@ -111,7 +111,7 @@ class Products {
 
 template <typename Number>
 void widen_row(std::size_t n, const Number* __restrict from, float* __restrict to) {
-  for (std::size_t i = 0; i < n; ++i) to[i] = widened(from[i]);
+  for (std::size_t i = 0; i < n; ++i) to[i] = to_float32(from[i]);
 }
 
 template <typename Number>

@@ -28,9 +28,9 @@ constexpr std::size_t kBlocksInChunk = 4;  // depth blocks in a chunk of B
 constexpr std::size_t kWordsInChunk = std::size_t{1} << 20;
 constexpr std::size_t kWordsToPack = std::size_t{1} << 14;  // in one task
 constexpr std::size_t kTilesPerThread = 8;  // for load balance: a slow thread delays others little
-constexpr std::size_t kFewRows = 24, kFewColumns = 64;       // smallest tile that C is split into
-constexpr std::size_t kWorthATile = std::size_t{1} << 19;    // multiplications
-constexpr std::size_t kWorthAThread = std::size_t{1} << 20;  // multiplications
+constexpr std::size_t kFewRows = 24, kFewColumns = 64;     // smallest tile that C is split into
+constexpr std::size_t kWorthATile = std::size_t{1} << 19;  // multiplications
+constexpr std::size_t kMinBytesPerThread = std::size_t{1} << 20;  // multiplications
 
 std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 std::size_t round_up(std::size_t a, std::size_t b) { return ceil_div(a, b) * b; }
@@ -392,7 +392,7 @@ bool gemm_is_faster(bool bf16) {
 void gemm(const Gemm& product, unsigned threads, GemmCode code) {
   if (product.m == 0) return;
   const std::size_t work = product.m * product.n * std::max(product.k, std::size_t{1});
-  const std::size_t useful = std::max(work / kWorthAThread, std::size_t{1});
+  const std::size_t useful = std::max(work / kMinBytesPerThread, std::size_t{1});
   const auto team = static_cast<unsigned>(std::min(std::size_t{std::max(threads, 1U)}, useful));
   Job job(product, gemm_kernels(code), team);
   run_team(team, [&job](std::size_t rank) { job.work(rank); });

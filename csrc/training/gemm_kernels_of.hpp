@@ -168,7 +168,7 @@ class Kernels {
   static inline void multiply_by_gelu_gradient(const ConstFloats& of, std::size_t n, float* grad) {
     if (of.bf16) {
       const auto* at = static_cast<const Bfloat16*>(of.data);
-      for (std::size_t i = 0; i < n; ++i) grad[i] = gelu_gradient_of(grad[i], widened(at[i]));
+      for (std::size_t i = 0; i < n; ++i) grad[i] = gelu_gradient_of(grad[i], to_float32(at[i]));
     } else {
       const auto* at = static_cast<const float*>(of.data);
       for (std::size_t i = 0; i < n; ++i) grad[i] = gelu_gradient_of(grad[i], at[i]);
@@ -180,7 +180,7 @@ class Kernels {
                            const Function& function) {
     if (to.bf16) {
       auto* numbers = static_cast<Bfloat16*>(to.data);
-      for (std::size_t i = 0; i < n; ++i) numbers[i] = narrowed(function(from[i]));
+      for (std::size_t i = 0; i < n; ++i) numbers[i] = to_bfloat16(function(from[i]));
     } else {
       auto* numbers = static_cast<float*>(to.data);
       for (std::size_t i = 0; i < n; ++i) numbers[i] = function(from[i]);

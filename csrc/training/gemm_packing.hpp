@@ -58,7 +58,8 @@ class FloatPacking {
       copy_panels<kWidth>(from, first, whole, to);
     } else {
       for (std::size_t i = 0; i < whole; i += kWidth) {
-        turn_panel<kWidth>(first + i * from.stride, from.stride, from.depth, to + i * from.depth);
+        pack_transposed<kWidth>(first + i * from.stride, from.stride, from.depth,
+                                to + i * from.depth);
       }
     }
     if (whole < from.size) pack_rest<kWidth>(from, first, whole, to + whole * from.depth);
@@ -106,7 +107,7 @@ class FloatPacking {
 
   // Transposes a panel of rows.
   template <std::size_t kWidth>
-  static void turn_panel(const float* from, std::size_t stride, std::size_t depth, float* to) {
+  static void pack_transposed(const float* from, std::size_t stride, std::size_t depth, float* to) {
     transpose_panel<kWidth>(
         from, stride, depth, to,
         [](const float* const* rows, std::size_t d, float* target) {
@@ -138,7 +139,8 @@ class FloatPacking {
 
 // Returns the word of two depths of one index, rounded to bfloat16; the first is the lower half.
 inline float word_of(float first, float second) {
-  const std::uint32_t bits = narrowed(first) | static_cast<std::uint32_t>(narrowed(second)) << 16;
+  const std::uint32_t bits = to_bfloat16(first) | static_cast<std::uint32_t>(to_bfloat16(second))
+                                                      << 16;
   float word;
   std::memcpy(&word, &bits, sizeof word);
   return word;
@@ -163,9 +165,9 @@ class PairPacking {
     }
   }
 
-  static float first(float word) { return widened(static_cast<Bfloat16>(unsigned_bits(word))); }
+  static float first(float word) { return to_float32(static_cast<Bfloat16>(unsigned_bits(word))); }
   static float second(float word) {
-    return widened(static_cast<Bfloat16>(unsigned_bits(word) >> 16));
+    return to_float32(static_cast<Bfloat16>(unsigned_bits(word) >> 16));
   }
 
  private:
@@ -184,11 +186,11 @@ class PairPacking {
       packed = 0;  // no product of the model uses this combination: all of it takes the slow path
     } else {
       for (std::size_t i = 0; i < whole; i += kWidth) {
-        turn_panel<kWidth>(first + i * from.stride, from.stride, from.depth, to + i * words);
+        pack_transposed<kWidth>(first + i * from.stride, from.stride, from.depth, to + i * words);
       }
     }
     for (std::size_t i = packed; i < from.size; i += kWidth) {
-      pack_slowly<kWidth>(from, first, i, to + i * words);
+      pack_generic<kWidth>(from, first, i, to + i * words);
     }
   }
 
@@ -220,7 +222,7 @@ class PairPacking {
         const std::size_t n = smaller(kAside, size - begin);
         for (std::size_t r = 0; r < (two ? 2U : 1U); ++r) {
           const Number* row = first + (2 * w + r) * from.stride + begin;
-          for (std::size_t i = 0; i < n; ++i) rows[r][i] = gelu_of(widened(row[i]));
+          for (std::size_t i = 0; i < n; ++i) rows[r][i] = gelu_of(to_float32(row[i]));
         }
         for (std::size_t i = 0; i < n; i += kWidth) {
           Pairs::template pack_words<kWidth>(rows[0] + i, two ? rows[1] + i : nullptr,
@@ -232,13 +234,14 @@ class PairPacking {
 
   // Transposes a panel of rows.
   template <std::size_t kWidth, typename Number>
-  static void turn_panel(const Number* from, std::size_t stride, std::size_t depth, float* to) {
+  static void pack_transposed(const Number* from, std::size_t stride, std::size_t depth,
+                              float* to) {
     const std::size_t words = (depth + 1) / 2;
     const auto rest = [=](std::size_t w) {
       for (std::size_t i = 0; i < kWidth; ++i) {
         const Number* at = from + i * stride + 2 * w;
         const bool two = 2 * w + 1 < depth;
-        to[w * kWidth + i] = word_of(widened(at[0]), two ? widened(at[1]) : 0.0F);
+        to[w * kWidth + i] = word_of(to_float32(at[0]), two ? to_float32(at[1]) : 0.0F);
       }
     };
     const auto transpose = [](const Number* const* rows, std::size_t w, float* target) {
@@ -252,12 +255,12 @@ class PairPacking {
 
   // Packs one panel, whole or partial, of any layout, with or without gelu, number by number.
   template <std::size_t kWidth, typename Number>
-  static void pack_slowly(const GemmPacking& from, const Number* first, std::size_t begin,
-                          float* to) {
+  static void pack_generic(const GemmPacking& from, const Number* first, std::size_t begin,
+                           float* to) {
     const auto number = [&](std::size_t i, std::size_t d) {
       if (begin + i >= from.size || d >= from.depth) return 0.0F;
       const std::size_t row = from.across ? d : begin + i, column = from.across ? begin + i : d;
-      const float x = widened(first[row * from.stride + column]);
+      const float x = to_float32(first[row * from.stride + column]);
       return from.gelu ? gelu_of(x) : x;
     };
     for (std::size_t d = 0; d < from.depth; d += 2) {

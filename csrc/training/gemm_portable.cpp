@@ -46,14 +46,14 @@ struct PlainBf16 : Plain {
   template <std::size_t n, typename Number>
   static void pack_words(const Number* row, const Number* next, float* to) {
     for (std::size_t i = 0; i < n; ++i) {
-      to[i] = word_of(widened(row[i]), next == nullptr ? 0.0F : widened(next[i]));
+      to[i] = word_of(to_float32(row[i]), next == nullptr ? 0.0F : to_float32(next[i]));
     }
   }
   template <typename Number>
   static void transpose_8x4(const Number* const* rows, float* to, std::size_t stride) {
     for (std::size_t j = 0; j < 4; ++j) {
       for (std::size_t i = 0; i < 8; ++i) {
-        to[j * stride + i] = word_of(widened(rows[i][2 * j]), widened(rows[i][2 * j + 1]));
+        to[j * stride + i] = word_of(to_float32(rows[i][2 * j]), to_float32(rows[i][2 * j + 1]));
       }
     }
   }

@@ -1,4 +1,4 @@
-"""Checkpoints: reading, writing, and one writer per run folder."""
+"""Save and load checkpoints, and lock run folders."""
 
 from fastgpt.utils.lazy import lazy_names
 

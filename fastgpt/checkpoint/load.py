@@ -1,16 +1,16 @@
-"""Run folders and checkpoints: finding, checking and loading them.
+"""Find, verify and load the checkpoints of a run.
 
-A run folder explains itself:
+A run folder is self-contained:
 
-    config.json       the recipe, the command, the versions
-    tokenizer.json    what turns text into the model's ids
-    metrics.jsonl     a line per logged step and per evaluation
+    config.json       recipe, command and versions
+    tokenizer.json    tokenizer of the model
+    metrics.jsonl     one line per logged step and per evaluation
     checkpoints/step-00000250/
         model.safetensors  optimizer.safetensors  manifest.json
-        ema.safetensors    the averaged weights, if the run keeps them
+        ema.safetensors    averaged weights, if the run keeps them
 
-A checkpoint has the size and SHA-256 of each of its files in its manifest, so damage is noticed.
-Nothing is pickled. `fastgpt.checkpoint.save` writes them.
+The manifest of a checkpoint contains the size and SHA-256 of each file, so that damage is detected.
+No pickles are used. Checkpoints are written by `fastgpt.checkpoint.save`.
 """
 
 import hashlib
@@ -33,49 +33,56 @@ from fastgpt.model import GPT, GPTConfig, meta_model, meta_weights
 from fastgpt.tokenizer import BaseTokenizer, load_tokenizer
 from fastgpt.utils.errors import UsageError
 
-FORMAT = 2  # 1 had no `extra` and no ema.safetensors; it is still read
+FORMAT = 2  # format 1 has no `extra` and no ema.safetensors; it can still be read
 MODEL, OPTIMIZER, EMA = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 MANIFEST = "manifest.json"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each parameter
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state per parameter
 _NONE_YET = "it has none yet (if it is not training now: delete the folder, and train again)"
 
 
 class Shaped(Protocol):
-    """A tensor, or one that is still in a file."""
+    """Anything with a shape: a tensor, or a tensor in a file that has not been read yet."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its sizes."""
+        """Size of each dimension."""
 
 
 class CheckpointError(UsageError):
-    """A checkpoint that is missing, damaged, or of another kind; the message names the file."""
+    """Raised for a checkpoint that is missing, damaged or of another format; names the file."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk, its manifest read. `extra` is what the run noted besides."""
+    """A checkpoint on disk, with the contents of its manifest."""
 
     path: Path
     step: int
-    val_loss: float | None  # None: saved between two evaluations
+    val_loss: float | None  # None if it was saved without an evaluation
     config: GPTConfig
     tokenizer_hash: str
     data_sha256: str
-    files: dict[str, dict[str, Any]]  # the size and SHA-256 of each
-    extra: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]]  # size and SHA-256 by file name
+    extra: dict[str, Any] = field(default_factory=dict)  # further state of the run
 
     @property
     def has_ema(self) -> bool:
-        """Whether averaged weights were saved too."""
+        """Whether the checkpoint contains averaged weights."""
         return EMA in self.files
 
     def load_model(
         self, device: torch.device | str = "cpu", ops: str = "auto", *, ema: bool = False
     ) -> GPT:
-        """Return the model with these weights, or with their average (`ema`), on `device`.
+        """Return the model of this checkpoint.
 
-        Matrices that were trained beside the weights (LoRA) are added to them: it is a plain GPT.
+        Args:
+            device: device of the weights.
+            ops: implementation of the operators; see `GPT`.
+            ema: load the averaged weights.
+
+        LoRA matrices are merged into the weights, so that the result is a plain GPT.
+
+        Raises: CheckpointError if a file cannot be read, or the weights do not fit the model.
         """
         model = meta_model(self.config, ops)
         on_device = {name: t.to(device) for name, t in self.merged_tensors(ema=ema).items()}
@@ -83,7 +90,10 @@ class Checkpoint:
         return model.requires_grad_(True)
 
     def merged_tensors(self, *, ema: bool = False) -> dict[str, Tensor]:
-        """Return the weights of that plain GPT by name; CheckpointError lists what does not fit."""
+        """Return the weights by name, with LoRA matrices merged into them.
+
+        Raises: CheckpointError that lists all tensors that do not fit the model.
+        """
         tensors = self.model_tensors(ema=ema)
         if self.lora is not None:
             tensors = merged(tensors, self.lora)
@@ -98,27 +108,32 @@ class Checkpoint:
         optimizer: torch.optim.Optimizer,
         part: Callable[[Tensor, Tensor], Tensor] = lambda saved, like: saved,
     ) -> None:
-        """Put weights and optimizer state back, in place; learning rates stay as they are.
+        """Load weights and optimizer state in place. Learning rates are not changed.
 
-        part: returns the part of a saved tensor that this process holds when it is sharded over
-        several (see `fastgpt.training.distributed`). Raises CheckpointError, listing every
-        difference, if weights or state have other shapes.
+        Args:
+            model: the model to load into.
+            optimizer: its AdamW optimizer.
+            part: called with a saved tensor and the parameter; returns the shard of the tensor that
+                belongs to this process (see `fastgpt.training.distributed`).
+
+        Raises: CheckpointError that lists all differences, if the names or shapes of weights or
+            optimizer state differ. In this case nothing is changed.
         """
         weights, state = self.model_tensors(), self.optimizer_tensors()
         refuse_differences(self.path / MODEL, weights, model.state_dict())
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-        if self.step:  # before the first there is none
+        if self.step:  # there is no optimizer state before the first step
             refuse_differences(self.path / OPTIMIZER, state, _expected_state(names, optimizer))
         for p, name in names.items():
             p.copy_(part(weights[name], p))
-            if f"{name}.{MOMENTS[0]}" not in state:  # frozen, or not trained yet
+            if f"{name}.{MOMENTS[0]}" not in state:  # the parameter is frozen or not trained yet
                 continue
             saved = {moment: part(state[f"{name}.{moment}"], p) for moment in MOMENTS}
             optimizer.state[p] = {moment: _beside(p, moment, t) for moment, t in saved.items()}
 
     @property
     def lora(self) -> Lora | None:
-        """The matrices that are trained beside the weights, if there are any."""
+        """The LoRA settings, or None if the run does not use LoRA."""
         saved = self.extra.get("lora")
         if saved is None:
             return None
@@ -128,18 +143,21 @@ class Checkpoint:
             raise CheckpointError(f"{self.path / MANIFEST}: lora is {saved!r}: {error}") from None
 
     def model_tensors(self, *, ema: bool = False) -> dict[str, Tensor]:
-        """Return the weights by name, or their average, mapped from the file: read when used."""
+        """Return the weights, or the averaged weights, by name.
+
+        The tensors are memory mapped, so they are read from disk when used.
+        """
         if not ema:
             return _load(self.path / MODEL)
         if not self.has_ema:
-            raise CheckpointError(f"{self.path} has no averaged weights: the run kept none")
+            raise CheckpointError(f"{self.path} has no averaged weights: the run did not keep them")
         average = _load(self.path / EMA)
         if self.lora is None:
             return average
-        return _load(self.path / MODEL) | average  # what is frozen is its own average
+        return _load(self.path / MODEL) | average  # frozen weights equal their average
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """Return the optimizer's state, mapped from the file: `wte.weight.exp_avg`, and so on."""
+        """Return the optimizer state, memory mapped, by names such as `wte.weight.exp_avg`."""
         return _load(self.path / OPTIMIZER)
 
 
@@ -150,12 +168,19 @@ def find_checkpoint(
     weights_only: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> Checkpoint:
-    """Return the newest, or the ``"best"``, good checkpoint of a run.
+    """Return the newest or the best undamaged checkpoint of a run.
 
-    Candidates are checked in order until one is whole. With `weights_only` the optimizer's state,
-    two thirds of the bytes, is not checked and must not be used. `report` is called with a line for
-    each damaged checkpoint that was passed over; without it they are warnings. Raises
-    CheckpointError if none is good: a damaged run never starts afresh in silence.
+    Args:
+        run: the run folder.
+        which: ``"newest"``, or ``"best"`` for the lowest validation loss.
+        weights_only: do not verify the optimizer state, which is two thirds of the bytes; it must
+            not be used then.
+        report: called with a message for each damaged checkpoint that is skipped. By default these
+            messages are warnings.
+
+    Candidates are verified in order until an undamaged one is found.
+
+    Raises: CheckpointError if there is none, so that a damaged run is never silently restarted.
     """
     problems: list[str] = []
     found = _first_good(run, which, weights_only, problems)
@@ -172,7 +197,10 @@ def find_checkpoint(
 
 
 def verify(path: Path, *, weights_only: bool = False) -> Checkpoint:
-    """Check each file of a checkpoint against its manifest; CheckpointError says what is wrong."""
+    """Verify the size and SHA-256 of each file of a checkpoint; CheckpointError names damage.
+
+    weights_only: do not verify the optimizer state.
+    """
     checkpoint = open_checkpoint(path)
     for name, expected in checkpoint.files.items():
         if not (weights_only and name == OPTIMIZER):
@@ -181,9 +209,9 @@ def verify(path: Path, *, weights_only: bool = False) -> Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint's manifest, and nothing else of it.
+    """Read only the manifest of a checkpoint, without verifying its files.
 
-    For a process that another one has told which checkpoint is good.
+    Use it if another process has already verified the checkpoint.
     """
     manifest = _read_manifest(path / MANIFEST)
     try:
@@ -203,7 +231,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def resolve_run(run: Path) -> Path:
-    """Return the folder of a run; ``latest`` stands for the newest run beside it."""
+    """Return the folder of a run; the name ``latest`` stands for the newest run in its parent.
+
+    Raises: UsageError if it is not a run folder, or there are no runs.
+    """
     if run.name == "latest" and not run.exists():
         runs = [config.parent for config in run.parent.glob("*/config.json")]
         if not runs:
@@ -213,12 +244,15 @@ def resolve_run(run: Path) -> Path:
         return max(runs, key=lambda folder: (folder / "config.json").stat().st_mtime)
     if not (run / "config.json").is_file():
         what = "is not a run folder (it has no config.json)" if run.exists() else "does not exist"
-        raise UsageError(f"{run} {what}; give a folder that fastgpt.train made, e.g. runs/latest")
+        raise UsageError(f"{run} {what}; pass a folder made by fastgpt.train, e.g. runs/latest")
     return run
 
 
 def load_run_tokenizer(run: Path, checkpoint: Checkpoint) -> BaseTokenizer:
-    """Return the run's tokenizer; CheckpointError if the checkpoint was trained with another."""
+    """Return the tokenizer of a run.
+
+    Raises: CheckpointError if it cannot be read, or the checkpoint was trained with another one.
+    """
     try:
         tokenizer = load_tokenizer(run / "tokenizer.json")
     except (OSError, ValueError) as error:
@@ -232,7 +266,7 @@ def load_run_tokenizer(run: Path, checkpoint: Checkpoint) -> BaseTokenizer:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON: the whole file or, on failure, nothing of it."""
+    """Write `content` as indented JSON, atomically: on failure, an existing file is unchanged."""
     beside = path.with_name(f".{path.name}.new")
     beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     sync(beside)
@@ -240,30 +274,30 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; CheckpointError if the file is missing or holds anything else."""
+    """Read a JSON object; CheckpointError if the file is missing or contains anything else."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object")
+        raise CheckpointError(f"{path} contains a {type(content).__name__}, not an object")
     return content
 
 
 def checkpoints_of(run: Path) -> Path:
-    """Return the folder of a run's checkpoints, made or not."""
+    """Return the checkpoints folder of a run, which need not exist."""
     return run / "checkpoints"
 
 
 def rank(val_loss: Any) -> float:
-    """Order by loss: what was never evaluated, or not to a number, comes last."""
+    """Return a sort key for a validation loss; None and NaN are sorted last."""
     number = isinstance(val_loss, int | float) and not math.isnan(val_loss)
     return float(val_loss) if number else math.inf
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file, or a folder's entries, to the disk now."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
+    """Flush a file, or the entries of a folder, to disk (fsync)."""
+    if os.name == "nt" and path.is_dir():  # folders cannot be opened on Windows
         return
     handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
@@ -275,15 +309,18 @@ def sync(path: Path) -> None:
 def _first_good(
     run: Path, which: str, weights_only: bool, problems: list[str]
 ) -> Checkpoint | None:
-    """Return the first whole checkpoint, newest or best first; note what is wrong with others."""
+    """Return the first undamaged checkpoint, newest or best first.
+
+    Messages about damaged checkpoints are appended to `problems`.
+    """
     candidates = sorted(checkpoints_of(run).glob("step-*"), reverse=True)
     if which == "best":
-        candidates.sort(key=_rank_on_disk)  # of equal ones the newest stays first
+        candidates.sort(key=_rank_on_disk)  # the sort is stable: of equal ones, the newest first
     for path in candidates:
         try:
             return verify(path, weights_only=weights_only)
         except CheckpointError as error:
-            if path.exists():  # else a run that is still going has deleted it
+            if path.exists():  # otherwise, a process that is still training has deleted it
                 problems.append(str(error))
     return None
 
@@ -292,7 +329,7 @@ def _rank_on_disk(path: Path) -> float:
     try:
         return rank(read_json(path / MANIFEST).get("val_loss"))
     except CheckpointError:
-        return -math.inf  # unreadable: tried first, and so reported
+        return -math.inf  # it may have been the best: try it first, so that the damage is reported
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -306,10 +343,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(files, dict):
         raise CheckpointError(f"{path}: lists no files")
     for name, expected in files.items():
-        if name not in (MODEL, OPTIMIZER, EMA):  # also anything that points out of the folder
-            raise CheckpointError(f"{path}: lists {name!r}, which is not ours")
+        if name not in (MODEL, OPTIMIZER, EMA):  # includes paths outside of the folder
+            raise CheckpointError(f"{path}: lists an unknown file {name!r}")
         if not isinstance(expected, dict):
-            raise CheckpointError(f"{path}: says nothing about {name}")
+            raise CheckpointError(f"{path}: has no size and SHA-256 of {name}")
     if missing := {MODEL, OPTIMIZER} - set(files):
         raise CheckpointError(f"{path}: does not list {', '.join(sorted(missing))}")
     return manifest
@@ -324,10 +361,10 @@ def _verify_file(path: Path, expected: dict[str, Any]) -> None:
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:  # a bad sector, say
+    except OSError as error:  # for example, a bad sector
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if digest != expected.get("sha256"):
-        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's")
+        raise CheckpointError(f"{path} is damaged: its SHA-256 differs from the manifest")
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -340,7 +377,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 def _expected_state(
     names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """Return what AdamW's state must look like: a count and two moments of each parameter."""
+    """Return tensors with the expected shapes of AdamW's state: a step count and two moments."""
     count = torch.zeros(())
     return {
         f"{names[p]}.{moment}": count if moment == "step" else p
@@ -353,9 +390,9 @@ def _expected_state(
 def refuse_differences(
     path: Path, found: Mapping[str, Shaped], expected: Mapping[str, Shaped]
 ) -> None:
-    """Raise CheckpointError, listing every tensor that is missing, too many or of another shape."""
+    """Raise CheckpointError that lists all tensors that are missing, unexpected or misshapen."""
     differences = [f"{name} is missing" for name in expected if name not in found]
-    differences += [f"{name} is not the model's" for name in found if name not in expected]
+    differences += [f"{name} is not in the model" for name in found if name not in expected]
     differences += [
         f"{name} is {list(found[name].shape)} instead of {list(tensor.shape)}"
         for name, tensor in expected.items()
@@ -366,9 +403,10 @@ def refuse_differences(
 
 
 def _beside(parameter: Tensor, moment: str, saved: Tensor) -> Tensor:
-    """Copy a saved tensor to where AdamW wants it: beside its parameter, laid out like it.
+    """Copy a saved tensor to the device of its parameter, with the memory layout AdamW expects.
 
-    A copy also where nothing moves: what is mapped from a file keeps the deleted file's space.
+    The moments have the strides of the parameter. A copy is always made: a memory-mapped tensor
+    would keep the disk space of a deleted checkpoint in use.
     """
     if moment == "step":
         return saved.to(parameter.device, copy=True)

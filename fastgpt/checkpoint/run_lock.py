@@ -1,7 +1,7 @@
-"""One writer per run folder: a second process is refused.
+"""Lock a run folder, so that only one process writes to it.
 
-The lock is the system's, on the open file `.lock` of the folder: it ends with the process that
-holds it, however that ends. The text in the file only says who it is.
+The lock is an operating system lock on the open file `.lock` in the folder. It is released when the
+process ends, even if the process is killed. The contents of the file only identify the holder.
 """
 
 import contextlib
@@ -29,11 +29,13 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, err
 
 
 class RunLock:
-    """Makes the run folder `run` this process's alone, from now until `release` or the end.
+    """An exclusive lock on the run folder `run`, held until `release` or the end of the process.
 
-    Raises UsageError if another one is writing it, naming the process and the machine, or if the
-    folder cannot be written at all. On a file system without locks it warns and goes on. Also a
-    context manager. Processes forked while it is held do not hold it.
+    It can be used as a context manager. Processes that are forked while it is held do not hold it.
+    On a file system without locks, a warning is issued and the folder is not locked.
+
+    Raises: UsageError if another process holds the lock, with the process and the machine, or if
+        the folder is not writable.
     """
 
     def __init__(self, run: Path) -> None:
@@ -42,8 +44,8 @@ class RunLock:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise UsageError(
-                f"run folder {run} cannot be written: {error.strerror} ({path}); mend that, or "
-                f"copy the run to where it can"
+                f"run folder {run} cannot be written: {error.strerror} ({path}); fix this, or "
+                f"copy the run to a writable folder"
             ) from None
         try:
             _lock(self._file)
@@ -57,7 +59,7 @@ class RunLock:
                 raise
             warnings.warn(
                 f"{path}: this file system has no locks ({error.strerror}); make sure that no "
-                f"other process writes this run",
+                f"other process writes to this run",
                 stacklevel=2,
             )
         self._write({"pid": os.getpid(), "host": socket.gethostname()})
@@ -66,11 +68,11 @@ class RunLock:
 
     @property
     def held(self) -> bool:
-        """Whether the folder is still this process's."""
+        """Whether this process still holds the lock."""
         return self._close.alive
 
     def release(self) -> None:
-        """Let others have the folder; nothing happens the second time."""
+        """Release the lock; further calls do nothing."""
         if self._close.alive:
             self._write(None)
             _unlock(self._file)
@@ -83,18 +85,18 @@ class RunLock:
         self.release()
 
     def _refusal(self) -> str:
-        """Say who holds the folder, and what to do."""
+        """Return the error message that names the holder of the lock and suggests what to do."""
         what = (
-            "wait until that ends, or stop it (a notebook holds a run until its Trainer's close() "
-            "or its own end)"
+            "wait until it ends, or stop it (a notebook holds the lock until close() of its "
+            "Trainer is called or the notebook ends)"
         )
         try:
             holder = json.loads(os.read(self._file, 1000))
             who = f"process {int(holder['pid'])} on {holder['host']}"
             if (holder["pid"], holder["host"]) == (os.getpid(), socket.gethostname()):
                 who += ", which is this one"
-                what = "call close() of the Trainer that was made for it before"
-        except (ValueError, KeyError, TypeError):  # just taken, or just released
+                what = "call close() of the earlier Trainer of this run"
+        except (ValueError, KeyError, TypeError):  # just acquired, or just released
             who = "another process"
         return (
             f"{self._run} is being written by {who}; {what}, or train into another folder with "
@@ -112,7 +114,7 @@ _held: "weakref.WeakSet[RunLock]" = weakref.WeakSet()
 
 
 def _forget() -> None:
-    """In a forked child: close its copies of the files, or the locks would outlive the parent."""
+    """Close a forked child's copies of the lock files; they would keep the locks otherwise."""
     for lock in _held:
         lock._close()
 
@@ -124,12 +126,12 @@ if hasattr(os, "register_at_fork"):
 if sys.platform == "win32":
 
     def _lock(file: int) -> None:
-        """Lock a byte far behind the text, which others can then still read."""
+        """Lock a byte far after the text, since other processes cannot read locked bytes."""
         os.lseek(file, 1 << 30, os.SEEK_SET)
         msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
 
     def _unlock(file: int) -> None:
-        """Do nothing: to close the file is enough, and no other process has a copy of it."""
+        """Do nothing: closing the file releases the lock, as no other process has a copy of it."""
 
 else:
 
@@ -137,6 +139,6 @@ else:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _unlock(file: int) -> None:
-        """Unlock by name: a child that has been forked just now may still have the file open."""
+        """Unlock explicitly: a newly forked child may still have the file open."""
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_UN)

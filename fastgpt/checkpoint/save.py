@@ -1,11 +1,11 @@
-"""Saving checkpoints while training goes on.
+"""Save checkpoints asynchronously, while training continues.
 
-`save` copies the tensors to host memory and returns; a thread hashes the copy, writes it beside its
-place, syncs it to disk and renames it into place. So a checkpoint that is there is whole, whenever
-the process ends. `fastgpt.checkpoint.load` finds and loads them.
+`save` copies the tensors to host memory and returns. A thread hashes the copy, writes it to a
+temporary folder, syncs it to disk and renames the folder. An existing checkpoint is therefore
+always complete, even if the process is killed. `fastgpt.checkpoint.load` finds and loads them.
 
-A large model on a CPU is written while training waits: a copy would take as much memory again, and
-the thread would work on the cores that train.
+A large model on a CPU is saved synchronously: a copy would need as much memory again, and the
+thread would compete with training for the cores.
 """
 
 import contextlib
@@ -40,16 +40,23 @@ from fastgpt.checkpoint.load import (
 from fastgpt.checkpoint.tensor_file import HostCopy, write_tensors
 from fastgpt.model import GPT, GPTConfig
 
-LARGE = 256_000_000  # bytes
+LARGE = 256_000_000  # bytes; larger states on a CPU are saved synchronously
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All of a run at one step. Tensors are whole ones, on any device; values are not copied.
+    """The state of a run at one step. Tensors are unsharded, on any device, and are not copied.
 
-    optimizer: `wte.weight.exp_avg` and so on, per parameter. val_loss: nats per token, None between
-    two evaluations. ema: averaged weights, if the run keeps them. extra: whatever else continuing
-    needs, as JSON can hold it.
+    Attributes:
+        step: number of steps done.
+        model: weights by name.
+        optimizer: optimizer state by names such as `wte.weight.exp_avg`.
+        val_loss: validation loss in nats per token, or None if this step was not evaluated.
+        config: configuration of the model.
+        tokenizer_hash: fingerprint of the tokenizer.
+        data_sha256: hash of the training data.
+        ema: averaged weights, if the run keeps them.
+        extra: further state that is needed to resume; it must be JSON serializable.
     """
 
     step: int
@@ -64,7 +71,7 @@ class TrainingState:
 
     @property
     def files(self) -> dict[str, Mapping[str, Tensor]]:
-        """The tensors by the file that they go to."""
+        """The tensors by file name."""
         averaged = {} if self.ema is None else {EMA: self.ema}
         return {MODEL: self.model, OPTIMIZER: self.optimizer, **averaged}
 
@@ -80,7 +87,7 @@ def state_of(
     ema: Mapping[str, Tensor] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> TrainingState:
-    """Return the state of a run whose model and optimizer are whole in this process."""
+    """Return the state of a run whose model and optimizer are not sharded over processes."""
     moments = {
         f"{name}.{key}": value
         for name, parameter in model.named_parameters()
@@ -100,12 +107,18 @@ def state_of(
 
 
 class Checkpointer:
-    """Saves the checkpoints of one run; the newest `keep` of them stay, and the best.
+    """Saves the checkpoints of one run, and keeps the newest `keep` of them and the best one.
 
-    Create it while holding the run's lock (see `fastgpt.checkpoint.run_lock`): it deletes what an
-    interrupted save left, and raises CheckpointError if the folder cannot be written. Used as a
-    context manager it waits for the last save at the end, unless the block ends by
-    KeyboardInterrupt or SystemExit: then a save in flight is given up.
+    Create it while holding the run's lock (see `fastgpt.checkpoint.run_lock`), since it deletes the
+    leftovers of interrupted saves. As a context manager, it waits for the last save at the end of
+    the block, unless the block raises KeyboardInterrupt or SystemExit: a save in progress is
+    aborted then.
+
+    Args:
+        run: the run folder.
+        keep: number of newest checkpoints to keep.
+
+    Raises: CheckpointError if the folder is not writable.
     """
 
     def __init__(self, run: Path, keep: int = 2) -> None:
@@ -120,8 +133,10 @@ class Checkpointer:
     def save(self, state: TrainingState) -> None:
         """Copy `state` and start writing it as the newest checkpoint of the run.
 
-        Waits for the save before this one, and raises CheckpointError if that failed, or if a value
-        is not finite: then nothing is written.
+        Waits for the previous save first.
+
+        Raises: CheckpointError if the previous save failed or a value of `state` is not finite.
+            Nothing is written in this case.
         """
         self.wait()
         self._given_up.clear()
@@ -137,7 +152,7 @@ class Checkpointer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until what was saved is on the disk; CheckpointError if it is not."""
+        """Wait until the last checkpoint is on disk; CheckpointError if saving it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -146,17 +161,17 @@ class Checkpointer:
             raise _explained(path, error) from error
 
     def close(self) -> None:
-        """Wait as `wait` does, and free the memory of the copies."""
+        """Wait like `wait`, and free the memory of the copies."""
         try:
             self.wait()
         finally:
             self._copies.clear()
 
     def give_up(self) -> None:
-        """Stop a save in flight as soon as it can be: nothing of it will be visible."""
+        """Abort a save in progress; its checkpoint will not be visible."""
         self._given_up.set()
         if self._thread is not None:
-            self._thread.join(timeout=0.5)  # it may be waiting for the disk
+            self._thread.join(timeout=0.5)  # not longer, as it may be waiting for the disk
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -170,13 +185,16 @@ class Checkpointer:
             self.give_up()
 
     def _copy(self, state: TrainingState) -> "torch.cuda.Event | None":
-        """Fill the copies' memory; return what to wait for before it is complete."""
+        """Copy the tensors to host memory.
+
+        Returns a CUDA event to synchronize with before the copies are read, or None without CUDA.
+        """
         for name in self._copies.keys() - state.files.keys():
             del self._copies[name]
         on_cuda: torch.device | None = None
         for name, tensors in state.files.items():
             if name not in self._copies or not self._copies[name].fits(tensors):
-                self._copies.pop(name, None)  # freed before the next is made
+                self._copies.pop(name, None)  # free the old memory before allocating the new
                 self._copies[name] = HostCopy(tensors)
             self._copies[name].copy(tensors)
             on_cuda = next((t.device for t in tensors.values() if t.is_cuda), on_cuda)
@@ -185,7 +203,7 @@ class Checkpointer:
     def _write_copies(
         self, target: Path, manifest: dict[str, Any], copied: "torch.cuda.Event | None"
     ) -> None:
-        """Write one checkpoint, in a thread of its own."""
+        """Write one checkpoint from the copies; the target of the thread."""
         try:
             _step_back()
             if copied is not None:
@@ -198,7 +216,7 @@ class Checkpointer:
     def _write(
         self, target: Path, manifest: dict[str, Any], files: Mapping[str, Mapping[str, Tensor]]
     ) -> None:
-        """Write one checkpoint; what goes wrong is for `wait` to tell."""
+        """Write one checkpoint; an exception is stored, to be raised by `wait`."""
         try:
             with _written_beside(target) as folder:
                 for name, tensors in files.items():
@@ -216,8 +234,8 @@ class Checkpointer:
             raise _GivenUp
 
 
-class _GivenUp(Exception):  # noqa: N818 (not an error: what the person asked for)
-    """The save in flight is not wanted any more."""
+class _GivenUp(Exception):  # noqa: N818 (not an error: requested by the user)
+    """Raised in the writing thread when the save was aborted."""
 
 
 def _is_large_on_a_cpu(state: TrainingState) -> bool:
@@ -234,7 +252,7 @@ def _manifest(state: TrainingState) -> dict[str, Any]:
         "config": asdict(state.config),
         "tokenizer_hash": state.tokenizer_hash,
         "data_sha256": state.data_sha256,
-        "extra": json.loads(json.dumps(state.extra)),  # a copy, which nobody changes any more
+        "extra": json.loads(json.dumps(state.extra)),  # a deep copy, for the writing thread
         "files": {},
     }
 
@@ -243,8 +261,8 @@ def _manifest(state: TrainingState) -> dict[str, Any]:
 def _refuse_not_finite(state: TrainingState) -> None:
     """Raise CheckpointError if any value is NaN or infinite.
 
-    The norm of everything is a pass at the speed of memory. It also overflows for huge values, so
-    what looks wrong is looked at again, one tensor at a time.
+    The fast path computes the norm of all tensors, which is bound by memory bandwidth. As the norm
+    also overflows for huge finite values, a non-finite norm is confirmed tensor by tensor.
     """
     tensors = [t for file in state.files.values() for t in file.values() if t.is_floating_point()]
     if torch.nn.utils.get_total_norm(tensors).isfinite():
@@ -257,37 +275,37 @@ def _refuse_not_finite(state: TrainingState) -> None:
         if bad := [name for name, tensor in file.items() if not tensor.isfinite().all()]:
             listed = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
             raise CheckpointError(
-                f"{what} that are not finite at step {state.step:,} ({listed}): training has "
-                f"diverged; lower --lr; the saved checkpoints are untouched"
+                f"non-finite {what} at step {state.step:,} ({listed}): training has "
+                f"diverged; lower --lr; the saved checkpoints are unchanged"
             )
 
 
 def _explained(path: Path, error: BaseException) -> CheckpointError:
-    """Say what became of a save that failed, and what to do."""
+    """Return the error for a failed save, with its reason and what to do."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        what = f"{error.strerror}; free some, then continue the run with --resume"
+        what = f"{error.strerror}; free some space, then continue the run with --resume"
     elif isinstance(error, OSError):
         what = f"{error.strerror or error} ({error.filename or path.parent})"
     else:
         what = repr(error)
-    return CheckpointError(f"{path} was not saved: {what}; the checkpoints before it are untouched")
+    return CheckpointError(f"{path} was not saved: {what}; earlier checkpoints are unchanged")
 
 
 def _make_writable(folder: Path) -> None:
-    """Make the folder of checkpoints; CheckpointError if nothing can be made in it."""
+    """Create the folder of checkpoints; CheckpointError if it is not writable."""
     probe = folder / ".saving-probe"
     try:
         probe.mkdir(parents=True, exist_ok=True)
         probe.rmdir()
     except OSError as error:
         raise CheckpointError(
-            f"{folder} cannot be written: {error.strerror}; mend that, or copy the run to where "
-            f"it can"
+            f"{folder} cannot be written: {error.strerror}; fix this, or copy the run to a "
+            f"writable folder"
         ) from None
 
 
 def _sweep(folder: Path) -> None:
-    """Delete what an interrupted save left behind; put back what it had moved aside."""
+    """Delete the leftovers of an interrupted save, and restore a checkpoint that it had renamed."""
     for leftover in folder.glob(".*"):
         replaced = leftover.with_name(leftover.name.removeprefix(".old-"))
         if leftover.name.startswith(".old-") and not replaced.exists():
@@ -298,14 +316,17 @@ def _sweep(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _written_beside(target: Path) -> Iterator[Path]:
-    """Give a folder to write into, which takes the place of `target` at the end, or vanishes."""
+    """Yield a temporary folder to write to, which replaces `target` when the block succeeds.
+
+    If the block raises, the temporary folder is deleted and an existing `target` is kept.
+    """
     folder, old = (target.with_name(f".{word}-{target.name}") for word in ("saving", "old"))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
         yield folder
         sync(folder)
-        if target.exists():  # the same step, trained again after a resume from an older one
+        if target.exists():  # this step was trained again, after resuming from an older one
             target.rename(old)
             folder.rename(target)
             shutil.rmtree(old)
@@ -319,16 +340,17 @@ def _written_beside(target: Path) -> Iterator[Path]:
 
 
 def _prune(newest: Path, keep: int) -> None:
-    """Keep the `keep` newest checkpoints up to the one just written, and that of the lowest loss.
+    """Delete all checkpoints except the `keep` newest, up to `newest`, and the best one.
 
-    What is numbered higher was damaged, or this run would have continued from there.
+    `newest` is the checkpoint just written. Checkpoints with a higher step are damaged, as the run
+    would have resumed from them otherwise, and are deleted.
     """
     ranks = {}
     for path in newest.parent.glob("step-*"):
         if path > newest:
             _delete(path)
             continue
-        with contextlib.suppress(CheckpointError):  # a damaged one is left for a person to see
+        with contextlib.suppress(CheckpointError):  # keep damaged checkpoints for inspection
             ranks[path] = rank(read_json(path / MANIFEST).get("val_loss"))
     kept = {*sorted(ranks)[-keep:], min(ranks, key=ranks.__getitem__)}
     for path in ranks.keys() - kept:
@@ -336,7 +358,7 @@ def _prune(newest: Path, keep: int) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a checkpoint, out of sight first: an end halfway must not leave half of it."""
+    """Delete a checkpoint; it is renamed first, so that an interruption cannot leave half of it."""
     hidden = path.with_name(f".deleting-{path.name}")
     with contextlib.suppress(OSError):
         path.rename(hidden)
@@ -344,6 +366,6 @@ def _delete(path: Path) -> None:
 
 
 def _step_back() -> None:
-    """Let the threads that train go first: a step waits for the slowest of them."""
-    if sys.platform == "linux":  # where a thread has a priority of its own
+    """Lower the priority of this thread: a training step waits for its slowest thread."""
+    if sys.platform == "linux":  # priorities are per thread there
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

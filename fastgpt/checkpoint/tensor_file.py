@@ -1,8 +1,8 @@
-"""Safetensors files: written, hashed on the way, and read, one tensor at a time.
+"""Read and write safetensors files, one tensor at a time, hashing while writing.
 
-The library's own `save_file` would need a second pass over the data for the hash, and its readers
-map the file: pages that stay in memory beside the tensors made of them. The format:
-https://huggingface.co/docs/safetensors, "Format".
+The library's `save_file` would require a second pass over the data for the hash. Its readers memory
+map the file, so the pages stay in memory in addition to the tensors made from them. The format is
+described at https://huggingface.co/docs/safetensors, section "Format".
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fastgpt.utils.errors import UsageError
 
-PIECE = 4 << 20  # bytes hashed and then written: from the processor's cache the second time
-ALIGNMENT = 64  # of the first tensor, a cache line; the format asks for 8
+PIECE = 4 << 20  # bytes hashed and then written at a time; they are still in the cache for writing
+ALIGNMENT = 64  # bytes, of the first tensor: a cache line; the format requires 8
 
 _DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
@@ -35,7 +35,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: read when asked for, straight into its own memory."""
+    """A tensor in a file, which `read` reads directly into newly allocated memory."""
 
     path: Path
     offset: int  # bytes
@@ -43,7 +43,7 @@ class StoredTensor:
     shape: tuple[int, ...]
 
     def read(self) -> Tensor:
-        """Return the tensor, as it is stored; UsageError if the file cannot give it."""
+        """Read and return the tensor; UsageError if the file cannot be read or is truncated."""
         tensor = torch.empty(self.shape, dtype=self.dtype)
         memory = _bytes_of(tensor)
         try:
@@ -54,14 +54,17 @@ class StoredTensor:
         except OSError as error:
             raise UsageError(f"{self.path} cannot be read: {error.strerror}") from None
         if memory:
-            raise UsageError(f"{self.path} ends {len(memory):,} bytes too early: it was cut off")
+            raise UsageError(f"{self.path} is truncated: {len(memory):,} bytes are missing")
         return tensor
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a safetensors file by name; UsageError if it is not one, or damaged."""
+    """Return the tensors of a safetensors file by name, without reading their data.
+
+    Raises: UsageError if the file cannot be read, is damaged, or has a dtype that is not supported.
+    """
     try:
-        with safe_open(path, "pt"):  # the library's checks of the whole header
+        with safe_open(path, "pt"):  # the library validates the header
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -78,12 +81,20 @@ def write_tensors(
     on_piece: Callable[[], None] = lambda: None,
     metadata: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write tensors in host memory as the new file `path`, to the disk; return size and SHA-256.
+    """Write tensors in host memory to the new file `path`, and sync it to disk.
 
-    The hash is of the memory, not of what is read back: that would come out of the same memory,
-    the system's cache, and pass whatever went wrong on the way there. Hashing and writing leave
-    Python's lock to others. `on_piece` is called now and then, and may raise. One that is not laid
-    out in the order of its elements is copied, but only one at a time.
+    The hash is computed from the tensors in memory, not by reading the file back: a hash of the
+    contents of the system's page cache would also match data corrupted on the way into it.
+
+    Hashing and writing release the GIL. Tensors that are not contiguous are copied, one at a time.
+
+    Args:
+        path: the file, which must not exist.
+        tensors: CPU tensors by name.
+        on_piece: called before each piece of at most `PIECE` bytes; it can raise to abort.
+        metadata: strings to store in the header.
+
+    Returns: a dict with the `size` in bytes and the `sha256` of the file.
     """
     layout = _layout(tensors)
     digest = hashlib.sha256()
@@ -102,10 +113,10 @@ def write_tensors(
 
 
 class HostCopy:
-    """A copy, in host memory that is kept and filled again, of tensors like the ones given.
+    """A reusable copy in host memory, for tensors with the names, dtypes and shapes of `tensors`.
 
-    The first `copy` is slow, as the system hands out the memory page by page; later ones run at the
-    speed of memory. On CUDA the memory is pinned.
+    The first `copy` is slow because of page faults; later ones run at memory bandwidth. The memory
+    is pinned if any of the tensors is on CUDA.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -119,26 +130,27 @@ class HostCopy:
         }
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether `tensors` can be copied here: they have the same names, dtypes and shapes."""
+        """Return whether `tensors` have the names, dtypes and shapes of this copy."""
         return self._layout == _layout(tensors)
 
     @torch.no_grad()
     def copy(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the values of `tensors`; from CUDA they come in the order of the current stream."""
+        """Copy the values of `tensors`; from CUDA asynchronously, on the current stream."""
         for name, here in self.tensors.items():
             here.copy_(tensors[name], non_blocking=tensors[name].is_cuda)
 
 
 def host_memory(size: int, pinned: bool = False) -> Tensor:
-    """Return `size` bytes, uint8, at least one: in pages of their own, unless they are pinned.
+    """Allocate `size` bytes (at least 1) of host memory as a uint8 tensor.
 
-    The system gets them back once they are freed, and they are huge where it has such: the first
-    copy of 1.5 GB then takes a quarter of the time.
+    Unless it is pinned, the memory is a separate mapping, which is returned to the system when it
+    is freed. It uses huge pages where available, which reduces the time of the first copy of 1.5 GB
+    to a quarter.
     """
     if pinned or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
+    with contextlib.suppress(OSError):  # the kernel does not support huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
 
@@ -147,7 +159,7 @@ _Layout = list[tuple[str, torch.dtype, torch.Size]]
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> _Layout:
-    """Return the order in the file: wide types first, so that each begins on a multiple of it."""
+    """Return the tensors in file order: wide dtypes first, so that each is aligned to its size."""
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     return [(name, tensors[name].dtype, tensors[name].shape) for name in order]
 
@@ -156,7 +168,7 @@ def _stored(path: Path, name: str, entry: dict[str, Any], begin: int) -> StoredT
     dtypes = {letters: dtype for dtype, letters in _DTYPES.items()}
     if entry["dtype"] not in dtypes:
         raise UsageError(
-            f"{path}: {name} is of type {entry['dtype']}, which is not read; there are: "
+            f"{path}: {name} has dtype {entry['dtype']}, which is not supported; supported are: "
             f"{', '.join(dtypes)}"
         )
     offset = begin + int(entry["data_offsets"][0])
@@ -164,7 +176,10 @@ def _stored(path: Path, name: str, entry: dict[str, Any], begin: int) -> StoredT
 
 
 def _header(layout: _Layout, metadata: Mapping[str, str] | None = None) -> bytes:
-    """Return the file's beginning: where each tensor is, counted from there."""
+    """Return the header: its length, JSON with dtype, shape and offsets of each tensor, padding.
+
+    Offsets are relative to the end of the header.
+    """
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name, dtype, shape in layout:
@@ -180,7 +195,7 @@ def _header(layout: _Layout, metadata: Mapping[str, str] | None = None) -> bytes
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """Return the memory of a tensor on the host, in the order of its elements."""
+    """Return the bytes of a CPU tensor in row-major order, without a copy if it is contiguous."""
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 

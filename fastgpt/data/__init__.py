@@ -1,4 +1,4 @@
-"""From text files to batches: documents, token shards, the corpus, prefetching."""
+"""Data loading: documents, token shards, corpora, batches and prefetching."""
 
 from typing import TYPE_CHECKING
 

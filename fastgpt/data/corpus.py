@@ -1,8 +1,8 @@
-"""Text to tokens to batches.
+"""Load a corpus of tokens and sample training and validation windows from it.
 
-The order of the training windows is a function of (seed, sample) alone: each epoch cuts the tokens
-into windows from a fresh offset and visits them in a pseudo-random permutation, every window
-exactly once. Nothing has to be stored to continue anywhere.
+The order of the training windows depends on the seed and the sample index alone. Each epoch cuts
+the tokens into windows, starting at a new offset, and visits every window exactly once in a
+pseudo-random order. No sampler state has to be saved to resume at any sample.
 """
 
 import codecs
@@ -47,10 +47,14 @@ Tokens = Ids | ShardedIds
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text as tokens: `train` and `val` (uint16 or uint32), and what made them.
+    """A tokenized text, split into a training part and a validation part.
 
-    Tokens that are in files already stay on disk and are read where they are indexed. `sha256`
-    tells whether a text is the same one later on.
+    Attributes:
+        train: token ids of the training part, uint16 or uint32. Ids of a prepared folder are memory
+            mapped: they stay on disk and are read when indexed.
+        val: token ids of the validation part.
+        tokenizer: the tokenizer that produced the ids.
+        sha256: hash that identifies the data, so that a resumed run can check that it is unchanged.
     """
 
     train: Tokens
@@ -69,27 +73,37 @@ def load_corpus(
     val_data: str | None = None,
     vocab_size: int = 10_000,
 ) -> Corpus:
-    """Read a text (a path, or the name of a packaged one) and tokenize its two parts.
+    """Load a corpus: tokenize a text, or open a folder of token files.
 
-    tokenizer: ``"char"`` (one token per different character of the text), ``"gpt2"``, ``"bpe"``
-    (one of `vocab_size` ids, learned from the training part), the path of one, or one that is
-    given. The last `val_fraction` of the characters is for validation, or, if it is given,
-    `val_data`, another text. sha256: the text's, if it must be a certain one. Lines of
-    ``<|endoftext|>`` part the text into documents, if the tokenizer has a token for that.
+    Args:
+        data: path of a text file, name of a packaged text, a folder made by :func:`prepare`, or a
+            folder with token files of nanoGPT or llm.c (:mod:`fastgpt.data.external`).
+        tokenizer: ``"char"`` (one token per distinct character of the text), ``"gpt2"``, ``"bpe"``
+            (a vocabulary of `vocab_size` ids, trained on the training part), the path of a
+            tokenizer, or a tokenizer object.
+        val_fraction: share of the text, counted in characters from its end, that is used for
+            validation.
+        sha256: expected hash of the data; an error is raised if it differs.
+        check: False skips the check of the ids and the hash, so that only sizes and headers are
+            checked. Use it if another process has just checked the data and `sha256` is its result.
+        val_data: text used for validation, instead of the last `val_fraction` of `data`.
+        vocab_size: vocabulary size for ``"bpe"``.
 
-    A folder that :func:`prepare` made, or one of nanoGPT's or llm.c's token files
-    (:mod:`fastgpt.data.external`), is tokenized and split already: `val_fraction` says nothing of
-    it, and `tokenizer` only if one is given, which must be the folder's own. All ids in it are
-    checked. To hash them takes ten times as long, so a prepared folder, which holds its own
-    hashes, is hashed only if `sha256` is given; other files are always.
+    Lines that hold only ``<|endoftext|>`` separate the documents of a text, if the tokenizer has
+    this token.
 
-    check: False if another process has done so just now, and `sha256` is what it found; then only
-    sizes and headers are looked at.
+    Token folders are already tokenized and split: `val_fraction` is ignored, and `tokenizer` is
+    ignored unless it is a tokenizer object, which must then equal the tokenizer of the folder. All
+    ids are checked to be in the vocabulary. Hashing takes ten times as long as this check, so a
+    prepared folder, whose headers contain hashes, is hashed only if `sha256` is given. Other token
+    files are always hashed.
+
+    Raises: UsageError if the data is missing or invalid, or does not match the arguments.
     """
     if data not in PACKAGED and Path(data).suffix == ".bin" and Path(data).is_file():
         raise UsageError(
-            f"{data} is a file of token ids: give the folder that it is in (--data "
-            f"{shlex.quote(str(Path(data).parent))}), which holds the validation part, too"
+            f"{data} is a file of token ids: pass the folder that contains it (--data "
+            f"{shlex.quote(str(Path(data).parent))}), which also holds the validation part"
         )
     if data in PACKAGED or not Path(data).is_dir():
         text = _Text.read(data, val_data, val_fraction)
@@ -100,8 +114,8 @@ def load_corpus(
         return _encode_text(text, _find_tokenizer(tokenizer, text, vocab_size))
     if val_data is not None:
         raise UsageError(
-            f"val_data goes with a text to train on; {data} is a folder, and has its own "
-            "validation part (python -m fastgpt.prepare takes --val)"
+            f"val_data can only be used with a text file; {data} is a folder with its own "
+            "validation part (use --val of python -m fastgpt.prepare)"
         )
     folder = Path(data)
     if not (folder / META).is_file() and is_foreign(folder):
@@ -120,7 +134,7 @@ def load_corpus(
 
 @dataclass(frozen=True)
 class _Text:
-    """The two parts of a text, and what to call it in a message."""
+    """The training and validation parts of a text, its hash, and its name in error messages."""
 
     train: str
     val: str
@@ -129,7 +143,7 @@ class _Text:
 
     @classmethod
     def read(cls, data: str, val_data: str | None, val_fraction: float) -> "_Text":
-        """Read a text, cut in two, or two texts."""
+        """Read one text and split it, or read two texts."""
         paths = [PACKAGED.get(name, Path(name)) for name in (data, val_data) if name is not None]
         texts = [read_text(path) for path in paths]
         names = " with ".join(map(str, paths))
@@ -143,7 +157,7 @@ class _Text:
 
 
 def _find_tokenizer(tokenizer: str | BaseTokenizer, text: _Text, vocab_size: int) -> BaseTokenizer:
-    """Return the tokenizer that is meant; where it comes from the text, make it."""
+    """Resolve the `tokenizer` argument of `load_corpus`; build one from the text if necessary."""
     if isinstance(tokenizer, BaseTokenizer):
         return tokenizer
     if tokenizer == "char":
@@ -167,12 +181,14 @@ def _encode_text(text: _Text, tokenizer: BaseTokenizer) -> Corpus:
 
 
 def _encode(tokenizer: BaseTokenizer, text: str) -> Ids:
-    """Encode a text; where lines of <|endoftext|> end a document, its id stands in their place."""
+    """Encode a text, replacing each separator line <|endoftext|> by the id of that token."""
     if tokenizer.eot_token is None or END_OF_TEXT not in text:
         return tokenizer.encode_to_numpy(text)
     documents = split_documents(text)
     marked = END_OF_TEXT.join(documents)
-    if marked.count(END_OF_TEXT) < len(documents):  # none within a document, where it is text
+    # The joined text has len(documents) - 1 markers, if no document contains the string itself.
+    # Otherwise it must be encoded as ordinary text there, so each document is encoded on its own.
+    if marked.count(END_OF_TEXT) < len(documents):
         return tokenizer.encode_to_numpy(marked, allowed_special={END_OF_TEXT})
     rows = [tokenizer.encode_to_numpy(document) for document in documents]
     end = np.array([tokenizer.eot_token], rows[0].dtype)
@@ -183,8 +199,8 @@ def _load_prepared(folder: Path, sha256: str | None, check: bool) -> Corpus:
     """Open the shards of a prepared folder."""
     if not (folder / META).is_file():
         raise UsageError(
-            f"{folder} is a folder, but no prepared one (it has no {META}); make one of the texts "
-            f"in it: python -m fastgpt.prepare {shlex.quote(str(folder))} --out data/my"
+            f"{folder} is not a prepared folder (it has no {META}); prepare the texts in it with: "
+            f"python -m fastgpt.prepare {shlex.quote(str(folder))} --out data/my"
         )
     try:
         tokenizer = load_tokenizer(folder / "tokenizer.json")
@@ -199,7 +215,7 @@ def _load_prepared(folder: Path, sha256: str | None, check: bool) -> Corpus:
 
 
 def _look_through(shards: Sequence[Shard], hashed: bool) -> None:
-    """Check all ids, and that the files still are what was written, one file in each thread."""
+    """Check all ids and, if `hashed`, the SHA-256 of each shard. Each thread checks one file."""
     look: Callable[[Shard], None] = verify_shard if hashed else lambda s: check_ids(s.id_file)
     with _progress([shard.id_file for shard in shards]) as bar:
         for shard, _ in zip(shards, map_in_order(look, shards, None), strict=True):
@@ -224,13 +240,16 @@ def _progress(files: Sequence[IdFile]) -> FileProgress:
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file whole; refuse what is not one, saying where and what to do."""
+    """Read a UTF-8 text file, without its byte order mark and with Unix line endings.
+
+    Raises: UsageError if the file is missing, empty or not valid UTF-8.
+    """
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
         packaged = ", ".join(PACKAGED)
         raise UsageError(
-            f"data file {path} does not exist; give a plain text file, or one of: {packaged}"
+            f"data file {path} does not exist; pass a plain text file, or one of: {packaged}"
         ) from None
     except OSError as error:
         raise UsageError(f"data file {path} cannot be read: {error.strerror}") from None
@@ -245,10 +264,17 @@ def read_text(path: Path) -> str:
 
 
 class Batches:
-    """The training samples of a run, numbered from 0: `tokens` cut into windows, shuffled.
+    """The shuffled training samples of a run, addressed by a sample index that starts at 0.
 
-    Sample i is the same whoever asks for it and whatever was asked for before, so that processes
-    share a run by sharing its numbers, and to continue anywhere takes no time.
+    Args:
+        tokens: the training tokens, cut into windows of `block_size`.
+        block_size: tokens per sample.
+        seed: seed of the order of the samples.
+
+    Sample i depends only on the arguments and i, not on earlier calls. Processes can therefore
+    divide a run by dividing the indices, and resuming at any index is immediate.
+
+    Raises: UsageError if the text is shorter than two windows.
     """
 
     def __init__(self, tokens: Tokens, block_size: int, seed: int) -> None:
@@ -256,16 +282,17 @@ class Batches:
         if self.n_windows < 1:
             raise UsageError(
                 f"the training text has {len(tokens):,} tokens, but block_size={block_size} needs "
-                f"at least {2 * block_size:,}; bring more text or lower --block-size to at most "
+                f"at least {2 * block_size:,}; use more text or lower --block-size to at most "
                 f"{len(tokens) // 2}"
             )
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
         self._kept = -1, np.zeros(0, np.int64)
 
     def samples(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return samples `first` to `first + count - 1`: inputs, and targets one token on.
+        """Return samples `first` to `first + count - 1` as `(inputs, targets)`.
 
-        Both are int64 `[count, block_size]`, contiguous, on the CPU.
+        Both are contiguous int64 CPU tensors `[count, block_size]`. The targets are the inputs
+        shifted by one token.
         """
         inputs, targets = self.pair(first, count).unbind()
         return inputs, targets
@@ -275,9 +302,9 @@ class Batches:
         return gather_pair(self.tokens, self.starts(first, count), self.block_size)
 
     def starts(self, first: int, count: int) -> npt.NDArray[np.int64]:
-        """Return where in the tokens these samples start: `[count]`."""
+        """Return the positions in the tokens at which these samples start, int64 `[count]`."""
         if first < 0 or count < 1:
-            raise ValueError(f"samples are numbered from 0: not {count} from {first} on")
+            raise ValueError(f"first must be >= 0 and count >= 1, not first={first}, count={count}")
         numbers = range(first // _CHUNK, (first + count - 1) // _CHUNK + 1)
         chunks = [self._chunk(number) for number in numbers]
         starts = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
@@ -285,8 +312,11 @@ class Batches:
         return starts[at : at + count]
 
     def _chunk(self, number: int) -> npt.NDArray[np.int64]:
-        """Return the starts of a chunk of samples; the last one is kept, for the next are in it."""
-        kept = self._kept  # taken once, as several threads may ask
+        """Return the start positions of a chunk of samples.
+
+        The latest chunk is cached, since consecutive calls usually use the same chunk.
+        """
+        kept = self._kept  # read once: another thread may replace it
         if kept[0] != number:
             first = number * _CHUNK
             sample = np.arange(first, first + _CHUNK, dtype=np.uint64)
@@ -301,19 +331,19 @@ class Batches:
         return (offset + window * np.uint64(self.block_size)).astype(np.int64)
 
 
-# Starts are computed so many at a time: for one micro-batch alone, NumPy's calls would cost as
-# much as for a thousand samples.
+# Start positions are computed for this many samples at a time. For a single micro-batch, the
+# overhead of the NumPy calls would cost as much as computing about a thousand start positions.
 _CHUNK = 4096
 
 
 def gather(tokens: Tokens, starts: npt.NDArray[np.int64], block_size: int) -> tuple[Tensor, Tensor]:
-    """Cut the windows at `starts`: inputs and targets, int64 `[len(starts), block_size]`."""
+    """Return the windows at `starts` as inputs and targets, int64 `[len(starts), block_size]`."""
     inputs, targets = gather_pair(tokens, starts, block_size).unbind()
     return inputs, targets
 
 
 def gather_pair(tokens: Tokens, starts: npt.NDArray[np.int64], block_size: int) -> Tensor:
-    """Cut as :func:`gather` does, into one int64 tensor `[2, len(starts), block_size]`."""
+    """Return what :func:`gather` returns as one int64 tensor `[2, len(starts), block_size]`."""
     windows = cut_windows(tokens, starts, block_size + 1)
     pair = np.empty((2, len(starts), block_size), np.int64)
     pair[0], pair[1] = windows[:, :-1], windows[:, 1:]
@@ -323,17 +353,20 @@ def gather_pair(tokens: Tokens, starts: npt.NDArray[np.int64], block_size: int) 
 def validation_windows(
     tokens: Tokens, block_size: int, most_tokens: int, rank: int = 0, n_ranks: int = 1
 ) -> npt.NDArray[np.int64]:
-    """Return where the windows start that process `rank` of `n_ranks` evaluates.
+    """Return the start positions of the windows that process `rank` of `n_ranks` evaluates.
 
-    All processes together have every window of the text exactly once, or, if these are more than
-    `most_tokens` tokens, as many as fit in, evenly spread, and the same at each evaluation. Their
-    shares differ by one window at most, and are empty where windows are fewer than processes.
+    Together, the processes evaluate every window of the text exactly once. If the windows have more
+    than `most_tokens` tokens, evenly spaced windows with at most that many tokens are used, the
+    same ones in each evaluation. The shares of the processes differ by at most one window, and some
+    are empty if there are fewer windows than processes.
+
+    Raises: UsageError if the text is shorter than one window and its last target.
     """
     starts = np.arange(0, len(tokens) - block_size, block_size, dtype=np.int64)
     if len(starts) == 0:
         raise UsageError(
             f"the validation part has {len(tokens):,} tokens, not more than "
-            f"block_size={block_size}; bring more text, lower --block-size or raise --val-fraction"
+            f"block_size={block_size}; use more text, lower --block-size or raise --val-fraction"
         )
     most = max(1, most_tokens // block_size)
     if len(starts) > most:
@@ -344,12 +377,19 @@ def validation_windows(
 def permute(
     index: npt.NDArray[np.uint64], size: int, key: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.uint64]:
-    """Map each index below `size` to another, one to one under each key, by a Feistel network.
+    """Permute the indices below `size` with a Feistel network; each key gives one permutation.
 
-    key: one for all, or one for each index. Four rounds on the smallest even number of bits that
-    holds `size`; what falls outside goes through again until it falls inside (cycle walking, Black
-    & Rogaway 2002).
+    Args:
+        index: indices to map, uint64 `[n]`, each below `size`.
+        size: number of elements of the permutation.
+        key: one key for all indices, or one per index.
+
+    The network has four rounds and works on the smallest even number of bits that holds
+    `size - 1`. It can map an index to a value of `size` or more; such values are mapped again until
+    they are below `size` (cycle walking, Black & Rogaway 2002).
     """
+    # A Feistel round maps (left, right) to (right, left ^ f(right)), which is invertible for any f,
+    # so the four rounds are a permutation of all 2 * half bits.
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     result = index.astype(np.uint64)

@@ -1,8 +1,8 @@
-"""Documents out of files, in flat memory however large the files are.
+"""Read documents from files of any size, with constant memory.
 
-A stream of documents is a stream of pieces ``(text, ends)``: `ends` says that the document ends
-with this piece. Pieces of one document are cut where GPT-2's splitting cuts anyway, so that
-encoding them one by one gives the same ids as encoding the whole.
+Documents are streamed as pieces ``(text, ends)``, where `ends` is True for the last piece of a
+document. Documents are cut only at positions where GPT-2's pre-tokenization pattern also cuts, so
+that encoding the pieces one by one gives the same ids as encoding the whole document.
 """
 
 from __future__ import annotations
@@ -20,25 +20,28 @@ from fastgpt.utils.text_files import Advance, open_counted, read_blocks
 
 Piece: TypeAlias = tuple[str, bool]
 
-IN_FOLDERS = (".txt", ".jsonl", ".parquet")  # .json, too, is often something else than texts
+IN_FOLDERS = (".txt", ".jsonl", ".parquet")  # not .json, which often contains other data than texts
 
-# The last place before ASCII white space that follows another ASCII character. White space after
-# something else always starts a piece of its own, and what stands before it cannot see past it.
-# (Not after ">", so that a line of <|endoftext|> stays in one block with its line ends.)
+# Matches up to the last position between a printable ASCII character and ASCII white space. Such
+# white space always starts a new piece of GPT-2's pattern, and no match before it depends on what
+# follows it. (">" is excluded, so that a line <|endoftext|> stays in one block with its newlines.)
 _LAST_CUT = re.compile(rb".*[!-=?-~](?=[\t-\r ])", re.DOTALL)
-# A line of <|endoftext|>. What stands before it is looked at last: a pattern that begins with plain
-# characters is found several times faster.
+# A line that holds only <|endoftext|>. The start of the line is checked last, by a look-behind over
+# the marker: a pattern that begins with literal characters is found several times faster.
 _MARKER = re.compile(rf"{re.escape(END_OF_TEXT)}(?<![^\n].{{{len(END_OF_TEXT)}}})(?![^\n])")
 
 
 def find_sources(inputs: Iterable[str | Path]) -> list[Path]:
-    """Return the files named, and the texts in the folders named, in order of their names."""
+    """Return the given files, and the text files in the given folders sorted by path.
+
+    Raises: UsageError for a path that does not exist or a folder without text files.
+    """
     sources: list[Path] = []
     for path in map(Path, inputs):
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if _kind(p) in IN_FOLDERS and p.is_file())
             if not found:
-                raise UsageError(f"folder {path} holds no file named *{', *'.join(IN_FOLDERS)}")
+                raise UsageError(f"folder {path} contains no *{', *'.join(IN_FOLDERS)} file")
             sources += found
         elif path.exists():
             sources.append(path)
@@ -48,14 +51,23 @@ def find_sources(inputs: Iterable[str | Path]) -> list[Path]:
 
 
 def read_documents(path: Path, field: str, advance: Advance = lambda n: None) -> Iterator[Piece]:
-    """Read the documents of one file, in the format that its name says (also with ``.gz``).
+    """Yield the documents of one file as pieces. The file name determines the format.
 
-    ``.jsonl``: an object a line, and in its `field` the text; ``.json``: a list of texts, or of
-    such objects; ``.parquet``: a column `field`. Anything else is UTF-8 text, and one document,
-    unless some lines of it are ``<|endoftext|>``: these, and the empty lines around them, part it
-    into several. Empty documents are left out.
+    - ``.jsonl``: one object per line, with the text in its `field`;
+    - ``.json``: a list of texts, or of such objects;
+    - ``.parquet``: a table with the texts in the column `field`;
+    - other names: UTF-8 text. It is one document, unless lines that hold only ``<|endoftext|>``
+      separate it into several; these lines and the empty lines around them are dropped.
 
-    Raises: UsageError that names the file and the place.
+    All of them except ``.parquet`` may be compressed, with ``.gz`` at the end of the name. Empty
+    documents are skipped.
+
+    Args:
+        path: the file.
+        field: name of the JSON field or the parquet column with the text.
+        advance: called with the number of bytes just read.
+
+    Raises: UsageError that names the file and the position of an error.
     """
     if _kind(path) == ".parquet":
         return _parquet(path, field, advance)
@@ -67,9 +79,11 @@ def read_documents(path: Path, field: str, advance: Advance = lambda n: None) ->
 
 
 def read_json_lines(path: Path, advance: Advance = lambda n: None) -> Iterator[tuple[str, Any]]:
-    """Yield what each line of a ``.jsonl`` file holds (also with ``.gz``), and its place in words.
+    """Yield `(place, value)` for each line of a ``.jsonl`` or ``.jsonl.gz`` file.
 
-    Empty lines are left out. Raises: UsageError that names the place.
+    `place` names the file and the line for error messages. Empty lines are skipped.
+
+    Raises: UsageError that names the line with an error.
     """
     with open_counted(path, advance) as file:
         for number, line in enumerate(file, 1):
@@ -81,9 +95,9 @@ def read_json_lines(path: Path, advance: Advance = lambda n: None) -> Iterator[t
 
 
 def split_documents(text: str) -> list[str]:
-    """Return the documents of a text, as :func:`read_documents` parts it.
+    """Split a text into documents, as :func:`read_documents` does.
 
-    The last one is what follows the last separator, and empty if nothing does.
+    The last document is the text after the last separator, which may be empty.
     """
     *ended, last = _MARKER.split(text)
     if not ended:
@@ -93,10 +107,13 @@ def split_documents(text: str) -> list[str]:
 
 
 def cut_at_pieces(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Cut the text elsewhere, at the last place in each block where GPT-2's splitting cuts too."""
-    held = [b""]
+    """Re-cut a text given in blocks, so that every cut is also a cut of GPT-2's pattern.
+
+    Each block is cut at the last such position in it. The rest is joined with the next block.
+    """
+    held = [b""]  # parts since the last cut, which are not yielded yet
     for block in blocks:
-        before = held[-1][-1:]
+        before = held[-1][-1:]  # the cut may be at the start of the block, after this character
         if cut := _last_cut(before + block if before else block):
             cut -= len(before)
             yield b"".join([*held, block[:cut]])
@@ -108,7 +125,7 @@ def cut_at_pieces(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _last_cut(text: bytes) -> int:
-    """Return the last place to cut at, or 0 if there is none."""
+    """Return the last position to cut at, or 0 if there is none."""
     for window in (1 << 10, 1 << 16, len(text)):  # nearly always, it is near the end
         if match := _LAST_CUT.match(text, max(0, len(text) - window)):
             return match.end()
@@ -116,7 +133,7 @@ def _last_cut(text: bytes) -> int:
 
 
 def _text(path: Path, advance: Advance) -> Iterator[Piece]:
-    within = False  # a document
+    within = False  # whether a part of the current document has been yielded
     for block in cut_at_pieces(read_blocks(path, advance=advance)):
         first, *others = _MARKER.split(block.decode())
         for text in others:
@@ -141,7 +158,7 @@ def _json_list(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
     with open_counted(path, advance) as file:
         items = _parse_json(file.read().removeprefix(codecs.BOM_UTF8), str(path))
     if not isinstance(items, list):
-        raise UsageError(f"{path} holds no list of texts but a {type(items).__name__}")
+        raise UsageError(f"{path} must contain a list of texts, not a {type(items).__name__}")
     for number, item in enumerate(items):
         text = item if isinstance(item, str) else _field_of(item, field, f"{path}, item {number}")
         if text:
@@ -153,7 +170,7 @@ def _parquet(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise UsageError(f"{path}: to read parquet files: pip install pyarrow") from None
+        raise UsageError(f"{path}: reading parquet files requires: pip install pyarrow") from None
     try:
         with ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
@@ -168,7 +185,7 @@ def _parquet(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
                     row += 1
                 advance(size * row // n_rows - size * (row - batch.num_rows) // n_rows)
     except (ArrowException, OSError) as error:
-        raise UsageError(f"{path} is not a parquet file that can be read: {error}") from None
+        raise UsageError(f"{path} cannot be read as a parquet file: {error}") from None
 
 
 def _parse_json(data: bytes, place: str) -> Any:
@@ -185,7 +202,7 @@ def _parse_json(data: bytes, place: str) -> Any:
 
 def _field_of(item: Any, field: str, place: str) -> str:
     if not isinstance(item, dict):
-        raise UsageError(f"{place}: holds no object with a field {field!r}, but {item!r:.40}")
+        raise UsageError(f"{place}: must be an object with a field {field!r}, not {item!r:.40}")
     if field not in item:
         raise _no_field(place, field, item)
     text = item[field]
@@ -196,11 +213,11 @@ def _field_of(item: Any, field: str, place: str) -> str:
 
 def _no_field(place: str, field: str, fields: Iterable[str]) -> UsageError:
     found = ", ".join(fields) or "none"
-    return UsageError(f"{place}: has no field {field!r}; name one with --field; there are: {found}")
+    return UsageError(f"{place}: has no field {field!r}; choose one with --field; it has: {found}")
 
 
 def _no_text(place: str, field: str, value: Any) -> UsageError:
-    return UsageError(f"{place}: field {field!r} holds no text but {value!r:.40}")
+    return UsageError(f"{place}: field {field!r} must be a string, not {value!r:.40}")
 
 
 def _kind(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""A text file of any size into token shards, as one document."""
+"""Encode a text file of any size into token shards, as one document."""
 
 from __future__ import annotations
 
@@ -27,22 +27,24 @@ def encode_file(
 ) -> list[Path]:
     """Encode a UTF-8 text file of any size into token shards, without holding it in memory.
 
-    The ids are those of the whole text, as one document; special tokens in it are ordinary text. A
-    byte order mark is left out, and Windows line ends become newlines.
+    The ids are those of the whole text encoded as one document; special tokens in it are encoded as
+    ordinary text. A byte order mark is removed, and Windows line endings become newlines.
 
     Args:
-        tokenizer: encodes the text.
-        path: the text.
-        out: folder and name of the shards: ``OUT-00000.bin`` and so on
+        tokenizer: tokenizer that encodes the text.
+        path: path of the text file.
+        out: path prefix of the shards, which are named ``OUT-00000.bin`` and so on
             (:mod:`fastgpt.data.shards`).
-        threads: number of blocks to encode at once, while the caller's thread reads and writes; by
-            default one for each CPU.
-        progress: show a bar, if standard error is a terminal.
-        tokens_per_shard: the largest number of ids in a file.
+        threads: number of blocks to encode in parallel, while the calling thread reads and writes.
+            By default one per CPU.
+        progress: show a progress bar, if standard error is a terminal.
+        tokens_per_shard: maximum number of ids per file.
 
-    Returns: the files. Raises: UsageError for a text that is missing, empty or not UTF-8 (it says
-        where), ValueError for a character that the vocabulary does not have, FileExistsError if
-        there are such shards already. Then none are written.
+    Returns: the paths of the shards.
+
+    Raises: UsageError for a text that is missing, empty or not UTF-8 (with the position),
+        ValueError for a character that is not in the vocabulary, FileExistsError if such shards
+        exist. No shards are written in case of an error.
     """
     path = Path(path)
     try:
@@ -71,7 +73,7 @@ def _encode_block(tokenizer: BaseTokenizer, path: Path, block: tuple[int, bytes]
 
 
 def _with_offsets(blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Put in front of each block how many bytes came before it."""
+    """Pair each block with the number of bytes before it."""
     first = 0
     for block in blocks:
         yield first, block

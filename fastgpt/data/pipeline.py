@@ -1,11 +1,12 @@
-"""Texts into a folder of token shards, ready to train on.
+"""Prepare a folder of token shards for training from text files.
 
-    train-00000.bin ...    the ids, each document ended by <|endoftext|> (see fastgpt.data.shards)
-    val-00000.bin ...      those kept for validation
-    tokenizer.json         what made them
-    meta.json              counts, sources, and the command
+    train-00000.bin ...    token ids; each document ends with <|endoftext|> (fastgpt.data.shards)
+    val-00000.bin ...      token ids of the validation part
+    tokenizer.json         the tokenizer
+    meta.json              counts, source files and the command
 
-The folder is written beside its place and renamed into it: one that is there is whole.
+The folder is written under a temporary name in the same parent folder and then renamed, so that an
+existing prepared folder is always complete.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from fastgpt.utils.text_files import Advance
 from fastgpt.utils.threads import map_in_order
 
 META = "meta.json"
-# Documents are drawn for validation by chance: with fewer than this many to be expected there, it
-# is the last part of the whole text instead.
+# Validation documents are selected pseudo-randomly. If fewer than this many are expected, the last
+# part of the whole text is used for validation instead.
 ENOUGH_DRAWN = 10
 _DRAW_KEY = 0x76616C  # "val"
 _BATCH_CHARACTERS = 1 << 22
@@ -49,7 +50,7 @@ _EOT = END_OF_TEXT
 
 @dataclass(frozen=True)
 class Part:
-    """What one part of the data came to."""
+    """The size of one part (training or validation) of the prepared data."""
 
     tokens: int
     documents: int
@@ -59,7 +60,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A folder that :func:`prepare` has made."""
+    """The result of :func:`prepare`."""
 
     folder: Path
     tokenizer: BaseTokenizer
@@ -68,7 +69,7 @@ class Prepared:
 
     @property
     def bytes_per_token(self) -> float:
-        """How many bytes of text a token stands for, on average."""
+        """Average number of bytes of text per token."""
         text = self.train.bytes + self.val.bytes
         return text / (self.train.tokens + self.val.tokens)
 
@@ -87,25 +88,28 @@ def prepare(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Prepared:
-    """Turn texts into a folder of token shards that ``load_corpus`` and the trainer read.
+    """Tokenize texts into a folder of token shards that ``load_corpus`` and the trainer read.
 
     Args:
-        inputs: text files (``.txt`` and others), ``.jsonl``, ``.json``, ``.parquet``, and folders
-            of them; see :func:`fastgpt.data.documents.read_documents`.
-        out: the folder to make.
-        tokenizer: ``"gpt2"``, a file or folder to load one from, or one that is given.
-        train_vocab: instead, train a tokenizer of so many ids on the texts.
-        field: where JSON objects and parquet tables hold the text.
-        val: texts for validation, of the same kinds; then all of `inputs` is for training.
-        val_fraction: without such texts, share of the documents for validation, drawn by their
-            number; if that would be fewer than ten documents, the last such part of the whole text
-            instead.
-        tokens_per_shard: how many ids a file holds at most.
-        threads: how many batches to encode at once; by default one for each CPU.
-        overwrite: replace a folder that this function made.
-        progress: show bars, if standard error is a terminal.
+        inputs: text files (``.txt`` and others), ``.jsonl``, ``.json`` and ``.parquet`` files, and
+            folders of them; see :func:`fastgpt.data.documents.read_documents`.
+        out: the folder to create.
+        tokenizer: ``"gpt2"``, the path of a tokenizer file or folder, or a tokenizer object.
+        train_vocab: if given, train a tokenizer with this vocabulary size on the texts.
+        field: name of the JSON field or parquet column with the text.
+        val: texts for validation, in the same formats. If given, all of `inputs` is used for
+            training.
+        val_fraction: without `val`, the share of the documents used for validation. Documents are
+            selected by a hash of their index. If fewer than ten are expected, this share of the
+            whole text, from its end, is used instead.
+        tokens_per_shard: maximum number of ids per file.
+        threads: number of batches to encode in parallel. By default one per CPU.
+        overwrite: replace an existing folder that was created by this function.
+        progress: show progress bars, if standard error is a terminal.
 
-    Memory stays flat however large the texts are. Raises: UsageError, and leaves nothing behind.
+    Memory use does not grow with the size of the texts.
+
+    Raises: UsageError; no files are left behind in this case.
     """
     folder = Path(out)
     _refuse_bad_arguments(val_fraction, tokens_per_shard, threads)
@@ -114,7 +118,7 @@ def prepare(
     _refuse_to_overwrite(folder, overwrite)
     reading = _Reading(_listed(inputs), field, progress)
     if not reading.sources:
-        raise UsageError("nothing to prepare: name a text file, or a folder of some")
+        raise UsageError("nothing to prepare: pass at least one text file or folder of text files")
     val_reading = _Reading(_listed(val), field, progress)
     chosen = _choose_tokenizer(tokenizer, train_vocab, reading)
     try:
@@ -137,29 +141,35 @@ def prepare(
 
 
 class _Reading:
-    """Reads the documents of all the sources, as often as asked."""
+    """Reads the documents of all sources; can be read several times."""
 
     def __init__(self, inputs: Sequence[str | Path], field: str, progress: bool) -> None:
         self.sources = find_sources(inputs)
         self._field, self._progress = field, progress
 
     def pieces(self, what: str) -> Generator[Piece, None, None]:
-        """Yield the pieces of all documents, under a bar that says what for; to be closed."""
+        """Yield the pieces of all documents, with a progress bar labelled `what`.
+
+        The caller must close the generator.
+        """
         total = sum(path.stat().st_size for path in self.sources)
         with FileProgress(what, total, self._progress) as bar:
             yield from self._all(bar.advance)
 
     def survey(self, most_documents: int) -> int | None:
-        """Return how many characters there are, or None if there are that many documents."""
+        """Return the number of characters of all documents.
+
+        If there are at least `most_documents` documents, stop reading there and return None.
+        """
         n_characters = n_documents = 0
-        with closing(self.pieces("looking")) as pieces:
+        with closing(self.pieces("counting")) as pieces:
             for text, ends in pieces:
                 n_characters += len(text)
                 n_documents += ends
                 if n_documents >= most_documents:
                     return None
         if not n_characters:
-            raise UsageError(f"{', '.join(map(str, self.sources))}: no text in there")
+            raise UsageError(f"{', '.join(map(str, self.sources))}: contains no text")
         return n_characters
 
     def _all(self, advance: Advance) -> Iterator[Piece]:
@@ -184,9 +194,9 @@ def _choose_tokenizer(
         try:
             tokenizer = load_tokenizer(tokenizer)
         except (OSError, ValueError) as error:
-            raise UsageError(f"tokenizer must be gpt2 or a tokenizer's file: {error}") from None
+            raise UsageError(f"tokenizer must be gpt2 or a tokenizer file: {error}") from None
     if tokenizer.eot_token is None:
-        raise UsageError(f"{tokenizer!r:.60} has no {_EOT}, which ends every document")
+        raise UsageError(f"{tokenizer!r:.60} has no {_EOT}, which is needed to end each document")
     return tokenizer
 
 
@@ -197,9 +207,9 @@ def _listed(inputs: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
 def _parts(
     reading: _Reading, val_reading: _Reading, val_fraction: float
 ) -> Generator[tuple[str, Piece], None, None]:
-    """Yield all pieces and where they belong; to be closed.
+    """Yield each piece with its part, "train" or "val". The caller must close the generator.
 
-    Texts for validation, if there are any, come first: what is wrong with them is told at once.
+    Separate validation texts are read first, so that errors in them are reported early.
     """
     if not val_reading.sources:
         n_characters = reading.survey(most_documents=math.ceil(ENOUGH_DRAWN / val_fraction))
@@ -214,9 +224,10 @@ def _parts(
 def _split(
     pieces: Iterator[Piece], val_fraction: float, n_characters: int | None
 ) -> Iterator[tuple[str, Piece]]:
-    """Say of each piece where it belongs, "train" or "val".
+    """Assign each piece to a part, "train" or "val".
 
-    n_characters: of the whole text, if validation is to be its last part.
+    n_characters: length of the whole text, if its last part is used for validation, and None if
+    documents are selected pseudo-randomly.
     """
     if n_characters is None:
         yield from _split_by_lot(pieces, val_fraction)
@@ -242,15 +253,15 @@ def _split_by_lot(pieces: Iterator[Piece], val_fraction: float) -> Iterator[tupl
 
 
 def _lots(val_fraction: float) -> Iterator[str]:
-    """Yield where document 0 belongs, document 1, and so on: a function of the number alone."""
-    limit = np.uint64(val_fraction * 2.0**64)
+    """Yield the part of document 0, of document 1, and so on; it depends on the index alone."""
+    limit = np.uint64(val_fraction * 2.0**64)  # hashes are uniform: this share is below the limit
     for first in count(0, 4096):
         hashes = mix(_DRAW_KEY, np.arange(first, first + 4096, dtype=np.uint64))
         yield from np.where(hashes < limit, "val", "train").tolist()
 
 
 def _batches(pieces: Iterable[tuple[str, Piece]]) -> Iterator[tuple[str, list[Piece]]]:
-    """Gather pieces of each part, in order, until they are worth a thread's while."""
+    """Collect the pieces of each part, in order, into batches large enough for one thread task."""
     held: dict[str, list[Piece]] = {"train": [], "val": []}
     sizes = dict.fromkeys(held, 0)
     for split, piece in pieces:
@@ -264,7 +275,7 @@ def _batches(pieces: Iterable[tuple[str, Piece]]) -> Iterator[tuple[str, list[Pi
 
 @dataclass(frozen=True)
 class _Batch:
-    """Pieces as ids; `ends` are the positions after each document's <|endoftext|>."""
+    """Encoded pieces; `ends` are the positions after the <|endoftext|> of each ended document."""
 
     split: str
     ids: Ids
@@ -273,7 +284,10 @@ class _Batch:
 
 
 def _encode(tokenizer: BaseTokenizer, batch: tuple[str, list[Piece]]) -> _Batch:
-    """Encode pieces, in one go unless their own text holds what ends documents here."""
+    """Encode pieces, in one call unless the text itself contains the string <|endoftext|>.
+
+    In that case each piece is encoded separately, so that the string is encoded as ordinary text.
+    """
     split, pieces = batch
     text = "".join(text for text, _ in pieces)
     if _EOT not in text:
@@ -289,25 +303,27 @@ def _encode(tokenizer: BaseTokenizer, batch: tuple[str, list[Piece]]) -> _Batch:
 
 
 class _Sink:
-    """Where the batches of one part go."""
+    """Writes the batches of one part and counts them."""
 
     def __init__(self, writer: ShardWriter) -> None:
         self.writer = writer
         self._n_bytes = 0
-        self._begins = True  # the next id is a document's first
+        self._begins = True  # whether the next id is the first one of a document
 
     def take(self, batch: _Batch) -> None:
-        """Write a batch that follows the one before."""
+        """Append a batch."""
         size = len(batch.ids)
         if not size:
             return
+        # A document starts after the end of the previous one. An end at `size` starts a document in
+        # the next batch.
         starts = np.append(np.zeros(int(self._begins), np.int64), batch.ends)
         self.writer.append(batch.ids, starts[starts < size])
         self._n_bytes += batch.n_bytes
         self._begins = bool((starts[-1:] == size).any())
 
     def part(self) -> Part:
-        """Return what it has come to, when all is written."""
+        """Return the counts; call it after the writer is closed."""
         writer = self.writer
         return Part(writer.n_tokens, writer.n_documents, self._n_bytes, len(writer.paths))
 
@@ -325,10 +341,10 @@ def _refuse_to_overwrite(folder: Path, overwrite: bool) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / META).is_file():
-        raise UsageError(f"{folder} exists, and is no prepared folder: choose another --out")
+        raise UsageError(f"{folder} exists, and is not a prepared folder: choose another --out")
     if not overwrite:
         raise UsageError(
-            f"{folder} is prepared already: train on it (--data {shlex.quote(str(folder))}), "
+            f"{folder} is already prepared: train on it (--data {shlex.quote(str(folder))}), "
             "replace it with --overwrite, or choose another --out"
         )
 
@@ -339,9 +355,9 @@ def _refuse_empty(sinks: dict[str, _Sink], val_fraction: float | None) -> None:
             continue
         what = {"train": "training", "val": "validation"}[name]
         if val_fraction is None:
-            raise UsageError(f"the texts for {what} hold no text")
+            raise UsageError(f"the files for {what} contain no text")
         raise UsageError(
-            f"nothing is left for {what}: bring more text, or choose another --val-fraction "
+            f"no text is left for {what}: use more text, or choose another --val-fraction "
             f"(now {val_fraction})"
         )
 
@@ -380,8 +396,11 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _written_beside(folder: Path) -> Iterator[Path]:
-    """Give a folder to write into, which takes the place of `folder` at the end, or vanishes."""
-    folder = folder.absolute()  # "." has no name
+    """Yield a temporary folder to write to, which replaces `folder` when the block succeeds.
+
+    If the block raises, the temporary folder is deleted and an existing `folder` is kept.
+    """
+    folder = folder.absolute()  # with_name fails for ".", which has no name
     beside, old = (folder.with_name(f".{word}-{folder.name}") for word in ("preparing", "old"))
     shutil.rmtree(beside, ignore_errors=True)
     if folder.exists():

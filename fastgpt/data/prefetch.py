@@ -1,4 +1,4 @@
-"""Micro-batches, ready when the training loop asks for them."""
+"""Prefetch micro-batches in a background thread."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ AHEAD = 4  # micro-batches
 
 
 class Feeder:
-    """Iterates over micro-batches `(inputs, targets)`, int64 `[count, block_size]` on `device`.
+    """An iterator over micro-batches `(inputs, targets)`, int64 `[count, block_size]` on `device`.
 
     Args:
-        batches: where they come from.
-        plan: for each, the number of its first sample and how many it has.
-        device: where they go to.
-        ahead: how many a thread prepares before they are asked for; 0 to do without the thread.
-            By default it works for CUDA, where a text that is not in memory can be read from disk
-            while the GPU computes. On a CPU it would only take time from the computation: there a
-            micro-batch is made when it is asked for, in some twenty microseconds.
+        batches: source of the samples.
+        plan: index of the first sample and number of samples of each micro-batch.
+        device: device of the returned tensors.
+        ahead: number of micro-batches that a background thread prepares in advance; 0 for no
+            thread. By default the thread is used for CUDA, so that data that is not in memory is
+            read from disk while the GPU computes. On a CPU the thread would compete with the
+            computation, so a micro-batch is made on request, which takes about 20 microseconds.
 
-    Use it in a ``with`` block, which ends the thread. What goes wrong in the thread is raised by
-    the iteration, at the micro-batch it is about.
+    Use it in a ``with`` block, which ends the thread. An exception in the thread is raised by the
+    iteration at the micro-batch that caused it.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class Feeder:
         pair = next(self._pairs)  # [2, count, block_size]
         on_cuda = self._device.type == "cuda"
         if on_cuda:
-            # Pinned memory is copied without waiting for it. PyTorch keeps track of when the copy
-            # is done, and uses the memory again. Here and not in the thread, so that the copy is
-            # in the order of the caller's stream, and no other thread speaks to CUDA while the
-            # caller records a graph.
+            # The copy from pinned memory is asynchronous. PyTorch's caching host allocator reuses
+            # the memory only after the copy has finished. Pinning and copying are done here and
+            # not in the background thread, so that the copy is ordered on the caller's stream and
+            # no other thread makes CUDA calls while the caller captures a graph.
             pair = pair.pin_memory()
         inputs, targets = pair.to(self._device, non_blocking=on_cuda).unbind()
         return inputs, targets
@@ -69,20 +69,20 @@ class Feeder:
         self.close()
 
     def close(self) -> None:
-        """End the thread, if there is one; it finishes the micro-batch it is at."""
+        """End the thread, if there is one, after it has finished its current micro-batch."""
         if self._ahead is not None:
             self._ahead.close()
 
 
 class Ahead(Generic[Item]):
-    """Iterates over items that a thread takes from `items`, up to `most` before they are needed."""
+    """An iterator over `items` that evaluates up to `most` of them in advance, in a thread."""
 
     def __init__(self, items: Iterable[Item], most: int) -> None:
         self._items = iter(items)
-        self._room = Semaphore(most)
+        self._room = Semaphore(most)  # counts the free places in the queue of results
         self._results: SimpleQueue[Item | _End] = SimpleQueue()
         self._closed = False
-        # A daemon, so that a caller who forgets to close it can still exit.
+        # A daemon thread, so that the process can exit even if `close` was not called.
         self._thread = Thread(target=self._run, name="fastgpt-ahead", daemon=True)
         self._thread.start()
 
@@ -91,32 +91,32 @@ class Ahead(Generic[Item]):
 
     def __next__(self) -> Item:
         if self._closed:
-            raise RuntimeError("closed already: nothing is prepared any more")
+            raise RuntimeError("the prefetcher is closed")
         result = self._results.get()
         if isinstance(result, _End):
-            self._results.put(result)  # for whoever asks again
+            self._results.put(result)  # for further calls
             raise result.error
         self._room.release()
         return result
 
     def close(self) -> None:
-        """End the thread; what was prepared is lost."""
+        """End the thread and discard the prepared items."""
         self._closed = True
-        self._room.release()  # it may be waiting for that
+        self._room.release()  # wake the thread if it waits for room
         self._thread.join()
 
     def _run(self) -> None:
-        """Take items while there is room, until they end, fail, or nobody wants them any more."""
+        """Take items while there is room, until they end, one raises, or `close` is called."""
         while self._room.acquire() and not self._closed:
             try:
                 self._results.put(next(self._items))
-            except BaseException as error:  # StopIteration, too, is for the caller's thread
+            except BaseException as error:  # StopIteration, too, is raised in the caller's thread
                 self._results.put(_End(error))
                 return
 
 
 class _End:
-    """Stands for the exception that ended the items."""
+    """Holds the exception that ended the iteration, StopIteration included."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error

@@ -1,13 +1,14 @@
-"""Token shards: files of ids that say what they are.
+"""Read and write token shards: self-describing files of token ids.
 
-    256 bytes   header: magic, version, sizes, the tokenizer's fingerprint, SHA-256 of what follows
-    ids         n_tokens of 2 or 4 bytes (uint16 or uint32, little-endian)
-    zeros       up to a multiple of 8 bytes
-    starts      n_documents of 8 bytes (uint64): where in the ids each document starts
+    header      256 bytes: magic, version, sizes, tokenizer fingerprint, SHA-256 of the rest
+    ids         n_tokens ids of 2 or 4 bytes (uint16 or uint32, little-endian)
+    padding     zeros up to a multiple of 8 bytes
+    starts      n_documents numbers of 8 bytes (uint64): position in the ids of each document start
 
-A row of ids that is longer than one file is cut into ``NAME-00000.bin``, ``NAME-00001.bin`` and so
-on, anywhere, so that all but the last are of one length. They get their names together, when the
-last one is on the disk: what is there is whole.
+A sequence of ids that exceeds the size of one file is split into ``NAME-00000.bin``,
+``NAME-00001.bin`` and so on. All shards except the last have the same number of ids, so a shard can
+end within a document. The files are written under temporary names and renamed when all of them are
+on disk, so that existing shards are always complete.
 """
 
 from __future__ import annotations
@@ -38,28 +39,28 @@ TOKENS_PER_SHARD = 100_000_000
 
 # Magic, version, bytes per id; vocab_size, n_tokens, n_documents; index, count; two hashes.
 _FIELDS = struct.Struct("<8sII QQQ II 32s32s")
-_CHECKSUM = struct.Struct("<I")  # CRC-32 of all before it, at the header's end
+_CHECKSUM = struct.Struct("<I")  # CRC-32 of the preceding bytes, at the end of the header
 
 
 class ShardError(UsageError):
-    """A shard that is missing, damaged or of another kind; the message names file and place."""
+    """Raised for a shard that is missing, damaged or of another format; names file and position."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a shard says of itself."""
+    """The contents of a shard's header."""
 
     id_bytes: int  # 2 or 4
     vocab_size: int
     n_tokens: int
     n_documents: int  # that start in this shard
-    index: int  # the how-manieth it is, from 0,
-    count: int  # of how many
-    fingerprint: str  # of the tokenizer
-    sha256: str  # of everything after the header
+    index: int  # of this shard, from 0
+    count: int  # number of shards of the sequence
+    fingerprint: str  # of the tokenizer, hexadecimal
+    sha256: str  # of everything after the header, hexadecimal
 
     def pack(self) -> bytes:
-        """Return the header's 256 bytes."""
+        """Return the header as 256 bytes."""
         *numbers, fingerprint, sha256 = asdict(self).values()
         hashes = bytes.fromhex(fingerprint), bytes.fromhex(sha256)
         packed = _FIELDS.pack(MAGIC, VERSION, *numbers, *hashes)
@@ -69,7 +70,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard on disk: `ids` (uint16 or uint32) and `document_starts` (uint64) are mapped files."""
+    """A shard on disk; `ids` (uint16 or uint32) and `document_starts` (uint64) are memory maps."""
 
     path: Path
     header: Header
@@ -79,11 +80,15 @@ class Shard:
 
 
 def read_shard(path: Path, tokenizer: BaseTokenizer | None = None, check: bool = False) -> Shard:
-    """Open a shard; its ids are read from disk when they are looked at.
+    """Open a shard. The ids are memory mapped, so they are read from disk when accessed.
 
-    tokenizer: what the ids must have been made with. check: read everything once, to be sure that
-    every id is of the vocabulary. Raises: ShardError (UsageError for an id) that names the file,
-    what is wrong, and where.
+    Args:
+        path: the file.
+        tokenizer: if given, the tokenizer that the ids must have been made with.
+        check: read all ids once to check that they are in the vocabulary.
+
+    Raises: ShardError (UsageError for an id outside the vocabulary) that names the file, the
+        problem and its position.
     """
     path = Path(path)
     try:
@@ -97,7 +102,7 @@ def read_shard(path: Path, tokenizer: BaseTokenizer | None = None, check: bool =
     if size != expected:
         raise ShardError(
             f"{path} has {size:,} bytes, but {header.n_tokens:,} tokens and {header.n_documents:,} "
-            f"documents take {expected:,}: it was cut off or changed"
+            f"documents require {expected:,}: it was truncated or modified"
         )
     if tokenizer is not None and tokenizer.fingerprint != header.fingerprint:
         raise ShardError(
@@ -114,26 +119,33 @@ def read_shard(path: Path, tokenizer: BaseTokenizer | None = None, check: bool =
 def read_shards(
     prefix: Path, tokenizer: BaseTokenizer | None = None, check: bool = False
 ) -> list[Shard]:
-    """Open all of ``PREFIX-00000.bin``, ...; ShardError as for one, or if one is missing."""
+    """Open the shards ``PREFIX-00000.bin``, ``PREFIX-00001.bin`` and so on.
+
+    Arguments and errors are those of :func:`read_shard`. ShardError is also raised if a shard is
+    missing or belongs to another sequence.
+    """
     shards = [read_shard(path, tokenizer, check) for path in _existing(Path(prefix))]
     if not shards:
         raise ShardError(f"{_name(Path(prefix), 0)} does not exist")
     count, fingerprint = shards[0].header.count, shards[0].header.fingerprint
-    for index in range(max(count, len(shards))):
+    for index in range(max(count, len(shards))):  # also detects more files than `count`
         path = _name(Path(prefix), index)
         if index >= len(shards) or shards[index].path != path:
-            raise ShardError(f"{path} is missing: there must be {count}")
+            raise ShardError(f"{path} is missing: there must be {count} shards")
         header = shards[index].header
         if (header.index, header.count, header.fingerprint) != (index, count, fingerprint):
             raise ShardError(
-                f"{path} says that it is shard {header.index} of {header.count}: it does not "
-                f"belong to the {count} that begin with {shards[0].path.name}"
+                f"{path} is shard {header.index} of {header.count} according to its header: it "
+                f"does not belong to the {count} shards that begin with {shards[0].path.name}"
             )
     return shards
 
 
 def verify_shard(shard: Shard) -> None:
-    """Read a shard whole, and check its ids; ShardError if its SHA-256 is not the header's."""
+    """Read a whole shard, check its ids, and check its SHA-256 against the header.
+
+    Raises: ShardError if the SHA-256 differs, UsageError for an id outside the vocabulary.
+    """
     sha256 = hashlib.sha256()
     check_ids(shard.id_file, sha256=sha256)
     with shard.path.open("rb") as file:
@@ -142,19 +154,22 @@ def verify_shard(shard: Shard) -> None:
             sha256.update(rest)
     if sha256.hexdigest() != shard.header.sha256:
         raise ShardError(
-            f"{shard.path} was changed since it was written: its SHA-256 is not the header's"
+            f"{shard.path} was modified after it was written: its SHA-256 differs from the header's"
         )
 
 
 class ShardWriter:
-    """Writes a row of ids into shards; within a ``with`` block, which ends in whole files or none.
+    """Writes a sequence of ids into shards. Use it in a ``with`` block.
+
+    The shards appear under their names at the end of the block, all together; if the block raises,
+    no files are left.
 
     Args:
-        prefix: folder and name; the files are ``PREFIX-00000.bin`` and so on.
-        tokenizer: what the ids are of.
-        tokens_per_shard: how many ids a file holds at most.
+        prefix: path prefix of the files, which are named ``PREFIX-00000.bin`` and so on.
+        tokenizer: the tokenizer of the ids.
+        tokens_per_shard: maximum number of ids per file.
 
-    Raises: FileExistsError if there are such files already.
+    Raises: FileExistsError if such files exist.
     """
 
     def __init__(
@@ -170,14 +185,17 @@ class ShardWriter:
             raise FileExistsError(f"{existing[0]} exists: delete it, or choose another name")
         self._vocab_size, self._fingerprint = tokenizer.vocab_size, tokenizer.fingerprint
         self._id_bytes = 2 if self._vocab_size <= 1 << 16 else 4
-        self._done: list[Header] = []  # of the shards that are full
+        self._done: list[Header] = []  # of the finished shards
         self._file: IO[bytes] | None = None
         self.n_tokens = self.n_documents = 0
 
     def append(self, ids: Ids, document_starts: Sequence[int] | NDArray[np.integer[Any]]) -> None:
-        """Add ids ``[n]`` at the end; documents start at the positions given, from 0 to n - 1."""
+        """Append ids ``[n]``; `document_starts` are positions in them, 0 to n - 1.
+
+        Raises: ValueError for an id outside the vocabulary.
+        """
         if ids.size and int(ids.max()) >= self._vocab_size:
-            raise ValueError(f"id {ids.max()} is not of this vocabulary of {self._vocab_size}")
+            raise ValueError(f"id {ids.max()} is not in this vocabulary of {self._vocab_size}")
         starts = np.asarray(document_starts, np.int64)
         at = 0
         while at < len(ids):
@@ -207,11 +225,11 @@ class ShardWriter:
 
     @property
     def paths(self) -> list[Path]:
-        """The files that were written."""
+        """The paths of the finished shards."""
         return [_name(self._prefix, index) for index in range(len(self._done))]
 
     def _begin(self) -> None:
-        """Open the next shard, under another name, and without a header until the end."""
+        """Open the next shard under a temporary name, with zeros in place of the header."""
         self._end()
         self._n_tokens, self._starts = 0, [np.zeros(0, "<u8")]
         self._sha256 = hashlib.sha256()
@@ -220,7 +238,7 @@ class ShardWriter:
         self._file.write(bytes(HEADER_BYTES))
 
     def _end(self) -> None:
-        """Finish the open shard, if there is one."""
+        """Finish the open shard, if there is one, except for its header."""
         if self._file is None:
             return
         size = self._n_tokens * self._id_bytes
@@ -235,15 +253,15 @@ class ShardWriter:
                 n_tokens=self._n_tokens,
                 n_documents=len(starts),
                 index=len(self._done),
-                count=0,  # known at the end
+                count=0,  # set by _finish, when it is known
                 fingerprint=self._fingerprint,
                 sha256=self._sha256.hexdigest(),
             )
         )
 
     def _finish(self) -> None:
-        """Give all shards their headers, have them on the disk, and only then their names."""
-        if self._file is None:  # nothing came: a row of no ids is one empty shard
+        """Write all headers, sync the files to disk, and then rename them."""
+        if self._file is None:  # no ids were appended: write one empty shard
             self._begin()
         self._end()
         self._done = [Header(**{**asdict(h), "count": len(self._done)}) for h in self._done]
@@ -269,12 +287,12 @@ def _unpack(path: Path, data: bytes) -> Header:
     if not data.startswith(MAGIC):
         raise ShardError(f"{path} is not a token shard: it does not begin with {MAGIC.decode()}")
     if len(data) < HEADER_BYTES:
-        raise ShardError(f"{path} is cut off at byte {len(data)}, in its header")
+        raise ShardError(f"{path} is truncated at byte {len(data)}, within its header")
     _, version, *numbers, fingerprint, sha256 = _FIELDS.unpack_from(data)
     if version != VERSION:
         raise ShardError(
             f"{path} is of version {version} (at offset {len(MAGIC)}); this fastgpt reads version "
-            f"{VERSION}: prepare the data again, or use the fastgpt that made it"
+            f"{VERSION}: prepare the data again, or use the fastgpt version that created it"
         )
     at = HEADER_BYTES - _CHECKSUM.size
     values: list[Any] = [*numbers, fingerprint.hex(), sha256.hex()]

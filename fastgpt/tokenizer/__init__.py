@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE as in GPT-2, and single characters."""
+"""Tokenizers: byte-level BPE as in GPT-2, and character-level."""
 
 from fastgpt.tokenizer.bpe import BaseTokenizer as BaseTokenizer
 from fastgpt.tokenizer.bpe import CharTokenizer as CharTokenizer

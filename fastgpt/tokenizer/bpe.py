@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE as in GPT-2, and single characters.
+"""Byte-level BPE tokenizers as in GPT-2, and character-level tokenizers.
 
 >>> tokenizer = Tokenizer.gpt2()
 >>> tokenizer.encode("Hello world")
@@ -6,7 +6,7 @@
 >>> tokenizer.decode([15496, 995])
 'Hello world'
 
-Both classes have the interface of :class:`BaseTokenizer`; :func:`load_tokenizer` reads either.
+Both classes implement the interface of :class:`BaseTokenizer`; :func:`load_tokenizer` reads either.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ PathLike: TypeAlias = str | Path
 
 GPT2_MERGES = Path(__file__).parents[1] / "assets" / "vocab.bpe"
 FILE_NAME = "tokenizer.json"
-MOST_THREADS = 1024  # for one text: more would only wait for each other
+MOST_THREADS = 1024  # for one text; more threads would only contend with each other
 
 
 class BaseTokenizer(ABC):
-    """What every tokenizer does. Tokenizers never change once built; threads may share one."""
+    """The interface of all tokenizers. They are immutable and can be shared between threads."""
 
     @abstractmethod
     def encode_to_numpy(
@@ -71,14 +71,14 @@ class BaseTokenizer(ABC):
         errors: Literal["strict", "ignore"] = "strict",
         threads: int = 1,
     ) -> IdArray:
-        """Encode as :meth:`encode` does, into an array.
+        """Encode a text like :meth:`encode`, but return a NumPy array.
 
-        Returns: ids ``[n]``, uint16 if ``vocab_size`` is at most 65,536, else uint32.
+        Returns: ids ``[n]``, uint16 if ``vocab_size`` is at most 65,536, otherwise uint32.
         """
 
     @abstractmethod
     def decode_bytes(self, ids: TokenIds) -> bytes:
-        """Return the bytes that the ids stand for; errors as in :meth:`decode`."""
+        """Return the concatenated bytes of the tokens; raises the errors of :meth:`decode`."""
 
     @classmethod
     def load(
@@ -87,45 +87,48 @@ class BaseTokenizer(ABC):
         *,
         special_tokens: Mapping[str, int] | Iterable[str] | None = None,
     ) -> Self:
-        """Read a tokenizer of this class; see :func:`load_tokenizer`."""
+        """Load a tokenizer of this class; see :func:`load_tokenizer`.
+
+        Raises: the errors of :func:`load_tokenizer`, and ValueError for another class of tokenizer.
+        """
         tokenizer = load_tokenizer(path, special_tokens=special_tokens)
         if not isinstance(tokenizer, cls):
             found = type(tokenizer).__name__
-            raise ValueError(f"{path} holds a {found}, not a {cls.__name__}: use load_tokenizer")
+            raise ValueError(f"{path} contains a {found}, not a {cls.__name__}: use load_tokenizer")
         return tokenizer
 
     @abstractmethod
     def save(self, path: PathLike) -> None:
-        """Write the tokenizer to a file, or as ``tokenizer.json`` into an existing folder."""
+        """Save the tokenizer to a file, or as ``tokenizer.json`` in an existing folder."""
 
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """How many ids there are: 0 to ``vocab_size - 1``."""
+        """Size of the vocabulary; the ids are 0 to ``vocab_size - 1``."""
 
     @property
     @abstractmethod
     def special_tokens(self) -> dict[str, int]:
-        """The special tokens and their ids."""
+        """The special tokens, mapped to their ids."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """SHA-256 (hexadecimal) of all that determines the ids; equal for equal tokenizers."""
+        """SHA-256 (hexadecimal) of everything that determines the ids; the same for equal ones."""
 
     @property
     @abstractmethod
     def _token_sizes(self) -> NDArray[np.int64]:
-        """How many bytes each id stands for: ``[vocab_size]``."""
+        """Number of bytes of each token: ``[vocab_size]``."""
 
     @property
     def eot_token(self) -> int | None:
-        """The id of ``<|endoftext|>``, which ends a document, or None if there is none."""
+        """The id of ``<|endoftext|>``, which ends a document, or None without such a token."""
         return self.special_tokens.get(END_OF_TEXT)
 
     @property
     def start_token(self) -> int:
-        """What an empty prompt starts from: ``<|endoftext|>``, else a newline, else id 0."""
+        """The id that replaces an empty prompt: ``<|endoftext|>``, else a newline, else id 0."""
         if self.eot_token is not None:
             return self.eot_token
         return next(iter(self.encode("\n", errors="ignore")), 0)
@@ -139,16 +142,18 @@ class BaseTokenizer(ABC):
         errors: Literal["strict", "ignore"] = "strict",
         threads: int = 1,
     ) -> list[int]:
-        """Return the ids of the text.
+        """Return the token ids of a text.
 
         Args:
-            text: a str, in which lone surrogates count as U+FFFD, or UTF-8 bytes.
-            allowed_special: special tokens that become their id where they stand in the text.
-                All others are ordinary text, so that no user's text can forge one.
-            disallowed_special: special tokens whose presence in the text is an error.
-            errors: "ignore" leaves out characters that the vocabulary does not have, "strict"
-                raises; a byte-level vocabulary has all.
-            threads: how many may work at a long text; the ids are the same.
+            text: a str, in which lone surrogates are treated as U+FFFD, or UTF-8 bytes.
+            allowed_special: special tokens, or ``"all"``, whose occurrences in the text are
+                encoded as their ids. Other special tokens in the text are encoded as ordinary
+                text, so that untrusted text cannot inject them.
+            disallowed_special: special tokens, or ``"all"``, whose presence in the text is an
+                error, unless they are in `allowed_special`.
+            errors: how to handle characters that are not in the vocabulary: ``"strict"`` raises
+                ValueError, ``"ignore"`` drops them. A byte-level vocabulary has all characters.
+            threads: maximum number of threads for a long text; it does not affect the ids.
 
         Raises: ValueError for an unknown character or a disallowed special token.
         """
@@ -169,11 +174,11 @@ class BaseTokenizer(ABC):
         allowed_special: Specials = frozenset(),
         disallowed_special: Specials = frozenset(),
     ) -> tuple[IdArray, NDArray[np.int64]]:
-        """Encode as :meth:`encode_to_numpy` does, and say where in the text each id stands.
+        """Encode a text like :meth:`encode_to_numpy`, and return the position of each token in it.
 
-        Returns: ids ``[n]`` and offsets ``[n, 2]``, the start of each and the end (the start of
-            what follows): in bytes if the text is bytes, in characters if it is a str. A character
-            that several ids share lies within the offsets of each.
+        Returns: ids ``[n]``, and offsets ``[n, 2]`` with the start and the end (exclusive) of each
+            token, in bytes if the text is bytes and in characters if it is a str. A character that
+            is split into several tokens is within the offsets of each of them.
         """
         ids = self.encode_to_numpy(
             text, allowed_special=allowed_special, disallowed_special=disallowed_special
@@ -190,7 +195,7 @@ class BaseTokenizer(ABC):
         allowed_special: Specials = frozenset(),
         disallowed_special: Specials = frozenset(),
     ) -> int:
-        """Return how many ids :meth:`encode` makes of the text."""
+        """Return the number of ids that :meth:`encode` returns for a text."""
         return len(
             self.encode_to_numpy(
                 text, allowed_special=allowed_special, disallowed_special=disallowed_special
@@ -206,7 +211,10 @@ class BaseTokenizer(ABC):
         errors: Literal["strict", "ignore"] = "strict",
         threads: int = 1,
     ) -> list[list[int]]:
-        """Return the ids of each text; see :meth:`encode`. `threads`: how many texts at once."""
+        """Return the token ids of each text; see :meth:`encode`.
+
+        threads: number of texts to encode in parallel.
+        """
         encode = partial(
             self.encode,
             allowed_special=allowed_special,
@@ -216,24 +224,26 @@ class BaseTokenizer(ABC):
         return list(map(encode, texts) if threads == 1 else map_in_order(encode, texts, threads))
 
     def decode(self, ids: TokenIds, errors: str = "replace") -> str:
-        """Return the text of one row of ids: a list, an array or a tensor.
+        """Return the text of a sequence of ids.
 
-        Bytes that are not UTF-8, as where the ids end inside a character, become U+FFFD, or are
-        treated as another ``errors`` of :meth:`bytes.decode` says.
+        Args:
+            ids: an iterable of integers, a one-dimensional array or a one-dimensional tensor.
+            errors: how to handle bytes that are not valid UTF-8, for example if the ids end within
+                a character; see :meth:`bytes.decode`. By default they become U+FFFD.
 
-        Raises: IndexError for an id outside the vocabulary, TypeError for what is not an id,
-            ValueError for more than one dimension.
+        Raises: IndexError for an id outside the vocabulary, TypeError for values that are not
+            integers, ValueError for more than one dimension.
         """
         return self.decode_bytes(ids).decode("utf-8", errors)
 
     def decode_batch(self, rows: Iterable[TokenIds]) -> list[str]:
-        """Return the text of each row of ids."""
+        """Return the text of each sequence of ids."""
         return [self.decode(row) for row in rows]
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yield text as ids arrive, holding back characters that are not complete yet.
+        """Decode ids incrementally, yielding only complete characters.
 
-        Joined, it is the text that :meth:`decode` gives for all the ids together.
+        The joined pieces equal the result of :meth:`decode` for all ids.
         """
         decoder = StreamDecoder(self)
         for token_id in ids:
@@ -247,7 +257,7 @@ class BaseTokenizer(ABC):
         return numbers
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes of one token, which need not be whole characters."""
+        """Return the bytes of one token, which can be a part of a character."""
         return self.decode_bytes([token_id])
 
     def __eq__(self, other: object) -> bool:
@@ -260,12 +270,13 @@ class BaseTokenizer(ABC):
 
 
 class Tokenizer(BaseTokenizer):
-    """Byte-level BPE as in GPT-2 (Radford et al., 2019), on the C++ core.
+    """A byte-level BPE tokenizer as in GPT-2 (Radford et al., 2019), implemented in C++.
 
     Args:
-        tokens: the bytes of each id; all 256 single bytes must be among them.
-        merges: rows ``[n, 3]`` of ids (left, right, merged), the one to go first at the top.
-        special_tokens: names and ids of tokens that stand for no text of their own.
+        tokens: the bytes of each id; they must include all 256 single bytes.
+        merges: rows ``[n, 3]`` of ids (left, right, merged), in order of decreasing priority.
+        special_tokens: names and ids of the special tokens. Their bytes in `tokens` must be their
+            names.
     """
 
     def __init__(
@@ -276,7 +287,7 @@ class Tokenizer(BaseTokenizer):
     ) -> None:
         rows = np.asarray(merges).reshape(-1, 3)
         if rows.size and (rows.dtype.kind not in "iu" or not 0 <= rows.min() <= rows.max() < 2**32):
-            raise ValueError("merges must be rows of three ids: whole numbers, none negative")
+            raise ValueError("merges must be rows of three ids: non-negative integers below 2**32")
         rows = rows.astype(np.uint32)
         for name, token_id in special_tokens.items():
             if not 0 <= token_id < len(tokens) or tokens[token_id] != name.encode():
@@ -293,7 +304,7 @@ class Tokenizer(BaseTokenizer):
 
     @staticmethod
     def gpt2() -> Tokenizer:
-        """Return GPT-2's tokenizer, from the merges that ship with the package."""
+        """Return GPT-2's tokenizer, built from the merges included in the package."""
         return _gpt2()
 
     @staticmethod
@@ -306,45 +317,47 @@ class Tokenizer(BaseTokenizer):
         threads: int = 1,
         progress: bool = False,
     ) -> Tokenizer:
-        """Learn a vocabulary from text, as in Sennrich et al. (2016) and GPT-2.
+        """Train a tokenizer on text, as in Sennrich et al. (2016) and GPT-2.
 
-        Again and again, the most frequent pair of neighbouring tokens becomes a token, and of
-        equally frequent ones that of the smallest ids; the merges are those of Hugging Face's
-        ``BpeTrainer`` over ``ByteLevel``. Memory grows with the different words of the text, not
-        with its length.
+        The most frequent pair of adjacent tokens is merged into a new token, repeatedly. Of equally
+        frequent pairs, the one with the smallest ids is merged. The merges are those of Hugging
+        Face's ``BpeTrainer`` with ``ByteLevel`` pre-tokenization. Memory use grows with the number
+        of distinct words of the text, not with its length.
 
         Args:
-            source: the path of a file; or texts (str or bytes) and files (Path objects) one after
-                the other, so that a list with one str is one text. Files are UTF-8, compressed
-                if they end in ``.gz``, and read in blocks. What stands in the
-                text as a special token counts as ordinary text.
-            vocab_size: how many ids: 256 bytes in GPT-2's order, then a token for each merge, then
-                the special tokens. It is smaller where the text holds no more pairs to merge.
-            special_tokens: names such as ``<|endoftext|>``, which no merge can make.
-            min_frequency: pairs that occur less often are not merged.
-            threads: how many count words; their number changes nothing in the vocabulary.
-            progress: show a bar, if the output is a terminal.
+            source: the path of a file (str or Path), or an iterable of texts (str or bytes) and
+                files (Path). To train on one text, pass a list with one str. Files are UTF-8, are
+                decompressed if their name ends with ``.gz``, and are read in blocks. Special tokens
+                in the text are treated as ordinary text.
+            vocab_size: size of the vocabulary: the 256 bytes in GPT-2's order, one token per merge,
+                and the special tokens. The result is smaller if there are no more pairs to merge.
+            special_tokens: names such as ``<|endoftext|>``. They must not be a single piece of
+                GPT-2's pre-tokenization pattern, so that merges cannot produce them.
+            min_frequency: minimum number of occurrences of a pair that is merged.
+            threads: number of threads that count words; it does not affect the vocabulary.
+            progress: show a progress bar, if the output is a terminal.
 
-        Raises: ValueError for a vocabulary too small, special tokens that are not, or no text;
-            UsageError for a file that is not UTF-8 or cannot be read.
+        Raises: ValueError if `vocab_size` is too small, a special token is invalid, or there is no
+            text; UsageError for a file that is not UTF-8 or cannot be read.
         """
-        from fastgpt.tokenizer.training import learn_vocabulary  # here, for it imports this module
+        from fastgpt.tokenizer.training import learn_vocabulary  # avoids a circular import
 
         return Tokenizer(
             *learn_vocabulary(source, vocab_size, special_tokens, min_frequency, threads, progress)
         )
 
     def save(self, path: PathLike) -> None:
-        """Write the tokenizer, in the format that the name says.
+        """Save the tokenizer. The file name determines the format.
 
-        - a name ending in ``.json``, or a folder: Hugging Face's ``tokenizer.json``, which holds
-          any tokenizer;
-        - ``vocab.bpe`` or ``merges.txt``: OpenAI's merges, and beside them the ids, in
-          ``encoder.json`` or ``vocab.json``;
-        - a name ending in ``.tiktoken``: tiktoken's ranks, without the special tokens.
+        - a name ending with ``.json``, or a folder: Hugging Face's ``tokenizer.json``, which can
+          represent any tokenizer whose tokens have distinct names;
+        - ``vocab.bpe`` or ``merges.txt``: OpenAI's merges, and a second file with the ids in the
+          same folder, ``encoder.json`` or ``vocab.json``;
+        - a name ending with ``.tiktoken``: tiktoken's ranks, without the special tokens.
 
-        :func:`load_tokenizer` reads them all. Raises: ValueError for another name, or if the format
-        cannot hold this tokenizer.
+        :func:`load_tokenizer` reads all of these formats.
+
+        Raises: ValueError for other names, or if the format cannot represent this tokenizer.
         """
         path = Path(path)
         if path.suffix == ".tiktoken":
@@ -362,14 +375,15 @@ class Tokenizer(BaseTokenizer):
             )
 
     def to_tiktoken(self, name: str = "fastgpt") -> tiktoken.Encoding:
-        """Return a ``tiktoken.Encoding`` that makes the same ids.
+        """Return an equivalent ``tiktoken.Encoding``.
 
-        Raises: ImportError without tiktoken; ValueError if it cannot make the same ids: because
-            the order of merges is not that of ids, or a special token begins with another one.
+        Raises: ImportError if tiktoken is not installed; ValueError if tiktoken cannot produce the
+            same ids, because the order of the merges differs from that of their ids, or a special
+            token is a prefix of another one.
         """
         for short, long in permutations(self._special_tokens, 2):
             if long.startswith(short):
-                raise ValueError(f"tiktoken would find {short!r} where {long!r} stands in a text")
+                raise ValueError(f"tiktoken would match {short!r} where a text contains {long!r}")
         try:
             import tiktoken
         except ImportError:
@@ -390,9 +404,12 @@ class Tokenizer(BaseTokenizer):
         errors: Literal["strict", "ignore"] = "strict",
         threads: int = 1,
     ) -> IdArray:
-        """Encode as :meth:`encode` does, into an array of uint16 (65,536 ids or fewer) or uint32.
+        """Encode a text like :meth:`encode`, but return a NumPy array.
 
-        A byte that is no part of valid UTF-8 counts as a punctuation mark, and decodes to itself.
+        A byte that is not part of valid UTF-8 is treated as a punctuation mark, and is preserved by
+        decoding.
+
+        Returns: ids ``[n]``, uint16 if ``vocab_size`` is at most 65,536, otherwise uint32.
         """
         if not isinstance(text, str | bytes):
             raise TypeError(f"encode takes str or bytes, not {type(text).__name__}")
@@ -413,21 +430,21 @@ class Tokenizer(BaseTokenizer):
         return self._encoder.to_list(ids)
 
     def decode_bytes(self, ids: TokenIds) -> bytes:
-        """Return the bytes that the ids stand for; errors as in :meth:`decode`."""
+        """Return the concatenated bytes of the tokens; raises the errors of :meth:`decode`."""
         data = self._encoder.decode(ids)
-        if data is None:  # another kind of sequence, or wrong
+        if data is None:  # another type of sequence, or invalid ids
             data = self._encoder.decode(_check_ids(ids, self.vocab_size))
             assert data is not None
         return data
 
     @property
     def vocab_size(self) -> int:
-        """How many ids there are, special tokens included."""
+        """Size of the vocabulary, including special tokens."""
         return len(self._encoder)
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """The special tokens and their ids."""
+        """The special tokens, mapped to their ids."""
         return dict(self._special_tokens)
 
     @cached_property
@@ -442,23 +459,26 @@ class Tokenizer(BaseTokenizer):
 
     @cached_property
     def _token_sizes(self) -> NDArray[np.int64]:
-        """How many bytes each id stands for: ``[vocab_size]``."""
+        """Number of bytes of each token: ``[vocab_size]``."""
         return np.array([len(token) for token in self._encoder.tokens()], np.int64)
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The tokens, the merges and the special tokens: what makes an equal tokenizer."""
+        """The tokens, merges and special tokens, which are the arguments of an equal tokenizer."""
         return Vocabulary(self._encoder.tokens(), self._encoder.merges(), self._special_tokens)
 
     def _special_spans(
         self, data: bytes, allowed: Specials, disallowed: Specials
     ) -> list[tuple[int, int, int]]:
-        """Find the special tokens in the text: first byte, byte after the last, id."""
+        """Return the spans (begin, end, id) of the allowed special tokens, as byte positions.
+
+        Raises: ValueError if a disallowed special token is in the text.
+        """
         names = _special_names(allowed, self._special_tokens)
         for name in sorted(_special_names(disallowed, self._special_tokens) - names):
             if (at := data.find(name.encode())) >= 0:
                 raise ValueError(
-                    f"the text holds the special token {name!r} at byte {at}: take it out, or "
+                    f"the text contains the special token {name!r} at byte {at}: remove it, or "
                     "pass allowed_special to encode it as that token"
                 )
         if not names:
@@ -476,30 +496,34 @@ class Tokenizer(BaseTokenizer):
 
 
 class CharTokenizer(BaseTokenizer):
-    """One id for each of a fixed set of characters, in the order given."""
+    """A tokenizer with one id for each of a fixed set of characters, in the given order.
+
+    Raises: ValueError if there are no characters, or one is repeated or a lone surrogate.
+    """
 
     def __init__(self, characters: str | Iterable[str]) -> None:
         self._characters = "".join(characters)
         if not self._characters:
             raise ValueError("a CharTokenizer needs at least one character")
         self._code_points = _code_points(self._characters)  # [vocab_size], by id
-        self._ids = np.full(int(self._code_points.max()) + 2, -1, np.int32)  # by code point
+        # Ids by code point; -1 for others, and for one extra entry at the end (encode_to_numpy).
+        self._ids = np.full(int(self._code_points.max()) + 2, -1, np.int32)
         for token_id, (char, point) in enumerate(
             zip(self._characters, self._code_points, strict=True)
         ):
             if 0xD800 <= point <= 0xDFFF:
                 raise ValueError(f"{char!r} is half a surrogate pair, not a character")
             if self._ids[point] >= 0:
-                raise ValueError(f"character {char!r} stands twice in the vocabulary")
+                raise ValueError(f"character {char!r} occurs twice in the vocabulary")
             self._ids[point] = token_id
 
     @classmethod
     def from_text(cls, text: str) -> CharTokenizer:
-        """Return a tokenizer for the characters of a text, sorted by code point."""
+        """Return a tokenizer of the characters of a text, sorted by code point."""
         return cls(sorted(set(_utf8(text).decode())))
 
     def save(self, path: PathLike) -> None:
-        """Write the characters as JSON, to a file or into a folder."""
+        """Save the characters as JSON, to a file or as ``tokenizer.json`` in an existing folder."""
         _write_json(path, {"type": "fastgpt-char", "version": 1, "characters": self._characters})
 
     def encode_to_numpy(
@@ -511,7 +535,9 @@ class CharTokenizer(BaseTokenizer):
         errors: Literal["strict", "ignore"] = "strict",
         threads: int = 1,
     ) -> IdArray:
-        """Encode as :meth:`encode` does, into an array of uint16 (65,536 ids or fewer) or uint32.
+        """Encode a text like :meth:`encode`, but return a NumPy array.
+
+        Returns: ids ``[n]``, uint16 if ``vocab_size`` is at most 65,536, otherwise uint32.
 
         Raises: ValueError that names the first character without an id and its position, unless
             ``errors`` is "ignore"; UnicodeDecodeError for bytes that are not UTF-8.
@@ -520,7 +546,7 @@ class CharTokenizer(BaseTokenizer):
             _special_names(names, {})
         text = _utf8(text).decode()
         points = _code_points(text)
-        # The table's last entry is -1, and stands for every code point beyond its end.
+        # The last entry of the table is -1; larger code points are clamped to it.
         ids = self._ids[np.minimum(points, len(self._ids) - 1)]
         unknown = ids < 0
         if unknown.any():
@@ -530,23 +556,23 @@ class CharTokenizer(BaseTokenizer):
         return ids.astype(np.uint16) if self.vocab_size <= 1 << 16 else ids.astype(np.uint32)
 
     def decode_bytes(self, ids: TokenIds) -> bytes:
-        """Return the UTF-8 bytes of the characters; errors as in :meth:`decode`."""
+        """Return the UTF-8 bytes of the characters; raises the errors of :meth:`decode`."""
         points = self._code_points[_check_ids(ids, self.vocab_size)]
         return points.tobytes().decode("utf-32-le").encode()
 
     @property
     def characters(self) -> str:
-        """The characters, by id."""
+        """The characters, in the order of their ids."""
         return self._characters
 
     @property
     def vocab_size(self) -> int:
-        """How many characters there are."""
+        """Number of characters."""
         return len(self._characters)
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """Empty: a character vocabulary has no special tokens."""
+        """An empty dict: a character vocabulary has no special tokens."""
         return {}
 
     @cached_property
@@ -556,15 +582,15 @@ class CharTokenizer(BaseTokenizer):
 
     @cached_property
     def _token_sizes(self) -> NDArray[np.int64]:
-        """How many bytes each character has in UTF-8: ``[vocab_size]``."""
-        limits = np.array([0x80, 0x800, 0x10000], np.uint32)
+        """Number of UTF-8 bytes of each character: ``[vocab_size]``."""
+        limits = np.array([0x80, 0x800, 0x10000], np.uint32)  # first code points of 2, 3, 4 bytes
         return 1 + np.searchsorted(limits, self._code_points, side="right")
 
     def _unknown_character(self, text: str, at: int) -> ValueError:
         return ValueError(
             f"character {text[at]!r} (U+{ord(text[at]):04X}) at position {at} is not in this "
-            f"model's vocabulary of {self.vocab_size} characters; remove it or leave it out "
-            "(errors='ignore', or --skip-unknown on the command line)"
+            f"model's vocabulary of {self.vocab_size} characters; remove it, or skip unknown "
+            "characters (errors='ignore', or --skip-unknown on the command line)"
         )
 
     def __repr__(self) -> str:
@@ -575,7 +601,7 @@ class CharTokenizer(BaseTokenizer):
 
 
 class StreamDecoder:
-    """Turns ids into text as they come, holding back characters that are not complete yet.
+    """Decodes ids incrementally, buffering the bytes of incomplete characters.
 
     >>> decoder = StreamDecoder(Tokenizer.gpt2())
     >>> [decoder.push(i) for i in (15496, 10263, 248, 115)], decoder.finish()
@@ -587,15 +613,15 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: int | TokenIds) -> str:
-        """Take one id, or several, and return the text that is complete now.
+        """Add one id or several, and return the characters that are now complete.
 
-        Raises as :meth:`BaseTokenizer.decode` does; then nothing was taken.
+        Raises: the errors of :meth:`BaseTokenizer.decode`; the state is unchanged in this case.
         """
         row = [int(ids)] if isinstance(ids, (int, np.integer)) else ids
         return self._decoder.decode(self._tokenizer.decode_bytes(row))
 
     def finish(self) -> str:
-        """Return U+FFFD for what is held back, if anything is, and begin anew."""
+        """Return U+FFFD for buffered bytes, or an empty string if there are none, and reset."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text
@@ -604,27 +630,36 @@ class StreamDecoder:
 def load_tokenizer(
     path: PathLike, *, special_tokens: Mapping[str, int] | Iterable[str] | None = None
 ) -> BaseTokenizer:
-    """Read a tokenizer of either class from a file, or from a folder that holds such files.
+    """Load a tokenizer of either class from a file, or from a folder that contains such files.
 
-    - ``tokenizer.json`` (or any name ending in ``.json``), as :meth:`BaseTokenizer.save` and
-      :meth:`GPT.save_pretrained <fastgpt.GPT.save_pretrained>` write it, or Hugging Face's
-      tokenizers do for a byte-level BPE that splits words as GPT-2 does;
-    - ``vocab.bpe`` (Hugging Face: ``merges.txt``), OpenAI's format. Ids come from ``encoder.json``
-      (``vocab.json``) in the same folder; without one they are the 256 bytes in GPT-2's order, the
-      merges in theirs, and ``<|endoftext|>``;
-    - ``*.tiktoken``, tiktoken's ranks. Such a file has no special tokens: `special_tokens` names
-      them, in the order of their ids, which follow the file's (or maps names to those ids); by
-      default it is ``<|endoftext|>`` alone. It says nothing of how to split words either, and
-      fastgpt does as GPT-2 does: right for r50k_base, wrong for cl100k_base and later.
+    The supported formats are:
 
-    Raises: ValueError that names the place in a malformed file, or what in it is not supported;
+    - ``tokenizer.json``, or any name ending with ``.json``: written by :meth:`BaseTokenizer.save`,
+      :meth:`GPT.save_pretrained <fastgpt.GPT.save_pretrained>`, or Hugging Face's tokenizers for a
+      byte-level BPE with GPT-2's pre-tokenization;
+    - ``vocab.bpe`` (``merges.txt`` in Hugging Face): OpenAI's format. The ids are read from
+      ``encoder.json`` (``vocab.json``) in the same folder. Without this file, the ids are those of
+      the 256 bytes in GPT-2's order, the merges in their order, and ``<|endoftext|>``;
+    - ``*.tiktoken``: tiktoken's ranks, without special tokens and without a pre-tokenization
+      pattern. fastgpt uses GPT-2's pattern, which is correct for r50k_base, but not for cl100k_base
+      and later encodings.
+
+    Args:
+        path: the file or folder.
+        special_tokens: for ``*.tiktoken`` only: the names of the special tokens, in the order of
+            their ids, which follow those of the file, or a mapping of names to these ids. By
+            default only ``<|endoftext|>``.
+
+    Raises: ValueError that names the position of an error in the file, or an unsupported setting;
         FileNotFoundError.
     """
     path = Path(path)
     if path.suffix == ".tiktoken":
         return _from_vocabulary(path, read_rank_file(path, special_tokens))
     if special_tokens is not None:
-        raise ValueError(f"{path}: special_tokens are for *.tiktoken; other files hold their own")
+        raise ValueError(
+            f"{path}: special_tokens can only be given for *.tiktoken; other files have their own"
+        )
     if path.is_dir():
         return _load_folder(path)
     if path.suffix != ".json":
@@ -643,7 +678,7 @@ def _load_folder(folder: Path) -> BaseTokenizer:
     for merges in IDS_FILE:
         if (folder / merges).exists():
             return _from_merges(folder / merges)
-    raise FileNotFoundError(f"{folder} holds no tokenizer: neither {FILE_NAME} nor vocab.bpe")
+    raise FileNotFoundError(f"{folder} contains no tokenizer: neither {FILE_NAME} nor vocab.bpe")
 
 
 def _from_merges(path: Path) -> Tokenizer:
@@ -671,8 +706,8 @@ def _from_char_json(path: Path, data: dict[str, Any]) -> CharTokenizer:
 
 @cache
 def _gpt2() -> Tokenizer:
-    # Every token of this file is what its own bytes are encoded to (the tests hold it to that), so
-    # that nobody need wait for it to be found out.
+    # trusted: encoding the bytes of any token of this file gives that token (tested), so the check
+    # of this at construction is skipped to save time.
     encoder = _C.BytePairEncoder.from_merges_file(
         GPT2_MERGES.read_bytes(), [END_OF_TEXT.encode()], trusted=True
     )
@@ -686,14 +721,14 @@ def _write_json(path: PathLike, data: dict[str, Any]) -> None:
 
 
 def _check_ids(ids: TokenIds, vocab_size: int) -> NDArray[np.uint32]:
-    """Return the ids ``[n]`` as an array, or raise an error that names the first bad one."""
+    """Return the ids ``[n]`` as an array, or raise an error that names the first invalid one."""
     if hasattr(ids, "detach"):  # a tensor, perhaps on a GPU
         ids = ids.detach().cpu().numpy()
     if isinstance(ids, np.ndarray):
         if ids.ndim != 1:
             raise ValueError(
-                f"decode takes one row of ids, not an array of shape {ids.shape}: pass one row, "
-                "as in ids[0], or use decode_batch"
+                f"decode takes one sequence of ids, not an array of shape {ids.shape}: pass one "
+                "row, for example ids[0], or use decode_batch"
             )
         if ids.dtype.kind not in "iu" and ids.size:
             raise TypeError(f"token ids must be integers, not {ids.dtype}")
@@ -714,17 +749,17 @@ def _check_ids(ids: TokenIds, vocab_size: int) -> NDArray[np.uint32]:
 def _bad_id(ids: list[Any], vocab_size: int) -> Exception:
     for at, token_id in enumerate(ids):
         if not isinstance(token_id, SupportsIndex):
-            return TypeError(f"token ids must be integers, not {token_id!r}, as at position {at}")
+            return TypeError(f"token ids must be integers, not {token_id!r} (at position {at})")
         if not 0 <= index(token_id) < vocab_size:
             return IndexError(
                 f"token id {token_id} at position {at} is out of range: this vocabulary has the "
                 f"ids 0 to {vocab_size - 1}"
             )
-    raise AssertionError("none of the ids is bad")
+    raise AssertionError("all ids are valid")
 
 
 def _utf8(text: str | bytes) -> bytes:
-    """Encode a str, with U+FFFD for each lone surrogate, which UTF-8 cannot hold."""
+    """Encode a str as UTF-8, replacing lone surrogates, which UTF-8 cannot encode, by U+FFFD."""
     if isinstance(text, bytes):
         return text
     if not isinstance(text, str):
@@ -732,7 +767,7 @@ def _utf8(text: str | bytes) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        # By way of UTF-16, which also joins two surrogates that make one character.
+        # Via UTF-16, which also joins surrogate pairs into one character.
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
@@ -741,17 +776,19 @@ def _code_points(text: str) -> NDArray[np.uint32]:
 
 
 def _in_characters(offsets: NDArray[np.int64], text: str) -> NDArray[np.int64]:
-    """Turn offsets in the text's UTF-8 bytes into offsets in its characters."""
+    """Convert offsets in the UTF-8 bytes of a text into offsets in its characters."""
     data = np.frombuffer(_utf8(text), np.uint8)
     if len(data) == len(text):
         return offsets
-    continues = np.append(data & 0xC0 == 0x80, False)  # whether a byte is not a character's first
-    begun = np.append(0, np.cumsum(~continues))  # how many characters began before a byte
+    # UTF-8 continuation bytes are 0b10xxxxxx; every other byte begins a character.
+    continues = np.append(data & 0xC0 == 0x80, False)
+    begun = np.append(0, np.cumsum(~continues))  # number of characters that begin before each byte
     starts, ends = offsets.T
+    # A start within a character is moved back to its beginning; an end, forward to its end.
     result: NDArray[np.int64] = np.stack([begun[starts] - continues[starts], begun[ends]], axis=1)
     if begun[-2] == len(text):
         return result
-    # Two surrogates that stood for one character became that one.
+    # _utf8 joined surrogate pairs into one character, but the str has two: count in the str.
     pairs = re.compile("[\ud800-\udbff][\udc00-\udfff]|.", re.DOTALL)
     begins = np.array([*(match.start() for match in pairs.finditer(text)), len(text)], np.int64)
     return np.take(begins, result)
@@ -761,7 +798,7 @@ def _special_names(names: Specials, known: Mapping[str, int]) -> set[str]:
     if names == "all":
         return set(known)
     if isinstance(names, str):
-        raise TypeError(f"special tokens are given as a set or 'all', not as the str {names!r}")
+        raise TypeError(f"special tokens must be a set of names or 'all', not the str {names!r}")
     if unknown := sorted(set(names) - set(known)):
         has = ", ".join(map(repr, known)) or "none"
         raise ValueError(f"{unknown[0]!r} is not a special token of this tokenizer; it has: {has}")

@@ -1,11 +1,11 @@
-"""Byte-pair encoding in plain Python: what the C++ core computes, to be read.
+"""A reference implementation of byte-level BPE in plain Python, for the C++ core.
 
-A text becomes ids in three steps. It is **split** into pieces: words with the space before them,
-numbers, punctuation, white space. Each piece is turned into bytes, and neighbouring bytes are
-**merged** again and again, the pair learned first going first, until no pair is known. What is
-left are tokens, and each has an id. To **train** is to find the merges: count all neighbouring
-pairs in a text, make a token of the most frequent one, and start over (Gage 1994; Sennrich et al.
-2016; with bytes instead of characters Radford et al. 2019).
+A text is encoded in three steps. It is **split** into pieces: words with the preceding space,
+numbers, punctuation and white space. Each piece is encoded as UTF-8 bytes, and adjacent tokens,
+which are single bytes at first, are **merged** repeatedly, in the order in which the merges were
+learned, until no known pair is left. The resulting tokens are mapped to ids. **Training** learns
+the merges: it counts all adjacent pairs in a text, merges the most frequent one into a new token,
+and repeats (Gage 1994; Sennrich et al. 2016; on bytes instead of characters, Radford et al. 2019).
 
 >>> merges = train(["low lower lowest"], 3)
 >>> merges
@@ -13,8 +13,8 @@ pairs in a text, make a token of the most frequent one, and start over (Gage 199
 >>> merge(b" lowly", ranks_of(merges))
 [b' low', b'l', b'y']
 
-The tests hold the C++ core against this file. The one difference: classes of characters are those
-of Python's own Unicode version (``unicodedata.unidata_version``), while the core follows 16.0.
+The tests compare the C++ core with this module. The only difference is the Unicode version of the
+character classes: this module uses Python's (``unicodedata.unidata_version``), and the core 16.0.
 """
 
 from collections import Counter
@@ -26,13 +26,13 @@ Pair = tuple[bytes, bytes]
 
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 
-# The 256 bytes in the order of GPT-2's ids: those that print as a character of Latin-1 come first.
+# The 256 bytes in the order of GPT-2's ids: those that are printable Latin-1 characters come first.
 PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
 BYTES = [bytes([byte]) for byte in dict.fromkeys([*PRINTABLE, *range(256)])]
 
 
 def split(text: str) -> list[str]:
-    r"""Cut a text into pieces as GPT-2 does, by this pattern:
+    r"""Split a text into pieces with GPT-2's pre-tokenization pattern:
 
     ``'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+``
     """
@@ -46,7 +46,7 @@ def split(text: str) -> list[str]:
 
 
 def merge(piece: bytes, ranks: Mapping[Pair, int]) -> list[bytes]:
-    """Merge the bytes of one piece: the pair of the lowest rank first, and from the left."""
+    """Merge the bytes of one piece: the pair with the lowest rank first, from left to right."""
     parts = [piece[i : i + 1] for i in range(len(piece))]
     while len(parts) > 1:
         best = min(pairwise(parts), key=lambda pair: ranks.get(pair, len(ranks)))
@@ -57,33 +57,34 @@ def merge(piece: bytes, ranks: Mapping[Pair, int]) -> list[bytes]:
 
 
 def ranks_of(merges: Iterable[Pair]) -> dict[Pair, int]:
-    """Number the merges, the one learned first being of the lowest rank."""
+    """Return the rank of each merge; the one learned first has rank 0."""
     return {pair: rank for rank, pair in enumerate(merges)}
 
 
 def encode(text: str, merges: Sequence[Pair]) -> list[int]:
-    """Return the ids of a text, numbered as in GPT-2: the bytes, then what each merge makes."""
+    """Return the ids of a text, numbered as in GPT-2: first the bytes, then the merged tokens."""
     ranks = ranks_of(merges)
     ids = {token: i for i, token in enumerate(vocabulary(merges))}
     return [ids[part] for piece in split(text) for part in merge(piece.encode(), ranks)]
 
 
 def decode(ids: Iterable[int], merges: Sequence[Pair]) -> str:
-    """Return the text of the ids; bytes that are no characters become U+FFFD."""
+    """Return the text of the ids; bytes that are not valid UTF-8 become U+FFFD."""
     tokens = vocabulary(merges)
     return b"".join(tokens[i] for i in ids).decode("utf-8", "replace")
 
 
 def vocabulary(merges: Sequence[Pair]) -> list[bytes]:
-    """Return the bytes of each id. Two merges that make the same bytes make the same token."""
+    """Return the bytes of each id. Merges that result in the same bytes share one token."""
     return list(dict.fromkeys([*BYTES, *(left + right for left, right in merges)]))
 
 
 def train(texts: Iterable[str], n_merges: int) -> list[Pair]:
-    """Learn up to `n_merges` merges: each time of the pair that the texts hold most often.
+    """Learn up to `n_merges` merges, each of the most frequent pair in the texts.
 
-    Of several such pairs it is the one of the smaller ids, as in Hugging Face's trainer. Pieces
-    never merge with each other, so each different one needs to be looked at only once.
+    Of equally frequent pairs, the one with the smaller ids is merged, as in Hugging Face's trainer.
+    Merges never cross piece boundaries, so each distinct piece is processed once, weighted by its
+    count.
     """
     counts = Counter(piece for text in texts for piece in split(text))
     words = {piece: [bytes([byte]) for byte in piece.encode()] for piece in counts}
@@ -107,7 +108,7 @@ def _piece_end(text: str, begin: int) -> int:
     for contraction in CONTRACTIONS:
         if text.startswith(contraction, begin):
             return begin + len(contraction)
-    # A space belongs to the word, number or marks that follow it.
+    # A space is part of the word, number or punctuation that follows it.
     first = begin + 1 if text[begin] == " " and begin + 1 < len(text) else begin
     kind = _kind(text[first])
     end = first
@@ -115,7 +116,8 @@ def _piece_end(text: str, begin: int) -> int:
         end += 1
     if kind != "space":
         return end
-    # White space leaves its last character to what follows, unless it has only that one.
+    # A run of white space excludes its last character, which starts the next piece, unless the run
+    # has only one character or ends the text.
     return end if end == len(text) or end == begin + 1 else end - 1
 
 
@@ -126,7 +128,7 @@ def _kind(char: str) -> str:
 
 
 def _replace(parts: list[bytes], pair: Pair) -> list[bytes]:
-    """Join the pair wherever it stands, from left to right."""
+    """Merge all occurrences of the pair, from left to right."""
     result: list[bytes] = []
     for part in parts:
         if result and (result[-1], part) == pair:

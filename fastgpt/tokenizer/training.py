@@ -1,4 +1,4 @@
-"""Byte-pair encodings learned from text; :meth:`fastgpt.tokenizer.Tokenizer.train` is the door."""
+"""Train BPE vocabularies on text; see :meth:`fastgpt.tokenizer.Tokenizer.train`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 Source = PathLike | Iterable[str | bytes | Path]
 
-BLOCK_BYTES = 1 << 24  # of a file, read and counted at a time
-MERGES_AT_A_TIME = 256  # between two moves of the progress bar
+BLOCK_BYTES = 1 << 24  # bytes of a file that are read and counted at a time
+MERGES_AT_A_TIME = 256  # between two updates of the progress bar
 
 
 def learn_vocabulary(
@@ -31,18 +31,21 @@ def learn_vocabulary(
     progress: bool = False,
     block_bytes: int = BLOCK_BYTES,
 ) -> Vocabulary:
-    """Do what :meth:`Tokenizer.train` says, reading files in blocks of so many bytes."""
+    """Learn a vocabulary; see :meth:`Tokenizer.train`.
+
+    block_bytes: size of the blocks in which files are read.
+    """
     names = _check_special_tokens(special_tokens)
     n_merges = index(vocab_size) - 256 - len(names)
     if n_merges < 0:
         raise ValueError(
             f"vocab_size {vocab_size} is too small: 256 bytes and {len(names)} special tokens "
-            f"make at least {256 + len(names)}"
+            f"require at least {256 + len(names)}"
         )
     if index(min_frequency) < 0:
-        raise ValueError(f"min_frequency is {min_frequency}, but no pair occurs less than 0 times")
+        raise ValueError(f"min_frequency must be at least 0, not {min_frequency}")
     if index(threads) < 1:
-        raise ValueError(f"threads is {threads}, but it takes at least one")
+        raise ValueError(f"threads must be at least 1, not {threads}")
 
     trainer = _C.BpeTrainer(threads)
     with _bar(progress) as bar:
@@ -53,17 +56,17 @@ def learn_vocabulary(
 
 def _check_special_tokens(special_tokens: Iterable[str]) -> list[str]:
     if isinstance(special_tokens, str):
-        raise TypeError(f"special_tokens is a list of names, not the str {special_tokens!r}")
+        raise TypeError(f"special_tokens must be a list of names, not the str {special_tokens!r}")
     names = list(special_tokens)
     for i, name in enumerate(names):
         if not name:
             raise ValueError("a special token must not be empty")
         if name in names[:i]:
-            raise ValueError(f"special token {name!r} stands there twice")
+            raise ValueError(f"special token {name!r} is given twice")
         if _is_one_piece(name):
             raise ValueError(
-                f"special token {name!r} could also be made by merges, being one word to GPT-2's "
-                f"pattern: take one that is several, such as '<|{name.strip()}|>'"
+                f"special token {name!r} is a single piece of GPT-2's pattern, so merges could "
+                f"also produce it: use one that is several, such as '<|{name.strip()}|>'"
             )
     return names
 
@@ -84,7 +87,7 @@ def _read(trainer: _C.BpeTrainer, source: Source, bar: Progress, block_bytes: in
         for block in _blocks(item, block_bytes):
             trainer.feed(block)
             n_bytes += len(block)
-            if n_bytes - shown >= 1_000_000:  # moving the bar costs more than a short text
+            if n_bytes - shown >= 1_000_000:  # updating the bar costs more than a short text
                 bar.update(task, completed=n_bytes / 1e6)
                 shown = n_bytes
         trainer.end_text()
@@ -100,21 +103,21 @@ def _blocks(item: object, block_bytes: int) -> Iterator[bytes]:
         yield from read_blocks(item, block_bytes)
     elif isinstance(item, (str, bytes)):
         data = _utf8(item)
-        for begin in range(0, len(data), block_bytes):  # Ctrl-C waits for the end of a block
+        for begin in range(0, len(data), block_bytes):  # Ctrl-C is handled between blocks
             yield data[begin : begin + block_bytes]
     else:
         raise TypeError(
-            f"a text is str, UTF-8 bytes or the Path of a file, not {type(item).__name__} (to "
-            "train on one text, pass a list that holds it)"
+            f"a text must be str, UTF-8 bytes or the Path of a file, not {type(item).__name__} (to "
+            "train on one text, pass a list that contains it)"
         )
 
 
 def _check_there(path: Path) -> None:
-    if not os.path.exists(path):  # Path.exists raises for what can be no file name
+    if not os.path.exists(path):  # Path.exists can raise for strings that are not valid file names
         name = str(path) if len(str(path)) <= 200 else f"{str(path)[:200]}..."
         raise FileNotFoundError(
-            f"there is no file {name!r} (a str by itself is a path: to train on one text, pass a "
-            "list that holds it)"
+            f"file {name!r} does not exist (a str is a path; to train on one text, pass a list "
+            "that contains it)"
         )
 
 
@@ -126,7 +129,7 @@ def _merge(trainer: _C.BpeTrainer, n_merges: int, min_frequency: int, bar: Progr
         made_now = trainer.train(slice_size, min_frequency)
         made += made_now
         bar.advance(task, made_now)
-        if made_now < slice_size:
+        if made_now < slice_size:  # no more pairs to merge
             break
 
 
@@ -140,7 +143,7 @@ def _vocabulary(trainer: _C.BpeTrainer, special_tokens: list[str]) -> Vocabulary
 
 
 def _bar(show: bool) -> Progress:
-    from rich.console import Console  # here, for most training needs none of it
+    from rich.console import Console  # imported here, since only training needs it
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console()

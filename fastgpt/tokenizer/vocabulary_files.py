@@ -1,9 +1,10 @@
-"""Byte-level BPE vocabularies in files: Hugging Face's tokenizer.json and OpenAI's vocab.bpe.
+"""Read and write BPE vocabularies: Hugging Face's tokenizer.json and OpenAI's vocab.bpe.
 
-(tiktoken's are read by :mod:`fastgpt.tokenizer.tiktoken_ranks`.)
+(:mod:`fastgpt.tokenizer.tiktoken_ranks` handles tiktoken's files.)
 
-Both write a token's bytes as letters: a printable byte as the character of that number, the others
-as U+0100 and up (a space is "Ġ"), so that a token holds neither white space nor invalid UTF-8.
+Both formats represent each byte of a token by one character: a printable byte by the character with
+that code point, other bytes by characters from U+0100 on (a space is "Ġ"). Token names therefore
+contain neither white space nor invalid UTF-8.
 """
 
 from __future__ import annotations
@@ -23,26 +24,26 @@ from numpy.typing import NDArray
 from fastgpt.utils.extension import _C
 
 END_OF_TEXT = "<|endoftext|>"
-# How GPT-2 splits a text, as it was published, and rewritten by tiktoken to run faster.
+# GPT-2's pre-tokenization pattern as published, and equivalent, faster versions from tiktoken.
 GPT2_PATTERNS = (
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
 )
-# OpenAI's file of merges and the one of ids beside it, and what Hugging Face calls them.
+# The merges file and its file of ids in the same folder: OpenAI's names, and Hugging Face's names.
 IDS_FILE = {"vocab.bpe": "encoder.json", "merges.txt": "vocab.json"}
 MERGES_FILES = tuple(IDS_FILE)
 
 _PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0x100)} - {0xAD}
 _OTHER = [byte for byte in range(256) if byte not in _PRINTABLE]
-# The letter of each byte, and a table for the way back.
+# The character of each byte, and the table for the reverse mapping.
 LETTER_OF_BYTE = "".join(
     chr(byte if byte in _PRINTABLE else 0x100 + _OTHER.index(byte)) for byte in range(256)
 )
 BYTE_OF_LETTER = codecs.charmap_build(LETTER_OF_BYTE)
 
 
-# A step of tokenizer.json that splits a text into its characters.
+# A pre-tokenizer of tokenizer.json that splits a text into characters.
 _EACH_CHARACTER = {
     "type": "Split",
     "pattern": {"Regex": r"[\s\S]"},
@@ -52,15 +53,18 @@ _EACH_CHARACTER = {
 
 
 class Vocabulary(NamedTuple):
-    """What a file says: all that makes a Tokenizer, whose arguments these are."""
+    """The arguments of a Tokenizer, as read from a file."""
 
     tokens: list[bytes]  # by id
-    merges: NDArray[np.uint32]  # rows (left, right, merged), the one to go first at the top
+    merges: NDArray[np.uint32]  # rows (left, right, merged), in order of decreasing priority
     special_tokens: dict[str, int]
 
 
 def read_merges(path: Path, ids_path: Path | None = None) -> Vocabulary:
-    """Read ``vocab.bpe`` and, where there is one, the ``encoder.json`` that numbers its tokens."""
+    """Read ``vocab.bpe`` and, if given, the ``encoder.json`` with the ids of its tokens.
+
+    Raises: ValueError that names the file and the problem.
+    """
     with naming(path):
         tokens, merges = _C.parse_merges_file(path.read_bytes())
     if ids_path is None:
@@ -75,7 +79,11 @@ def read_merges(path: Path, ids_path: Path | None = None) -> Vocabulary:
 
 
 def read_hugging_face(path: Path, data: dict[str, Any]) -> Vocabulary:
-    """Return the vocabulary of a parsed ``tokenizer.json``, if it splits words as GPT-2 does."""
+    """Return the vocabulary of a parsed ``tokenizer.json``.
+
+    Raises: ValueError that names the file and the problem, for example if the tokenizer is not a
+        byte-level BPE with GPT-2's pre-tokenization.
+    """
     with naming(path):
         _refuse_unsupported({**data, "pre_tokenizer": _one_step(data.get("pre_tokenizer"))})
         specials = _added_tokens(data)
@@ -84,13 +92,13 @@ def read_hugging_face(path: Path, data: dict[str, Any]) -> Vocabulary:
 
 
 def to_hugging_face(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return what ``tokenizer.json`` holds for a vocabulary."""
+    """Return the contents of ``tokenizer.json`` for a vocabulary."""
     tokens, merges, special_tokens = vocabulary
     names = list(map(_letters_of, tokens))
     for name, token_id in special_tokens.items():
         names[token_id] = name
     if len(set(names)) != len(names):
-        raise ValueError("tokenizer.json cannot hold two tokens of the same name")
+        raise ValueError("tokenizer.json cannot represent two tokens with the same name")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {
@@ -121,36 +129,45 @@ def to_hugging_face(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def characters_to_hugging_face(characters: str) -> dict[str, Any]:
-    """Return a ``tokenizer.json`` that has one token for each of some characters, and no other."""
+    """Return the contents of ``tokenizer.json`` for a character vocabulary."""
     return {
         **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
         "version": "1.0",
         "added_tokens": [],
         "pre_tokenizer": _EACH_CHARACTER,
-        "decoder": {"type": "Fuse"},  # without it, spaces come between the characters
+        "decoder": {"type": "Fuse"},  # without it, decoding inserts spaces between characters
         "model": {
             "type": "WordLevel",
             "vocab": {character: token_id for token_id, character in enumerate(characters)},
-            "unk_token": "<|unknown|>",  # not in the vocabulary: so other characters are an error
+            "unk_token": "<|unknown|>",  # not in the vocabulary, so unknown characters are errors
         },
     }
 
 
 def read_characters(path: Path, data: dict[str, Any]) -> str | None:
-    """Return the characters of such a ``tokenizer.json``, by id; None if it is of another kind."""
+    """Return the characters of a character vocabulary in ``tokenizer.json``, in order of their ids.
+
+    Returns None for other types of tokenizers.
+
+    Raises: ValueError that names the file and the problem.
+    """
     if _item(data, "model.type") != "WordLevel" or data.get("pre_tokenizer") != _EACH_CHARACTER:
         return None
     with naming(path):
         ids = _check_ids(_item(data, "model.vocab"))
         if long := [name for name in ids if len(name) != 1]:
-            raise ValueError(f"token {long[0]!r} is not one character")
+            raise ValueError(f"token {long[0]!r} is not a single character")
         return "".join(sorted(ids, key=ids.__getitem__))
 
 
 def to_merges(vocabulary: Vocabulary) -> tuple[str, dict[str, int]]:
-    """Return what ``vocab.bpe`` and ``encoder.json`` hold for a vocabulary."""
+    """Return the contents of ``vocab.bpe`` and ``encoder.json`` for a vocabulary.
+
+    Raises: ValueError if the format cannot represent it.
+    """
     tokens, merges, special_tokens = vocabulary
     names = list(map(_letters_of, tokens))
+    # The ids that the bytes and the merges so far produce.
     made = {token_id for token_id, token in enumerate(tokens) if len(token) == 1}
     made -= set(special_tokens.values())
     lines = ["#version: 0.2"]
@@ -158,8 +175,8 @@ def to_merges(vocabulary: Vocabulary) -> tuple[str, dict[str, int]]:
         line = f"{names[left]} {names[right]}"
         if not {left, right} <= made or merged in made:
             raise ValueError(
-                f"{MERGES_FILES[0]} cannot hold the merge {line!r}: each must join what those "
-                "before it make, into something new; save it as tokenizer.json"
+                f"{MERGES_FILES[0]} cannot represent the merge {line!r}: each merge must join "
+                "bytes or tokens of earlier merges into a new token; save it as tokenizer.json"
             )
         made.add(merged)
         lines.append(line)
@@ -167,26 +184,26 @@ def to_merges(vocabulary: Vocabulary) -> tuple[str, dict[str, int]]:
         names[token_id] = name
     others = set(range(len(tokens))) - made - set(special_tokens.values())
     if others or len(set(names)) != len(names):
-        what = f"token {names[min(others)]!r}, which no merge makes" if others else "twice one name"
-        raise ValueError(f"{MERGES_FILES[0]} cannot hold {what}; save it as tokenizer.json")
+        what = f"token {names[min(others)]!r} without a merge" if others else "a repeated name"
+        raise ValueError(f"{MERGES_FILES[0]} cannot represent {what}; save it as tokenizer.json")
     return "\n".join(lines) + "\n", {name: token_id for token_id, name in enumerate(names)}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds."""
+    """Return the object in a JSON file; ValueError if it is not valid JSON or not an object."""
     with naming(path):
         try:
             data = json.loads(path.read_bytes())
         except RecursionError:
             raise ValueError("brackets nested too deeply") from None
         if not isinstance(data, dict):
-            raise ValueError(f"the file holds no JSON object but {reprlib.repr(data)}")
+            raise ValueError(f"the file must contain a JSON object, not {reprlib.repr(data)}")
         return data
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Put the file's name in front of every ValueError from within."""
+    """Prefix the message of every ValueError raised in the block with the path."""
     try:
         yield
     except ValueError as error:
@@ -194,9 +211,9 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _check_ids(ids: Any, added: Mapping[str, int] = MappingProxyType({})) -> dict[str, int]:
-    """Return the ids of all tokens by name, the added ones included."""
+    """Return the ids of all tokens by name, including the added ones; ValueError if invalid."""
     if not isinstance(ids, dict) or not all(type(token_id) is int for token_id in ids.values()):
-        raise ValueError("the vocabulary must map each token to its id, a whole number")
+        raise ValueError("the vocabulary must map each token to its id, an integer")
     by_name: dict[str, int] = {**added, **ids}
     for name, token_id in added.items():
         if by_name[name] != token_id:
@@ -227,10 +244,10 @@ def _added_tokens(data: dict[str, Any]) -> dict[str, int]:
 
 
 def _one_step(pre_tokenizer: Any) -> Any:
-    """Return the ByteLevel step that does what a Sequence of steps does, where one does.
+    """Return the single ByteLevel pre-tokenizer that is equivalent to a Sequence, if there is one.
 
-    That is a Sequence of ByteLevel alone, or of a Split by GPT-2's pattern and a ByteLevel that
-    leaves splitting to it.
+    That is the case for a Sequence of one ByteLevel, and for a Split with GPT-2's pattern followed
+    by a ByteLevel that does not split. Otherwise return the pre-tokenizer unchanged.
     """
     steps = _item(pre_tokenizer, "pretokenizers")
     if _item(pre_tokenizer, "type") != "Sequence" or not isinstance(steps, list):
@@ -243,7 +260,10 @@ def _one_step(pre_tokenizer: Any) -> Any:
 
 
 def _splits_as_gpt2(step: Any) -> bool:
-    """Tell whether a Split keeps each match of GPT-2's pattern, which leaves nothing between."""
+    """Return whether a Split pre-tokenizer splits a text into the matches of GPT-2's pattern.
+
+    The matches cover the whole text, so it does not matter how text between them is handled.
+    """
     kept = (_item(step, "behavior"), _item(step, "invert"))
     return (
         _item(step, "type") == "Split"
@@ -253,7 +273,7 @@ def _splits_as_gpt2(step: Any) -> bool:
 
 
 def _refuse_unsupported(data: dict[str, Any]) -> None:
-    """Raise for every setting that would make other ids than fastgpt's."""
+    """Raise ValueError for settings with which the ids would differ from fastgpt's."""
     supported: dict[str, tuple[Any, ...]] = {
         "truncation": (None,),
         "padding": (None,),
@@ -274,19 +294,19 @@ def _refuse_unsupported(data: dict[str, Any]) -> None:
         if (value := _item(data, name)) not in values:
             raise ValueError(
                 f"{name} = {reprlib.repr(value)} is not supported: fastgpt reads byte-level BPE "
-                f"that splits words as GPT-2 does ({name} = {values[0]!r})"
+                f"with GPT-2's pre-tokenization ({name} = {values[0]!r})"
             )
 
 
 def _item(data: Any, name: str) -> Any:
-    """Return the value at a dotted name, or None where there is none."""
+    """Return the value at a dotted name, or None if there is none."""
     for key in name.split("."):
         data = data.get(key) if isinstance(data, dict) else None
     return data
 
 
 def _merge_rows(merges: Any, ids: dict[str, int]) -> NDArray[np.uint32]:
-    """Return the ids of merges that are given as "left right" or, in newer files, [left, right]."""
+    """Return the ids of merges in the form "left right" or, in newer files, [left, right]."""
     if not isinstance(merges, list):
         raise ValueError("model.merges must be a list")
     rows: dict[tuple[int, int], tuple[int, int, int]] = {}
@@ -296,11 +316,11 @@ def _merge_rows(merges: Any, ids: dict[str, int]) -> NDArray[np.uint32]:
             row = ids[left], ids[right], ids[left + right]
         except (TypeError, ValueError, KeyError):
             raise ValueError(
-                f"model.merges[{i}]: {reprlib.repr(entry)} is not two tokens of the vocabulary "
-                "that make a third"
+                f"model.merges[{i}]: {reprlib.repr(entry)} is not a pair of tokens whose "
+                "concatenation is in the vocabulary, too"
             ) from None
         if rows.setdefault(row[:2], row) is not row:
-            raise ValueError(f"model.merges[{i}]: {entry!r} stands there for the second time")
+            raise ValueError(f"model.merges[{i}]: {entry!r} is repeated")
     return np.array(list(rows.values()), np.uint32).reshape(-1, 3)
 
 
@@ -315,7 +335,7 @@ def _bytes_of(name: str) -> bytes:
         return codecs.charmap_encode(name, "strict", BYTE_OF_LETTER)[0]
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"token {name!r} holds {name[error.start]!r}, which stands for no byte"
+            f"token {name!r} contains {name[error.start]!r}, which does not represent a byte"
         ) from None
 
 

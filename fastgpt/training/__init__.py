@@ -1,4 +1,4 @@
-"""Training: recipes, the trainer, optimizer, processes, memory and logs."""
+"""Training: recipes, trainer, optimizer, distributed processes, memory estimate and logging."""
 
 from fastgpt.utils.lazy import lazy_names
 

@@ -1,4 +1,4 @@
-"""torch.compile where it works, and the eager module, with the reason, where it does not."""
+"""Compile the model with torch.compile, with a fallback to eager mode if compilation fails."""
 
 import sys
 import warnings
@@ -15,34 +15,40 @@ from fastgpt.training.distributed import World
 def compiled_or_not(
     module: nn.Module, trial: Callable[[nn.Module], None], world: World
 ) -> tuple[nn.Module, str]:
-    """Return `module` compiled, or as it is if that fails on any process, and a line about it.
+    """Return `module` compiled, or unchanged if that fails in any process, and a status message.
 
-    trial: does a forward and a backward, in which the compilation happens.
+    Out-of-memory errors are raised. Any other error of the compiler becomes a warning in the
+    message. All processes must call it.
+
+    Args:
+        module: The module to compile.
+        trial: Runs a forward and a backward pass, which triggers the compilation.
+        world: The processes, which all use the compiled module or all the eager one.
     """
     compiled: Any = module
     reason = ""
     try:
         with _compilers_own_warnings_ignored():
-            compiled = torch.compile(module, dynamic=False)  # loads the compiler, if nobody has
+            compiled = torch.compile(module, dynamic=False)  # imports the compiler if necessary
             trial(compiled)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a compiler that is missing, old or wrong: anything may come
+    except Exception as error:  # a missing, old or broken compiler may raise anything
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
     if not any(world.agree(bool(reason))):
         return compiled, "compiled by torch.compile"
     where = reason or "in another process"
-    return module, f"warning: torch.compile failed, training goes on without it: {where}"
+    return module, f"warning: torch.compile failed, training continues without it: {where}"
 
 
 @contextmanager
 def _compilers_own_warnings_ignored() -> Iterator[None]:
-    """Within the block, be silent about what PyTorch deprecates and its compiler itself still uses.
+    """Ignore deprecation warnings within the block.
 
-    Nobody who trains can mend that; and where warnings are errors (``python -W error``) it would
-    keep the compiler from being loaded at all.
+    PyTorch's compiler itself uses deprecated functions. Users cannot fix this, and if warnings are
+    errors (``python -W error``), the compiler could not be imported at all.
     """
     with warnings.catch_warnings():
         for kind in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):

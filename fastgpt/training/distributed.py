@@ -1,7 +1,7 @@
-"""Several processes that train one model: who takes part, and how they agree.
+"""Distributed training with `torchrun`: the process group, DDP, FSDP and splitting of batches.
 
-`torchrun` starts the processes and tells each its place in the environment. Alone, without it, a
-process is a world of one, and every call here is free of cost.
+`torchrun` starts the processes and sets `RANK`, `WORLD_SIZE` and `LOCAL_RANK` in their
+environment. Without it the world size is 1, and all functions return without communication.
 """
 
 import contextlib
@@ -22,13 +22,14 @@ from fastgpt.model import GPT
 from fastgpt.utils.errors import UsageError
 
 TIMEOUT = timedelta(minutes=30)  # one process may tokenize or evaluate while the others wait
-PUT_DOWN_SECONDS = 0.2
+PUT_DOWN_SECONDS = 0.2  # see `World.close`
 
 
 class World:
-    """The processes of this run: `size` of them, this one is number `rank`.
+    """The processes of this run: their number `size`, and the `rank` of this process.
 
-    Messages between the hosts (what to do next) go by gloo, gradients on GPUs by NCCL.
+    CPU tensors and objects (control messages) are exchanged with gloo, CUDA tensors such as
+    gradients with NCCL.
     """
 
     def __init__(self) -> None:
@@ -39,34 +40,37 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prints and writes."""
+        """Whether this is rank 0, which prints and writes files."""
         return self.rank == 0
 
     def start(self, device: torch.device) -> None:
-        """Find the other processes; to be called by all of them."""
+        """Initialize the process group. All processes must call it.
+
+        Does nothing with a single process, or if a process group exists already.
+        """
         if self.size == 1 or dist.is_initialized():
             return
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
         if self.size == int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
-            # On one machine torchrun keeps its store over restarts: without names of its own a
-            # process could find the address of one that has ended.
+            # On a single machine torchrun keeps its store across restarts. Without a separate
+            # prefix per restart, a process could read the address of one that has ended.
             restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = PrefixStore(f"restart {restarts}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         self._started = True
 
     def close(self) -> None:
-        """Part from the others, if `start` has found them."""
+        """Destroy the process group, if `start` has initialized it."""
         if self._started:
             dist.destroy_process_group()
             self._started = False
-            # A thread of gloo's puts down the last message a moment after we have it, and takes
-            # Python's lock for that. If Python is ending by then, the process is aborted.
+            # A gloo thread releases the last message slightly after it was delivered, and acquires
+            # the GIL for that. If the interpreter is finalizing by then, the process is aborted.
             time.sleep(PUT_DOWN_SECONDS)
 
     def agree(self, *numbers: int) -> list[int]:
-        """Return the largest of what the processes bring for each number; all must call."""
+        """Return the maximum of each number over the processes. All processes must call it."""
         if self.size == 1:
             return list(numbers)
         together = torch.tensor(numbers)
@@ -74,7 +78,7 @@ class World:
         return [int(number) for number in together]
 
     def sums(self, *numbers: float) -> list[float]:
-        """Return the sum over the processes of each number, in fp64; all must call."""
+        """Return the sum of each number over the processes, in fp64. All processes must call it."""
         if self.size == 1:
             return list(numbers)
         together = torch.tensor(numbers, dtype=torch.float64)
@@ -82,7 +86,10 @@ class World:
         return [float(number) for number in together]
 
     def tell(self, thing: Any) -> Any:
-        """Return what the main process brings; all must call."""
+        """Broadcast an object from the main process and return it. All processes must call it.
+
+        The argument is ignored in the other processes.
+        """
         if self.size == 1:
             return thing
         box = [thing if self.is_main else None]
@@ -90,16 +97,18 @@ class World:
         return box[0]
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Have all processes hold what the main one has in these tensors; all must call."""
+        """Broadcast tensors from the main process, in place. All processes must call it."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
 
     @contextlib.contextmanager
     def only_main(self) -> Iterator[bool]:
-        """Give whether to act: only the main process does, and what it raises, all raise.
+        """Yield whether this is the main process, and re-raise its exception in all processes.
 
-        Without this the others would wait for a process that has ended.
+        The body must check the yielded value and act in the main process only. The error is
+        broadcast at the end of the block: otherwise the other processes would wait, in their next
+        collective call, for a process that has ended. All processes must enter the block.
         """
         error: Exception | None = None
         if self.is_main:
@@ -117,15 +126,19 @@ class World:
 
 
 def share_out(sequences: int, micro_batch: int, world: World) -> list[tuple[int, int]]:
-    """Return this process's micro-batches of a step: (first sequence, how many) of each.
+    """Return the micro-batches of this process in a step, as (first sequence, count) pairs.
 
-    A step's `sequences` are cut into equal parts, one a process, and each part into micro-batches
-    of at most `micro_batch`. So what a step computes does not depend on how many share it.
+    The `sequences` of a step are split equally between the processes, and each part into
+    micro-batches of at most `micro_batch` sequences. The result of a step therefore does not depend
+    on the number of processes.
+
+    Raises:
+        UsageError: If `sequences` is not a multiple of the number of processes.
     """
     if sequences % world.size:
         raise UsageError(
-            f"{sequences} sequences a step (batch_size * grad_accum) cannot be shared by "
-            f"{world.size} processes: make it a multiple, e.g. --batch-size "
+            f"{sequences} sequences per step (batch_size * grad_accum) cannot be divided equally "
+            f"between {world.size} processes: use a multiple, e.g. --batch-size "
             f"{-(-sequences // world.size)} --grad-accum {world.size}"
         )
     own = sequences // world.size
@@ -134,10 +147,11 @@ def share_out(sequences: int, micro_batch: int, world: World) -> list[tuple[int,
 
 
 def wrap(model: GPT, world: World, parallel: str) -> nn.Module:
-    """Return the module to call in training: `model`, with its gradients averaged over processes.
+    """Wrap `model` so that its gradients are averaged over the processes.
 
-    parallel: ``"ddp"`` (Li et al. 2020, arXiv:2006.15704: each process holds everything) or
-    ``"fsdp"`` (Zhao et al. 2023, arXiv:2304.11277: each holds a part; `model` itself is changed).
+    parallel: ``"ddp"`` (Li et al. 2020, arXiv:2006.15704: each process holds the full model) or
+    ``"fsdp"`` (Zhao et al. 2023, arXiv:2304.11277: each process holds a shard; `model` is modified
+    in place). With a single process, `model` is returned unchanged.
     """
     if world.size == 1:
         return model
@@ -147,9 +161,10 @@ def wrap(model: GPT, world: World, parallel: str) -> nn.Module:
 
 
 def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Return the context for a micro-batch's forward *and* backward: only the last one's sum up.
+    """Return a context manager for the forward *and* backward of one micro-batch of a step.
 
-    DDP looks at this when the forward runs. Said after it, the processes would go apart in silence.
+    Gradients are synchronized only in the last micro-batch (`last`). DDP reads the flag during the
+    forward pass: if the context were entered after it, the processes would silently diverge.
     """
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return nullcontext() if last else module.no_sync()
@@ -159,19 +174,28 @@ def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
 
 
 def settle(model: nn.Module) -> None:
-    """Have each process hold its part only again; fsdp gathers for a forward, until a backward."""
+    """Free the gathered parameters of an FSDP model after forward passes without a backward.
+
+    FSDP gathers the full parameters for the forward, and would keep them until the next backward.
+    """
     if _is_sharded(model):
         model.reshard()  # type: ignore[operator]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor whose parts processes hold; all must call."""
+    """Return the full tensor of a sharded one (a DTensor); others are returned unchanged.
+
+    All processes must call it.
+    """
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
 def part_like(tensor: Tensor, example: Any) -> Tensor:
-    """Return of a whole tensor what this process holds of it, laid out as `example`."""
+    """Shard a full tensor with the mesh and placements of `example`.
+
+    The tensor is returned unchanged if `example` is not sharded, and if it is a scalar.
+    """
     if not hasattr(example, "full_tensor") or not tensor.dim():
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -180,21 +204,27 @@ def part_like(tensor: Tensor, example: Any) -> Tensor:
 
 
 def restarted_by() -> str | None:
-    """Name the `torchrun` that has started this process again after a failure, if one has."""
+    """Return the name of the `torchrun` that restarted this process after a failure, else None."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return None
     return launcher()
 
 
 def launcher() -> str | None:
-    """Name the `torchrun` that started this process; the name stays when it starts it again."""
+    """Return a name for the `torchrun` that started this process, None without `torchrun`.
+
+    The name stays the same when `torchrun` restarts the process.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     return f"{os.environ['TORCHELASTIC_RUN_ID']} {os.uname().nodename} {os.getppid()}"
 
 
 def _is_sharded(module: Any) -> bool:
-    """Whether a module is FSDP's; to import that takes seconds, and who has used it has it."""
+    """Whether a module is wrapped by FSDP.
+
+    Checks an attribute instead of the type, because importing FSDP takes seconds.
+    """
     return hasattr(module, "set_requires_gradient_sync")
 
 

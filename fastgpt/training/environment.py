@@ -1,6 +1,6 @@
-"""What a run was made with: versions, hardware, the state of the sources, and the command.
+"""Describe the environment of a run: versions, hardware, git commits and the command line.
 
-Written into the run folder, so that a result can be explained, and made again, years later.
+The description is saved in the run folder, so that results can be explained and reproduced later.
 """
 
 import os
@@ -16,16 +16,17 @@ import torch
 
 import fastgpt
 
-PACKAGES = ("triton", "numpy", "safetensors")  # those that results or files may depend on
-GIT_SECONDS = 1.0  # a checkout on a slow disk must not hold up the start
+PACKAGES = ("triton", "numpy", "safetensors")  # packages that may affect results or files
+GIT_SECONDS = 1.0  # timeout, so that a checkout on a slow disk does not delay the start
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return versions, machine, threads and sources as plain JSON values; it never fails.
+    """Return versions, platform, hardware, threads and git state as JSON-compatible values.
 
-    ``git`` says for the current directory, and ``fastgpt_git`` for fastgpt's own sources where they
-    are another checkout, which commit it is and whether anything tracked was changed since; both
-    are None outside a checkout or without git. It takes some 20 ms.
+    ``git`` holds the commit of the current directory's checkout, and whether tracked files were
+    modified since. ``fastgpt_git`` holds the same of fastgpt's own sources, if these are in another
+    checkout. Both are None outside a checkout or without git. The call never fails and takes about
+    20 ms.
     """
     here, sources = Path.cwd(), Path(fastgpt.__file__).parent
     checkout, own_checkout = _checkout(here), _checkout(sources)
@@ -42,20 +43,21 @@ def describe_environment() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """Return the command of this process, quoted for a shell, to be pasted in its directory.
+    """Return the command line of this process, quoted for a shell.
 
-    A process of a distributed run (RANK is set) was started by torchrun; what comes back is then
-    torchrun's command, on several machines that of this one.
+    It can be pasted in the directory in which the process was started. For a process of a
+    distributed run (RANK is set), this is the torchrun command, on several machines the one of this
+    machine.
     """
     words = list(sys.orig_argv)
     if "RANK" in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
-        added = 2 if words[1:2] == ["-u"] else 1  # what torchrun puts before the script
+        added = 2 if words[1:2] == ["-u"] else 1  # torchrun inserts "python -u" or "python"
         words[:added] = _torchrun()
     return shlex.join(words)
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions, without importing what was not."""
+    """Return the versions of Python and packages, without importing packages."""
     found = {
         "fastgpt": fastgpt.__version__,
         "python": platform.python_version(),
@@ -80,12 +82,12 @@ def _cpu_name() -> str:
 
 
 def _gpus() -> dict[str, Any]:
-    """Return names, CUDA's version and the driver's; nothing without a GPU."""
+    """Return GPU names and the versions of CUDA (or ROCm) and the driver; empty without a GPU."""
     if not torch.cuda.is_available():
         return {}
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     facts = {"gpus": names, "cuda": torch.version.cuda or torch.version.hip}
-    try:  # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  ..."
+    try:  # the file has "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  ..."
         words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").split()
         facts["driver"] = next(word for word in words if word[0].isdigit() and "." in word)
     except (OSError, StopIteration):
@@ -94,19 +96,22 @@ def _gpus() -> dict[str, Any]:
 
 
 def _checkout(folder: Path) -> Path | None:
-    """Return the top of the git checkout that a folder lies in."""
+    """Return the root of the git checkout that contains a folder, None outside a checkout."""
     folder = folder.resolve()
     return next((up for up in (folder, *folder.parents) if (up / ".git").exists()), None)
 
 
 def _git_state(checkout: Path | None) -> dict[str, Any] | None:
-    """Return the commit of a checkout, and whether tracked files differ from it."""
+    """Return the commit of a checkout, and whether tracked files differ from it ("dirty").
+
+    None without a checkout, without git, or if git fails or exceeds the timeout.
+    """
     if checkout is None:
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run(
-            [*command, "--exclude=*"],  # no tag: the commit alone
+            [*command, "--exclude=*"],  # exclude all tags, so that only the commit hash is printed
             capture_output=True,
             text=True,
             timeout=GIT_SECONDS,
@@ -115,13 +120,13 @@ def _git_state(checkout: Path | None) -> dict[str, Any] | None:
     except (OSError, subprocess.SubprocessError, UnicodeError):
         return None
     commit = done.stdout.strip()
-    if done.returncode or not commit:  # no commit yet, or the folder of another user
+    if done.returncode or not commit:  # no commit yet, or a folder owned by another user
         return None
     return {"commit": commit.removesuffix("-dirty"), "dirty": commit.endswith("-dirty")}
 
 
 def _torchrun() -> list[str]:
-    """Return the torchrun command that this process's environment tells of."""
+    """Return the torchrun command, reconstructed from the environment variables it has set."""
     per_machine = int(os.environ["LOCAL_WORLD_SIZE"])
     machines = int(os.environ.get("WORLD_SIZE", per_machine)) // per_machine
     if machines == 1:

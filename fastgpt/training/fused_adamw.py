@@ -1,4 +1,4 @@
-"""AdamW and gradient clipping in one pass over all parameters: Triton kernels, or C++ on a CPU."""
+"""Fused AdamW with gradient clipping over all parameters: Triton kernels on CUDA, C++ on a CPU."""
 
 import sys
 from importlib import import_module
@@ -15,24 +15,31 @@ State = dict[str, Tensor]
 
 
 class FusedAdamW(torch.optim.AdamW):
-    """`clip_grad_norm_` and `torch.optim.AdamW` in one `step`.
+    """AdamW with built-in gradient clipping, fused over all parameters.
 
-    On CUDA that is `fastgpt.kernels.adamw`, on a CPU csrc/training/adamw.cpp.
+    Equivalent to `clip_grad_norm_` followed by `torch.optim.AdamW.step`. Implemented in
+    `fastgpt.kernels.adamw` on CUDA, and in csrc/training/adamw.cpp on a CPU.
 
-    params, lr, betas, eps, weight_decay: as for AdamW, groups of parameters too; fp32, all on one
-    device. max_norm: gradients of a larger norm count as if scaled down to it (None: never). After
-    a step `grad_norm` is what the norm was, a scalar on the device. If it is not finite, the step
-    changes nothing, counts included. `.grad` itself is never changed.
+    `step` leaves `.grad` unchanged, and stores the gradient norm before clipping in `grad_norm`, a
+    scalar tensor. If the norm is not finite, the step changes neither parameters nor moments nor
+    step counts.
 
-    States are exchanged with `torch.optim.AdamW` through `state_dict`, both ways. To record steps
-    into a CUDA graph, make `lr` a tensor on the device, do a step before the capture, and keep the
-    gradients where they are: ``zero_grad(set_to_none=False)``.
+    `state_dict` and `load_state_dict` are compatible with `torch.optim.AdamW` in both directions.
+
+    To capture steps in a CUDA graph, make `lr` a tensor on the device, run one step before the
+    capture, and keep the gradients in the same memory with ``zero_grad(set_to_none=False)``.
+
+    Args:
+        params: Parameters or parameter groups, in fp32, all on one device.
+        lr, betas, eps, weight_decay: As for `torch.optim.AdamW`.
+        max_norm: Gradients are scaled down to this total norm if theirs is larger. None disables
+            clipping.
     """
 
     grad_norm: Tensor | None = None
-    _tensors: Any = None  # kernels.adamw.Tensors of the last step, and what it was made for
+    _tensors: Any = None  # cached kernels.adamw.Tensors, with the addresses as the cache key
     _made_for: tuple[int, ...] = ()
-    _hyper: Tensor | None = None  # fp64 [n, 5], likewise
+    _hyper: Tensor | None = None  # cached fp64 [n, 5] on the device, with its values as the key
     _hyper_values: tuple[tuple[float, ...], ...] = ()
 
     def __init__(
@@ -48,29 +55,29 @@ class FusedAdamW(torch.optim.AdamW):
             raise ValueError(f"max_norm must be positive, or None, not {max_norm}")
         self.max_norm = max_norm
         super().__init__(params, lr, betas, eps, weight_decay, fused=True)
-        self._step_supports_amp_scaling = False  # a GradScaler is to unscale, and to skip, itself
-        self._recorded: list[Any] = []  # what CUDA graphs still read
+        self._step_supports_amp_scaling = False  # a GradScaler must unscale and skip by itself
+        self._recorded: list[Any] = []  # tensors that captured CUDA graphs still read
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with rates of their own; ValueError unless all are fp32."""
+        """Add a parameter group. Raises ValueError unless all parameters are fp32."""
         _plain("add_param_group")(self, param_group)
         _check_dtypes(self.param_groups[-1]["params"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients, or make them zero where they are."""
+        """Set all gradients to None, or to zero in place with ``set_to_none=False``."""
         _plain("zero_grad")(self, set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as `torch.optim.AdamW` does."""
+        """Return the state in the format of `torch.optim.AdamW`."""
         return _plain("state_dict")(self)  # type: ignore[no-any-return]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state of this class or of `torch.optim.AdamW`."""
+        """Load a state of this class or of `torch.optim.AdamW`."""
         _plain("load_state_dict")(self, state_dict)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient; nothing waits for the device."""
+        """Update all parameters that have a gradient, without synchronizing with the device."""
         groups = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         params = [p for group in groups for p in group]
         if not params:
@@ -82,11 +89,14 @@ class FusedAdamW(torch.optim.AdamW):
         self.grad_norm = step(groups, params, grads, states, max_norm)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which torch's own would leave without `max_norm`."""
+        """Return the state for copies and pickles, to which PyTorch would not add `max_norm`."""
         return super().__getstate__() | {"max_norm": self.max_norm, "_recorded": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over loaded state; that of any kind of `torch.optim.AdamW` will do."""
+        """Set the state, which may come from `torch.optim.AdamW` with any implementation options.
+
+        Raises ValueError for `amsgrad`, `maximize` and `differentiable`.
+        """
         super().__setstate__(state)
         self._step_supports_amp_scaling = False
         for group in self.param_groups:
@@ -111,7 +121,7 @@ class FusedAdamW(torch.optim.AdamW):
             for _ in some
         ]
         moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")]
-        if torch._C._len_torch_dispatch_stack():  # no memory behind a fake tensor, for example
+        if torch._C._len_torch_dispatch_stack():  # for example fake tensors, which have no memory
             raise RuntimeError("FusedAdamW cannot be traced on a CPU: use torch.optim.AdamW there")
         rows = [
             (tensors[0].numel(), *(tensor.data_ptr() for tensor in tensors))
@@ -127,23 +137,26 @@ class FusedAdamW(torch.optim.AdamW):
         states: list[State],
         max_norm: float,
     ) -> Tensor:
-        adamw = import_module("fastgpt.kernels.adamw")  # here, because Triton is optional
+        adamw = import_module("fastgpt.kernels.adamw")  # imported lazily: Triton is optional
         tensors = self._find(adamw, params, grads, states)
         hyper = self._rates(adamw, groups, params[0])
         if _recording(params[0]):
-            self._recorded += [tensors, hyper]
+            self._recorded += [tensors, hyper]  # keep alive what the captured graph reads
         norm: Tensor = adamw.adamw(tensors, hyper, max_norm)
         return norm
 
     def _state(self, param: Tensor) -> State:
-        """Return a parameter's step count and moments, made when first asked for."""
+        """Return a parameter's step count and moments; create them on first use.
+
+        Loaded states are converted to the device, dtype and strides that the kernels require.
+        """
         state: State = self.state[param]
         if not state:
             state["step"] = torch.zeros((), device=param.device)
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         step = state["step"]
-        if step.device != param.device or step.dtype != torch.float32:  # AdamW may keep it on a CPU
+        if step.device != param.device or step.dtype != torch.float32:  # AdamW may have it on a CPU
             state["step"] = step.to(param.device, torch.float32)
         for name in ("exp_avg", "exp_avg_sq"):  # loading may have changed the strides
             state[name] = _laid_out_as(param, state[name])
@@ -152,12 +165,14 @@ class FusedAdamW(torch.optim.AdamW):
     def _find(
         self, adamw: Any, params: list[Tensor], grads: list[Tensor], states: list[State]
     ) -> Any:
-        """Return where all tensors are, told to the device again only if one has moved."""
+        """Return the device tables of tensor addresses and sizes, rebuilt only if one has moved."""
         moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")]
         rows = (params, grads, *moments)
         made_for = tuple(tensor.data_ptr() for row in rows for tensor in row)
         if self._tensors is None or made_for != self._made_for:
-            _refuse_while_recording(params[0], "a tensor of it has moved since the last step")
+            _refuse_while_recording(params[0], "one of its tensors has moved since the last step")
+            # The first n addresses are the parameters': if these are unchanged, the sizes are too,
+            # and only the addresses are copied to the device.
             n, n_before = len(params), len(self._made_for) // len(rows)
             same = n == n_before and made_for[:n] == self._made_for[:n]
             self._tensors = adamw.tensors_of_a_step(*rows, before=self._tensors if same else None)
@@ -165,14 +180,15 @@ class FusedAdamW(torch.optim.AdamW):
         return self._tensors
 
     def _rates(self, adamw: Any, groups: list[list[Tensor]], param: Tensor) -> Tensor:
-        """Return each parameter's rates on the device, told to it again only if one has changed.
+        """Return the hyperparameters of each parameter on the device, fp64 `[n, 5]`.
 
-        A rate that is a tensor is copied there at each step: without a wait, and in a CUDA graph.
+        They are copied only if one has changed. A learning rate that is a tensor is copied into the
+        table at each step, without synchronization and as part of a captured CUDA graph.
         """
         values = tuple(_rates_of(group) for group in self.param_groups)
         values = tuple(v for v, group in zip(values, groups, strict=True) for _ in group)
         if self._hyper is None or values != self._hyper_values:
-            _refuse_while_recording(param, "a rate that is no tensor has changed")
+            _refuse_while_recording(param, "a hyperparameter that is not a tensor has changed")
             self._hyper = adamw.to_device(torch.tensor(values, dtype=torch.float64), param.device)
             self._hyper_values = values
         done = 0
@@ -184,15 +200,17 @@ class FusedAdamW(torch.optim.AdamW):
 
 
 def _plain(name: str) -> Any:
-    """Return a method of torch's optimizers without what keeps torch.compile out of it.
+    """Return a method of `torch.optim.Optimizer` without its "disable torch.compile" wrapper.
 
-    That would load the compiler only to keep it out: two seconds, and 150 MB for good.
+    The wrapper would import the compiler only to disable it, which takes two seconds and 150 MB of
+    memory. If the compiler is already imported, the wrapped method is returned.
     """
     method = getattr(torch.optim.Optimizer, name)
     return method if "torch._dynamo" in sys.modules else unwrap(method)
 
 
 def _rates_of(group: dict[str, Any]) -> tuple[float, ...]:
+    """Return lr, betas, eps and weight decay of a group; 0 for a learning rate in a tensor."""
     lr = 0.0 if isinstance(group["lr"], Tensor) else float(group["lr"])
     return (lr, *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"]))
 
@@ -204,9 +222,10 @@ def _check_dtypes(params: list[Tensor]) -> None:
 
 
 def _laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
-    """Return `tensor`, or a copy of it that lies in memory as `param` does.
+    """Return `tensor` if it has the strides and dtype of `param`, else a copy that has.
 
-    ValueError if the parameter has gaps or overlaps.
+    Raises:
+        ValueError: If `param` is not dense and non-overlapping in memory.
     """
     if tensor.stride() == param.stride() and tensor.dtype == param.dtype:
         return tensor
@@ -220,7 +239,7 @@ def _laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _uses_loops(param: Tensor) -> bool:
-    """Whether a step is done in C++ (the kernels' tests say no: Triton's interpreter does it)."""
+    """Whether to use the C++ implementation (tests override it to run the Triton interpreter)."""
     return param.is_cpu
 
 
@@ -231,7 +250,7 @@ def _recording(tensor: Tensor) -> bool:
 def _refuse_while_recording(tensor: Tensor, why: str) -> None:
     if _recording(tensor):
         raise RuntimeError(
-            f"FusedAdamW: this step cannot be recorded into a CUDA graph, because {why}: do a step "
+            f"FusedAdamW: this step cannot be captured in a CUDA graph, because {why}: run a step "
             "before the capture, make lr a tensor on the device, and keep the gradients with "
             "zero_grad(set_to_none=False)"
         )

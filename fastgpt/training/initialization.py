@@ -1,4 +1,4 @@
-"""What a run takes over: from another model, which it begins with, or from itself, to go on."""
+"""Initialize a run from a pretrained model: its weights, configuration and tokenizer."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -12,15 +12,19 @@ from fastgpt.training.distributed import World
 from fastgpt.training.recipes import Recipe, is_path
 from fastgpt.utils.errors import UsageError
 
-SHAPE = ("n_layer", "n_head", "n_embd", "bias")  # what a model's weights have decided
+SHAPE = ("n_layer", "n_head", "n_embd", "bias")  # settings determined by a model's weights
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What the recipe alone does not say of a run.
+    """The state that a run takes over from a pretrained model, or from itself when resumed.
 
-    data_sha256: of the data that a run which goes on began with. weights: to begin with, in the
-    main process; empty in the others, and None where a checkpoint will bring them.
+    Attributes:
+        tokenizer: The tokenizer.
+        config: The model configuration.
+        data_sha256: For a resumed run, the hash of its training data.
+        weights: The initial weights in the main process, an empty mapping in the other processes;
+            None if they will be loaded from a checkpoint.
     """
 
     tokenizer: BaseTokenizer
@@ -30,11 +34,19 @@ class Origin:
 
 
 def begin_from(recipe: Recipe, world: World, given: Collection[str]) -> tuple[Recipe, Origin, str]:
-    """Open the model that a recipe begins with; all processes must call.
+    """Load the pretrained model `recipe.init`. All processes must call it.
 
-    given: settings that are there to stay; the others give way to what the model brings. Returns
-    the recipe as the model has settled it, what the run takes over, and a line that says so.
-    UsageError if it cannot be opened, or is not what was `given`.
+    Args:
+        recipe: The recipe, with `init` set.
+        world: The processes; the main process loads the model.
+        given: Names of settings that the model must not override. All others that the model
+            determines are replaced by its values.
+
+    Returns:
+        The recipe with the model's shape and tokenizer, the `Origin`, and a message.
+
+    Raises:
+        UsageError: If the model cannot be loaded, or contradicts a setting in `given`.
     """
     source = recipe.init or ""
     opened = None
@@ -50,7 +62,7 @@ def begin_from(recipe: Recipe, world: World, given: Collection[str]) -> tuple[Re
         weights = model.state_dict()
     of = f" of {config.block_size:,}" if recipe.block_size < config.block_size else ""
     note = (
-        f"begins with {source}: {config.n_layer} layers, {config.n_head} heads, width "
+        f"initialized from {source}: {config.n_layer} layers, {config.n_head} heads, width "
         f"{config.n_embd:,}, context {recipe.block_size:,}{of}"
     )
     config = replace(config, block_size=recipe.block_size, dropout=recipe.dropout)
@@ -60,20 +72,24 @@ def begin_from(recipe: Recipe, world: World, given: Collection[str]) -> tuple[Re
 def _settle(
     recipe: Recipe, config: GPTConfig, tokenizer: BaseTokenizer, given: Collection[str]
 ) -> Recipe:
-    """Return the recipe with the model's shape; UsageError names what contradicts it."""
+    """Return the recipe with the model's shape and tokenizer.
+
+    Raises:
+        UsageError: If the model contradicts settings in `given`; the message lists them.
+    """
     wrong = [
-        f"{name} {getattr(recipe, name)} (there it is {getattr(config, name)})"
+        f"{name} {getattr(recipe, name)} (the model has {getattr(config, name)})"
         for name in SHAPE
         if name in given and getattr(recipe, name) != getattr(config, name)
     ]
     if "block_size" in given and recipe.block_size > config.block_size:
-        wrong.append(f"block_size {recipe.block_size} (there it is {config.block_size}, at most)")
+        wrong.append(f"block_size {recipe.block_size} (the model has at most {config.block_size})")
     name_of_tokenizer = _name(tokenizer, recipe.init or "")
     if "tokenizer" in given and recipe.tokenizer != name_of_tokenizer:
-        wrong.append(f"tokenizer {recipe.tokenizer} (it has one of its own)")
+        wrong.append(f"tokenizer {recipe.tokenizer} (the model has its own)")
     if wrong:
         raise UsageError(
-            f"{recipe.init} cannot begin a run with {', '.join(wrong)}: leave that to the model"
+            f"cannot initialize from {recipe.init} with {', '.join(wrong)}: omit these settings"
         )
     return replace(
         recipe,
@@ -84,7 +100,7 @@ def _settle(
 
 
 def _name(tokenizer: BaseTokenizer, source: str) -> str:
-    """Return how a recipe calls the tokenizer that came from a source."""
+    """Return the value of `Recipe.tokenizer` for a tokenizer loaded from `source`."""
     if isinstance(tokenizer, CharTokenizer):
         return "char"
     if tokenizer == Tokenizer.gpt2():

@@ -1,7 +1,7 @@
-"""Where a run's figures go: always into its `metrics.jsonl`, and on request elsewhere too.
+"""Loggers for metrics: `metrics.jsonl`, and optionally TensorBoard and Weights & Biases.
 
-All have one small interface, `Logger`. None of them can end a run once it has begun: what fails is
-said once, as a warning, and training goes on.
+All implement the interface `Logger`. A failing logger never ends a run that has started: the
+failure is reported once as a warning, and training continues.
 """
 
 import os
@@ -18,31 +18,31 @@ from typing import Any
 from fastgpt.training.metrics import metrics_line
 from fastgpt.utils.errors import UsageError
 
-WANDB_SECONDS = 30.0  # to reach the server at the start
+WANDB_SECONDS = 30.0  # timeout for reaching the server at the start
 
 
 class Logger(ABC):
-    """Takes what is worth keeping about a step."""
+    """Interface for recording metrics and texts of training steps."""
 
     @abstractmethod
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Keep named figures of a step."""
+        """Record named values of a step."""
 
     @abstractmethod
     def text(self, step: int, text: str) -> None:
-        """Keep a text of a step, say a sample."""
+        """Record a text of a step, for example a sample."""
 
     @abstractmethod
     def close(self) -> None:
-        """Write what is still held back; the logger is not used any more."""
+        """Flush buffered records and close the logger."""
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raise UsageError if a name is unknown or its package missing; nothing is opened."""
+    """Raise UsageError if a logger name is unknown or its package is not installed."""
     for name in names:
         if name not in _PACKAGES:
             choices = " and ".join(_PACKAGES)
-            raise UsageError(f"unknown logger {name!r}: there are {choices}")
+            raise UsageError(f"unknown logger {name!r}: choose from {choices}")
         if find_spec(name) is None:
             raise UsageError(
                 f"logging to {_PACKAGES[name]} needs a package that is not installed: "
@@ -53,15 +53,21 @@ def check_loggers(names: Sequence[str]) -> None:
 def open_loggers(
     names: Sequence[str], run: Path, config: Mapping[str, Any], step: int = 0
 ) -> "Loggers":
-    """Open `metrics.jsonl` in a run folder, and the loggers called `names`.
+    """Open `metrics.jsonl` in a run folder, and the loggers in `names`.
 
-    names: "tensorboard", "wandb". config: what W&B is to show as the run's settings. step: where
-    the run goes on (0: it is new); nothing is kept of later steps, and W&B's run stays the same
-    one. UsageError if a package is missing, W&B knows no key, or `metrics.jsonl` cannot be written;
-    what else goes wrong with a logger is a warning, and the others are opened.
+    Args:
+        names: Any of "tensorboard" and "wandb".
+        run: The run folder.
+        config: The settings of the run, shown by W&B.
+        step: The step at which the run is resumed, 0 for a new run. TensorBoard discards records
+            of later steps, and W&B continues the same run.
+
+    Raises:
+        UsageError: If a package is missing, W&B has no API key, or `metrics.jsonl` cannot be
+            written. Other failures of a logger are warnings, and the others are opened.
     """
     check_loggers(names)
-    with ExitStack() as opened:  # closes what is open if the next cannot be
+    with ExitStack() as opened:  # on an error, closes the loggers opened so far
         loggers: list[Logger] = [MetricsFile(run / "metrics.jsonl")]
         opened.callback(loggers[0].close)
         for name in dict.fromkeys(names):
@@ -70,9 +76,9 @@ def open_loggers(
                 opened.callback(loggers[-1].close)
             except UsageError:
                 raise
-            except Exception as error:  # a disk, a broken installation
+            except Exception as error:  # for example a disk error or a broken installation
                 warnings.warn(
-                    f"{_PACKAGES[name]} cannot be had ({_one_line(error)}): this run is logged "
+                    f"{_PACKAGES[name]} is not available ({_one_line(error)}): this run is logged "
                     "without it",
                     stacklevel=2,
                 )
@@ -81,51 +87,56 @@ def open_loggers(
 
 
 class Loggers(Logger):
-    """Several as one; a fault of one is a warning, the first time, and the others go on."""
+    """Forwards records to several loggers.
+
+    The first failure of each logger is a warning, later ones are ignored; the other loggers are not
+    affected.
+    """
 
     def __init__(self, loggers: Sequence[Logger] = ()) -> None:
         self.loggers = loggers
         self._failed: set[int] = set()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Keep named figures of a step everywhere."""
+        """Record named values of a step in all loggers."""
         self._all("log", step, values)
 
     def text(self, step: int, text: str) -> None:
-        """Keep a text of a step everywhere."""
+        """Record a text of a step in all loggers."""
         self._all("text", step, text)
 
     def close(self) -> None:
-        """Close all."""
+        """Close all loggers."""
         self._all("close")
 
     def _all(self, method: str, *args: Any) -> None:
         for index, logger in enumerate(self.loggers):
             try:
                 getattr(logger, method)(*args)
-            except Exception as error:  # whatever a disk or somebody's service may come up with
+            except Exception as error:  # disks and external services may raise anything
                 if index not in self._failed:
                     self._failed.add(index)
-                    what = f"{type(logger).__name__} lost a record and may lose more"
+                    what = f"{type(logger).__name__} failed to log a record and may lose more"
                     warnings.warn(f"{what}: {_one_line(error)}", stacklevel=3)
 
 
 class MetricsFile(Logger):
-    """Adds a line of JSON per record; a line is with the system as soon as it was logged."""
+    """Appends one line of JSON per record, unbuffered: `log` passes the line to the system."""
 
     def __init__(self, path: Path) -> None:
         try:
             self._file = path.open("ab", buffering=0)
+            # Whether the file ends with an incomplete line.
             self._torn = path.stat().st_size > 0 and _last_byte(path) != b"\n"
         except OSError as error:
             raise UsageError(f"{path} cannot be written: {error.strerror}") from None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a line."""
+        """Append a line with the values."""
         self._write({"step": step, **values})
 
     def text(self, step: int, text: str) -> None:
-        """Add a line with the text."""
+        """Append a line with the text."""
         self._write({"step": step, "text": text})
 
     def close(self) -> None:
@@ -134,7 +145,9 @@ class MetricsFile(Logger):
 
     def _write(self, record: dict[str, Any]) -> None:
         line = metrics_line(record).encode()
-        whole = b"\n" + line if self._torn else line  # a torn line, of a full disk, stays alone
+        # End an incomplete line (of a crash or a full disk) first, so that it does not corrupt this
+        # one. The flag stays set if the write fails or is partial.
+        whole = b"\n" + line if self._torn else line
         self._torn = True
         if self._file.write(whole) != len(whole):
             raise OSError("the disk is full")
@@ -142,35 +155,36 @@ class MetricsFile(Logger):
 
 
 class TensorBoard(Logger):
-    """Writes event files into `folder`: ``tensorboard --logdir runs`` shows all runs."""
+    """Writes TensorBoard event files to `folder`. View them with ``tensorboard --logdir runs``."""
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What an interrupted run logged behind its last checkpoint is hidden.
+        # Hide events that an interrupted run logged after its last checkpoint.
         purge = step + 1 if step else None
         self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a point to a curve per name."""
+        """Add a point to the curve of each name."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step, new_style=True)
 
     def text(self, step: int, text: str) -> None:
-        """Show the text as it is, not as Markdown."""
+        """Add a text, indented as a code block so that it is not rendered as Markdown."""
         code = "\n".join(f"    {line}" for line in text.splitlines())
         self._writer.add_text("sample", code, step)
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Flush and close the event file."""
         self._writer.close()
 
 
 class WeightsAndBiases(Logger):
-    """Logs to W&B, project "fastgpt" or ``$WANDB_PROJECT``.
+    """Logs to Weights & Biases, in the project "fastgpt" or ``$WANDB_PROJECT``.
 
-    The run's id is kept in the run folder, so that a resumed run goes on in the same one. A server
-    that cannot be reached is a warning, and the run is written into the folder for `wandb sync`.
+    The W&B run id is saved in the run folder, so that a resumed run continues the same W&B run. If
+    the server cannot be reached, a warning is issued and the run is logged offline into the run
+    folder, for `wandb sync`.
     """
 
     def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
@@ -192,25 +206,25 @@ class WeightsAndBiases(Logger):
                 f"W&B: {_one_line(error)} Run `wandb login` first, or log without a network: "
                 "WANDB_MODE=offline"
             ) from None
-        except Exception as error:  # whatever a network may come up with
+        except Exception as error:  # network failures may raise anything
             warnings.warn(
-                f"W&B cannot be reached ({_one_line(error)}): this run is kept in {run / 'wandb'}; "
-                "send it later with `wandb sync`",
+                f"W&B cannot be reached ({_one_line(error)}): this run is logged offline in "
+                f"{run / 'wandb'}; upload it later with `wandb sync`",
                 stacklevel=3,
             )
             self._run = _start(wandb, options | {"mode": "offline"})
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log to the run; what it has of a step already stays."""
+        """Log to the run; values that it already has for this step are kept."""
         self._run.log(dict(values), step=step)
 
     def text(self, step: int, text: str) -> None:
-        """Add the text to the run's media."""
+        """Log the text as a table."""
         table = self._wandb.Table(columns=["step", "text"], data=[[step, text]])
         self._run.log({"sample": table}, step=step)
 
     def close(self) -> None:
-        """Finish the run; it may wait for the network."""
+        """Finish the run. This may wait for the network."""
         self._run.finish()
 
 
@@ -228,7 +242,7 @@ def _start(wandb: Any, options: dict[str, Any]) -> Any:
 
 
 def _kept_id(path: Path) -> str:
-    """Return the id in a file, made at random when the file is."""
+    """Return the run id saved in a file; create the file with a random id if it does not exist."""
     if not path.exists():
         path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()

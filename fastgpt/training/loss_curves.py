@@ -1,4 +1,4 @@
-"""Loss curves of runs, from their `metrics.jsonl`: as a picture, a table, and in the terminal."""
+"""Plot the loss curves of runs from their `metrics.jsonl`: as image, table, or in the terminal."""
 
 import itertools
 import math
@@ -13,15 +13,15 @@ from fastgpt.training.metrics import read_metrics
 from fastgpt.utils.errors import UsageError
 
 Points = list[tuple[float, float]]
-NOTHING = "-"
-FRAME = 11  # characters to the left of a curve in text
-AXES = {"step": "step", "tokens": "tokens", "time": "seconds"}  # and the key in a record
+NOTHING = "-"  # shown for missing values
+FRAME = 11  # characters to the left of a text curve: the y labels and the axis
+AXES = {"step": "step", "tokens": "tokens", "time": "seconds"}  # choices of x: key in a record
 LABELS = {"loss": "training", "val_loss": "validation"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder tells of it."""
+    """The metrics and settings of a run, read from its folder."""
 
     name: str
     folder: Path
@@ -29,21 +29,24 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def curve(self, key: str, x: str = "step") -> Points:
-        """Return the finite points (x, value) of the records that have both."""
+        """Return the points (x, value) of the records in which both are finite numbers."""
         axis = AXES[x]
         points = [(r[axis], r[key]) for r in self.records if _number(r, axis) and _number(r, key)]
         return [(float(a), float(b)) for a, b in points]
 
     def last(self, key: str) -> float | None:
-        """Return the newest value of a figure."""
+        """Return the last finite value of a metric, None if there is none."""
         values = [record[key] for record in self.records if _number(record, key)]
         return float(values[-1]) if values else None
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read run folders; UsageError if one is none or has logged nothing.
+    """Read run folders, without duplicates.
 
-    Runs are called by their folders' names, or whole paths where two have the same.
+    Runs are named after their folders, or by their paths if several folders have the same name.
+
+    Raises:
+        UsageError: If a folder is not a run folder or has no metrics.
     """
     from fastgpt.checkpoint.load import read_json, resolve_run
 
@@ -62,27 +65,38 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def plot_losses(run: Path) -> Path:
-    """Draw `metrics.jsonl` of a run folder into its `loss.png`; return the picture's path."""
+    """Plot the losses of a run folder to its `loss.png`, and return the path of the image."""
     return draw([Run(run.name, run, read_metrics(run / "metrics.jsonl"))], run / "loss.png")
 
 
 def loss_in_text(run: Path, width: int | None = None, height: int = 12) -> str:
-    """Return the training and validation losses of a run folder as lines of text."""
+    """Return a text plot of the training and validation losses of a run folder."""
     one = Run(run.name, run, read_metrics(run / "metrics.jsonl"))
     curves = {label: one.curve(key) for key, label in LABELS.items() if one.curve(key)}
     return text_curve(curves, width, height, label="loss over steps")
 
 
 def draw(runs: Sequence[Run], picture: Path, x: str = "step") -> Path:
-    """Draw the losses of runs into one picture, and return its path; UsageError if it cannot be."""
+    """Plot the losses of several runs in one image, and return its path.
+
+    Args:
+        runs: The runs.
+        picture: The file to write; its suffix determines the format.
+        x: The horizontal axis, a key of `AXES`.
+
+    Raises:
+        UsageError: If a run has no losses to plot, or the image cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     for run in runs:
         if not any(run.curve(key, x) for key in LABELS):
-            raise UsageError(f"{run.folder / 'metrics.jsonl'} has no losses with their {AXES[x]}")
+            raise UsageError(
+                f"{run.folder / 'metrics.jsonl'} has no records with both a loss and {AXES[x]}"
+            )
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display and leaves pyplot's state alone
+    FigureCanvasAgg(figure)  # needs no display and does not change pyplot's global state
     axes = figure.add_subplot(xlabel=axis_label(x), ylabel="loss (nats per token)")
     for index, run in enumerate(runs):
         for key, label in LABELS.items():
@@ -97,13 +111,13 @@ def draw(runs: Sequence[Run], picture: Path, x: str = "step") -> Path:
     axes.legend()
     try:
         figure.savefig(picture, dpi=120)
-    except (OSError, ValueError) as error:  # no such folder, or no such format
-        raise UsageError(f"{picture} cannot be drawn: {error}") from None
+    except (OSError, ValueError) as error:  # missing folder, or unknown format
+        raise UsageError(f"{picture} cannot be written: {error}") from None
     return picture
 
 
 def print_table(runs: Sequence[Run]) -> None:
-    """Print what runs came to, a column each, and below it the settings in which they differ."""
+    """Print a table with one column per run: its results, then the settings that differ."""
     from rich.console import Console
     from rich.table import Table
 
@@ -118,7 +132,7 @@ def print_table(runs: Sequence[Run]) -> None:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """Return the settings that are not the same in all runs, but for where they were written."""
+    """Return the names of the settings that differ between runs, except the folder (`out`)."""
     names = dict.fromkeys(name for run in runs for name in run.settings if name != "out")
     return [n for n in names if any(r.settings.get(n) != runs[0].settings.get(n) for r in runs)]
 
@@ -130,12 +144,19 @@ def text_curve(
     label: str = "",
     ascii_only: bool | None = None,
 ) -> str:
-    """Draw curves in characters: `width` by `height` of them, and a frame with the range.
+    """Return a text plot of curves, with a frame that shows the ranges.
 
-    width: 72 by default, or less where the terminal is narrower than that and the frame.
+    A single curve is drawn with Braille characters of 2 x 4 dots, or with asterisks if
+    `ascii_only`. Several curves are drawn with one letter each.
 
-    One curve is dots of Braille, eight to a character; several have a letter each, as in a terminal
-    that cannot show Braille (`ascii_only`, by default found out from the standard output).
+    Args:
+        curves: The points of each curve, by name.
+        width: The width of the plot area in characters, without the frame. By default at most 72,
+            or less in a narrow terminal.
+        height: The height of the plot area in lines.
+        label: The label of the horizontal axis.
+        ascii_only: Whether to avoid Braille characters; by default, if the encoding of the standard
+            output does not support them.
     """
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
@@ -145,7 +166,8 @@ def text_curve(
     if ascii_only is None:
         ascii_only = not _can_print("⣿")
     dots = not ascii_only and len(curves) == 1
-    across, down = (2, 4) if dots else (1, 1)  # points in a character
+    across, down = (2, 4) if dots else (1, 1)  # pixels per character
+    # A cell holds the bit mask of its dots with Braille, else its character.
     bounds = _bounds(curves)
     cells: list[list[int | str]] = [[0 if dots else " "] * width for _ in range(height)]
     for index, points in enumerate(curves.values()):
@@ -163,7 +185,8 @@ _STYLES: dict[str, dict[str, Any]] = {
     "loss": {"linewidth": 0.8, "alpha": 0.6},
     "val_loss": {"linewidth": 1.8, "marker": "o", "markersize": 3},
 }
-_BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # [row][column] of a character
+# The bit of each dot, [row][column], in a Braille character: its code point is U+2800 + bit mask.
+_BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 
 
 def _best(run: Run) -> str:
@@ -175,7 +198,7 @@ def _best(run: Run) -> str:
 
 
 def _speed(run: Run) -> str:
-    """Show the median, which the first steps and a busy moment do not move."""
+    """Return the median speed, which is robust against slow first steps and temporary load."""
     speeds = sorted(r["tokens_per_s"] for r in run.records if _number(r, "tokens_per_s"))
     return f"{speeds[len(speeds) // 2]:,.0f}" if speeds else NOTHING
 
@@ -215,7 +238,7 @@ def _can_print(text: str) -> bool:
 
 
 def _bounds(curves: dict[str, Points]) -> tuple[float, float, float, float]:
-    """Return the ranges of x and y, neither of them empty."""
+    """Return (min x, max x, min y, max y), widened slightly if min and max are equal."""
     xs, ys = zip(*(point for points in curves.values() for point in points), strict=True)
     return min(xs), max(max(xs), min(xs) + 1e-9), min(ys), max(max(ys), min(ys) + 1e-9)
 
@@ -223,7 +246,10 @@ def _bounds(curves: dict[str, Points]) -> tuple[float, float, float, float]:
 def _pixels(
     points: Points, bounds: tuple[float, float, float, float], width: int, height: int
 ) -> list[tuple[int, int]]:
-    """Return the (column, row) that lines between the points pass, from the top left."""
+    """Return the (column, row) pixels of the lines between the points, row 0 at the top.
+
+    Each segment is sampled at steps of at most one pixel in both directions.
+    """
     left, right, low, high = bounds
     spots = [
         ((x - left) / (right - left) * (width - 1), (high - y) / (high - low) * (height - 1))
@@ -240,7 +266,7 @@ def _pixels(
 
 
 def _character(cell: int | str) -> str:
-    """Return a character, of Braille if it is given as dots."""
+    """Return the character of a cell, converting a bit mask of dots to Braille."""
     if isinstance(cell, int):
         return chr(0x2800 + cell) if cell else " "
     return cell
@@ -253,6 +279,7 @@ def _framed(
     width: int,
     label: str,
 ) -> list[str]:
+    """Return the lines of a plot with axes, y and x ranges, label and (for several) a legend."""
     left, right, low, high = bounds
     marks = {0: f"{high:.3f}", len(rows) - 1: f"{low:.3f}"}
     framed = [f"{marks.get(index, ''):>9} |{row.rstrip()}" for index, row in enumerate(rows)]

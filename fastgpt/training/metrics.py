@@ -1,6 +1,6 @@
-"""`metrics.jsonl`: one JSON object a line, each with its step.
+"""Read and write `metrics.jsonl`, with one JSON object per line, each with its step.
 
-JSON has no NaN and no infinity: figures that are not finite are written as null, and read as NaN.
+JSON has no NaN and no infinity: non-finite values are written as null, and read back as NaN.
 """
 
 import json
@@ -14,7 +14,7 @@ from fastgpt.utils.errors import UsageError
 
 
 def metrics_line(record: Mapping[str, Any]) -> str:
-    """Return a record as a line of strict JSON."""
+    """Return a record as a line of strict JSON, including the newline."""
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in record.items()
@@ -23,15 +23,16 @@ def metrics_line(record: Mapping[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records, without what is no record (a line torn by a crash).
+    """Return the records of a file, skipping invalid lines (such as one truncated by a crash).
 
-    UsageError if the file is missing or cannot be read.
+    Raises:
+        UsageError: If the file is missing or cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         reason = error.strerror or error
-        raise UsageError(f"{path}: {reason}; a run that logged nothing has none") from None
+        raise UsageError(f"{path}: {reason}; a run that logged nothing has no such file") from None
     records = []
     for line in text.splitlines():
         try:
@@ -45,10 +46,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_metrics(path: Path, step: int) -> dict[str, Any]:
-    """Drop the records behind `step`, which are about to be written again; return the last kept.
+    """Remove the records after `step`, which a resumed run will write again.
 
-    The file is replaced in one go, so that a crash in between loses nothing. What comes back is
-    empty without a record.
+    The file is replaced atomically, so that a crash loses nothing.
+
+    Returns:
+        The last record that was kept, or an empty dictionary if there is none.
     """
     kept = (
         [record for record in read_metrics(path) if record["step"] <= step] if path.exists() else []

@@ -1,4 +1,4 @@
-"""What happens to the weights after a backward: the schedule, AdamW, loss scaling, averaging."""
+"""The weight update: learning rate schedule, clipping, AdamW, loss scaling, weight averaging."""
 
 import math
 from typing import Any
@@ -13,10 +13,10 @@ from fastgpt.training.recipes import Recipe
 
 
 def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """Return AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused, for `model`.
+    """Return a fused AdamW optimizer (Loshchilov & Hutter 2019, arXiv:1711.05101) for `model`.
 
-    For whole fp32 parameters on a CPU, or where the Triton kernels compute, it is `FusedAdamW`,
-    which clips on its way.
+    This is `FusedAdamW`, which also clips the gradients, if all parameters are fp32 and unsharded,
+    and are on a CPU or on a GPU that runs the Triton kernels. Otherwise it is `torch.optim.AdamW`.
     """
     groups = parameter_groups(model, recipe.weight_decay)
     betas = (recipe.beta1, recipe.beta2)
@@ -26,9 +26,10 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split parameters for AdamW: decay pulls on matrices and embeddings, not biases and norms.
+    """Return AdamW's parameter groups: weight decay applies to parameters of 2 or more dimensions.
 
-    Frozen ones are in neither group.
+    These are matrices and embeddings. Biases and norms are not decayed. Frozen parameters are in
+    neither group.
     """
     parameters = list(trainable(model).values())
     matrices = [p for p in parameters if p.dim() >= 2]
@@ -40,12 +41,16 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters that are not frozen, by name."""
+    """Return the parameters that require gradients, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Return the rate of step `step` (from 0): a linear warm-up, then the recipe's schedule."""
+    """Return the learning rate of step `step` (from 0).
+
+    The rate rises linearly during the warm-up, then follows the recipe's schedule from `lr` to
+    `min_lr` (by default `lr` / 10).
+    """
     if step < recipe.warmup_steps:
         return recipe.lr * (step + 1) / (recipe.warmup_steps + 1)
     lowest = recipe.lr / 10 if recipe.min_lr is None else recipe.min_lr
@@ -55,24 +60,29 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def _height(progress: float, span: int, recipe: Recipe) -> float:
-    """Return where between its end (0) and its peak (1) the rate is; `progress`: since warm-up."""
+    """Return the learning rate as a fraction: 0 is `min_lr` and 1 is the peak `lr`.
+
+    progress: the fraction of the steps after the warm-up that are done. span: their number.
+    """
     if recipe.schedule == "constant":
         return 1.0
     if recipe.schedule == "linear":
         return 1.0 - progress
-    if recipe.schedule == "wsd":  # Hu et al. 2024, arXiv:2404.06395; the decay a line, as in
-        decay = min(1.0, recipe.decay_fraction * recipe.max_steps / span)  # arXiv:2405.18392
+    if recipe.schedule == "wsd":
+        # Warmup-stable-decay (Hu et al. 2024, arXiv:2404.06395), with linear decay
+        # (arXiv:2405.18392). `decay_fraction` is relative to all steps, `progress` to `span`.
+        decay = min(1.0, recipe.decay_fraction * recipe.max_steps / span)
         return min(1.0, (1.0 - progress) / decay)
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def _is_plain(parameter: Tensor) -> bool:
-    """Whether a parameter is fp32 and not spread over processes."""
+    """Whether a parameter is fp32 and not sharded over processes."""
     return not hasattr(parameter, "full_tensor") and parameter.dtype == torch.float32
 
 
 def _has_fused(model: torch.nn.Module, recipe: Recipe) -> bool:
-    """Whether `FusedAdamW` computes where the model is, with what the recipe wants to compute."""
+    """Whether `FusedAdamW` supports the model's device with the recipe's backend (`ops`)."""
     device = next(model.parameters()).device
     if device.type == "cuda":
         return ops.check_device(recipe.ops, device) == "triton"
@@ -80,11 +90,16 @@ def _has_fused(model: torch.nn.Module, recipe: Recipe) -> bool:
 
 
 class Updater:
-    """Applies a step's gradients: unscaled, checked, clipped, then AdamW and the average.
+    """Applies gradients to the weights: unscaling, clipping, AdamW, and weight averaging.
 
-    Nothing waits for the device: an update whose gradient norm is not finite is left out on the
-    device itself, and `skipped` counts, there too, how many were left out in a row. With
-    `recipe.ema` the averaged weights are in `average`, by parameter name.
+    Updates with a non-finite gradient norm are skipped. The device decides this by itself, without
+    synchronizing with the host.
+
+    Attributes:
+        optimizer: The AdamW optimizer.
+        scale: The `LossScale` with float16, else None.
+        skipped: The number of consecutive skipped updates so far, a scalar tensor on the device.
+        average: With `recipe.ema`, the averaged weights by parameter name.
     """
 
     def __init__(self, model: GPT, recipe: Recipe, dtype: torch.dtype) -> None:
@@ -99,12 +114,15 @@ class Updater:
             self.average = {name: p.detach().clone() for name, p in parameters.items()}
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """Return the loss to take the gradient of."""
+        """Return the loss multiplied by the loss scale, on which to call `backward`."""
         return loss if self.scale is None else loss * self.scale.factor
 
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:
-        """Update the weights at a rate, and drop the gradients; return their norm (a scalar)."""
+        """Update the weights with learning rate `lr` and clear the gradients.
+
+        Returns the norm of the unscaled gradients before clipping, a scalar on the device.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = self._clip_and_update([p.grad for p in self.parameters if p.grad is not None])
@@ -121,51 +139,59 @@ class Updater:
 
     @torch.no_grad()
     def swap_average(self) -> None:
-        """Exchange the weights and their average; nothing happens without one."""
+        """Exchange the weights and their average in place. Does nothing without averaging."""
         for name, average in self.average.items():
             parameter = self.model.get_parameter(name)
-            kept = parameter.clone()  # one at a time: there may be no room for all
+            kept = parameter.clone()  # one at a time: a copy of all may not fit into memory
             parameter.copy_(average)
             average.copy_(kept)
 
     @property
     def patience(self) -> int:
-        """How many updates in a row may be left out; float16 starts with a scale that overflows."""
+        """How many updates in a row may be skipped before the run ends.
+
+        Higher with float16, whose initial loss scale usually overflows and must be halved first.
+        """
         return self.recipe.max_skipped + (LossScale.HALVINGS if self.scale else 0)
 
     def extra_state(self) -> dict[str, float]:
-        """Return what a checkpoint must hold besides tensors."""
+        """Return the state, other than weights and moments, to be saved in a checkpoint."""
         state = {"skipped": self.skipped.item()}
         return state if self.scale is None else state | self.scale.state()
 
     def restore_extra(self, state: dict[str, Any]) -> None:
-        """Take back what `extra_state` gave."""
+        """Restore a state returned by `extra_state`."""
         self.skipped.fill_(float(state.get("skipped", 0.0)))
         if self.scale is not None and "loss_scale" in state:
             self.scale.restore(state)
 
     def _clip_and_update(self, grads: list[Tensor]) -> Tensor:
-        """Do AdamW's step with clipped gradients, if they are finite; return their norm before."""
+        """Run AdamW's step with clipped gradients if their norm is finite; return the norm before.
+
+        The returned norm is that of the unscaled gradients before clipping.
+        """
         if isinstance(self.optimizer, FusedAdamW):
             self._unscale(grads)
             self.optimizer.step()
             assert self.optimizer.grad_norm is not None
             return self.optimizer.grad_norm
         norm = self._unscale_and_clip(grads)
-        # PyTorch's fused AdamW looks at this, and leaves everything as it is.
+        # PyTorch's fused AdamW reads this attribute, and skips the update on the device if it is 1.
         self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         return norm
 
     def _unscale(self, grads: list[Tensor]) -> None:
+        """Divide gradients by the loss scale, in place."""
         if self.scale is not None:
             torch._foreach_div_(grads, self.scale.factor)
 
     def _unscale_and_clip(self, grads: list[Tensor]) -> Tensor:
         """Unscale and clip gradients in one pass; return their norm before clipping."""
         norm = torch.nn.utils.get_total_norm(grads)
-        if hasattr(norm, "full_tensor"):  # of gradients that are spread over processes
+        if hasattr(norm, "full_tensor"):  # a DTensor, if the gradients are sharded over processes
             norm = norm.full_tensor()
+        # One factor for both, so that the gradients are read and written only once.
         factor = torch.ones_like(norm)
         if self.scale is not None:
             factor = factor / self.scale.factor
@@ -178,31 +204,33 @@ class Updater:
 
 
 class LossScale:
-    """The factor that keeps float16's gradients from vanishing (Micikevicius et al. 2018).
+    """Dynamic loss scale that keeps float16 gradients from underflowing.
 
-    Halved after an overflow, doubled after 2,000 steps without one (arXiv:1710.03740, section 3.2).
-    PyTorch's GradScaler does the same, but waits for the device when gradients are also clipped.
+    The scale is halved after an overflow and doubled after 2,000 steps without one (Micikevicius et
+    al. 2018, arXiv:1710.03740, section 3.2). PyTorch's GradScaler does the same, but synchronizes
+    with the device if gradients are also clipped. Here all state is in tensors on the device.
     """
 
     GROWTH_INTERVAL = 2000
-    HALVINGS = 16  # from the first scale to 1
+    HALVINGS = 16  # from the initial scale 2**16 down to 1
 
     def __init__(self, device: torch.device) -> None:
         self.factor = torch.tensor(2.0**self.HALVINGS, device=device)
         self.good_steps = torch.zeros((), device=device)
 
     def update(self, overflowed: Tensor) -> None:
-        """Learn from a step; `overflowed` is 1 or 0."""
+        """Update the scale after a step. overflowed: 1.0 or 0.0, a scalar on the device."""
+        # Arithmetic instead of branches, so that the host does not need to read the values.
         self.good_steps = (self.good_steps + 1) * (1 - overflowed)
         grown = self.good_steps >= self.GROWTH_INTERVAL
         self.factor = self.factor * torch.where(grown, 2.0, 1.0) * (1.0 - 0.5 * overflowed)
         self.good_steps = self.good_steps * ~grown
 
     def state(self) -> dict[str, float]:
-        """Return what a checkpoint must hold."""
+        """Return the state to be saved in a checkpoint."""
         return {"loss_scale": self.factor.item(), "good_steps": self.good_steps.item()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
+        """Restore a state returned by `state`."""
         self.factor.fill_(float(state["loss_scale"]))
         self.good_steps.fill_(float(state["good_steps"]))

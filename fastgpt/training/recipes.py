@@ -1,7 +1,7 @@
-"""The named recipes: everything that decides a training run, one typed dataclass each.
+"""Recipes: the settings of a training run as a typed dataclass, and the predefined ones.
 
-Each field is an option of `python -m fastgpt.train` by the same name; its docstring is the help.
-This module imports nothing heavy, so that help and mistakes are answered at once.
+Each field is an option of `python -m fastgpt.train` with the same name; its docstring is the help
+text. This module has no heavy imports, so that help and error messages appear immediately.
 """
 
 import difflib
@@ -10,127 +10,127 @@ from typing import Any, Literal, get_args, get_origin
 
 from fastgpt.utils.errors import UsageError
 
-TOKENIZERS = ("char", "gpt2", "bpe")  # those that have a name; others are in files
+TOKENIZERS = ("char", "gpt2", "bpe")  # built-in names; other tokenizers are loaded from files
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training run. The defaults are those of `shakespeare-char`."""
+    """The settings of a training run. The defaults are those of `shakespeare-char`."""
 
     data: str = "shakespeare"
-    """Text to train on: the path of a UTF-8 text file, a folder that fastgpt.prepare made or one of
-    nanoGPT's or llm.c's token files (these bring their own tokenizer and validation part), or
+    """Training data: the path of a UTF-8 text file, a folder created by fastgpt.prepare or with
+    token files of nanoGPT or llm.c (these have their own tokenizer and validation part), or
     "shakespeare", the packaged text."""
     val_data: str | None = None
-    """Another text file to validate on; then all of `data` is for training."""
+    """Separate text file for validation; all of `data` is then used for training."""
     tokenizer: str = "char"
-    """One token per character of the text ("char"), GPT-2's byte-pair encoding ("gpt2"), one
-    learned from the text ("bpe"), or the path of a tokenizer's file or folder (./mine)."""
+    """One token per character of the text ("char"), GPT-2's byte-pair encoding ("gpt2"), byte-pair
+    encoding trained on the text ("bpe"), or the path of a tokenizer file or folder (./mine)."""
     vocab_size: int = 10_000
-    """How many tokens "bpe" learns."""
+    """Vocabulary size of "bpe"."""
     val_fraction: float = 0.1
-    """The last part of the text, kept for validation if there is no `val_data`."""
+    """Fraction of the text, at its end, used for validation if there is no `val_data`."""
     init: str | None = None
-    """Begin with the weights and the tokenizer of another model: a run folder, a folder or file of
-    another project (see fastgpt.interop), or a name on the Hugging Face hub, say gpt2. It brings
-    its shape, of which block_size alone may be made smaller."""
+    """Initialize with the weights and tokenizer of a pretrained model: a run folder, a folder or
+    file of another project (see fastgpt.interop), or a name on the Hugging Face hub such as gpt2.
+    The model determines the shape; only block_size may be reduced."""
     out: str | None = None
     """Run folder to create; by default runs/RECIPE-DATE-TIME."""
 
     n_layer: int = 3
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     n_head: int = 4
-    """Attention heads; divides n_embd."""
+    """Number of attention heads; must divide n_embd."""
     n_embd: int = 128
-    """Width of the model."""
+    """Embedding dimension (width) of the model."""
     block_size: int = 64
-    """Context: how many tokens the model sees at once."""
+    """Context length in tokens."""
     dropout: float = 0.0
-    """Share of activations dropped while training."""
+    """Dropout probability during training."""
     bias: bool = False
-    """Biases in the linear layers and norms (GPT-2 has them)."""
+    """Use biases in the linear layers and norms, as GPT-2 does."""
 
     lora_rank: int = 0
-    """Train small matrices of this rank beside the weights of `init`, which stay as they are (LoRA,
-    Hu et al. 2021); 0 to train all weights."""
+    """Rank of the LoRA adapters (Hu et al. 2021), which are trained while the weights of `init`
+    are frozen; 0 to train all weights."""
     lora_alpha: float = 16.0
-    """How much they count: their product is multiplied by lora_alpha / lora_rank."""
+    """Scale of the adapters: their output is multiplied by lora_alpha / lora_rank."""
     lora_dropout: float = 0.0
-    """Share of their inputs dropped while training."""
+    """Dropout probability of the adapters' inputs during training."""
     lora_targets: Literal["all", "attention", "mlp"] = "all"
-    """Which linear layers get them: those of attention, those of the MLPs, or all."""
+    """Linear layers with adapters: those of attention, those of the MLPs, or all."""
 
     batch_size: int = 12
-    """Sequences per micro-batch: what a process holds in memory at once."""
+    """Sequences per micro-batch: what a process computes at once."""
     grad_accum: int = 1
-    """Micro-batches per step. A step is batch_size * grad_accum sequences, which several processes
-    share out among themselves: the run is the same on any number of them, but for rounding and for
-    what dropout drops."""
+    """Gradient accumulation: micro-batches per step. A step has batch_size * grad_accum sequences
+    in total, divided between the processes: the run is the same on any number of processes, except
+    for rounding and dropout masks."""
     find_batch: bool = False
-    """Take the largest micro-batch that fits the memory; a step's sequences stay the same."""
+    """Use the largest micro-batch that fits into memory; the sequences per step stay the same."""
     max_steps: int = 4500
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     epochs: float | None = None
-    """Go through the training text so often, instead of max_steps; the warm-up is then a tenth of
-    the steps at most."""
+    """Length of the run in epochs, instead of max_steps; limits the warm-up to a tenth of the
+    steps."""
     lr: float = 6e-3
     """Peak learning rate."""
     min_lr: float | None = None
     """Learning rate at the end of the schedule; by default a tenth of lr."""
     warmup_steps: int = 180
-    """Steps of linear warm-up."""
+    """Number of linear warm-up steps."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """How the learning rate falls to min_lr after the warm-up: half a cosine, a line, or not until
-    the last part of the run (warm-up, stable, decay)."""
+    """Decay of the learning rate to min_lr after the warm-up: cosine, linear, linear in the last
+    part of the run only (wsd: warm-up, stable, decay), or none (constant)."""
     decay_fraction: float = 0.2
-    """The last part of the steps, in which "wsd" lowers the learning rate."""
+    """Fraction of the steps, at the end, in which "wsd" decays the learning rate."""
     weight_decay: float = 0.1
-    """Decoupled decay, on matrices and embeddings only."""
+    """Decoupled weight decay of matrices and embeddings; biases and norms are not decayed."""
     beta1: float = 0.9
-    """AdamW's decay of the gradient's mean."""
+    """AdamW's decay rate of the first moment (mean of the gradient)."""
     beta2: float = 0.99
-    """AdamW's decay of the squared gradient's mean."""
+    """AdamW's decay rate of the second moment (mean of the squared gradient)."""
     grad_clip: float = 1.0
-    """Largest gradient norm; 0 for no clipping."""
+    """Maximum gradient norm; 0 for no clipping."""
     max_skipped: int = 5
-    """Updates in a row that may be left out because their gradient is not finite; then it ends."""
+    """End the run after this many updates in a row were skipped due to non-finite gradients."""
     ema: float = 0.0
-    """Keep a moving average of the weights that decays so much a step (say 0.999), and evaluate,
-    sample and offer that one; 0 for none."""
+    """Decay per step of an exponential moving average of the weights, for example 0.999. The
+    average is then used for evaluation, samples and loading; 0 for no average."""
 
     eval_interval: int = 500
     """Steps between evaluations; each saves a checkpoint (the best and the newest are kept). 0 for
-    about twenty in the run, and one an epoch at least, where that is not over a hundred."""
+    about 20 per run and at least one per epoch, but at most 100."""
     eval_tokens: int = 1_000_000
-    """Validation tokens per evaluation at most, the same ones each time."""
+    """Maximum number of validation tokens per evaluation; the same ones each time."""
     patience: int = 0
-    """Evaluations without a better loss after which training stops early; 0 for never."""
+    """Early stopping: end after this many evaluations without a lower loss; 0 for never."""
     keep: int = 2
-    """Newest checkpoints to keep; the best is kept besides."""
+    """Number of newest checkpoints to keep, in addition to the best."""
     sample_tokens: int = 500
-    """Length of the text sample at the end."""
+    """Length in tokens of the samples during training and at its end."""
     sample_interval: int = 0
-    """Steps between text samples while training; 0 for none before the end."""
+    """Steps between samples during training; 0 for a sample at the end only."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where to log besides metrics.jsonl: tensorboard, wandb."""
+    """Loggers in addition to metrics.jsonl: tensorboard, wandb."""
     seed: int = 1337
-    """Fixes weights, data order and dropout."""
+    """Random seed of weights, data order and dropout."""
     device: str = "auto"
-    """Where to train: auto, cpu, cuda, cuda:1, mps."""
+    """Device to train on: auto, cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
-    """Precision of the products: auto is bfloat16 where the processor has units for it (float16 on
-    older GPUs), else float32. Weights are float32 always."""
+    """Precision of the matrix products: auto is bfloat16 if the processor has units for it (float16
+    on older GPUs), else float32. Weights are always float32."""
     ops: Literal["auto", "triton", "native", "reference"] = "auto"
-    """Implementation of the operations (see fastgpt.ops)."""
+    """Backend that implements the operations (see fastgpt.ops)."""
     compile: Literal["auto", "yes", "no"] = "auto"
-    """Use torch.compile; auto: on CUDA. Where it fails, a warning says why, and training goes on
-    without it."""
+    """Use torch.compile; auto: on CUDA. If it fails, training continues without it, with a
+    warning."""
     recompute: bool = False
-    """Compute each block's activations twice instead of keeping them: less memory, a third more
-    work."""
+    """Recompute each block's activations in the backward pass instead of storing them: less memory,
+    a third more computation."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """With several processes (torchrun): each holds the whole model (ddp), or a part of it and of
-    the optimizer's state (fsdp)."""
+    """With several processes (torchrun): each holds the full model (ddp), or a shard of it and of
+    the optimizer state (fsdp)."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -156,7 +156,7 @@ class Recipe:
         if self.epochs is not None and not 0.0 < self.epochs < float("inf"):
             raise UsageError(f"epochs must be more than 0, not {self.epochs}")
         if self.lora_rank and not self.init:
-            raise UsageError("lora_rank is for the weights of another model: give it with --init")
+            raise UsageError("lora_rank needs a pretrained model: add --init MODEL")
         if not 0.0 < self.lora_alpha < float("inf"):
             raise UsageError(f"lora_alpha must be more than 0, not {self.lora_alpha}")
         if self.min_lr is not None and not 0.0 <= self.min_lr <= self.lr:
@@ -168,7 +168,7 @@ class Recipe:
         if not 0.0 < self.decay_fraction <= 1.0:
             raise UsageError(f"decay_fraction must be in (0, 1], not {self.decay_fraction}")
         if unknown := set(self.log) - {"tensorboard", "wandb"}:
-            raise UsageError(f"log must be of tensorboard and wandb, not {', '.join(unknown)}")
+            raise UsageError(f"log must be tensorboard or wandb, not {', '.join(unknown)}")
 
 
 _AT_LEAST_ONE = (
@@ -183,12 +183,15 @@ _AT_LEAST_ZERO = (
 
 
 def is_path(name: str) -> bool:
-    """Whether a name is meant for a path, by its looks alone: a run may outlive the file."""
+    """Whether a name looks like a path.
+
+    The file system is not consulted, because the file may have been deleted when a run is resumed.
+    """
     return any(sign in name for sign in "./\\")
 
 
 def _gpt2(n_layer: int, n_head: int, n_embd: int) -> Recipe:
-    """GPT-2 at a released size, with the settings of nanoGPT's configuration for it."""
+    """Return a recipe for a released size of GPT-2, with the settings of nanoGPT."""
     return Recipe(
         data="",
         tokenizer="gpt2",
@@ -245,7 +248,7 @@ _STORY_300K = Recipe(
     patience=5,
     sample_tokens=200,
 )
-# With the rate of the one above it stops at twice the perplexity: there are ten times fewer steps.
+# With the learning rate of story-300k it ends at twice the perplexity: it has 10 times fewer steps.
 _BEDTIME_512 = replace(_STORY_300K, block_size=512, batch_size=2, lr=2e-4)
 _FINETUNE = replace(_STORY_300K, init="gpt2", epochs=5.0, lr=3e-5, beta2=0.999, patience=4)
 
@@ -262,38 +265,44 @@ RECIPES: dict[str, Recipe] = {
     "gpt2-xl": _gpt2(n_layer=48, n_head=25, n_embd=1600),
 }
 
-# What each is, and what to expect: of figures, those with "some" are estimates from a step's speed.
+# Short descriptions with expected times. Numbers with "about" are estimates from the time per step.
 DESCRIPTIONS: dict[str, str] = {
-    "shakespeare-char": "characters of Shakespeare's plays; 2 cores: loss 1.66 in 2 minutes",
-    "tinystories": "25M parameters, TinyStories (--data), own vocabulary; 2 cores: some 2 days",
-    "story-300k": "124M parameters on 300,000 tokens (--data); 2 cores: some 2 hours",
+    "shakespeare-char": "character-level Shakespeare; 2 cores: loss 1.66 in 2 minutes",
+    "tinystories": "25M parameters, TinyStories (--data), own vocabulary; 2 cores: about 2 days",
+    "story-300k": "124M parameters on 300,000 tokens (--data); 2 cores: about 2 hours",
     "bedtime-512": "the same on 30,000 tokens, context 512; 2 busy cores: 23 minutes",
-    "finetune": "GPT-2's weights, or --init MODEL, go on with your text (--data)",
-    "finetune-lora": "the same by small matrices beside frozen weights (LoRA)",
-    "gpt2": "GPT-2, 124M parameters, on your text (--data); an H200: 535,000 tokens/s",
-    "gpt2-medium": "GPT-2, 355M parameters; wants a GPU, as all that follow",
+    "finetune": "fine-tune GPT-2, or --init MODEL, on your text (--data)",
+    "finetune-lora": "the same with LoRA adapters on frozen weights",
+    "gpt2": "GPT-2, 124M parameters, on your text (--data); H200: 535,000 tokens/s",
+    "gpt2-medium": "GPT-2, 355M parameters; needs a GPU, like the following ones",
     "gpt2-large": "GPT-2, 774M parameters",
     "gpt2-xl": "GPT-2, 1.6B parameters",
 }
 
 
 def get_recipe(name: str) -> Recipe:
-    """Return the recipe called `name`; UsageError with the nearest names if there is none."""
+    """Return the recipe called `name`; raise UsageError with similar names if there is none."""
     if name in RECIPES:
         return RECIPES[name]
     near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(RECIPES)}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"available: {', '.join(RECIPES)}"
     raise UsageError(f"unknown recipe {name!r}: {hint}")
 
 
 def recipe_from_dict(values: dict[str, Any], source: str) -> Recipe:
-    """Rebuild a recipe from a saved one; UsageError naming `source` if the fields are not ours."""
+    """Return the recipe with the given field values, as saved in a run's `config.json`.
+
+    source: name of the file, for error messages.
+
+    Raises:
+        UsageError: If a field is unknown, or a value is invalid.
+    """
     known = {field.name for field in fields(Recipe)}
     if unknown := sorted(set(values) - known):
         raise UsageError(
-            f"{source}: unknown settings {', '.join(unknown)}; made by a newer fastgpt?"
+            f"{source}: unknown settings {', '.join(unknown)}; created by a newer fastgpt?"
         )
     try:
-        return Recipe(**{**values, "log": tuple(values.get("log", ()))})  # JSON has lists only
+        return Recipe(**{**values, "log": tuple(values.get("log", ()))})  # JSON has no tuples
     except TypeError as error:
-        raise UsageError(f"{source}: a setting has a value of the wrong kind: {error}") from None
+        raise UsageError(f"{source}: a setting has a value of the wrong type: {error}") from None

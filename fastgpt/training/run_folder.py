@@ -1,4 +1,4 @@
-"""A run's folder: made, found again, and what it says of the run."""
+"""Create run folders, read them back for a resume, and check what a resume may change."""
 
 import itertools
 import shutil
@@ -17,7 +17,7 @@ from fastgpt.training.environment import command_line, describe_environment
 from fastgpt.training.recipes import Recipe, recipe_from_dict
 from fastgpt.utils.errors import UsageError
 
-# What a run is: changed at a resume, it would be another run.
+# Settings that identify a run: a resume must not change them.
 FIXED_SETTINGS = (
     *("n_layer", "n_head", "n_embd", "block_size", "bias", "tokenizer", "val_fraction"),
     *("vocab_size", "init", "lora_rank", "lora_alpha", "lora_targets", "seed", "out", "ema"),
@@ -25,7 +25,7 @@ FIXED_SETTINGS = (
 
 
 def refuse_occupied(recipe: Recipe) -> None:
-    """Raise UsageError if there is something in the folder that a new run is to have."""
+    """Raise UsageError if the folder of a new run (`recipe.out`) exists and is not empty."""
     run = Path(recipe.out or "")
     if not recipe.out or not run.exists():
         return
@@ -36,7 +36,11 @@ def refuse_occupied(recipe: Recipe) -> None:
 
 
 def new_run_folder(recipe: Recipe, name: str) -> Path:
-    """Make the folder of a new run; UsageError if there is something in it, or it cannot be."""
+    """Create the folder of a new run and return its path.
+
+    Raises:
+        UsageError: If the folder is not empty or cannot be created.
+    """
     refuse_occupied(recipe)
     run = Path(recipe.out) if recipe.out else _unused(f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
@@ -48,18 +52,18 @@ def new_run_folder(recipe: Recipe, name: str) -> Path:
 
 @contextmanager
 def writing(run: Path) -> Iterator[None]:
-    """Within the block, tell an error of the disk as a UsageError that says what to do."""
+    """Turn an OSError within the block into a UsageError that says what to do."""
     try:
         yield
     except OSError as error:
         raise UsageError(
-            f"run folder {run} cannot be written: {error.strerror or error}; mend that, then "
-            f"continue with --resume or, if nothing was saved yet, delete it and start anew"
+            f"run folder {run} cannot be written: {error.strerror or error}; fix this, then "
+            f"continue with --resume or, if nothing was saved yet, delete the folder and restart"
         ) from None
 
 
 def describe_run(run: Path, name: str, recipe: Recipe, config: GPTConfig) -> None:
-    """Write `config.json`: the settings, the command, and what it ran with."""
+    """Write `config.json` with the recipe, model configuration, command line and environment."""
     write_json(
         run / "config.json",
         {
@@ -74,18 +78,23 @@ def describe_run(run: Path, name: str, recipe: Recipe, config: GPTConfig) -> Non
 
 
 def read_run(run: Path) -> tuple[str, Recipe]:
-    """Return the name and the recipe that a run folder was made with."""
+    """Return the name and the recipe of the run in a folder.
+
+    Raises:
+        CheckpointError: If the folder's `config.json` is missing or has no recipe.
+    """
     path = run / "config.json"
     config = read_json(path)
     if not isinstance(config.get("recipe"), dict):
-        raise CheckpointError(f"{path} holds no recipe")
+        raise CheckpointError(f"{path} contains no recipe")
     return str(config.get("name", "run")), recipe_from_dict(config["recipe"], str(path))
 
 
 def find_data(run: Path, recipe: Recipe) -> dict[str, str | None]:
-    """Return a run's `data` and `val_data`.
+    """Return the settings `data` and `val_data` of a run, to be used from the current directory.
 
-    A relative path begins where the run was started, if it still does.
+    A relative path is resolved against the directory in which the run was started, if the file
+    still exists there, and is returned unchanged otherwise.
     """
     directory = read_json(run / "config.json").get("directory")
     found = {"data": recipe.data, "val_data": recipe.val_data}
@@ -98,10 +107,11 @@ def find_data(run: Path, recipe: Recipe) -> dict[str, str | None]:
 
 
 def refuse_changes(before: Recipe, after: Recipe) -> None:
-    """Refuse to continue a run as another run: another model, data split or order."""
+    """Raise CheckpointError if a resume would change the model, the data split or its order."""
     names = list(FIXED_SETTINGS)
     if before.batch_size * before.grad_accum != after.batch_size * after.grad_accum:
-        names += ["batch_size", "grad_accum"]  # other sequences a step: data would come twice
+        # Steps would cover other sequences, so that parts of the data would be repeated or skipped.
+        names += ["batch_size", "grad_accum"]
     changed = [
         f"{name} {getattr(before, name)} → {getattr(after, name)}"
         for name in names
@@ -112,15 +122,16 @@ def refuse_changes(before: Recipe, after: Recipe) -> None:
 
 
 def refuse_end_before(step: int, after: Recipe) -> None:
-    """Refuse to continue a run at a step behind its end."""
+    """Raise CheckpointError if the run is already past the last step, `max_steps`."""
     if after.max_steps < step:
-        raise CheckpointError(f"the run is at step {step:,} already: raise --max-steps above it")
+        raise CheckpointError(f"the run is already at step {step:,}: raise --max-steps above it")
 
 
 def interrupted_run(restarted_by: str, recipe: Recipe) -> Path | None:
-    """Return the folder of the run that a launcher's processes were at when one of them failed.
+    """Return the folder of the run that a launcher's processes were training when one failed.
 
-    None if they had not saved anything yet: what is there of it is then deleted.
+    restarted_by: name of the launcher, as returned by `restarted_by()` and stored in `config.json`.
+    If the run has no checkpoint yet, its folder is deleted and None is returned.
     """
     candidates = [Path(recipe.out)] if recipe.out else sorted(Path("runs").glob("*"))
     for run in reversed(candidates):
@@ -136,6 +147,6 @@ def interrupted_run(restarted_by: str, recipe: Recipe) -> Path | None:
 
 
 def _unused(name: str) -> Path:
-    """Return a folder in `runs` that is not there yet: runs may start within one second."""
+    """Return an unused path in `runs`, with a number if runs start within the same second."""
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(run for run in map(Path("runs").joinpath, names) if not run.exists())

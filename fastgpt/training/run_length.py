@@ -1,18 +1,24 @@
-"""How long a run is, and how often it is evaluated, where its recipe leaves that to the data."""
+"""Compute the number of steps and the evaluation interval from the size of the training data."""
 
 from dataclasses import replace
 
 from fastgpt.training.recipes import Recipe
 
-EVALUATIONS = 20  # in a run
-MOST_EVALUATIONS = 100  # where epochs are so short that one in each would be more
+EVALUATIONS = 20  # per run, by default
+MOST_EVALUATIONS = 100  # per run, where one evaluation per epoch would be more
 
 
 def settle_length(recipe: Recipe, n_windows: int) -> tuple[Recipe, str | None]:
-    """Return the recipe with its steps in numbers, and a line about them; None if all were given.
+    """Replace `epochs` and an `eval_interval` of 0 by numbers of steps.
 
-    n_windows: the sequences of an epoch. What was settled is not asked for any more, so that a
-    resume may change it.
+    Args:
+        recipe: The recipe. If it has `epochs`, the warm-up is limited to a tenth of the steps.
+        n_windows: The number of sequences per epoch.
+
+    Returns:
+        The recipe with `max_steps`, `warmup_steps` and `eval_interval` filled in and `epochs`
+        cleared (so that a resume may change `max_steps`), and a message with these values. If the
+        recipe already has all values, it is returned unchanged, with None.
     """
     if recipe.epochs is None and recipe.eval_interval:
         return recipe, None
@@ -31,6 +37,9 @@ def settle_length(recipe: Recipe, n_windows: int) -> tuple[Recipe, str | None]:
 
 
 def _interval(steps: int, steps_of_an_epoch: int) -> int:
-    """Return the steps between evaluations: a twentieth of the run, or an epoch if it is less."""
+    """Return the steps between evaluations: 1/20 of the run or one epoch, whichever is less.
+
+    At most `MOST_EVALUATIONS` evaluations result, also if epochs are shorter.
+    """
     shortest = -(-steps // MOST_EVALUATIONS)
     return min(-(-steps // EVALUATIONS), max(shortest, steps_of_an_epoch))

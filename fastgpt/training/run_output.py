@@ -1,7 +1,7 @@
-"""What a run leaves on the disk, from its first file to its last.
+"""Write the files of a run: configuration, checkpoints, metrics and logs.
 
-One process, the main one, writes. The others call the same methods, in which they wait for it and
-are told what went wrong.
+Only the main process writes. The other processes call the same methods, which synchronize with it
+and re-raise its errors.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,11 @@ from fastgpt.training.run_folder import (
 
 
 class RunWriter:
-    """Writes the run folder `path`, which is this process's alone from `begin` or `take` on."""
+    """Writes the run folder `path`; `begin` and `take` lock it for this process.
+
+    All processes must call each method, except `record`, `text` and `close`, which do not
+    communicate.
+    """
 
     def __init__(self, world: World) -> None:
         self.path = Path()
@@ -40,7 +44,10 @@ class RunWriter:
     # --- before training -----------------------------------------------------------------------
 
     def interrupted(self, recipe: Recipe) -> Path | None:
-        """Return the run that these processes were at before `torchrun` started them again."""
+        """Return the run that these processes were training before `torchrun` restarted them.
+
+        None if they were not restarted, or if the run has no checkpoint yet.
+        """
         before = restarted_by()
         if before is None:
             return None
@@ -50,13 +57,13 @@ class RunWriter:
         return told
 
     def refuse_occupied(self, recipe: Recipe) -> None:
-        """Raise UsageError if there is something in the folder that a new run is to have."""
+        """Raise UsageError if the folder of a new run (`recipe.out`) exists and is not empty."""
         with self._world.only_main() as main:
             if main:
                 refuse_occupied(recipe)
 
     def begin(self, name: str, recipe: Recipe, config: GPTConfig, tokenizer: BaseTokenizer) -> None:
-        """Make a new run's folder, and say in it what the run is."""
+        """Create and lock the folder of a new run, and write its tokenizer and `config.json`."""
         run = Path()
         with self._world.only_main() as main:
             if main:
@@ -68,9 +75,9 @@ class RunWriter:
         self.path = self._world.tell(run)
 
     def take(self, run: Path, keep: int, notes: list[str]) -> Checkpoint:
-        """Take an existing run; return its newest good checkpoint, as the main process found it.
+        """Lock an existing run, and return its newest valid checkpoint as found by rank 0.
 
-        Which are damaged is added to `notes`.
+        Reports about damaged checkpoints are appended to `notes`.
         """
         self.path, found = run, None
         with self._world.only_main() as main:
@@ -81,7 +88,7 @@ class RunWriter:
         return found or open_checkpoint(path)
 
     def go_on(self, name: str, recipe: Recipe, config: GPTConfig, step: int) -> None:
-        """Say what the run is from this step on, and drop what was logged behind it."""
+        """Rewrite `config.json` for the resumed run, and drop metrics logged after `step`."""
         with self._world.only_main() as main:
             if main:
                 with writing(self.path):
@@ -89,7 +96,7 @@ class RunWriter:
                     cut_metrics(self.path / "metrics.jsonl", step)
 
     def _own(self, run: Path, keep: int) -> None:
-        """Make the folder this process's alone, before anything in it is read or changed."""
+        """Lock the folder for this process, before anything in it is read or changed."""
         self._lock = RunLock(run)
         self._checkpointer = Checkpointer(run, keep)
 
@@ -97,9 +104,10 @@ class RunWriter:
 
     @contextmanager
     def opened(self, recipe: Recipe, step: int) -> Iterator[None]:
-        """Within the block, take records and checkpoints; the last one is on the disk at its end.
+        """Accept records and checkpoints within the block.
 
-        If the block ends by Ctrl-C or SystemExit, a checkpoint in flight is given up.
+        At the end of the block, the last checkpoint has been written to disk. If the block ends
+        with KeyboardInterrupt or SystemExit, a checkpoint that is still being written is abandoned.
         """
         with self._world.only_main() as main:
             if main:
@@ -112,7 +120,7 @@ class RunWriter:
                 yield
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        """Log named figures of a step."""
+        """Log named values of a step."""
         if self._loggers is not None:
             self._loggers.log(step, values)
 
@@ -128,7 +136,7 @@ class RunWriter:
                 self._checkpointer.save(state)
 
     def close(self) -> None:
-        """Let others write the folder; nothing happens the second time."""
+        """Close the loggers and release the lock of the folder. May be called repeatedly."""
         if self._loggers is not None:
             self._loggers.close()
             self._loggers = None
@@ -136,6 +144,6 @@ class RunWriter:
             self._lock.release()
 
     def _lock_again(self) -> None:
-        """Take the folder's lock, if a training before this one has let go of it."""
+        """Lock the folder again, if an earlier call of `fit` has released the lock."""
         if self._lock is not None and not self._lock.held:
             self._lock = RunLock(self.path)

@@ -1,7 +1,7 @@
-"""What learns: a model with its data and its optimizer, over however many processes there are.
+"""A single training step: the model, its data and its optimizer, on one or several processes.
 
-A `Learner` does single steps. Evaluations, files and stopping belong to `fastgpt.training.trainer`.
-The result of a step is a function of the recipe and of the step's number alone.
+`Learner` runs individual steps. Evaluation, files and stopping are handled by
+`fastgpt.training.trainer`. The result of a step depends only on the recipe and the step number.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -39,24 +39,34 @@ from fastgpt.utils.errors import UsageError
 from fastgpt.utils.host_memory import give_back, keep_freed_memory
 from fastgpt.utils.precision import Precision, choose_precision, fastest
 
-TRIAL_TOKENS = 1024  # to see which precision is the fastest
+TRIAL_TOKENS = 1024  # per trial step, when the precisions are timed
 
 
 class Learner:
-    """A model, and all that trains it on this device.
+    """A model with its data, optimizer and precision, trained on one device.
+
+    On a CPU, the allocator is configured to keep freed memory for the rest of the process.
 
     Args:
-        recipe: see `fastgpt.training.recipes`. Values that it leaves open (precision, batch size,
-            steps, the shape of a pretrained model) are filled in in `self.recipe`.
-        device: where to train.
-        world: the processes that share each step.
-        origin: what a run that goes on takes over from itself.
-        given: names of settings that what the recipe begins with (`init`) must not change.
+        recipe: The settings, see `fastgpt.training.recipes`. Values that it leaves open (precision,
+            batch size, number of steps, shape of a pretrained model) are filled in in
+            `self.recipe`.
+        device: The device to train on.
+        world: The processes that share each step.
+        origin: For a resumed run, its tokenizer, model configuration and data hash.
+        given: Names of settings that a pretrained model (`init`) must not override.
 
-    Attributes: `model`; `module`, which is the model as training calls it (spread, compiled);
-    `updater`, with the optimizer; `corpus`; `val_starts`, the windows to validate on;
-    `precision`; `notes`, lines about what was settled.
-    Wrong settings or data raise UsageError. On a CPU the process keeps freed memory from then on.
+    Attributes:
+        model: The model; with FSDP, the shard of this process.
+        module: The module that training calls: the model wrapped for DDP or FSDP, and compiled.
+        updater: The `Updater` with the optimizer.
+        corpus: The training and validation data and the tokenizer.
+        val_starts: The start positions of the validation windows.
+        precision: The precision of the matrix products.
+        notes: Messages about values that were chosen automatically.
+
+    Raises:
+        UsageError: If settings or data are invalid.
     """
 
     def __init__(
@@ -90,7 +100,7 @@ class Learner:
 
     @property
     def sequences(self) -> int:
-        """How many sequences a step is, over all processes."""
+        """The number of sequences per step, over all processes."""
         return self.recipe.batch_size * self.recipe.grad_accum
 
     @property
@@ -101,7 +111,7 @@ class Learner:
     # --- a step --------------------------------------------------------------------------------
 
     def feeder(self, first: int) -> Feeder:
-        """Return this process's micro-batches from step number `first` on."""
+        """Return an iterator over this process's micro-batches, starting at step `first`."""
         plan = (
             (step * self.sequences + at, count)
             for step in range(first, self.recipe.max_steps)
@@ -110,16 +120,19 @@ class Learner:
         return Feeder(self.batches, plan, self.device)
 
     def step(self, number: int, feed: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Do the optimizer step of a number (from 0), with the next micro-batches of `feed`.
+        """Run optimizer step `number` (from 0) with the next micro-batches of `feed`.
 
-        Returns this process's share of the loss, the mean over all tokens of all processes being
-        the shares' mean, and the gradient's norm: both on the device, not waited for.
+        Returns:
+            This process's loss and the gradient norm, as tensors on the device, without
+            synchronization. The mean of this loss over the processes is the mean loss over all
+            tokens of the step.
         """
         recipe, world = self.recipe, self.world
         self._seed(int(mix(mix(recipe.seed, number), world.rank)) >> 1)
         losses = []
         for position, (_, count) in enumerate(self.share, start=1):
-            # Gradients are averaged over the processes: so each counts for that much more.
+            # A micro-batch contributes count / sequences to the mean over the step. DDP and FSDP
+            # divide the summed gradients by the world size, which this factor compensates.
             weight = count * world.size / self.sequences
             with accumulating(self.module, last=position == len(self.share)):
                 losses.append(self.backward(*next(feed), weight))
@@ -127,17 +140,20 @@ class Learner:
         return loss, self.updater.step(learning_rate(number, recipe))
 
     def backward(self, inputs: Tensor, targets: Tensor, weight: float) -> Tensor:
-        """Add one micro-batch's gradients; return its share of the loss, still on the device."""
+        """Accumulate the gradients of one micro-batch and return its weighted loss (a scalar).
+
+        The loss stays on the device and is detached.
+        """
         with self.precision.autocast():
             loss: Tensor = self.module(inputs, targets) * weight
         self.updater.scaled(loss).backward()
         return loss.detach()
 
     def _seed(self, seed: int) -> None:
-        """Set where dropout's randomness begins.
+        """Seed the random number generator used by dropout.
 
-        On a CPU its generator alone: to `torch.manual_seed` every kind of device that is not in use
-        is a stack trace to keep, a hundredth of a small model's step.
+        On a CPU, seed only the CPU generator: `torch.manual_seed` also records a stack trace for
+        each device type that is not in use, which costs 1% of a small model's step.
         """
         if self.device.type == "cpu":
             torch.default_generator.manual_seed(seed)
@@ -147,11 +163,14 @@ class Learner:
     # --- to and from a checkpoint --------------------------------------------------------------
 
     def model_tensors(self) -> dict[str, Tensor]:
-        """Return the weights by name, whole ones; all processes must call."""
+        """Return the full (unsharded) weights by name. All processes must call it."""
         return {name: whole(p.detach()) for name, p in self.model.named_parameters()}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """Return the optimizer's state, `wte.weight.exp_avg` and so on; all must call."""
+        """Return the full optimizer state by name, such as `wte.weight.exp_avg`.
+
+        All processes must call it.
+        """
         moments = self.updater.optimizer.state
         return {
             f"{name}.{key}": whole(value)
@@ -160,11 +179,11 @@ class Learner:
         }
 
     def average_tensors(self) -> dict[str, Tensor] | None:
-        """Return the averaged weights, None if the recipe asks for none; all must call."""
+        """Return the full averaged weights, or None without averaging. All processes must call."""
         return {n: whole(t) for n, t in self.updater.average.items()} or None
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take weights, their average and the optimizer's state from a checkpoint."""
+        """Load the weights, their average and the optimizer state from a checkpoint."""
         with self.enough_memory():
             checkpoint.restore(self.model, self.updater.optimizer, part_like)
             if self.updater.average:
@@ -174,18 +193,18 @@ class Learner:
         self.updater.restore_extra(checkpoint.extra)
 
     def extra_state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold besides tensors."""
+        """Return the state, other than tensors, that must be saved in a checkpoint."""
         lora = {"lora": self.lora.as_dict()} if self.lora else {}
         return {**self.updater.extra_state(), **lora}
 
     # --- memory --------------------------------------------------------------------------------
 
     def enough_memory(self) -> AbstractContextManager[None]:
-        """Return the context in which a want of memory is told with what to change."""
+        """Return a context manager that turns out-of-memory errors into helpful UsageErrors."""
         return explain_out_of_memory(self.memory(), self.free)
 
     def memory(self) -> MemoryEstimate:
-        """Return what a step is expected to need on this device."""
+        """Return the estimated memory of a training step on this device."""
         recipe = self.recipe
         return estimate(
             self.config,
@@ -200,10 +219,14 @@ class Learner:
             lora=self.lora,
         )
 
-    # --- making it -----------------------------------------------------------------------------
+    # --- construction --------------------------------------------------------------------------
 
     def _make_model(self, weights: Mapping[str, Tensor] | None) -> None:
-        """Make the model, new, or with weights that the main process has."""
+        """Create the model, newly initialized or with the pretrained weights of the main process.
+
+        weights: the pretrained weights in the main process, an empty mapping in the others, or None
+        for a new model.
+        """
         if weights is None:
             self.model = GPT(self.config, self.recipe.ops).to(self.device)
         else:
@@ -220,12 +243,16 @@ class Learner:
             keep_freed_memory()
 
     def _spread(self) -> None:
-        """Make what trains the model: spread over the processes, with an optimizer, compiled."""
+        """Wrap the model for the processes, create the optimizer, and compile.
+
+        Also chooses the precision and the batch size if the recipe leaves them open, and adds a
+        warning to `notes` if a step may not fit into memory.
+        """
         with self.enough_memory():
             self.module = wrap(self.model, self.world, self.recipe.parallel)
             self._choose_precision()
             self.updater = Updater(self.model, self.recipe, self.precision.dtype)
-            if self.recipe.find_batch:  # before a batch that may not fit is tried in compiling
+            if self.recipe.find_batch:  # before compiling, which runs a step with the batch size
                 self._find_batch()
             if _wants_compile(self.recipe.compile, self.device):
                 self.module, note = compiled_or_not(self.module, self._trial, self.world)
@@ -235,40 +262,46 @@ class Learner:
             self.notes.append(f"warning: {warning}")
 
     def _choose_precision(self) -> None:
-        """Take the fastest precision, and stay with it: a resume must not find another."""
+        """Choose the fastest precision, and store it in the recipe so that a resume keeps it."""
         if len(self._precisions) == 1:
             return
         batch = min(self.recipe.batch_size, max(1, TRIAL_TOKENS // self.recipe.block_size))
         found = fastest(self._precisions, lambda tried: self._trial(self.module, batch, tried))
-        give_back()  # what the other precision needed
+        give_back()  # release the memory that the other precision needed
         self.precision = self.world.tell(found)
         changes: dict[str, Any] = {"dtype": self.precision.name}
         self.recipe = replace(self.recipe, **changes)
 
     def _find_batch(self) -> None:
-        """Take the largest micro-batch that fits by the estimate, and on CUDA when it is tried."""
+        """Choose the largest micro-batch that fits.
+
+        The memory estimate decides; on CUDA with DDP, candidates are also tried with a real step.
+        """
         most = 1 if self.free is None else largest_batch(self.memory(), self.free) or 1
         found = batches(self.sequences, most)
         if self.device.type == "cuda" and self.recipe.parallel == "ddp":
             found = [find_batch(lambda size: self._trial(self.model, size), found)]
-        batch = -self.world.agree(-found[0])[0]  # the smallest that any process found
+        batch = -self.world.agree(-found[0])[0]  # the minimum over the processes (agree: maximum)
         accum = self.sequences // batch
         self.recipe = replace(self.recipe, batch_size=batch, grad_accum=accum, find_batch=False)
-        self.notes.append(f"the largest micro-batch: --batch-size {batch} --grad-accum {accum}")
+        self.notes.append(f"largest micro-batch: --batch-size {batch} --grad-accum {accum}")
 
     def _trial(self, module: nn.Module, batch: int = 0, precision: Precision | None = None) -> None:
-        """Do a micro-batch without consequences, to see whether it works."""
+        """Run forward and backward of one micro-batch, and discard the gradients.
+
+        batch: number of sequences; 0 for the recipe's `batch_size`.
+        """
         inputs, targets = self.batches.samples(0, batch or self.recipe.batch_size)
         try:
             with (precision or self.precision).autocast():
                 loss = module(inputs.to(self.device), targets.to(self.device))
             loss.backward()
-        finally:  # a backward that fails half-way leaves gradients too
+        finally:  # a backward that fails midway also leaves gradients
             self.model.zero_grad()
 
 
 def _load(recipe: Recipe, world: World, origin: Origin | None) -> Corpus:
-    """Load the data; the main process checks it, for all, and makes the tokenizer."""
+    """Load the data. Only the main process validates it and trains or loads the tokenizer."""
     if not recipe.data:
         raise UsageError("this recipe needs a text to train on: add --data my.txt")
     load = partial(
@@ -302,7 +335,7 @@ def _model_config(recipe: Recipe, corpus: Corpus) -> GPTConfig:
 
 
 def _backend_name(name: str, device: torch.device, config: GPTConfig) -> str:
-    """Return which backend will compute; UsageError if it cannot."""
+    """Return the name of the backend to use; raise UsageError if it is not available."""
     try:
         fit = ops.kernels_fit(config.n_embd, config.n_head, torch.float32)
         return ops.check_device(name, device, fit)
@@ -315,7 +348,7 @@ def _wants_compile(wish: str, device: torch.device) -> bool:
 
 
 def _lora_of(recipe: Recipe) -> Lora | None:
-    """Return the adapters that a recipe asks for."""
+    """Return the LoRA configuration of a recipe, None without LoRA."""
     if not recipe.lora_rank:
         return None
     return Lora(recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout, recipe.lora_targets)

@@ -1,8 +1,8 @@
-"""How fast a device could be, and how much a token costs: together, the MFU.
+"""FLOPs per token and peak FLOP/s of devices, from which the MFU is computed.
 
-The model FLOPs utilisation (Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, appendix B) is the
-arithmetic that the model needs per second, whatever a program does on top, over what the device's
-matrix units could do.
+The model FLOPs utilisation, MFU (Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, appendix B), is
+the rate of operations that the model requires, without any extra work of the implementation,
+divided by the peak rate of the device's matrix units.
 """
 
 import time
@@ -12,12 +12,12 @@ import torch
 
 from fastgpt.model import GPTConfig
 
-TRIAL_SECONDS = 0.25  # of matrix products, where no data sheet says
+TRIAL_SECONDS = 0.25  # duration of the measurement for devices without a data sheet entry
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most floating-point operations per second of one device, and who says so."""
+    """The peak floating-point operations per second of one device, from data sheet or measured."""
 
     flops: float
     measured: bool
@@ -28,16 +28,22 @@ class Peak:
 
 
 def flops_per_token(config: GPTConfig, n_params: int, frozen: bool = False) -> int:
-    """Return the operations that training on one token needs: 6·N + 12·L·C·T.
+    """Return the floating-point operations for training on one token: 6·N + 12·L·C·T.
 
-    n_params: all parameters but the position table, as `GPT.num_params(embeddings=False)` counts.
-    frozen: next to all of them are, and need no gradients of their own: 4·N.
-    The forward multiplies and adds once with each weight of a matrix, the backward twice that: 6·N.
-    Attention's two products of C numbers by T positions a layer are 4·C·T, three times with the
-    backward: 12·L·C·T; that half of the scores are masked is not counted off, as in PaLM and
-    nanoGPT, so that figures can be compared. The token table counts as the head, which multiplies
-    with it; a head of its own (`tie_weights=False`) counts instead, for a lookup costs nothing.
+    The forward pass has one multiplication and one addition per weight (2·N), the backward twice
+    that, in total 6·N. Attention's two matrix products have 4·C·T operations per layer (C: width,
+    T: context), and three times that with the backward, in total 12·L·C·T. Masked scores are
+    counted too, as in PaLM and nanoGPT, so that results are comparable.
+
+    Args:
+        config: The model configuration.
+        n_params: The number of parameters without the position embedding, as returned by
+            `GPT.num_params(embeddings=False)`.
+        frozen: Whether almost all weights are frozen (LoRA) and need no gradients: 4·N instead of
+            6·N.
     """
+    # The token embedding is a lookup, which costs nothing. With tied weights its parameters count
+    # once, for the product in the head. An untied head has its own, so one table is subtracted.
     if not config.tie_weights:
         n_params -= config.vocab_size * config.n_embd
     return (4 if frozen else 6) * n_params + 12 * config.n_layer * config.n_embd * config.block_size
@@ -46,9 +52,10 @@ def flops_per_token(config: GPTConfig, n_params: int, frozen: bool = False) -> i
 def device_peak(device: torch.device, dtype: torch.dtype) -> Peak | None:
     """Return the peak of a device for matrix products in a dtype.
 
-    From its data sheet where it is listed here, else measured on the spot in under half a second.
-    fp32 on a GPU that is allowed TF32 (`torch.set_float32_matmul_precision`) has TF32's peak. None
-    where the dtype cannot be multiplied at all.
+    GPUs listed in this module have the peak of their data sheet; other devices are measured, in
+    less than half a second. For fp32 on a GPU with TF32 enabled
+    (`torch.set_float32_matmul_precision`), this is the peak of TF32. Returns None if the device
+    does not support matrix products in the dtype.
     """
     if device.type == "cuda":
         column = _column(dtype)
@@ -68,7 +75,10 @@ def _column(dtype: torch.dtype) -> str | None:
 
 
 def _data_sheet(name: str) -> dict[str, float] | None:
-    """Return the row of a GPU; `name` as CUDA has it, say "NVIDIA A100-SXM4-80GB"."""
+    """Return the TFLOP/s of a listed GPU by dtype, None if it is not listed.
+
+    name: as reported by CUDA, for example "NVIDIA A100-SXM4-80GB".
+    """
     words = name.replace("-", " ").upper().split()
     for key, row in _TFLOPS.items():
         if set(key.split()) <= set(words) and not set(words) & _OTHER_MODELS - set(key.split()):
@@ -76,10 +86,10 @@ def _data_sheet(name: str) -> dict[str, float] | None:
     return None
 
 
-# Dense TFLOP/s (half of what is printed "with sparsity") as (fp32, TF32, bf16, fp16), products of
-# 16 bits summed in fp32; 0 where there is none. From NVIDIA's data sheets of each product; for
-# GeForce and RTX from appendix A of the architectures' whitepapers (GA102, Ada, Blackwell). A row
-# stands for a name with all of its words, the first that fits; so those of more words come first.
+# Dense TFLOP/s (half of the values "with sparsity") as (fp32, TF32, bf16, fp16), the 16-bit types
+# with fp32 accumulation; 0 if unsupported. Sources: NVIDIA's data sheets of each product; for
+# GeForce and RTX appendix A of the architecture whitepapers (GA102, Ada, Blackwell). A GPU matches
+# the first row all of whose words are in its name, so more specific rows come first.
 _TFLOPS: dict[str, tuple[float, float, float, float]] = {
     "GB200": (80, 1250, 2500, 2500),
     "B200": (75, 1125, 2250, 2250),
@@ -110,25 +120,26 @@ _TFLOPS: dict[str, tuple[float, float, float, float]] = {
     "RTX 4080": (48.7, 48.7, 97.5, 97.5),
     "RTX 3090": (35.6, 35.6, 71, 71),
 }
-# Words that make of a listed name another product, which is measured instead.
+# Words that denote a different product than the listed one. Such GPUs are measured instead.
 _OTHER_MODELS = {"TI", "SUPER", "LAPTOP", "MAX", "Q", "D", "MOBILE", "NVL", "MIG"}
 
 
 @torch.no_grad()
 def _measure(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the best rate of square matrix products of growing size within `TRIAL_SECONDS`."""
+    """Return the highest FLOP/s of square matrix products of growing size in `TRIAL_SECONDS`."""
     size, best = 256, 0.0
-    _product_seconds(size, device, dtype)  # libraries are loaded, threads are started
+    _product_seconds(size, device, dtype)  # warm-up: load libraries, start threads
     began = time.perf_counter()
     while not best or time.perf_counter() - began < TRIAL_SECONDS:
         seconds = _product_seconds(size, device, dtype)
         best = max(best, 2.0 * size**3 / seconds)
-        if seconds < TRIAL_SECONDS / 10:  # the next, of eight times the work, is still quick
+        if seconds < TRIAL_SECONDS / 10:  # twice the size takes 8 times as long, still < 1 trial
             size = min(2 * size, 8192)
     return best
 
 
 def _product_seconds(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Return the time of one `[size, size]` matrix product, synchronizing before and after."""
     a = torch.ones(size, size, device=device, dtype=dtype)
     _wait(device)
     began = time.perf_counter()
@@ -138,6 +149,7 @@ def _product_seconds(size: int, device: torch.device, dtype: torch.dtype) -> flo
 
 
 def _wait(device: torch.device) -> None:
+    """Synchronize with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

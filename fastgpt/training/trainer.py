@@ -1,11 +1,12 @@
 """The training loop.
 
-`Trainer(recipe).fit()` trains, evaluates, keeps the best checkpoint, draws the loss curve and ends
-with a sample. What happens at a step is a function of the recipe and the step alone, so a run that
-was stopped and resumed computes the same as one that was not, on any number of processes.
+`Trainer(recipe).fit()` trains and evaluates the model, keeps the best checkpoint, plots the loss
+curve and generates a sample at the end. What a step computes depends only on the recipe and the
+step number, so a resumed run gives the same results as an uninterrupted one. This holds for any
+number of processes.
 
-The step itself is in `fastgpt.training.step`, measurements between steps in
-`fastgpt.training.validation`, and the files of a run in `fastgpt.training.run_output`.
+The training step is implemented in `fastgpt.training.step`, evaluation in
+`fastgpt.training.validation`, and the run folder's files in `fastgpt.training.run_output`.
 """
 
 import contextlib
@@ -55,7 +56,7 @@ from fastgpt.utils.signals import Stopped, StopSignal
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run came to."""
+    """The outcome of a finished run."""
 
     run: Path
     step: int
@@ -64,19 +65,19 @@ class Result:
     sample: str
     seconds: float
     val_loss_before: float | None = None
-    """Of the model that the run began with, if it began with one."""
+    """Validation loss of the pretrained model (`init`) before training; None without one."""
     shows_perplexity: bool = True
-    """Whether a token is more than a character, so that the perplexity says something."""
+    """Whether to report perplexity. False for character-level tokenizers."""
 
     @property
     def losses(self) -> str:
-        """What it came to, in words."""
+        """A one-line summary of the validation losses."""
         best = self._told(self.best_val_loss)
         if self.val_loss_before is None:
             return f"best validation loss {best} at step {self.best_step:,}"
         before = self._told(self.val_loss_before)
         if not self.best_step:
-            return f"validation loss before: {before}; nothing was better, so that is the best"
+            return f"validation loss before: {before}; no evaluation improved on it"
         return f"validation loss before: {before}; after: {best} at step {self.best_step:,}"
 
     def _told(self, loss: float) -> str:
@@ -85,31 +86,38 @@ class Result:
 
 @dataclass
 class Standing:
-    """How far a run has come: what a checkpoint holds besides tensors."""
+    """The progress of a run, saved in each checkpoint next to the tensors."""
 
     step: int = 0
     best_step: int = 0
     best_val_loss: float = math.inf
-    evaluations_since: int = 0  # the best one
-    val_loss_before: float | None = None  # of the model that the run began with
-    seconds: float = 0.0  # of training, in all the sessions that the run took
+    evaluations_since: int = 0  # number of evaluations since the best one
+    val_loss_before: float | None = None  # of the pretrained model (`init`), before training
+    seconds: float = 0.0  # training time, summed over all resumes of the run
 
     def evaluated(self, val_loss: float) -> None:
-        """Note the validation loss of this step."""
+        """Record the validation loss of the current step and update the best one."""
         self.evaluations_since += 1
         if val_loss < self.best_val_loss:
             self.best_val_loss, self.best_step, self.evaluations_since = val_loss, self.step, 0
 
 
 class Trainer:
-    """Trains one recipe into one run folder.
+    """Train a model from a recipe and save the results in a run folder.
 
-    recipe: see `fastgpt.training.recipes`. name: part of the run folder's name. given: names of
-    settings that a pretrained model (`init`) must not change. `Trainer.resume(run)` continues a run
-    from its newest good checkpoint. Started by `torchrun`, the processes share the work of each
-    step; started again by it after a failure, they continue the run they were at. Wrong settings,
-    data or folders raise UsageError before the first step. On a CPU the process keeps freed memory
-    from then on.
+    Use `Trainer.resume(run)` to continue a run from its newest valid checkpoint. Under `torchrun`,
+    the processes split the work of each step. After a failure, processes restarted by `torchrun`
+    continue the interrupted run.
+
+    On a CPU, the allocator is configured to keep freed memory for the rest of the process.
+
+    Args:
+        recipe: The settings, see `fastgpt.training.recipes`.
+        name: Prefix of the run folder's name, used if the recipe does not set `out`.
+        given: Names of settings that a pretrained model (`init`) must not override.
+
+    Raises:
+        UsageError: Before the first step, if settings, data or folders are invalid.
     """
 
     def __init__(self, recipe: Recipe, name: str = "run", given: Collection[str] = ()) -> None:
@@ -121,7 +129,10 @@ class Trainer:
 
     @classmethod
     def resume(cls, run: str | Path, **changes: Any) -> "Trainer":
-        """Continue the run in folder `run`, with settings changed as given (say, `max_steps`)."""
+        """Return a trainer that continues the run in folder `run`.
+
+        `changes` override settings of the saved recipe, for example `max_steps`.
+        """
         run = resolve_run(Path(run))
         trainer = cls.__new__(cls)
         with trainer._joined(replace(read_run(run)[1], **changes)):
@@ -129,9 +140,9 @@ class Trainer:
         return trainer
 
     def fit(self) -> Result:
-        """Train to `max_steps`, or until `patience` evaluations in a row brought no better loss.
+        """Train up to step `max_steps`, or until `patience` evaluations in a row do not improve.
 
-        Ctrl-C or SIGTERM finishes the step, saves, and raises `Stopped`.
+        On Ctrl-C or SIGTERM, finish the current step, save a checkpoint, and raise `Stopped`.
         """
         try:
             with contextlib.ExitStack() as stack:
@@ -149,13 +160,13 @@ class Trainer:
     def validation_loss(self) -> float:
         """Return the mean loss, in nats per token, over the fixed validation windows.
 
-        Of the averaged weights, if the run keeps them. All processes must call.
+        Uses the averaged weights if the run keeps them. Collective: all processes must call it.
         """
         with averaged(self.learner):
             return mean_loss(self.learner)
 
     def close(self) -> None:
-        """Let others write the run folder, and part from the other processes; `fit` does it."""
+        """Release the lock of the run folder and leave the process group. Called by `fit`."""
         self.writer.close()
         self.world.close()
 
@@ -166,29 +177,29 @@ class Trainer:
 
     @property
     def recipe(self) -> Recipe:
-        """The settings, with all that was left open settled."""
+        """The settings, with all open values resolved."""
         return self.learner.recipe
 
     @property
     def model(self) -> GPT:
-        """The model; with fsdp, this process's part of it."""
+        """The model; with FSDP, the shard of this process."""
         return self.learner.model
 
     @property
     def step(self) -> int:
-        """How many steps the run has done."""
+        """The number of completed steps."""
         return self.standing.step
 
     @property
     def step_tokens(self) -> int:
-        """How many tokens a step is, over all processes."""
+        """The number of tokens per step, over all processes."""
         return self.learner.sequences * self.recipe.block_size
 
     # --- before the first step -----------------------------------------------------------------
 
     @contextlib.contextmanager
     def _joined(self, recipe: Recipe) -> Iterator[None]:
-        """Find the device and the other processes; part from them if the block fails."""
+        """Select the device and join the process group; close everything if the block raises."""
         self.standing, self._evaluated = Standing(), False
         self._skipped = SkippedUpdates()
         self._notes: list[str] = []
@@ -205,14 +216,14 @@ class Trainer:
 
     def _begin(self, recipe: Recipe, name: str, given: Collection[str]) -> None:
         """Start a new run."""
-        self.writer.refuse_occupied(recipe)  # before the data are read
+        self.writer.refuse_occupied(recipe)  # fail before reading the data
         self.learner = Learner(recipe, self.device, self.world, given=given)
         self._notes += self.learner.notes
         tokenizer = self.learner.corpus.tokenizer
         self.writer.begin(name, self.recipe, self.learner.config, tokenizer)
 
     def _continue(self, run: Path, changes: dict[str, Any]) -> None:
-        """Go on with the run in a folder, from its newest good checkpoint."""
+        """Continue the run in a folder from its newest valid checkpoint."""
         name, before = read_run(run)
         recipe = replace(before, **{**find_data(run, before), **changes})
         checkpoint = self.writer.take(run, recipe.keep, self._notes)
@@ -228,24 +239,26 @@ class Trainer:
         self.writer.go_on(name, self.recipe, self.learner.config, self.step)
 
     def _stand_at(self, checkpoint: Checkpoint) -> None:
+        """Restore the progress from a checkpoint; fields that it does not have stay as they are."""
         standing = {key: checkpoint.extra.get(key, v) for key, v in asdict(self.standing).items()}
         self.standing = Standing(**{**standing, "step": checkpoint.step})
-        self._notes.append(f"continued at step {self.step:,}")
+        self._notes.append(f"resumed at step {self.step:,}")
         self._evaluated = checkpoint.val_loss is not None
 
     # --- training ------------------------------------------------------------------------------
 
     def _train(self, progress: Progress, stop: StopSignal) -> None:
-        """Do the steps, and what is due between them."""
+        """Run the steps, with logging, evaluations, checkpoints and samples between them."""
         progress.say(self._summary())
         if self.recipe.init is not None and self.step == 0 and not self._evaluated:
-            self._evaluate(progress)  # what there is to lose
-        if self._evaluation_due() and not self._evaluated:  # stopped just before it
+            self._evaluate(progress)  # baseline: the loss of the pretrained model
+        if self._evaluation_due() and not self._evaluated:  # the run was stopped just before it
             self._evaluate(progress)
         while not self._finished():
             self._step()
             progress.stepped(self.step, self.step_tokens)
             self._tell_skipped(progress, self._skipped.known())
+            # All processes must take the same branches below, which contain collective calls.
             requested, due = self.world.agree(stop.requested, progress.due())
             if due:
                 self._log(progress)
@@ -259,32 +272,36 @@ class Trainer:
                 self._show_sample(progress)
 
     def _step(self) -> None:
-        """Do one step of the optimizer."""
+        """Run one optimizer step."""
         self.loss, self.norm = self.learner.step(self.step, self._feed)
         self.standing.step += 1
         self._evaluated = False
         self._skipped.add(self.step, self.learner.updater.skipped, self.norm)
-        if self.device.type == "cpu":  # where looking does not mean waiting
+        if self.device.type == "cpu":  # reading the counter does not synchronize with a device
             self._check_skipped()
 
     def _feeder(self) -> Feeder:
-        """Return this process's micro-batches from the present step on."""
+        """Return an iterator over this process's micro-batches, starting at the current step."""
         return self.learner.feeder(self.step)
 
     def _check_skipped(self) -> None:
-        """End the run after too many updates in a row that had to be left out."""
+        """Raise UsageError after too many consecutive skipped updates."""
         if (skipped := int(self.learner.updater.skipped)) >= self.learner.updater.patience:
             raise self._diverged(
-                f"{skipped} updates in a row left out, because their gradient is not finite"
+                f"{skipped} updates in a row skipped because of non-finite gradients"
             )
 
     def _tell_skipped(self, progress: Progress, begun: list[tuple[int, float]]) -> None:
-        """Tell of updates left out, once a streak; float16 has them whenever its scale is high."""
+        """Report skipped updates, once per streak.
+
+        Not with float16, where skipped updates are expected whenever the loss scale is too high.
+        """
         if self.learner.updater.scale is None:
             for step, norm in begun:
-                progress.say(f"step {step:,}: gradient norm {norm}; this update is left out")
+                progress.say(f"step {step:,}: gradient norm {norm}; update skipped")
 
     def _log(self, progress: Progress) -> None:
+        """Show and record the loss, learning rate and gradient norm of the last step."""
         loss = self.world.sums(self.loss.item())[0] / self.world.size
         lr, norm = self.learner.lr, self.norm.item()
         self._check_skipped()
@@ -305,7 +322,7 @@ class Trainer:
         return self.step > 0 and (self.step % self.recipe.eval_interval == 0 or self._last_step())
 
     def _evaluate(self, progress: Progress) -> None:
-        """Measure the validation loss, report it, and save."""
+        """Compute the validation loss, report it, and save a checkpoint."""
         self._evaluated = True
         with progress.paused():
             val_loss = self.validation_loss()
@@ -322,7 +339,7 @@ class Trainer:
             self._save(val_loss)
             if self._finished() and not self._last_step():
                 patience = self.recipe.patience
-                progress.say(f"no better loss for {patience} evaluations: stopped early")
+                progress.say(f"no lower loss for {patience} evaluations: stopped early")
 
     def _record_evaluation(self, val_loss: float, seconds: float) -> None:
         words = {"val_perplexity": perplexity(val_loss)} if self._shows_perplexity else {}
@@ -330,7 +347,7 @@ class Trainer:
 
     @property
     def _shows_perplexity(self) -> bool:
-        """Whether a token is more than a character."""
+        """Whether to report perplexity: not for character-level tokenizers."""
         return not isinstance(self.learner.corpus.tokenizer, CharTokenizer)
 
     def _diverged(self, what: str) -> UsageError:
@@ -340,7 +357,7 @@ class Trainer:
         )
 
     def _save(self, val_loss: float | None) -> None:
-        """Have the main process save a checkpoint; with fsdp all processes give their parts."""
+        """Save a checkpoint from the main process; all processes must call, to gather shards."""
         self.writer.save(self._state(val_loss))
 
     def _state(self, val_loss: float | None) -> TrainingState:
@@ -358,12 +375,12 @@ class Trainer:
         )
 
     def _show_sample(self, progress: Progress) -> None:
-        """Print a sample of the present model; nothing of the training is disturbed."""
+        """Print a sample of the current model without changing the state of the training."""
         with progress.paused(), averaged(self.learner), torch.random.fork_rng():
             model = whole_model(self.learner)
             if self.world.is_main:
                 text = self._sample(model)
-                progress.say(f"--- a sample at step {self.step:,}\n{text}\n---")
+                progress.say(f"--- sample at step {self.step:,}\n{text}\n---")
                 self.writer.text(self.step, text)
 
     def _sample(self, model: GPT) -> str:
@@ -371,7 +388,7 @@ class Trainer:
         return write_sample(model, self.learner.corpus.tokenizer, recipe.sample_tokens, recipe.seed)
 
     def _finish(self) -> Result:
-        """Draw the loss curve and write a sample with the best weights."""
+        """Plot the loss curve, generate a sample with the best weights, and return the result."""
         result = None
         with self.world.only_main() as main:
             if main:
@@ -380,9 +397,10 @@ class Trainer:
         return told
 
     def _finish_alone(self) -> Result:
+        """Do the work of `_finish`; for the main process only."""
         plot_losses(self.run)
         best = find_checkpoint(self.run, "best", weights_only=True)
-        assert best.val_loss is not None  # the last step was evaluated
+        assert best.val_loss is not None  # the last step is always evaluated
         model = best.load_model(self.device, self.recipe.ops, ema=best.has_ema)
         sample = self._sample(model)
         with writing(self.run):
@@ -394,7 +412,7 @@ class Trainer:
             self._shows_perplexity,
         )
 
-    # --- what a person sees --------------------------------------------------------------------
+    # --- reporting -----------------------------------------------------------------------------
 
     def _progress(self) -> Progress:
         dtype = self.learner.precision.dtype
@@ -417,12 +435,12 @@ class Trainer:
         self.writer.record(self.step, {**values, "tokens": self.step * self.step_tokens})
 
     def _summary(self) -> str:
-        """Say what is about to happen, and what was decided on the way."""
+        """Return the lines printed at the start: model, data, device, memory and notes."""
         corpus, parameters = self.learner.corpus, self.model.num_params() / 1e6
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         kernels = ", Triton kernels" if self.learner.backend == "triton" else ""
         several = f", {self.world.size} processes" if self.world.size > 1 else ""
-        mfu = f"; MFU is of the {self.peak}" if self.peak else ""
+        mfu = f"; MFU relative to the {self.peak}" if self.peak else ""
         lora = self.learner.lora
         trained = f" ({lora.n_params(self.model.config):,} trained)" if lora else ""
         vocab_size = corpus.tokenizer.vocab_size
@@ -430,7 +448,7 @@ class Trainer:
             f"{parameters:.2f}M parameters{trained}, vocabulary of {vocab_size:,}, "
             f"{len(corpus.train):,} training and {len(corpus.val):,} validation tokens",
             f"{self.device.type}{kernels}{threads}{several}; {self.learner.precision}; "
-            f"a step's tensors: about {gigabytes(self.learner.memory().total)}{mfu}",
+            f"memory per step: about {gigabytes(self.learner.memory().total)}{mfu}",
             *self._notes,
             f"run folder: {self.run}",
         ]

@@ -1,6 +1,6 @@
-"""How good a model is while it trains: its loss on the validation part, and a text by it.
+"""Evaluation during training: validation loss, perplexity and samples.
 
-Nothing here changes what training computes. All processes must call, unless it says otherwise.
+Nothing here affects the training. All processes must call these functions, unless stated otherwise.
 """
 
 import math
@@ -17,13 +17,13 @@ from fastgpt.tokenizer import BaseTokenizer
 from fastgpt.training.distributed import settle
 from fastgpt.training.step import Learner
 
-MOST_EXPONENT = 700.0  # e to more is beyond fp64
-VALIDATION_TOKENS = 8192  # evaluated at once, on each process
+MOST_EXPONENT = 700.0  # math.exp overflows fp64 slightly above
+VALIDATION_TOKENS = 8192  # per batch and process
 
 
 @contextmanager
 def averaged(learner: Learner) -> Iterator[None]:
-    """Have the averaged weights in the model, within the block; nothing without an average."""
+    """Load the averaged weights into the model within the block; do nothing without averaging."""
     learner.updater.swap_average()
     try:
         yield
@@ -41,8 +41,8 @@ def mean_loss(learner: Learner) -> float:
     learner.model.eval()
     total = 0.0
     for number in range(world.rank, rounds * world.size, world.size):
-        # One that has no batch left in the last round repeats the first, for nothing: with
-        # fsdp the others need it to take part.
+        # With FSDP, all processes must take part in each forward. A process without a batch in the
+        # last round repeats the first batch and ignores the result.
         first = number * per_batch if number < n_batches else 0
         here = starts[first : first + per_batch]
         inputs, targets = gather(learner.corpus.val, here, size)
@@ -56,17 +56,17 @@ def mean_loss(learner: Learner) -> float:
 
 
 def perplexity(loss: float) -> float:
-    """Return e to a loss in nats per token: among how many tokens the model is at a loss."""
+    """Return the perplexity, exp(loss), of a loss in nats per token; inf if it overflows."""
     return math.exp(loss) if loss < MOST_EXPONENT else math.inf
 
 
 def told(loss: float, with_perplexity: bool) -> str:
-    """Write a validation loss, with the perplexity where that says something."""
+    """Format a validation loss, optionally with its perplexity."""
     return f"{loss:.4f}" + (f", perplexity {perplexity(loss):,.1f}" if with_perplexity else "")
 
 
 def whole_model(learner: Learner) -> GPT:
-    """Return the model, or with fsdp a copy of it that is whole, LoRA's matrices added to it."""
+    """Return the model, or with FSDP an unsharded copy of it with the LoRA weights merged."""
     if learner.recipe.parallel != "fsdp" or learner.world.size == 1:
         return learner.model
     model = meta_model(learner.config, learner.recipe.ops)
@@ -78,7 +78,7 @@ def whole_model(learner: Learner) -> GPT:
 
 
 def write_sample(model: GPT, tokenizer: BaseTokenizer, n_tokens: int, seed: int) -> str:
-    """Return a text of so many tokens by a whole model; for one process to call."""
+    """Generate a text of `n_tokens` tokens with an unsharded model; for a single process."""
     start = torch.tensor([[tokenizer.start_token]], device=model.device)
     ids = generate(model, start, n_tokens, temperature=0.8, seed=seed)
     return tokenizer.decode(ids[0, 1:])

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of GPT: hardware, files, progress display, signals."""
+"""Utilities that are independent of the model: hardware, files, progress display, signals."""

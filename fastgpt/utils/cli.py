@@ -1,4 +1,4 @@
-"""What the commands share: how mistakes and interruptions end."""
+"""Run commands with common handling of errors, Ctrl-C and exit codes."""
 
 import io
 import os
@@ -15,9 +15,17 @@ from fastgpt.utils.processor import bfloat16_units
 
 
 def run(command: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and exit: 0 when done, 2 after one line on wrong use, 130 on Ctrl-C."""
+    """Run a command and exit.
+
+    The exit code is 0 on success, 2 after a UsageError, which is printed as one line, 130 on
+    Ctrl-C, and 141 if the reader of the output was closed.
+
+    Args:
+        command: called with the arguments.
+        args: command-line arguments; by default those of the process.
+    """
     os.environ.update(environment())
-    if isinstance(sys.stdout, io.TextIOWrapper):  # an ASCII pipe must not end a run
+    if isinstance(sys.stdout, io.TextIOWrapper):  # avoid encoding errors if output is ASCII
         sys.stdout.reconfigure(errors="replace")
     try:
         with _ctrl_c_ends_imports():
@@ -28,7 +36,7 @@ def run(command: Callable[[Sequence[str]], None], args: Sequence[str] | None = N
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader, say `head`, has gone
+    except BrokenPipeError:  # the reader, for example `head`, has exited
         sys.stderr.close()
         sys.exit(141)
     sys.exit(0)
@@ -38,9 +46,10 @@ def run(command: Callable[[Sequence[str]], None], args: Sequence[str] | None = N
 def _ctrl_c_ends_imports() -> Iterator[None]:
     """Within the block, Ctrl-C during an import ends the process at once.
 
-    A KeyboardInterrupt could be lost there, and the command go on: torch imports NumPy from C++ and
-    forgets what goes wrong in it, and the callback that clears a module's lock cannot raise.
-    Elsewhere it is raised as ever. Who ignores or handles Ctrl-C already goes on doing so.
+    A KeyboardInterrupt could be lost there, and the command would continue: torch imports NumPy
+    from C++ and ignores exceptions in it, and the callback that removes a module lock cannot raise.
+    Outside of imports, KeyboardInterrupt is raised as usual. Nothing is changed if Ctrl-C is
+    ignored or has another handler.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -65,18 +74,19 @@ def _interrupt(_number: int, frame: FrameType | None) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Return what the commands set for the libraries under them, before torch is imported.
+    """Return environment variables that the commands set before torch is imported.
 
-    GNU's OpenMP: threads that wait for each other sleep soon. By default they spin for
-    milliseconds. That is best on idle cores, but beside another busy program each wait then lasts
-    until the system takes the core away, and a step of a small model becomes ten times as slow.
-    10,000 turns are the compromise: up to a third slower than the default on idle cores at worst,
-    often equal, and two to four times a quiet step beside others.
+    `GOMP_SPINCOUNT` (GNU OpenMP) limits how long waiting threads spin before they sleep. The
+    default is milliseconds, which is best on idle cores. If another program uses the cores, each
+    wait then lasts until the scheduler preempts the thread, and a step of a small model becomes ten
+    times slower. 10,000 iterations are a compromise: often as fast as the default on idle cores and
+    at worst a third slower, and two to four times the idle step time on busy cores.
 
-    PyTorch: large tensors, the weights and the optimizer's, lie in huge pages, where training may
-    be in bfloat16 and so as fast as memory.
+    `THP_MEM_ALLOC_ENABLE` (PyTorch) allocates large tensors, such as weights and optimizer state,
+    in huge pages. It is set if the processor has bfloat16 instructions, since training in bfloat16
+    can be bound by memory bandwidth.
 
-    What the user has set already is left out.
+    Variables that the user has set are not included.
     """
     wanted = {}
     if "OMP_WAIT_POLICY" not in os.environ:

@@ -1,4 +1,4 @@
-"""Where to compute."""
+"""Select the device to compute on."""
 
 import torch
 
@@ -6,9 +6,15 @@ from fastgpt.utils.errors import UsageError
 
 
 def find_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the device called `name`; ``"auto"`` is a GPU if there is one. UsageError if none.
+    """Return the device with a name.
 
-    local_rank: which of a machine's processes asks; ``"auto"`` and ``"cuda"`` are a GPU for each.
+    Args:
+        name: a device name such as ``"cpu"`` or ``"cuda:1"``, or ``"auto"``: CUDA or MPS if
+            available, otherwise the CPU.
+        local_rank: index of this process on the machine. ``"auto"`` and ``"cuda"`` select the GPU
+            with this index, which becomes the current CUDA device.
+
+    Raises: UsageError if the device cannot be used.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
         n_gpus = torch.cuda.device_count()

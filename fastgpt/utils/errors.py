@@ -1,5 +1,5 @@
-"""What a person can mend: the command line prints it as one line and exits with 2."""
+"""Errors that users can fix; the command line prints them as one line and exits with code 2."""
 
 
 class UsageError(Exception):
-    """Wrong input: the message says what was wrong, where, and what to do about it."""
+    """Raised for invalid input; the message names the problem, where it is, and what to do."""

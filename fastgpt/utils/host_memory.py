@@ -1,8 +1,8 @@
-"""Memory for training on a CPU: as little as is in use, and none that the system must give twice.
+"""Allocate memory for training on a CPU from a pool.
 
-Each step allocates activations and gradients and frees them again. The system's allocator either
-hands them back, and the system then gives them again page by page, zeroed, or keeps them in pieces
-that no longer fit together. Large tensors therefore come from a pool (csrc/common/host_pool.hpp).
+Each step allocates and frees activations and gradients. The system's allocator either returns freed
+memory to the system, so that it must be mapped and zeroed page by page again, or keeps it and
+becomes fragmented. Large tensors are therefore allocated from a pool (csrc/common/host_pool.hpp).
 """
 
 import ctypes
@@ -14,11 +14,19 @@ from torch import Tensor
 
 from fastgpt.utils.extension import _C
 
-SMALLEST = 2**15  # numbers; smaller ones are quick to allocate, and fit anywhere
+SMALLEST = 2**15  # elements; smaller tensors are fast to allocate and do not cause fragmentation
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return a tensor on the CPU, not initialised, to be freed before long; fp32 or bf16."""
+    """Return an uninitialised CPU tensor from the pool.
+
+    Use it for short-lived tensors, such as activations. Small tensors, and those for which the pool
+    has no memory, are allocated by PyTorch.
+
+    Args:
+        shape: size of each dimension.
+        dtype: `torch.float32` or `torch.bfloat16`.
+    """
     bf16 = dtype == torch.bfloat16
     array = _C.pool_array(shape, bf16) if prod(shape) >= SMALLEST else None
     if array is None:
@@ -28,22 +36,23 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """Return such a tensor of the shape and the dtype of another."""
+    """Return an uninitialised tensor from the pool with the shape and dtype of another."""
     return empty(*tensor.shape, dtype=tensor.dtype)
 
 
 def give_back() -> None:
-    """Return to the system what the pool holds and nobody uses.
+    """Return the pool's unused memory to the system.
 
-    For after work of another kind than the next: a step gets what the last one had.
+    Call it when the workload changes. Consecutive training steps reuse the memory instead.
     """
     _C.trim_pool()
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory instead of handing it back to the system.
+    """Make glibc keep freed memory instead of returning it to the system.
 
-    For what PyTorch itself allocates in a step: without this, that is 10 to 20% of a small model's.
+    This is for memory that PyTorch itself allocates: without it, returning and mapping this memory
+    takes 10 to 20% of the step time of a small model.
     """
     if platform.libc_ver()[0] == "glibc":
         m_trim_threshold, m_mmap_max = -1, -4

@@ -1,4 +1,4 @@
-"""In which precision a device multiplies, and why."""
+"""Select the precision of matrix products on a device."""
 
 import math
 import time
@@ -12,12 +12,19 @@ import torch
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.processor import bfloat16_units
 
-TRIAL_SECONDS = 0.5  # for all precisions together, if a trial does not take longer
+TRIAL_SECONDS = 0.5  # for the trials of all precisions together; each is run at least once
 
 
 @dataclass(frozen=True)
 class Precision:
-    """What `recipe.dtype` came to: the products' `dtype`, TF32 or not, and the reason in words."""
+    """The precision selected for `recipe.dtype`.
+
+    Attributes:
+        device: the device.
+        dtype: dtype of the matrix products.
+        tf32: whether float32 products use TF32.
+        reason: why this precision was selected, for messages.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -26,11 +33,11 @@ class Precision:
 
     @property
     def name(self) -> str:
-        """As a recipe's `dtype` has it."""
+        """The value of a recipe's `dtype` that selects this precision."""
         return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context to run the model in."""
+        """Return the context manager in which to run the model."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
@@ -40,9 +47,12 @@ class Precision:
 
 
 def choose_precision(name: str, device: torch.device) -> list[Precision]:
-    """Return the precisions that a recipe's `dtype` can mean on a device; UsageError if none.
+    """Return the candidate precisions for a recipe's `dtype` on a device.
 
-    More than one where only a trial can tell which is the faster: see `fastest`.
+    There are several if a trial is needed to find the faster one: see `fastest`. The names
+    ``"tf32"`` and ``"float32"`` also set PyTorch's float32 matmul precision.
+
+    Raises: UsageError if the device does not support the dtype.
     """
     if name == "auto":
         return _best(device)
@@ -52,20 +62,21 @@ def choose_precision(name: str, device: torch.device) -> list[Precision]:
         torch.set_float32_matmul_precision("high")
         return [Precision(device, torch.float32, tf32=True)]
     if name == "float32":
-        torch.set_float32_matmul_precision("highest")  # a run before may have asked for TF32
+        torch.set_float32_matmul_precision("highest")  # an earlier run may have set TF32
     return [Precision(device, getattr(torch, name))]
 
 
 def fastest(precisions: Sequence[Precision], trial: Callable[[Precision], object]) -> Precision:
-    """Return the precision in which `trial` takes the least time.
+    """Return the precision with which `trial` is fastest.
 
-    A processor with bfloat16 units multiplies large matrices twice as fast in it. The conversions
-    cost something too, and in a small model more than is gained. A short trial is repeated, the
-    precisions taking turns, and the best time counts: a neighbour's work must not decide.
+    A processor with bfloat16 instructions multiplies large matrices twice as fast in bfloat16, but
+    the conversions can cost more than that saves in a small model. The trial is repeated, with the
+    precisions alternating, and the minimum time of each is compared, so that other load on the
+    machine does not affect the result.
     """
     if len(precisions) == 1:
         return precisions[0]
-    for precision in precisions:  # memory is taken, code is loaded
+    for precision in precisions:  # warm up: memory is allocated and code is loaded
         _time(trial, precision)
     seconds = dict.fromkeys(precisions, math.inf)
     until = time.perf_counter() + TRIAL_SECONDS

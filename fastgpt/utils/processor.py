@@ -1,10 +1,11 @@
-"""What this machine's processor says of itself."""
+"""Detect the features of this machine's processor."""
 
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
 
-# What Linux calls instructions that multiply bfloat16: on Intel's and AMD's processors, on Arm's.
+# Linux's names of bfloat16 multiplication instructions (two of x86, then two of Arm processors),
+# and the names to display.
 BFLOAT16_UNITS = {
     "amx_bf16": "AMX",
     "avx512_bf16": "AVX512-BF16",
@@ -14,13 +15,13 @@ BFLOAT16_UNITS = {
 
 
 def bfloat16_units() -> str | None:
-    """Return the name of this processor's instructions for bfloat16; None if none are known."""
+    """Return the name of this processor's bfloat16 instructions, or None if there are none."""
     flags = _flags()
     return next((name for flag, name in BFLOAT16_UNITS.items() if flag in flags), None)
 
 
 def _flags() -> set[str]:
-    """Return what Linux says that this processor can do; elsewhere nothing is known."""
+    """Return the processor flags reported by Linux; an empty set on other systems."""
     try:
         lines = CPUINFO.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:

@@ -1,6 +1,6 @@
-"""What a person sees: one live line while a model trains or files are read, and the evaluations.
+"""Display progress: a live line during training, progress bars for files, evaluation results.
 
-On a terminal the live line is redrawn in place; anywhere else there is none.
+On a terminal, the live line is redrawn in place. Without a terminal, it is not shown.
 """
 
 import math
@@ -23,20 +23,24 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 SECONDS_BETWEEN_LOGS = 0.5
-SMOOTHING = 0.2  # weight of the newest figure in the speed that the time left is reckoned with
+SMOOTHING = 0.2  # weight of the latest step time in the average that predicts the time left
 
 
 class Progress:
-    """Counts steps and tokens from `step` to `max_steps`, and shows how training goes.
+    """Counts steps and tokens during training, and displays the progress.
 
-    seconds: the time that the run took before a resume. flops_per_token and peak, the operations
-    per second of all devices together, give the MFU (`fastgpt.training.throughput`); `memory`
-    returns the bytes in use, or None if unknown. shown: False on all processes except one, which
-    then only count.
+    Args:
+        step: the step to start from.
+        max_steps: the last step.
+        seconds: training time before a resume.
+        flops_per_token: operations per token, for the MFU (`fastgpt.training.throughput`).
+        peak: operations per second of all devices together, for the MFU.
+        memory: returns the memory in use in bytes, or None if unknown.
+        shown: whether to display anything; False on all processes except one.
 
-    The line is written here rather than by rich, whose bar costs a thread that redraws ten times a
-    second beside a training step that may take a few milliseconds; here a step costs a microsecond
-    and a shown line some fifty.
+    The line is not drawn with rich: its progress bar uses a thread that redraws ten times per
+    second, while a training step can take only a few milliseconds. Here, a step costs about 1 µs
+    and drawing a line about 50 µs.
     """
 
     def __init__(
@@ -65,8 +69,8 @@ class Progress:
         self._began = self._logged = self._marked = time.perf_counter()
         self._before = seconds
         self._pauses = self._all_pauses = 0.0
-        self._step_seconds = math.nan  # of late, without pauses
-        self._line = ""  # the live one, as it is on the screen
+        self._step_seconds = math.nan  # smoothed recent step time, without pauses
+        self._line = ""  # the live line as currently displayed
 
     def __enter__(self) -> "Progress":
         return self
@@ -75,7 +79,7 @@ class Progress:
         self._draw("")
 
     def say(self, text: str) -> None:
-        """Print lines above the live one, a sample of the model's text for example."""
+        """Print text above the live line, for example a generated sample."""
         if self.shown:
             line = self._line
             self._draw("")
@@ -83,18 +87,21 @@ class Progress:
             self._draw(line)
 
     def stepped(self, step: int, tokens: int) -> None:
-        """Count one step of so many tokens, those of all processes."""
+        """Count one step; `tokens` is the number of tokens of all processes in it."""
         self.step = step
         self._tokens += tokens
 
     def due(self) -> bool:
-        """Tell whether the live line is old enough to be redrawn (reading a loss may wait)."""
+        """Return whether the live line should be redrawn.
+
+        This limits how often the loss is read, which can require synchronizing with the GPU.
+        """
         last = self.step == self.max_steps
         first = self.step == self._first_step + 1
         return first or last or time.perf_counter() - self._logged >= SECONDS_BETWEEN_LOGS
 
     def show(self, loss: float, lr: float, grad_norm: float | None = None) -> None:
-        """Bring all figures up to date, and redraw the live line."""
+        """Update all figures and redraw the live line."""
         now = time.perf_counter()
         self._count(now)
         self.loss = loss
@@ -102,11 +109,11 @@ class Progress:
             self._draw(self._text(loss, lr, grad_norm))
 
     def seconds(self) -> float:
-        """Return how long the run has trained, as of the last line; pauses are left out."""
+        """Return the training time in seconds as of the last line, without pauses."""
         return self._before + self._logged - self._began - self._all_pauses
 
     def figures(self) -> dict[str, float]:
-        """Return what is to be logged beside the loss, as of the last line."""
+        """Return the metrics to log in addition to the loss, as of the last line."""
         known = {"mfu": self.mfu, "memory_gb": self.memory and self.memory / 1e9}
         return {
             "tokens_per_s": self.tokens_per_s,
@@ -115,14 +122,17 @@ class Progress:
         }
 
     def seconds_left(self) -> float:
-        """Return how long the rest will take, evaluations too if any were done; NaN at first."""
+        """Return the estimated remaining time in seconds, NaN before the first measurement.
+
+        It includes pauses such as evaluations, at their average so far per step.
+        """
         done = self.step - self._first_step
         pause = self._all_pauses / done if done else 0.0
         return (self.max_steps - self.step) * (self._step_seconds + pause)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep what happens inside (evaluation, saving) out of the tokens per second."""
+        """Exclude the time of the block (evaluation, saving) from the tokens per second."""
         began = time.perf_counter()
         try:
             yield
@@ -131,7 +141,7 @@ class Progress:
             self._pauses += pause
 
     def evaluated(self, val_loss: str) -> None:
-        """Print the line of an evaluation, with its loss in words."""
+        """Print a line with the results of an evaluation; `val_loss` is the formatted loss."""
         mfu = "" if self.mfu is None else f"  MFU {self.mfu:.1%}"
         self.say(
             f"step {self.step:>6,}/{self.max_steps:,}  train loss {self.loss:.4f}  "
@@ -140,12 +150,12 @@ class Progress:
         )
 
     def _count(self, now: float) -> None:
-        """Work out the speed since the last line, and what follows from it."""
+        """Compute the speed since the last line, and the figures derived from it."""
         elapsed = max(1e-9, now - self._marked - self._pauses)
         self.tokens_per_s = self._tokens / elapsed
         steps = max(1, self.step - self._shown_step)
         newest, before = elapsed / steps, self._step_seconds
-        # The first step warms up (kernels are compiled); so only later ones are smoothed over.
+        # The first step includes warm-up (kernels are compiled), so the average starts after it.
         warm = self._shown_step > self._first_step + 1
         self._step_seconds = before + SMOOTHING * (newest - before) if warm else newest
         self._all_pauses += self._pauses
@@ -170,10 +180,10 @@ class Progress:
         return "  ".join(part for part in parts if part)
 
     def _draw(self, line: str) -> None:
-        """Put `line` in the place of the live one; spaces cover what was longer."""
+        """Replace the live line by `line`, padded with spaces to cover a longer old line."""
         if not self.live or (not line and not self._line):
             return
-        line = line[: shutil.get_terminal_size().columns - 1]  # the last column would wrap
+        line = line[: shutil.get_terminal_size().columns - 1]  # a full line would wrap
         covered = " " * max(0, len(self._line) - len(line))
         self._out.write(f"\r{line}{covered}" + ("" if line else "\r"))
         self._out.flush()
@@ -181,7 +191,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Write a time as 0:07, 12:34, 5:01:23 or 3 d 04:05."""
+    """Format a duration as 0:07, 12:34, 5:01:23 or 3 d 04:05; "?" if it is not finite."""
     if not math.isfinite(seconds):
         return "?"
     minutes, rest = divmod(int(seconds), 60)
@@ -193,7 +203,13 @@ def duration(seconds: float) -> str:
 
 
 class FileProgress:
-    """A bar of the bytes read of `total`, on a terminal only (it goes to standard error)."""
+    """A progress bar of bytes read, on standard error; only shown on a terminal.
+
+    Args:
+        what: label of the bar.
+        total: total number of bytes.
+        shown: False to never show it.
+    """
 
     columns: tuple[type[ProgressColumn], ...] = (DownloadColumn, TransferSpeedColumn)
 
@@ -218,11 +234,11 @@ class FileProgress:
         self._bar.stop()
 
     def advance(self, count: int) -> None:
-        """Count so many more."""
+        """Advance the bar by `count`."""
         self._bar.advance(self._task, count)
 
 
 class CountProgress(FileProgress):
-    """A bar of things done, of `total`, on a terminal only."""
+    """A progress bar of completed items; only shown on a terminal."""
 
     columns = (MofNCompleteColumn,)

@@ -1,4 +1,4 @@
-"""The versions of other packages that fastgpt supports, as declared in `pyproject.toml`."""
+"""Check that installed packages have versions supported according to `pyproject.toml`."""
 
 from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -6,11 +6,13 @@ from packaging.requirements import Requirement
 
 
 def unsupported_version(*packages: str) -> str | None:
-    """Return an error message if an installed package is outside its supported versions.
+    """Return an error message if the version of an installed package is not supported.
 
-    packages: names as in the dependencies and extras of `pyproject.toml`. The result names the
-    first one that does not fit, its version and the supported ones. It is None if all fit, and for
-    a package whose version is not known because it was not installed by pip.
+    The message names the first such package, its version and the supported versions. The result is
+    None if all versions are supported. A package whose version is unknown, because it was not
+    installed by pip, is skipped.
+
+    packages: names as in the dependencies and extras of `pyproject.toml`.
     """
     for package in packages:
         try:
@@ -24,6 +26,6 @@ def unsupported_version(*packages: str) -> str | None:
 
 
 def _specifiers(package: str) -> list[Requirement]:
-    """Return what fastgpt's metadata requires of a package, in whichever extra."""
+    """Return fastgpt's requirements on a package according to its metadata, including extras."""
     found = (Requirement(line) for line in requires("fastgpt") or [])
     return [requirement for requirement in found if requirement.name == package]

@@ -1,4 +1,4 @@
-"""Stopping in good order: the first Ctrl-C or SIGTERM asks, the second insists."""
+"""Stop gracefully: the first Ctrl-C or SIGTERM requests a stop, the second one forces it."""
 
 import os
 import shlex
@@ -11,31 +11,33 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ECHO_SECONDS = 0.25  # one request, sent to a group of processes and passed on within it
-GRACE_SECONDS = 1.0  # to end properly once it was insisted
+# Signals within this time count as one request: a launcher can forward a signal that was already
+# sent to the whole process group.
+ECHO_SECONDS = 0.25
+GRACE_SECONDS = 1.0  # time for a normal exit after the second request
 
 
-class Stopped(Exception):  # noqa: N818 (not an error: what the person asked for)
-    """A run that was asked to stop has saved its state.
+class Stopped(Exception):  # noqa: N818 (not an error: requested by the user)
+    """Raised when a run was stopped by a signal, after its state was saved.
 
-    `exit_code` is the shell's convention for the signal: 130 for Ctrl-C, 143 for SIGTERM.
+    `exit_code` follows the shell convention for signals: 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def __init__(self, signal_number: int, run: Path, step: int) -> None:
         super().__init__(
-            f"stopped at step {step:,} and saved; go on with: "
+            f"stopped at step {step:,} and saved; resume with: "
             f"python -m fastgpt.train --resume {shlex.quote(str(run))}"
         )
         self.exit_code = 128 + signal_number
 
 
 class StopSignal:
-    """Within the block, the first SIGINT or SIGTERM sets `requested` instead of interrupting.
+    """A context manager in which the first SIGINT or SIGTERM only sets `requested`.
 
-    The second one stops at once, by SystemExit; where Python cannot raise it, because a long
-    computation or a wait for another process does not return, the process ends a second later. A
-    second signal within ECHO_SECONDS counts as the first. Outside the main thread signals cannot be
-    caught, and nothing changes.
+    The second signal raises SystemExit. If Python cannot raise it, because a long computation or a
+    wait for another process does not return, the process exits a second later. A second signal
+    within ECHO_SECONDS of the first one is ignored. Outside of the main thread, signals cannot be
+    handled, and the context manager has no effect.
     """
 
     def __init__(self) -> None:
@@ -64,7 +66,7 @@ class StopSignal:
 
 
 class _Request:
-    """Tells whether a signal is the first, or an echo of it, or insists."""
+    """Distinguishes the first signal and its echoes from a second one, which forces a stop."""
 
     def __init__(self) -> None:
         self._first: float | None = None
@@ -77,10 +79,11 @@ class _Request:
 
 
 class _Watcher:
-    """Ends the process if it is still there a while after it was insisted.
+    """Ends the process if it is still running GRACE_SECONDS after the second signal.
 
-    Python runs signal handlers in the main thread and between two of its own operations only. What
-    it does at once, in any thread, is to write the signal's number to a socket: a thread reads it.
+    Python runs signal handlers only in the main thread, between two bytecode instructions. But its
+    C-level handler immediately writes the signal number to the wakeup file descriptor, which is a
+    socket here that a thread reads from.
     """
 
     def __init__(self) -> None:
@@ -99,7 +102,7 @@ class _Watcher:
 
     def _watch(self) -> None:
         request = _Request()
-        while received := self._read.recv(1):  # nothing: closed
+        while received := self._read.recv(1):  # empty if closed
             number = received[0]
             if number in SIGNALS and request.insists():
                 self._read.settimeout(GRACE_SECONDS)
@@ -108,7 +111,7 @@ class _Watcher:
 
     def _end_unless_closed(self, exit_code: int) -> None:
         try:
-            while self._read.recv(1):  # more signals
+            while self._read.recv(1):  # ignore further signals until it is closed
                 pass
         except TimeoutError:
             os._exit(exit_code)

@@ -1,4 +1,4 @@
-"""UTF-8 text files of any size, read in blocks; files ending in ``.gz`` are decompressed."""
+"""Read UTF-8 text files of any size in blocks; files ending with ``.gz`` are decompressed."""
 
 from __future__ import annotations
 
@@ -16,17 +16,24 @@ from fastgpt.utils.extension import _C
 
 Advance: TypeAlias = Callable[[int], None]  # called with the number of bytes just read
 
-BLOCK_BYTES = 1 << 21  # so that the work on a block far outweighs the cost of handling it
+BLOCK_BYTES = 1 << 21  # large enough that the overhead per block is negligible
 
 
 def read_blocks(
     path: Path, block_bytes: int | None = None, advance: Advance = lambda n: None
 ) -> Iterator[bytes]:
-    """Read a UTF-8 file in blocks of about so many bytes, each of whole characters.
+    """Yield the contents of a UTF-8 file in blocks that end at character boundaries.
 
-    A byte order mark is left out, and Windows's line ends become newlines. Raises: UsageError.
+    A byte order mark is removed, and Windows line endings become newlines.
+
+    Args:
+        path: the file.
+        block_bytes: approximate size of the blocks; by default `BLOCK_BYTES`.
+        advance: called with the number of bytes just read from disk.
+
+    Raises: UsageError if the file cannot be read or is not valid UTF-8.
     """
-    n_bytes, started, held = 0, False, b""
+    n_bytes, started, held = 0, False, b""  # held: bytes that are yielded with the next block
     with open_counted(path, advance) as file:
         while True:
             read = file.read(block_bytes or BLOCK_BYTES)
@@ -34,7 +41,7 @@ def read_blocks(
             block, held = _whole_characters(path, held + read, n_bytes, final=not read)
             if block and not started:
                 block, started = block.removeprefix(codecs.BOM_UTF8), True
-            if read and block.endswith(b"\r"):  # a newline may follow
+            if read and block.endswith(b"\r"):  # the next block may begin with a newline
                 block, held = block[:-1], b"\r" + held
             if b"\r" in block:
                 block = _C.unix_newlines(block)
@@ -45,7 +52,7 @@ def read_blocks(
 
 
 def _whole_characters(path: Path, block: bytes, read: int, final: bool) -> tuple[bytes, bytes]:
-    """Part a block, which ends at byte `read` of the file, at the end of its last character."""
+    """Split a block, which ends at byte `read` of the file, after its last complete character."""
     size = _C.valid_utf8(block)
     if size == len(block):
         return block, b""
@@ -58,21 +65,25 @@ def _whole_characters(path: Path, block: bytes, read: int, final: bool) -> tuple
 
 @contextmanager
 def open_counted(path: Path, advance: Advance) -> Iterator[IO[bytes]]:
-    """Open a file, unpacked if it ends in ``.gz``; turn what can go wrong into UsageError."""
+    """Open a file for reading, decompressed if its name ends with ``.gz``.
+
+    `advance` is called with the number of bytes just read from disk. Errors of opening, reading and
+    decompressing become UsageError.
+    """
     try:
-        with io.BufferedReader(_Counted(path, advance), 1 << 20) as file:
+        with io.BufferedReader(_Counted(io.FileIO(path), advance), 1 << 20) as file:
             yield cast(IO[bytes], gzip.GzipFile(fileobj=file)) if path.suffix == ".gz" else file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UsageError(f"{path} is not a whole gzip file: {error}") from None
+        raise UsageError(f"{path} is not a complete gzip file: {error}") from None
     except OSError as error:
         raise UsageError(f"data file {path} cannot be read: {error.strerror}") from None
 
 
 class _Counted(io.RawIOBase):
-    """A file that tells how much of it was read."""
+    """A raw file that calls `advance` with the number of bytes of each read."""
 
-    def __init__(self, path: Path, advance: Advance) -> None:
-        self._file, self._advance = io.FileIO(path), advance
+    def __init__(self, file: io.FileIO, advance: Advance) -> None:
+        self._file, self._advance = file, advance
 
     def readable(self) -> bool:
         return True
@@ -88,8 +99,8 @@ class _Counted(io.RawIOBase):
 
 
 def not_utf8(path: Path, byte: int, at: int) -> UsageError:
-    """Return the error for a text with this byte at this offset."""
+    """Return the error for a text file with an invalid byte at an offset."""
     return UsageError(
         f"data file {path} is not UTF-8: byte 0x{byte:02x} at offset {at:,}; convert it "
-        f"from what it is, for example with: iconv -f latin1 -t utf-8"
+        f"from its encoding, for example with: iconv -f latin1 -t utf-8"
     )

@@ -1,4 +1,4 @@
-"""Work spread over threads."""
+"""Parallel processing with threads."""
 
 import os
 from collections import deque
@@ -13,10 +13,14 @@ Out = TypeVar("Out")
 def map_in_order(
     function: Callable[[In], Out], items: Iterable[In], threads: int | None
 ) -> Iterator[Out]:
-    """Yield the function's results in order, computed in threads, a few items ahead at most.
+    """Yield `function(item)` for each item, in order, computed in parallel by threads.
 
-    threads: None for one for each CPU that this process may use. Taking items and using results is
-    for the caller's own thread, meanwhile.
+    Items are taken from the iterable in the calling thread, only a few ahead of the results.
+
+    Args:
+        function: called in the threads.
+        items: the items, which can be an infinite iterable.
+        threads: number of threads; None for one per CPU that this process can use.
     """
     if threads is None:
         here = getattr(os, "sched_getaffinity", None)

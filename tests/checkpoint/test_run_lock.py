@@ -1,4 +1,4 @@
-"""One writer per run folder, with real second processes (fault 12)."""
+"""Tests of the lock of a run folder, with real second processes."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ Start = Callable[[], "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(tmp_path: Path, checkout: Path) -> Iterator[Start]:
-    """Starts processes that take the lock of `tmp_path` and keep it."""
+    """Return a function that starts processes which acquire the lock of `tmp_path` and keep it."""
     started = []
 
     def one() -> "subprocess.Popen[str]":
@@ -48,7 +48,7 @@ def start(tmp_path: Path, checkout: Path) -> Iterator[Start]:
         process.communicate()
 
 
-def test_fault_12_a_second_process_is_refused_and_a_killed_one_holds_nothing(
+def test_a_second_process_is_rejected_and_a_killed_one_releases_the_lock(
     tmp_path: Path, start: Start
 ) -> None:
     holder = start()
@@ -75,7 +75,7 @@ def test_it_ends_with_the_object_or_the_block(tmp_path: Path) -> None:
     with RunLock(tmp_path) as lock:
         lock.release()
         with RunLock(tmp_path):
-            lock.release()  # again: nothing, of the other one least of all
+            lock.release()  # does nothing, in particular not to the other lock
             with pytest.raises(UsageError):
                 RunLock(tmp_path)
 
@@ -83,20 +83,20 @@ def test_it_ends_with_the_object_or_the_block(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_a_fork_does_not_keep_the_lock(tmp_path: Path) -> None:
-    """As the workers of a data loader, which may outlive their parent for seconds."""
+    """Fork a child that outlives the lock, as the workers of a data loader can for seconds."""
     read, write = os.pipe()
     lock = RunLock(tmp_path)
     child = os.fork()
     if not child:
         os.close(write)
-        lock.release()  # not its own: the parent's must stay
+        lock.release()  # must not release the parent's lock
         os.read(read, 1)
         os._exit(0)
     try:
         with pytest.raises(UsageError, match="is being written"):
             RunLock(tmp_path)
         lock.release()
-        with RunLock(tmp_path):  # though the child is still there
+        with RunLock(tmp_path):  # although the child is still running
             pass
     finally:
         os.close(write)
@@ -117,8 +117,8 @@ def test_without_locks_it_warns_and_goes_on(
     lock.release()
 
 
-def test_fault_15_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    """The lock is the first thing that a run writes: here a folder is in its place."""
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
+    """Put a folder in place of the lock file, which is the first file that a run writes."""
     (tmp_path / NAME).mkdir()
     with pytest.raises(UsageError, match=r"run folder .* cannot be written: Is a directory"):
         RunLock(tmp_path)

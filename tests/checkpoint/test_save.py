@@ -1,4 +1,4 @@
-"""Saving while training goes on: what a save in flight can meet (faults by their number)."""
+"""Tests of asynchronous saving, and of failures and interruptions during a save."""
 
 import contextlib
 import errno
@@ -31,14 +31,14 @@ MODEL = GPT(GPTConfig(7, 8, 1, 2, 8))
 
 
 def state(step: int, val_loss: float | None = None, **more: Any) -> TrainingState:
-    """A state whose every weight is its step."""
+    """Return a state in which every weight equals the step."""
     weights = {name: torch.full_like(t, step) for name, t in MODEL.state_dict().items()}
     moments = {f"{name}.exp_avg": t / 2 for name, t in weights.items()}
     return TrainingState(step, weights, moments, val_loss, MODEL.config, "t", "d", **more)
 
 
 def steps(run: Path) -> list[int]:
-    """The steps that are there; nothing else may be."""
+    """Return the steps of the saved checkpoints; fail if the folder contains anything else."""
     return sorted(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").iterdir())
 
 
@@ -50,7 +50,7 @@ def save_all(run: Path, *states: TrainingState, keep: int = 2) -> None:
 
 @pytest.fixture
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """A disk that writes nothing before the event is set."""
+    """Delay all writing until the event is set."""
     go = threading.Event()
 
     def write_later(*args: Any) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 
 def test_what_is_saved_is_the_moment_of_the_save(tmp_path: Path, slow_disk: Any) -> None:
-    """Training goes on meanwhile, and changes the same tensors in place."""
+    """Change the same tensors in place after `save`, as training does."""
     with Checkpointer(tmp_path) as checkpointer:
         now = state(1, extra={"seen": [5]})
         checkpointer.save(now)
@@ -86,7 +86,7 @@ def test_a_second_save_waits_for_the_first(tmp_path: Path, slow_disk: Any) -> No
         assert time.monotonic() - began > 0.1
         assert find_checkpoint(tmp_path).step >= 1
     assert steps(tmp_path) == [1, 2]
-    for step in (1, 2):  # the memory of one was the other's too
+    for step in (1, 2):  # the copies must not share memory
         weights = load_file(tmp_path / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
         assert all((t == step).all() for t in weights.values())
 
@@ -134,46 +134,53 @@ model = GPT(GPTConfig(50, 64, 1, 2, 64))
 def save_on_and_on(step):
     with Checkpointer(run) as checkpointer:
         began = time.monotonic()
-        while time.monotonic() < began + 30:  # every third step twice, as after a resume
+        while time.monotonic() < began + 30:  # save every third step twice, as after a resume
             for _ in range(1 + (step % 3 == 0)):
                 weights = {n: torch.full_like(t, step) for n, t in model.state_dict().items()}
                 loss = rng.random()
                 checkpointer.save(TrainingState(step, weights, weights, loss, model.config, "", ""))
             step += 1
 
+def newest_visible():
+    return max((int(p.name[5:]) for p in (run / "checkpoints").glob("step-*")), default=0)
+
 newest = leftovers = 0
-for _ in range(20):
+for number in range(20):
     child = os.fork()
     if not child:
         save_on_and_on(newest + 1)
+    while number % 3 == 0 and newest_visible() <= newest:  # some saves finish on a busy machine too
+        time.sleep(0.001)
     time.sleep(rng.uniform(0.01, 0.25))
     os.kill(child, 9)
     assert os.waitpid(child, 0)[1] == 9
     for path in (run / "checkpoints").glob("step-*"):
-        weights = verify(path).model_tensors()  # what can be seen is whole
+        weights = verify(path).model_tensors()  # visible checkpoints are complete
         assert all((t == int(path.name[5:])).all() for t in weights.values())
     leftovers += any((run / "checkpoints").glob(".*"))
     Checkpointer(run)
     assert not list((run / "checkpoints").glob(".*"))
     if list((run / "checkpoints").iterdir()):
         found = find_checkpoint(run).step
-        assert found >= newest, (found, newest)  # nothing that was there is lost
+        assert found >= newest, (found, newest)  # no checkpoint was lost
         newest = found
 print(newest, leftovers)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_fault_9_killed_at_20_moments_while_saving(tmp_path: Path, checkout: Path) -> None:
+def test_a_process_killed_while_saving_leaves_usable_checkpoints(
+    tmp_path: Path, checkout: Path
+) -> None:
     args = [sys.executable, "-c", KILLED, tmp_path, checkout]
     done = subprocess.run(args, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     newest, leftovers = map(int, done.stdout.split())
-    assert newest >= 5  # saves did get through
-    assert leftovers >= 5  # and others were cut off
+    assert newest >= 5  # some saves were completed
+    assert leftovers >= 5  # and others were interrupted
 
 
-def test_fault_10_a_file_that_cannot_grow(tmp_path: Path) -> None:
+def test_a_file_size_limit_fails_one_save_only(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     save_all(tmp_path, state(1))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -186,13 +193,13 @@ def test_fault_10_a_file_that_cannot_grow(tmp_path: Path) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert steps(tmp_path) == [1]
-        checkpointer.save(state(3))  # said once; then it goes on
+        checkpointer.save(state(3))  # the error is raised only once
     assert steps(tmp_path) == [1, 3]
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
+    """Mount a file system of 64 KiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)]
@@ -202,12 +209,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_fault_10_a_full_disk(small_disk: Path) -> None:
+def test_a_full_disk_keeps_the_previous_checkpoint(small_disk: Path) -> None:
     save_all(small_disk, state(1))
     (small_disk / "other").write_bytes(bytes(40_000))
     checkpointer = Checkpointer(small_disk)
     checkpointer.save(state(2))
-    message = "step-00000002 was not saved: No space left on device; free some, then continue"
+    message = "step-00000002 was not saved: No space left on device; free some space, then"
     with pytest.raises(CheckpointError, match=message):
         checkpointer.close()
     assert steps(small_disk) == [1]
@@ -216,7 +223,7 @@ def test_fault_10_a_full_disk(small_disk: Path) -> None:
 
 @pytest.mark.parametrize("asks", ["save", "wait", "close"])
 @pytest.mark.parametrize("where", ["open", "fsync", "rename"])
-def test_fault_10_it_is_said_at_the_next_call(
+def test_a_failed_save_is_reported_by_the_next_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asks: str, where: str
 ) -> None:
     save_all(tmp_path, state(1))
@@ -239,7 +246,7 @@ def test_fault_10_it_is_said_at_the_next_call(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_fault_11_interrupted_while_copying(
+def test_an_interrupt_while_copying_drops_the_save(
     tmp_path: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_all(tmp_path, state(1))
@@ -258,7 +265,9 @@ def test_fault_11_interrupted_while_copying(
     assert steps(tmp_path) == [1, 3]
 
 
-def test_fault_11_no_memory_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_while_writing_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_all(tmp_path, state(1))
 
     def fail(*_: object) -> None:
@@ -267,13 +276,13 @@ def test_fault_11_no_memory_while_writing(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("fastgpt.checkpoint.save.write_tensors", fail)
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(state(2))
-    with pytest.raises(CheckpointError, match=r"was not saved: MemoryError\(\); the checkpoints"):
+    with pytest.raises(CheckpointError, match=r"was not saved: MemoryError\(\); earlier"):
         checkpointer.close()
     assert steps(tmp_path) == [1]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_fault_11_who_leaves_by_an_interrupt_gives_up_the_save(
+def test_leaving_the_context_by_an_interrupt_abandons_the_save(
     tmp_path: Path, error: type[BaseException], slow_disk: threading.Event
 ) -> None:
     def leave() -> None:
@@ -287,7 +296,7 @@ def test_fault_11_who_leaves_by_an_interrupt_gives_up_the_save(
     with pytest.raises(error):
         leave()
     assert time.monotonic() - began < 5
-    assert threads[0].daemon  # or the process would wait for it in the end
+    assert threads[0].daemon  # otherwise the process would wait for it at exit
     slow_disk.set()
     threads[0].join()
     assert steps(tmp_path) == []
@@ -296,7 +305,7 @@ def test_fault_11_who_leaves_by_an_interrupt_gives_up_the_save(
 def test_who_leaves_by_an_error_waits_for_the_save(
     tmp_path: Path, slow_disk: threading.Event
 ) -> None:
-    """Training that has diverged, or was asked to stop, keeps what it saved before."""
+    """Check that a block that raises, for example when training diverges, keeps the last save."""
 
     def diverge() -> None:
         with Checkpointer(tmp_path) as checkpointer:
@@ -310,16 +319,14 @@ def test_who_leaves_by_an_error_waits_for_the_save(
 
 
 @pytest.mark.parametrize(("keep", "expected"), [(1, [2, 6]), (3, [2, 4, 5, 6])])
-def test_fault_13_the_newest_k_and_the_best_are_kept(
-    tmp_path: Path, keep: int, expected: list[int]
-) -> None:
+def test_the_newest_k_and_the_best_are_kept(tmp_path: Path, keep: int, expected: list[int]) -> None:
     losses = [3.0, 1.0, 2.0, None, 2.0, 1.5]
     save_all(tmp_path, *(state(i + 1, loss) for i, loss in enumerate(losses)), keep=keep)
     assert steps(tmp_path) == expected
     assert find_checkpoint(tmp_path, "best").step == 2
 
 
-def test_fault_13_nothing_is_deleted_before_the_new_one_is_there(
+def test_no_checkpoint_is_deleted_before_the_new_one_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_all(tmp_path, state(1, 1.0), state(2), state(3))
@@ -331,7 +338,7 @@ def test_fault_13_nothing_is_deleted_before_the_new_one_is_there(
 
 @contextlib.contextmanager
 def as_nobody() -> Iterator[Path]:
-    """Permissions mean nothing to root: be somebody else. Gives a folder that anyone may read."""
+    """Become another user, as root ignores permissions. Yields a folder that all can read."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     try:
@@ -349,7 +356,7 @@ def as_nobody() -> Iterator[Path]:
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs Unix permissions")
-def test_fault_15_a_folder_that_cannot_be_written() -> None:
+def test_a_read_only_folder_is_reported() -> None:
     with (
         as_nobody() as folder,
         pytest.raises(CheckpointError, match="checkpoints cannot be written: Permission denied"),
@@ -357,7 +364,7 @@ def test_fault_15_a_folder_that_cannot_be_written() -> None:
         Checkpointer(folder)
 
 
-def test_fault_15_checkpoints_that_are_no_folder(tmp_path: Path) -> None:
+def test_a_file_named_checkpoints_is_reported(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").touch()
     with pytest.raises(CheckpointError, match="checkpoints cannot be written: "):
         Checkpointer(tmp_path)
@@ -365,7 +372,7 @@ def test_fault_15_checkpoints_that_are_no_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("what", ["weights", "averaged weights", "optimizer state"])
-def test_fault_24_what_is_not_finite_is_not_saved(tmp_path: Path, what: str, value: float) -> None:
+def test_non_finite_tensors_are_not_saved(tmp_path: Path, what: str, value: float) -> None:
     broken = state(2, ema=state(2).model)
     parts = {"weights": broken.model, "averaged weights": broken.ema}
     tensors = parts.get(what) or broken.optimizer
@@ -373,17 +380,17 @@ def test_fault_24_what_is_not_finite_is_not_saved(tmp_path: Path, what: str, val
     tensors[name].view(-1)[-1] = value
     save_all(tmp_path, state(1))
     checkpointer = Checkpointer(tmp_path)
-    message = rf"^{what} that are not finite at step 2 \({name}\): training has diverged; lower"
+    message = rf"^non-finite {what} at step 2 \({name}\): training has diverged; lower"
     with pytest.raises(CheckpointError, match=message):
         checkpointer.save(broken)
     checkpointer.close()
     assert steps(tmp_path) == [1]
 
 
-def test_fault_24_huge_is_finite(tmp_path: Path) -> None:
+def test_huge_finite_values_are_saved(tmp_path: Path) -> None:
     huge = state(1)
     for tensor in huge.model.values():
-        tensor.fill_(3e38)  # its square is not
+        tensor.fill_(3e38)  # its square overflows
     save_all(tmp_path, huge)
     assert steps(tmp_path) == [1]
 
@@ -444,7 +451,7 @@ def test_a_large_model_on_a_cpu_is_written_at_once_and_never_copied(
     monkeypatch.setattr(HostCopy, "copy", None)
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(state(1))
-    assert steps(tmp_path) == [1]  # without a wait
+    assert steps(tmp_path) == [1]  # saved synchronously
 
     def fail(error: BaseException) -> None:
         def write(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Text to tokens to batches."""
+"""Tests of loading a corpus and of sampling training and validation windows."""
 
 import itertools
 import sys
@@ -47,13 +47,13 @@ def test_permute_depends_on_its_key_and_scatters() -> None:
 
 
 def test_mix_is_splitmix64() -> None:
-    """Steele, Lea & Flood's generator seeded with 0: its published first outputs."""
+    """Compare with the published first outputs of SplitMix64 (Steele, Lea & Flood) for seed 0."""
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert [int(mix(0, i)) for i in range(3)] == expected
 
 
 def starts_of(batches: Batches, first: int, count: int) -> list[int]:
-    """Where samples start, by what is in them: for tokens that count from 0."""
+    """Return the start positions of samples, for tokens whose value is their position."""
     inputs, targets = batches.samples(first, count)
     assert inputs.shape == targets.shape == (count, batches.block_size)
     assert inputs.dtype == targets.dtype == torch.int64
@@ -77,12 +77,12 @@ def test_every_window_exactly_once_an_epoch(n_tokens: int, block: int) -> None:
         offsets.add(in_order[0])
         assert in_order == list(range(in_order[0], in_order[0] + size * block, block))
         assert in_order[-1] + block < n_tokens
-    assert len(offsets) > 1 or block == 1  # each cuts the text elsewhere
+    assert len(offsets) > 1 or block == 1  # each epoch has its own offset
     assert size == 1 or len({tuple(np.argsort(epoch)) for epoch in epochs}) > 1
 
 
 def test_the_order_of_a_seed_stays_what_it_is() -> None:
-    """Another order would make another run of a checkpoint."""
+    """Pin the order: if it changed, a resumed run would see other samples."""
     batches = Batches(np.arange(1000, dtype=np.uint16), 16, seed=3)
     assert starts_of(batches, 0, 8) == [499, 963, 51, 547, 595, 307, 435, 819]
     assert starts_of(batches, 56, 8) == [243, 419, 611, 195, 803, 631, 199, 135]
@@ -101,7 +101,7 @@ def test_the_order_of_a_seed_stays_what_it_is() -> None:
 def test_any_number_of_processes_and_any_micro_batches(
     n_tokens: int, block: int, per_step: int, first_step: int, cuts: list[int]
 ) -> None:
-    """Together they take the samples that one process takes, in the same order."""
+    """Check that all processes together use the samples that one process uses, in that order."""
     tokens = np.arange(n_tokens, dtype=np.uint16)
     steps = range(first_step, first_step + 3)
     alone = Batches(tokens, block, seed=1).starts(first_step * per_step, 3 * per_step).tolist()
@@ -126,12 +126,12 @@ def test_samples_across_a_chunk_of_starts() -> None:
     assert starts_of(batches, 4095, 4098) == whole[4095:8193]
     assert starts_of(batches, 4096, 1) == whole[4096:4097]
     for first, count in ((-1, 1), (0, 0), (5, -1)):
-        with pytest.raises(ValueError, match="samples are numbered from 0"):
+        with pytest.raises(ValueError, match="first must be >= 0 and count >= 1"):
             batches.samples(first, count)
 
 
 class ManyTokens:
-    """More tokens than any memory holds; to be counted, only."""
+    """A stand-in with more tokens than fit in memory, which has only a length."""
 
     def __len__(self) -> int:
         return 2**52
@@ -191,13 +191,13 @@ def test_validation_windows(n_tokens: int, block: int, most: int, n_ranks: int) 
 
 
 @pytest.mark.parametrize("size", [0, 1, 31])
-def test_fault_31_less_data_than_a_context(size: int) -> None:
+def test_less_data_than_a_context_is_rejected(size: int) -> None:
     with pytest.raises(UsageError, match=f"has {size} tokens, but block_size=16 needs .* 32"):
         Batches(np.zeros(size, dtype=np.uint16), 16, seed=0)
 
 
-def test_fault_31_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"does not exist; give .* one of: shakespeare"):
+def test_missing_and_empty_files_are_rejected(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"does not exist; pass .* one of: shakespeare"):
         read_text(tmp_path / "missing.txt")
     with pytest.raises(UsageError, match="cannot be read: Is a directory"):
         read_text(tmp_path)
@@ -206,7 +206,7 @@ def test_fault_31_files_that_are_none(tmp_path: Path) -> None:
         read_text(tmp_path / "empty.txt")
 
 
-def test_fault_35_not_utf8(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "latin1.txt"
     path.write_bytes(b"x" * 1500 + "é".encode("latin1") + b"y")
     with pytest.raises(UsageError, match="not UTF-8: byte 0xe9 at offset 1,500; convert it"):
@@ -263,10 +263,10 @@ def test_lines_that_end_documents_are_no_text(tmp_path: Path) -> None:
     ]
     path.write_text(f"{eot}\n" * 10, "utf-8")
     assert len(load_corpus(str(path), "gpt2", 0.5).train) == 0
-    assert len(load_corpus(str(path), "char", 0.5).train) == 70  # a text like any other
+    assert len(load_corpus(str(path), "char", 0.5).train) == 70  # the marker is ordinary text here
 
 
-def test_fault_33_the_text_has_changed(verse: Path) -> None:
+def test_a_changed_text_is_detected(verse: Path) -> None:
     digest = load_corpus(str(verse)).sha256
     assert load_corpus(str(verse), sha256=digest).sha256 == digest
     verse.write_text(verse.read_text("utf-8").replace("Before", "before", 1), "utf-8")
@@ -310,5 +310,5 @@ def test_another_text_to_validate_on(verse: Path, tmp_path: Path, tokenizer: str
     other.write_text("Another one.\n" * 9)
     with pytest.raises(UsageError, match=r"verse\.txt with .*other\.txt is not the text"):
         load_corpus(str(verse), tokenizer, sha256=corpus.sha256, val_data=str(other))
-    with pytest.raises(UsageError, match="val_data goes with a text to train on"):
+    with pytest.raises(UsageError, match="val_data can only be used with a text file"):
         load_corpus(str(tmp_path), val_data=str(other))

@@ -1,4 +1,4 @@
-"""Documents out of files of every kind, and mistakes in them."""
+"""Tests of reading documents from files of every format, and of errors in them."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ EOT = "<|endoftext|>"
 
 
 def read(path: Path, field: str = "text") -> list[str]:
-    """Return the documents of a file, whole."""
+    """Return the documents of a file, with their pieces joined."""
     found = [""]
     for text, ends in read_documents(path, field):
         found[-1] += text
@@ -95,11 +95,11 @@ def test_parquet(tmp_path: Path) -> None:
     advanced: list[int] = []
     assert [text for text, _ in read_documents(path, "story", advanced.append)] == texts
     assert sum(advanced) == path.stat().st_size
-    for field, message in (("text", "no field 'text'.*there are: id, story"), ("id", "row 0: ")):
+    for field, message in (("text", "no field 'text'.*it has: id, story"), ("id", "row 0: ")):
         with pytest.raises(UsageError, match=message):
             read(path, field)
     path.write_bytes(b"PAR1 not really")
-    with pytest.raises(UsageError, match=r"a\.parquet is not a parquet file that can be read"):
+    with pytest.raises(UsageError, match=r"a\.parquet cannot be read as a parquet file"):
         read(path)
 
 
@@ -109,7 +109,8 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         read(tmp_path / "a.parquet")
 
 
-# Without the time in it, which would be in a test's name: several processes must agree on that.
+# The modification time is set to 0: the bytes are part of the test's name, which must be equal in
+# all pytest-xdist processes.
 CUT_SHORT = gzip.compress(b"one" * 999, mtime=0)[:-9]
 
 
@@ -118,16 +119,16 @@ CUT_SHORT = gzip.compress(b"one" * 999, mtime=0)[:-9]
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": ', "a.jsonl, line 2, column 10: Expecting value"),
         ("a.jsonl", b'{"text": "a"}\n\n{"body": 1, "id": 2}', "line 3: has no field 'text'; .* id"),
-        ("a.jsonl", b'{"text": null}', "line 1: field 'text' holds no text but None"),
-        ("a.jsonl", b'["text"]', "line 1: holds no object with a field 'text', but"),
-        ("a.jsonl", b"{}", "line 1: has no field 'text'; .* there are: none"),
+        ("a.jsonl", b'{"text": null}', "line 1: field 'text' must be a string, not None"),
+        ("a.jsonl", b'["text"]', "line 1: must be an object with a field 'text', not"),
+        ("a.jsonl", b"{}", "line 1: has no field 'text'; .* it has: none"),
         ("a.jsonl", b'{"text": "\xe9"}', "line 1: is not JSON: .* 0xe9"),
         ("a.jsonl", b"[" * 100_000, "line 1: brackets nested too deeply"),
-        ("a.json", b'{"text": "a"}', "a.json holds no list of texts but a dict"),
-        ("a.json", b'["a",\n 7]', "a.json, item 1: holds no object with a field 'text', but 7"),
+        ("a.json", b'{"text": "a"}', "a.json must contain a list of texts, not a dict"),
+        ("a.json", b'["a",\n 7]', "a.json, item 1: must be an object with a field 'text', not 7"),
         ("a.json", b'["a",\n b]', "a.json, line 2, column 2: Expecting value"),
-        ("a.txt.gz", b"no gzip", "a.txt.gz is not a whole gzip file"),
-        ("a.txt.gz", CUT_SHORT, "a.txt.gz is not a whole gzip file"),
+        ("a.txt.gz", b"no gzip", "a.txt.gz is not a complete gzip file"),
+        ("a.txt.gz", CUT_SHORT, "a.txt.gz is not a complete gzip file"),
         ("a.txt", b"caf\xe9", "not UTF-8: byte 0xe9 at offset 3"),
     ],
 )
@@ -148,5 +149,5 @@ def test_find_sources(tmp_path: Path) -> None:
     assert names == [*in_folder, "e.md", "f/config.json"]
     with pytest.raises(UsageError, match=r"no\.txt does not exist"):
         find_sources([tmp_path / "no.txt"])
-    with pytest.raises(UsageError, match=r"holds no file named \*\.txt, \*\.jsonl, \*\.parquet"):
+    with pytest.raises(UsageError, match=r"contains no \*\.txt, \*\.jsonl, \*\.parquet file"):
         find_sources([tmp_path / "f"])

@@ -1,4 +1,4 @@
-"""Files of any size, encoded block by block: the ids must be those of the whole text."""
+"""Tests that encoding a file in blocks gives the ids of the whole text."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ SETTINGS = settings(
 TRICKY = st.text() | st.text(
     st.sampled_from("'stlve aL1²漢é́ \n\t\r\u00a0\u3000\u0085\x1c\x0b.!<|>😀\ufeff\u200d\x00")
 )
-NOTHING = ("", "\ufeff")  # of these there is a test of their own
+NOTHING = ("", "\ufeff")  # tested separately
 
 
 def encoded(tokenizer, path: Path, out: Path, **options) -> list[int]:
@@ -124,7 +124,7 @@ def test_windows_line_ends_and_the_byte_order_mark_across_blocks(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"x" * 1500 + b"\xe9y", b"\xef\xbb\xbfab\r\n\xff", b"caf\xc3", b"a\xf0\x9f\x98 b"]
 )
-def test_fault_35_not_utf8(gpt2, tmp_path, content, size):
+def test_text_that_is_not_utf8_is_rejected(gpt2, tmp_path, content, size):
     path = tmp_path / "latin1.txt"
     path.write_bytes(content)
     with pytest.raises(UsageError) as expected:
@@ -137,7 +137,7 @@ def test_fault_35_not_utf8(gpt2, tmp_path, content, size):
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_fault_31_no_text(gpt2, tmp_path):
+def test_empty_and_missing_files_are_rejected(gpt2, tmp_path):
     for content in NOTHING:
         (tmp_path / "empty.txt").write_text(content, "utf-8")
         message = rf"empty\.txt is empty \({len(content.encode())} bytes\)"
@@ -149,8 +149,8 @@ def test_fault_31_no_text(gpt2, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
 
 
-def test_fault_37_memory_is_flat():
-    """Reading never runs ahead of writing by more than a few blocks."""
+def test_memory_use_does_not_grow_with_the_input():
+    """Check that reading is never ahead of writing by more than a few blocks."""
     alive, most = 0, 0
 
     def items():

@@ -1,4 +1,4 @@
-"""Token files of nanoGPT and llm.c: read as they are, refused when something is wrong."""
+"""Tests of opening token files of nanoGPT and llm.c, and of errors in them."""
 
 import collections
 import hashlib
@@ -38,7 +38,7 @@ def nanogpt(folder: Path, vocab_size: int = 50257, meta: Any = None) -> Path:
 
 
 def llmc(path: Path, ids: Any, magic: int = 20240520, version: int = 1) -> bytes:
-    """Write a file as llm.c's data_common.py does; return it."""
+    """Write a file as llm.c's data_common.py does and return its path."""
     header = np.zeros(256, "<i4")
     header[:3] = magic, version, len(ids)
     content = header.tobytes() + np.asarray(ids, "<u2").tobytes()
@@ -48,7 +48,7 @@ def llmc(path: Path, ids: Any, magic: int = 20240520, version: int = 1) -> bytes
 
 
 def shards(folder: Path) -> Path:
-    """Write a text of eleven training shards, and one for validation, as fineweb.py does."""
+    """Write eleven training shards and one validation shard, named as fineweb.py names them."""
     llmc(folder / "fineweb_val_000000.bin", np.arange(300))
     for i in range(1, 12):
         llmc(folder / f"fineweb_train_{i}.bin", np.arange(i * 50, (i + 1) * 50))
@@ -94,7 +94,7 @@ def test_training_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
         cli.run(train.main, ["--data", "chars", *small.split(), *rest.split()])
     assert not info.value.code
     assert "vocabulary of 10" in capfd.readouterr().out
-    # Fault 33: the data has changed, and its ids are still good ones.
+    # The data is changed, but all ids are still valid.
     ids = np.fromfile("chars/train.bin", np.uint16)
     ids[100] = (ids[100] + 1) % 10
     ids.tofile("chars/train.bin")
@@ -104,7 +104,7 @@ def test_training_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
     assert "chars is not what the run was trained on" in capfd.readouterr().err
 
 
-def test_fault_33_every_change_is_another_hash(tmp_path: Path) -> None:
+def test_every_change_of_the_data_changes_its_hash(tmp_path: Path) -> None:
     folder = shards(tmp_path / "fineweb")
     digest = load_corpus(str(folder)).sha256
     assert re.fullmatch(r"[0-9a-f]{64}", digest)
@@ -155,12 +155,12 @@ def put(at: int, new: bytes) -> Callable[[bytes], bytes]:
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("train.bin", cut(0), r"train\.bin \(0 bytes\) is empty; make it again"),
-        ("val.bin", cut(599), r"val\.bin \(599 bytes\) was cut off: nanoGPT's ids take two bytes"),
+        ("train.bin", cut(0), r"train\.bin \(0 bytes\) is empty; recreate it"),
+        ("val.bin", cut(599), r"val\.bin \(599 bytes\) is truncated: nanoGPT's ids have two"),
         (
             "val.bin",
             put(400, b"\x51\xc4"),
-            r"val\.bin: id 50257 at offset 400 is not of its vocabulary of 50,257",
+            r"val\.bin: id 50257 at offset 400 is not in its vocabulary of 50,257",
         ),
         ("train.bin", put(5998, b"\xff\xff"), r"train\.bin: id 65535 at offset 5,998 is not"),
     ],
@@ -175,18 +175,21 @@ def test_faults_30_and_31_nanogpt(tmp_path: Path, name: str, damage, message: st
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (cut(0), r"has 0 bytes, but the header of llm\.c's token files takes 1,024"),
+        (cut(0), r"has 0 bytes, but the header of llm\.c's token files has 1,024"),
         (cut(1023), r"has 1,023 bytes, but the header"),
-        (cut(1024), r"has 1,024 bytes, but its header \(at offset 8\) says 50 ids, .* take 1,124"),
+        (
+            cut(1024),
+            r"has 1,024 bytes, but its header \(at offset 8\) says 50 ids, .* require 1,124",
+        ),
         (cut(1123), "has 1,123 bytes, but its header"),
         (lambda content: content + b"\0\0", "has 1,126 bytes, but its header"),
-        (put(8, b"\0\0\0\0"), "says 0 ids, which take 1,024: it was cut off"),
+        (put(8, b"\0\0\0\0"), "says 0 ids, which require 1,024: it was truncated"),
         (put(8, b"\xff\xff\xff\xff"), "says -1 ids"),
         (put(0, b"\0"), r"begins with \d+ at offset 0, not with 20240520"),
         (put(4, b"\2"), r"is of version 2 \(at offset 4\) of llm\.c's token files, not 1"),
-        (put(0, (20240801).to_bytes(4, "little")), "holds ids of Llama 3's tokenizer, which"),
-        (put(0, (20240522).to_bytes(4, "little")), "holds questions with answers to choose from"),
-        (put(1030, b"\x51\xc4"), "id 50257 at offset 1,030 is not of its vocabulary of 50,257"),
+        (put(0, (20240801).to_bytes(4, "little")), "contains ids of Llama 3's tokenizer, which"),
+        (put(0, (20240522).to_bytes(4, "little")), "contains multiple-choice questions"),
+        (put(1030, b"\x51\xc4"), "id 50257 at offset 1,030 is not in its vocabulary of 50,257"),
     ],
 )
 def test_faults_30_31_and_32_llmc(tmp_path: Path, damage, message: str) -> None:
@@ -197,10 +200,10 @@ def test_faults_30_31_and_32_llmc(tmp_path: Path, damage, message: str) -> None:
     assert str(info.value).startswith(str(path))
 
 
-def test_fault_31_files_that_are_none(tmp_path: Path) -> None:
+def test_missing_and_unreadable_files_are_rejected(tmp_path: Path) -> None:
     folder = nanogpt(tmp_path / "d")
     (folder / "val.bin").unlink()
-    with pytest.raises(UsageError, match=r"d holds no file of token ids for val \(such as val"):
+    with pytest.raises(UsageError, match=r"train\.bin, but no token file for val \(such as val"):
         load_corpus(str(folder))
     (folder / "val.bin").mkdir()
     with pytest.raises(UsageError, match=r"val\.bin cannot be read: Is a directory"):
@@ -209,7 +212,7 @@ def test_fault_31_files_that_are_none(tmp_path: Path) -> None:
     (folder / "val.bin").symlink_to("nowhere")
     with pytest.raises(UsageError, match=r"val\.bin cannot be read: No such file"):
         load_corpus(str(folder))
-    with pytest.raises(UsageError, match=r"is a file of token ids: give the folder .*--data .*d\)"):
+    with pytest.raises(UsageError, match=r"is a file of token ids: pass the folder .*--data .*d\)"):
         load_corpus(str(folder / "train.bin"))
     (folder / "other_train.bin").touch()
     with pytest.raises(UsageError, match=r"several texts \(other, train\.bin and val\.bin\)"):
@@ -218,21 +221,21 @@ def test_fault_31_files_that_are_none(tmp_path: Path) -> None:
         read_meta(tmp_path / "meta.pkl")
 
 
-def test_fault_31_less_than_a_context(tmp_path: Path) -> None:
+def test_less_data_than_a_context_is_rejected(tmp_path: Path) -> None:
     for part in ("train", "val"):
         llmc(tmp_path / f"x_{part}.bin", range(20))
     with pytest.raises(UsageError, match="has 20 tokens, but block_size=16 needs at least 32"):
         Batches(load_corpus(str(tmp_path)).train, 16, seed=0)
 
 
-def test_fault_34_more_characters_than_two_bytes_hold(tmp_path: Path) -> None:
+def test_more_characters_than_uint16_holds_are_rejected(tmp_path: Path) -> None:
     characters = map(chr, range(0x10000, 0x20001))
     nanogpt(tmp_path, 100, {"itos": dict(enumerate(characters))})
-    with pytest.raises(UsageError, match=r"meta\.pkl has 65,537 characters, but the ids beside"):
+    with pytest.raises(UsageError, match=r"meta\.pkl has 65,537 characters, but the ids have"):
         load_corpus(str(tmp_path))
 
 
-def test_fault_14_another_tokenizer(tmp_path: Path) -> None:
+def test_data_of_another_tokenizer_is_rejected(tmp_path: Path) -> None:
     folder = nanogpt(tmp_path / "d", 10, META)
     with pytest.raises(UsageError, match="was prepared with another tokenizer"):
         load_corpus(str(folder), Tokenizer.gpt2())
@@ -240,7 +243,7 @@ def test_fault_14_another_tokenizer(tmp_path: Path) -> None:
 
 
 class Attack:
-    """Unpickled, it would make a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch pwned",)
@@ -251,12 +254,12 @@ class Attack:
     "value",
     [Attack(), {**META, "more": Attack()}, collections.OrderedDict(META), CharTokenizer("ab")],
 )
-def test_fault_18_no_code_in_a_pickle_runs(tmp_path, monkeypatch, value, protocol) -> None:
+def test_code_in_a_pickle_is_not_executed(tmp_path, monkeypatch, value, protocol) -> None:
     monkeypatch.chdir(tmp_path)
     nanogpt(tmp_path)
     Path("meta.pkl").write_bytes(pickle.dumps(value, protocol))
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(UsageError, match=r"meta\.pkl is refused: it asks for \S+, and could run"):
+    with pytest.raises(UsageError, match=r"meta\.pkl was rejected: it refers to \S+, and could"):
         load_corpus(str(tmp_path))
     assert sorted(tmp_path.iterdir()) == before
 
@@ -267,19 +270,19 @@ def test_fault_18_no_code_in_a_pickle_runs(tmp_path, monkeypatch, value, protoco
         (b"", r"meta\.pkl is damaged: EOFError"),
         (pickle.dumps(META)[:-30], "is damaged: "),
         (b"\x80\x04\xff.", "is damaged: "),
-        (b"cos\nsystem\n(S'touch pwned'\ntR.", r"is refused: it asks for os\.system"),
-        (b"Psomething\n.", "is refused: it asks for an object from elsewhere"),
-        (b"\x80\x02\x82\x01.", "is damaged: "),  # an extension that nobody registered
-        (pickle.dumps([1, 2]), "is no character vocabulary .* has no dict 'itos'"),
+        (b"cos\nsystem\n(S'touch pwned'\ntR.", r"was rejected: it refers to os\.system"),
+        (b"Psomething\n.", "was rejected: it refers to an external object"),
+        (b"\x80\x02\x82\x01.", "is damaged: "),  # an unregistered extension code
+        (pickle.dumps([1, 2]), "is not a character vocabulary .* has no dict 'itos'"),
         (pickle.dumps({"vocab_size": 7}), "has no dict 'itos'"),
-        (pickle.dumps({"itos": {0: "a", 2: "b"}}), "must have the ids 0 to 2 - 1, each once"),
-        (pickle.dumps({**META, "vocab_size": 50304}), "must have the ids 0 to 50304 - 1"),
-        (pickle.dumps({"itos": {0: "a", 1: "bc"}}), "id 1 stands for 'bc', which is no character"),
-        (pickle.dumps({"itos": {0: "a", 1: b"c"}}), "id 1 stands for b'c', which is no"),
-        (pickle.dumps({"itos": {0: "a", 1: "a"}}), "character 'a' stands twice"),
+        (pickle.dumps({"itos": {0: "a", 2: "b"}}), "must have each of the ids 0 to 2 - 1 exactly"),
+        (pickle.dumps({**META, "vocab_size": 50304}), "must have each of the ids 0 to 50304 - 1"),
+        (pickle.dumps({"itos": {0: "a", 1: "bc"}}), "id 1 maps to 'bc', which is not a character"),
+        (pickle.dumps({"itos": {0: "a", 1: b"c"}}), "id 1 maps to b'c', which is not"),
+        (pickle.dumps({"itos": {0: "a", 1: "a"}}), "character 'a' occurs twice"),
         (pickle.dumps({"itos": {0: "\ud800"}}), "half a surrogate pair"),
         (pickle.dumps({"itos": {}}), "needs at least one character"),
-        (pickle.dumps({**META, "stoi": {"a": 0}}), "'stoi' and 'itos' contradict each other"),
+        (pickle.dumps({**META, "stoi": {"a": 0}}), "'stoi' is not the inverse of 'itos'"),
         (bytes(2**24 + 1), "has more than 16,777,216 bytes"),
     ],
 )
@@ -294,13 +297,13 @@ def test_a_meta_that_is_none(tmp_path: Path, monkeypatch, content: bytes, messag
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_fault_37_memory_is_flat(tmp_path: Path) -> None:
-    """A file is mapped: what is read of it is the system's to keep or to drop."""
+def test_memory_use_does_not_grow_with_the_files(tmp_path: Path) -> None:
+    """Check that token files are memory mapped, so that they do not increase private memory."""
     size = 200_000_000
     for name in ("train.bin", "val.bin"):
         with (tmp_path / name).open("wb") as file:
             file.truncate(size)
-    own_memory()  # whatever is imported for it
+    own_memory()  # do its imports first
     before = own_memory()
     corpus = load_corpus(str(tmp_path))
     batches = Batches(corpus.train, 1024, seed=0)
@@ -309,6 +312,6 @@ def test_fault_37_memory_is_flat(tmp_path: Path) -> None:
 
 
 def own_memory() -> int:
-    """How many bytes this process holds that are no file's."""
+    """Return the number of bytes of this process's memory that are not backed by a file."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("RssAnon:")[1].split()[0])

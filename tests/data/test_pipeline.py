@@ -1,4 +1,4 @@
-"""Texts into a prepared folder, and training on it."""
+"""Tests of preparing a folder of token shards and of training on it."""
 
 import json
 import os
@@ -28,7 +28,7 @@ SMALL = [
 
 
 def run(command, *args: str) -> int:
-    """Run a command in this process; return its exit code."""
+    """Run a command in this process and return its exit code."""
     with pytest.raises(SystemExit) as info:
         cli.run(command, args)
     return int(info.value.code or 0)
@@ -42,7 +42,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def small_tokenizer() -> Tokenizer:
-    """The bytes, a few merges, and <|endoftext|>."""
+    """Return a tokenizer of the bytes, a few merges, and <|endoftext|>."""
     merges = bpe.train(["story of the other story "], 12)
     tokens = bpe.vocabulary(merges)
     ids = {token: i for i, token in enumerate(tokens)}
@@ -52,7 +52,7 @@ def small_tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def stories(tmp_path: Path) -> Path:
-    """A thousand and one documents, one of which holds what ends documents."""
+    """Write 1,001 documents, one of which contains the end-of-text string."""
     path = tmp_path / "stories.jsonl"
     texts = [f"The story of {i}, é.\n" for i in range(1001)]
     texts[500] = f"It said {EOT}, and went on."
@@ -61,7 +61,7 @@ def stories(tmp_path: Path) -> Path:
 
 
 def documents(folder: Path, name: str, tokenizer: Tokenizer) -> list[str]:
-    """Return the documents of a prepared part, by its index of starts."""
+    """Return the documents of a prepared part, cut at its document starts."""
     shards = read_shards(folder / name, tokenizer, check=True)
     ids = np.concatenate([shard.ids for shard in shards])
     firsts = np.cumsum([0, *(len(shard.ids) for shard in shards)])
@@ -88,7 +88,8 @@ def test_documents_are_parted_and_drawn_by_their_number(stories, tmp_path, small
     assert meta["val"]["bytes"] + meta["train"]["bytes"] == sum(len(t.encode()) for t in texts)
     assert meta["sources"][0]["path"] == str(stories)
     assert Tokenizer.load(out) == small_tokenizer
-    # The same again, in other batches and threads; and a document keeps its part when more come.
+    # The result must not depend on batches and threads, and a document must stay in its part when
+    # documents are added.
     prepare_data(stories, tmp_path / "again", threads=1, **options)
     assert documents(tmp_path / "again", "val", small_tokenizer) == parts["val"]
     prepare_data([stories, stories], tmp_path / "twice", **options)
@@ -141,12 +142,12 @@ def test_prepare_then_train_as_printed(stories, workplace, small_tokenizer, capf
     assert run(train.main, "--resume", "r", "--max-steps", "4") == 0
     assert run(generate.main, "r", "--prompt", "The", "--max-new-tokens", "3") == 0
     assert "The" in capfd.readouterr().out
-    # Fault 33: other data under the same name.
+    # Other data under the same name.
     shard = workplace / "data/my/train-00001.bin"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:300] + b"\0\0" + whole[302:])
     assert run(train.main, "--resume", "r", "--max-steps", "6") == 2
-    assert "train-00001.bin was changed since it was written" in capfd.readouterr().err
+    assert "train-00001.bin was modified after it was written" in capfd.readouterr().err
     assert run(prepare.main, *args, "--overwrite") == 0
     assert not shard.exists()
     assert run(train.main, "--resume", "r", "--max-steps", "6") == 2
@@ -169,7 +170,7 @@ def test_several_shards_train_as_one(stories, workplace, small_tokenizer) -> Non
 
 
 def test_train_vocab(stories, workplace, monkeypatch, small_tokenizer, capfd) -> None:
-    """What the trainer of tokenizers is given: the texts, the size, the special token."""
+    """Check what the tokenizer training receives: the texts, the size, the special token."""
     given: list[object] = []
 
     def learn(source, vocab_size, *, special_tokens=(EOT,)):
@@ -191,10 +192,10 @@ def test_train_vocab_for_real(stories, workplace, capfd) -> None:
     assert run(prepare.main, "stories.jsonl", "--train-vocab", "300", "--out", "d") == 0
     out = capfd.readouterr().out
     assert "vocabulary of 300" in out
-    assert "asked for" not in out
+    assert "fewer than" not in out
     assert run(prepare.main, "stories.jsonl", "--train-vocab", "9000", "--out", "more") == 0
     out = capfd.readouterr().out
-    assert "(not 9,000, as asked for: the texts hold no more pairs to merge)" in out
+    assert "(fewer than the requested 9,000: the texts have no more pairs to merge)" in out
     assert f"vocabulary of {Tokenizer.load('more').vocab_size:,}\n" in out
     tokenizer = Tokenizer.load("d")
     assert tokenizer.eot_token is not None
@@ -207,22 +208,22 @@ def test_train_vocab_for_real(stories, workplace, capfd) -> None:
 def wrong_uses() -> dict[str, tuple[list[str], str]]:
     return {
         "missing": (["no.txt"], "no.txt does not exist"),
-        "empty": (["empty.txt"], "empty.txt: no text in there"),
-        "folder of nothing": (["nothing"], "folder nothing holds no file named *.txt"),
-        "no inputs": ([], "nothing to prepare: name a text file"),
+        "empty": (["empty.txt"], "empty.txt: contains no text"),
+        "folder of nothing": (["nothing"], "folder nothing contains no *.txt"),
+        "no inputs": ([], "nothing to prepare: pass at least one"),
         "not UTF-8": (["latin1.txt"], "not UTF-8: byte 0xe9 at offset 3"),
         "field": (["a.jsonl", "--field", "body"], "a.jsonl, line 1: has no field 'body'"),
         "tokenizer": (["a.jsonl", "--tokenizer", "gtp2"], "tokenizer must be gpt2 or"),
         "no end of text": (["a.jsonl", "--tokenizer", "char.json"], "has no <|endoftext|>, which"),
         "fraction": (["a.jsonl", "--val-fraction", "1"], "val_fraction must be between 0 and 1"),
-        "too short": (["a.jsonl"], "nothing is left for validation: bring more text, or choose"),
+        "too short": (["a.jsonl"], "no text is left for validation: use more text, or choose"),
         "shard size": (["a.jsonl", "--tokens-per-shard", "0"], "tokens_per_shard must be at least"),
         "threads": (["a.jsonl", "--threads", "0"], "threads must be at least 1, not 0"),
         "a file in the way": (
             ["a.jsonl", "--out", "a.jsonl"],
-            "a.jsonl exists, and is no prepared",
+            "a.jsonl exists, and is not a prepared",
         ),
-        "a folder in the way": (["a.jsonl", "--out", "."], "exists, and is no prepared folder"),
+        "a folder in the way": (["a.jsonl", "--out", "."], "exists, and is not a prepared"),
         "below a file": (["a.jsonl", "--out", "a.jsonl/x"], "a.jsonl/x cannot be written: Not a"),
     }
 
@@ -258,7 +259,7 @@ def test_a_prepared_folder_is_not_overwritten_unasked(verse, tmp_path, capfd) ->
     out = tmp_path / "made"
     prepare_data(verse, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(UsageError, match=r"is prepared already: train on it .* with --overwrite"):
+    with pytest.raises(UsageError, match=r"is already prepared: train on it .* with --overwrite"):
         prepare_data(verse, out)
     (tmp_path / "bad.txt").write_bytes(b"good, " * 9999 + b"\xff")
     with pytest.raises(UsageError, match="not UTF-8"):
@@ -282,7 +283,7 @@ def test_faults_30_and_32_a_prepared_folder_that_is_damaged(verse, workplace, ca
     for content, message in (
         (
             whole[:256] + b"\xff\xff" + whole[258:],
-            "id 65535 at offset 256 is not of its vocabulary",
+            "id 65535 at offset 256 is not in its vocabulary",
         ),
         (whole[:-1], "d/train-00000.bin has"),
         (b"x" + whole[1:], "d/train-00000.bin is not a token shard"),
@@ -298,7 +299,7 @@ def test_faults_30_and_32_a_prepared_folder_that_is_damaged(verse, workplace, ca
     tokenizer.unlink()
     refused("the tokenizer of d cannot be read")
     Path("d/meta.json").unlink()
-    refused("d is a folder, but no prepared one (it has no meta.json); make one")
+    refused("d is not a prepared folder (it has no meta.json); prepare the texts")
 
 
 def test_another_tokenizer_than_the_folders(verse, tmp_path, small_tokenizer) -> None:
@@ -321,7 +322,7 @@ def test_the_command_does_not_import_torch(verse: Path, tmp_path: Path) -> None:
 
 
 def test_texts_for_validation(stories, workplace, capfd) -> None:
-    """As TinyStories come: two texts, of which the first alone teaches the tokenizer."""
+    """Check two separate texts, as in TinyStories; the tokenizer is trained on the first alone."""
     Path("valid.txt").write_text("A dog.\n<|endoftext|>\nzyzzyva zyzzyva zyzzyva\n")
     args = ["stories.jsonl", "--val", "valid.txt", "--train-vocab", "300", "--out", "d"]
     assert run(prepare.main, *args) == 0
@@ -335,5 +336,5 @@ def test_texts_for_validation(stories, workplace, capfd) -> None:
     Path("empty.txt").touch()
     capfd.readouterr()
     assert run(prepare.main, "stories.jsonl", "--val", "empty.txt", "--out", "e") == 2
-    assert "the texts for validation hold no text" in capfd.readouterr().err
+    assert "the files for validation contain no text" in capfd.readouterr().err
     assert not Path("e").exists()

@@ -1,4 +1,4 @@
-"""Micro-batches ahead of time: the same ones, no thread left over, no error lost."""
+"""Tests of prefetching: the micro-batches, the end of the thread, and the errors raised."""
 
 import gc
 import itertools
@@ -45,7 +45,7 @@ def test_what_the_plan_says_in_its_order(batches: Batches, ahead: int | None) ->
             expected = batches.samples(first, count)
             assert torch.equal(inputs, expected[0])
             assert torch.equal(targets, expected[1])
-        for _ in range(2):  # and again
+        for _ in range(2):  # further calls raise it again
             with pytest.raises(StopIteration):
                 next(feeder)
 
@@ -75,9 +75,9 @@ def test_only_a_few_ahead() -> None:
         assert taken == i + 2
         assert next(ahead) == i
     ahead.close()
-    with pytest.raises(RuntimeError, match="closed already"):
+    with pytest.raises(RuntimeError, match="prefetcher is closed"):
         next(ahead)
-    ahead.close()  # once more does nothing
+    ahead.close()  # a second call does nothing
 
 
 @pytest.mark.parametrize("ahead", [0, 2])
@@ -94,13 +94,13 @@ def test_an_error_comes_where_it_belongs(batches: Batches, ahead: int) -> None:
         assert "plan_that_breaks" in "".join(traceback.format_exception(info.value))
     with Feeder(batches, [(0, 1), (-1, 1)], "cpu", ahead) as feeder:
         next(feeder)
-        with pytest.raises(ValueError, match="samples are numbered from 0"):
+        with pytest.raises(ValueError, match="first must be >= 0 and count >= 1"):
             next(feeder)
 
 
 @pytest.mark.parametrize("taken", [0, 1, 7])
 def test_closing_early_does_not_hang(batches: Batches, taken: int) -> None:
-    """Whether the thread waits for room or is at work."""
+    """Close while the thread waits for room or still works."""
     for pause in (0, 0.01):
         with Feeder(batches, endless(), "cpu", 2) as feeder:
             for _ in range(taken):
@@ -161,7 +161,7 @@ def test_what_was_prepared_is_let_go() -> None:
 def test_on_a_gpu_nothing_is_overwritten_before_it_is_copied(batches: Batches) -> None:
     plan = [(i * 5, 5) for i in range(300)]
     with Feeder(batches, plan, "cuda") as feeder:
-        torch.cuda._sleep(200_000_000)  # copies have to wait
+        torch.cuda._sleep(200_000_000)  # delays the copies
         got = list(feeder)
     for (first, count), (inputs, targets) in zip(plan, got, strict=True):
         expected = batches.samples(first, count)

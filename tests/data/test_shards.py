@@ -1,4 +1,4 @@
-"""Token shards: what is written is read back, and what is damaged is refused."""
+"""Tests of token shards: writing, reading, and the detection of damaged files."""
 
 import struct
 import tempfile
@@ -29,7 +29,7 @@ MANY = CharTokenizer(map(chr, range(0x10000, 0x10000 + 70_000)))
 
 @pytest.fixture
 def shard(tmp_path: Path) -> Path:
-    """A shard of eleven ids and two documents, to break."""
+    """Return a shard of eleven ids and two documents, to be damaged by the tests."""
     with ShardWriter(tmp_path / "x", LETTERS) as writer:
         writer.append(np.arange(11, dtype=np.uint16) % 10, [0, 4])
     return tmp_path / "x-00000.bin"
@@ -46,7 +46,7 @@ def test_what_is_in_a_shard(shard: Path) -> None:
     assert shard.stat().st_size == HEADER_BYTES + 24 + 16
 
 
-def test_fault_34_a_vocabulary_beyond_uint16(tmp_path: Path) -> None:
+def test_a_vocabulary_beyond_uint16_is_stored_as_uint32(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "x", MANY) as writer:
         writer.append(np.array([0, 69_999, 3], np.uint32), [0])
     read = read_shard(writer.paths[0], MANY, check=True)
@@ -62,7 +62,7 @@ def test_fault_34_a_vocabulary_beyond_uint16(tmp_path: Path) -> None:
     data=st.data(),
 )
 def test_shards_are_one_row(documents, limit, cuts, data) -> None:
-    """However it is cut into files and into calls."""
+    """Check a round trip for any division into files and into calls of `append`."""
     n = sum(documents)
     ids = (np.arange(n) * 7 % 10).astype(np.uint16)
     starts = np.cumsum([0, *documents])[:-1]
@@ -103,7 +103,7 @@ def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
     def write() -> None:
         with ShardWriter(tmp_path / "x", LETTERS, 4) as writer:
             writer.append(np.zeros(10, np.uint16), [0])
-            assert len([*tmp_path.iterdir()]) == 3  # under other names
+            assert len([*tmp_path.iterdir()]) == 3  # under temporary names
             assert not [*tmp_path.glob("x*")]
             raise KeyboardInterrupt
 
@@ -118,7 +118,7 @@ def test_wrong_uses_of_the_writer(shard: Path) -> None:
     with pytest.raises(ValueError, match="tokens_per_shard must be at least 1, not 0"):
         ShardWriter(shard.parent / "y", LETTERS, 0)
     with (
-        pytest.raises(ValueError, match="id 10 is not of this vocabulary of 10"),
+        pytest.raises(ValueError, match="id 10 is not in this vocabulary of 10"),
         ShardWriter(shard.parent / "y", LETTERS) as writer,
     ):
         writer.append(np.array([1, 10], np.uint16), [])
@@ -134,14 +134,14 @@ def change(at: int, new: bytes):
     [
         (lambda data: b"", "is not a token shard: it does not begin with fGPTshrd"),
         (lambda data: b"PK" + data[2:], "is not a token shard"),
-        (lambda data: data[:100], "is cut off at byte 100, in its header"),
+        (lambda data: data[:100], "is truncated at byte 100, within"),
         (change(8, b"\x02"), r"is of version 2 \(at offset 8\); this fastgpt reads version 1"),
         (change(24, b"\xff"), r"is damaged: its header \(bytes 0 to 252\) fails its checksum"),
         (change(252, b"abcd"), "is damaged: its header"),
-        (lambda data: data[:-1], "has 295 bytes, but 11 tokens and 2 documents take 296: it was"),
+        (lambda data: data[:-1], "has 295 bytes, but 11 tokens and 2 documents require 296: it"),
         (lambda data: data + b"x", "has 297 bytes, but 11 tokens"),
         (lambda data: data[:256], "has 256 bytes, but"),
-        (change(256 + 6, b"\x0a"), "id 10 at offset 262 is not of its vocabulary of 10"),
+        (change(256 + 6, b"\x0a"), "id 10 at offset 262 is not in its vocabulary of 10"),
     ],
 )
 def test_faults_30_and_32_damaged(shard: Path, damage, message: str) -> None:
@@ -152,14 +152,14 @@ def test_faults_30_and_32_damaged(shard: Path, damage, message: str) -> None:
         assert str(error.value).startswith(str(shard))
 
 
-def test_fault_33_changed_since_it_was_written(shard: Path) -> None:
+def test_a_shard_changed_after_it_was_written_is_detected(shard: Path) -> None:
     verify_shard(read_shard(shard))
     shard.write_bytes(change(256 + 6, b"\x01")(shard.read_bytes()))
-    with pytest.raises(ShardError, match=r"x-00000\.bin was changed since it was written"):
+    with pytest.raises(ShardError, match=r"x-00000\.bin was modified after it was written"):
         verify_shard(read_shard(shard, LETTERS, check=True))
 
 
-def test_fault_32_an_id_size_that_does_not_exist(shard: Path) -> None:
+def test_an_unsupported_id_size_is_rejected(shard: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[12] = 3
     data[252:256] = struct.pack("<I", zlib.crc32(bytes(data[:252])))
@@ -172,8 +172,8 @@ def test_fault_32_an_id_size_that_does_not_exist(shard: Path) -> None:
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(at=st.integers(0, 295), byte=st.integers(0, 255), end=st.integers(0, 300))
-def test_fault_32_any_damage(shard, at, byte, end) -> None:
-    """Any byte of the header changed is noticed, and so is any other length."""
+def test_a_damaged_header_or_length_is_detected(shard, at, byte, end) -> None:
+    """Check that a change of any byte of the header or of the length is detected."""
     whole = shard.read_bytes()
     damaged = bytearray(whole)
     damaged[at] = byte
@@ -204,10 +204,12 @@ def test_missing_files(tmp_path: Path) -> None:
         other.append(np.zeros(4, np.uint16), [0])
     content = last.read_bytes()
     other.paths[0].rename(last)
-    with pytest.raises(ShardError, match=r"x-00002\.bin says that it is shard 0 of 1: it does not"):
+    with pytest.raises(
+        ShardError, match=r"x-00002\.bin is shard 0 of 1 according to its header: it does not"
+    ):
         read_shards(tmp_path / "x")
     last.unlink()
-    with pytest.raises(ShardError, match=r"x-00002\.bin is missing: there must be 3"):
+    with pytest.raises(ShardError, match=r"x-00002\.bin is missing: there must be 3 shards"):
         read_shards(tmp_path / "x")
     last.write_bytes(content)
     middle.unlink()

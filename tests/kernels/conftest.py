@@ -1,4 +1,4 @@
-"""What the kernel tests share."""
+"""Fixtures of the kernel tests."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""AdamW in one pass against PyTorch's clipping and AdamW, in float64 and in fp32."""
+"""The fused AdamW against PyTorch's clipping and AdamW, in float64 and in fp32."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ from fastgpt.training import fused_adamw
 from fastgpt.training.fused_adamw import FusedAdamW
 from tests.kernels.truth import HAS_GPU, assert_as_good_as_plain
 
-# One element, fewer and more than a block, a whole number of blocks, odd and aligned ones.
+# One element, less and more than a block, whole blocks; unaligned and aligned sizes.
 SHAPES = [(), (1,), (3, 5), (16,), (2048,), (64, 64), (2049,), (4099,)]
 ALIGNED = [(16,), (2048,), (64, 80)]
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
@@ -22,7 +22,7 @@ OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
 
 @pytest.fixture(autouse=True, params=["kernels"] if HAS_GPU else ["kernels", "loops"])
 def implementation(request, monkeypatch):
-    """Without a GPU, both what runs on one, in Triton's interpreter, and what runs on a CPU."""
+    """Without a GPU, test both the kernels, in Triton's interpreter, and the CPU implementation."""
     loops = request.param == "loops"
     monkeypatch.setattr(fused_adamw, "_uses_loops", lambda param: loops)
     return request.param
@@ -39,7 +39,7 @@ def make_params(shapes=SHAPES, device="cpu"):
 
 
 def groups_of(params):
-    """Two groups, with rates of their own."""
+    """Return two parameter groups with different learning rates."""
     return [
         {"params": params[::2], "weight_decay": 0.1},
         {"params": params[1::2], "weight_decay": 0.0, "lr": 3e-3, "betas": (0.8, 0.999)},
@@ -51,7 +51,7 @@ def copies(params, dtype):
 
 
 def set_gradients(step, *copies_of_params):
-    """Give each copy the same random gradients: of quite another size at each third step."""
+    """Set the same random gradients in each copy, with a very different scale every third step."""
     generator = torch.Generator().manual_seed(step)
     for same in zip(*copies_of_params, strict=True):
         grad = torch.randn(same[0].shape, generator=generator) * (10.0 if step % 3 else 1e-3)
@@ -95,7 +95,7 @@ def test_a_model_learns_the_same_for_fifty_steps(device):
     y = x.sin().sum(1, keepdim=True)
     for step in range(50):
         for some, rates in ((model, optimizer), (twin, theirs)):
-            rates.param_groups[0]["lr"] = 1e-2 * (1 - step / 60)  # a schedule
+            rates.param_groups[0]["lr"] = 1e-2 * (1 - step / 60)  # learning rate schedule
             rates.zero_grad()
             (some(x) - y).square().mean().backward()
         optimizer.step()
@@ -121,7 +121,7 @@ def test_a_norm_that_is_not_finite_changes_nothing(bad, which, device):
     for index, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(state[name], before[1][index][name]) for name in state)
     set_gradients(1, params)
-    optimizer.step()  # and the next one is as if nothing had been
+    optimizer.step()  # the skipped step has no effect on the next one
     assert optimizer.grad_norm.isfinite()
     assert optimizer.state[params[0]]["step"] == 2
 
@@ -152,7 +152,7 @@ def test_parameters_without_a_gradient_are_skipped(device):
     params = make_params([(3,), (4,), (5,), (0, 4)], device)
     before = params[1].detach().clone()
     optimizer = FusedAdamW([{"params": params[1:2]}, {"params": [params[0], *params[2:]]}])
-    optimizer.step()  # none has one
+    optimizer.step()  # no parameter has a gradient
     assert optimizer.grad_norm is None
     set_gradients(0, params)
     params[1].grad = None
@@ -166,7 +166,7 @@ def test_parameters_without_a_gradient_are_skipped(device):
 
 
 def test_tensors_that_lie_anywhere(device):
-    """Views at odd addresses, transposed parameters, gradients of other strides, stride 0 too."""
+    """Views at unaligned addresses, transposed parameters, gradients of other strides and of 0."""
     storage = torch.randn(200, device=device)
     params = [
         storage[1:31].view(5, 6),
@@ -228,7 +228,7 @@ def test_states_move_from_and_to_torch(kind, device):
 
 
 def test_a_state_put_in_by_hand(device):
-    """As reading a checkpoint does it: steps on the CPU, moments contiguous."""
+    """As when loading a checkpoint: steps on the CPU, contiguous moments."""
     param = torch.randn(6, 5, device=device).T.requires_grad_()
     optimizer = FusedAdamW([param])
     zeros = torch.zeros(5, 6, device=device)
@@ -271,7 +271,7 @@ def test_rate_as_a_tensor(device):
     twin = torch.optim.AdamW([{"params": plain[:1], "lr": 1e-3}, {"params": plain[1:]}], lr=0.1)
     for step in range(3):
         set_gradients(step, params, plain)
-        rate.fill_(0.1 / (step + 1))  # in place: a recorded step sees it too
+        rate.fill_(0.1 / (step + 1))  # in place, so that a captured step uses it as well
         twin.param_groups[1]["lr"] = 0.1 / (step + 1)
         optimizer.step()
         twin.step()
@@ -341,15 +341,15 @@ def test_launcher_refuses_what_it_does_not_support(device):
     param = torch.zeros(3, 4, device=device)
     step = torch.zeros((), device=device)
     tensors_of = adamw.tensors_of_a_step
-    with pytest.raises(ValueError, match=r"one of each .* not \[1, 1, 1, 1, 0\]"):
+    with pytest.raises(ValueError, match=r"the same length, .* not \[1, 1, 1, 1, 0\]"):
         tensors_of([param], [param], [param], [param], [])
-    with pytest.raises(ValueError, match=r"one of each .* not \[0, 0, 0, 0, 0\]"):
+    with pytest.raises(ValueError, match=r"the same length, .* not \[0, 0, 0, 0, 0\]"):
         tensors_of([], [], [], [], [])
     with pytest.raises(ValueError, match=r"a gradient must be torch\.float32, not torch\.float16"):
         tensors_of([param], [param.half()], [param], [param], [step])
-    with pytest.raises(ValueError, match=r"exp_avg must .* \[3, 4\] strided .* not \[4, 3\]"):
+    with pytest.raises(ValueError, match=r"exp_avg must have shape \[3, 4\] .* not shape \[4, 3\]"):
         tensors_of([param], [param], [param.T], [param], [step])
-    with pytest.raises(ValueError, match=r"a step must be laid out as \[\] .* not \[1\]"):
+    with pytest.raises(ValueError, match=r"a step must have shape \[\] .* not shape \[1\]"):
         tensors_of([param], [param], [param], [param], [step[None]])
     with pytest.raises(ValueError, match=r"gaps or overlaps, not \[3, 2\] strided \[4, 2\]"):
         tensors_of(*[[param[:, ::2]]] * 4, [step])

@@ -16,7 +16,7 @@ BOTH = pytest.mark.parametrize("deterministic", [True, False], ids=["two-kernels
 
 
 def formula(qkv, n_head, kept=None, dropout_p=0.0):
-    """Attention in plain PyTorch and in the precision of `qkv`, with a given dropout mask."""
+    """Return attention in plain PyTorch in the dtype of `qkv`, with a given dropout mask."""
     q, k, v = reference.split_heads(qkv, n_head)
     future = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1)
     scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(future, -math.inf)
@@ -27,7 +27,7 @@ def formula(qkv, n_head, kept=None, dropout_p=0.0):
 
 
 def by_autograd(grad_out, qkv, n_head, *dropout):
-    """The formula's result and gradient."""
+    """Return the result and gradient of the formula."""
     qkv = qkv.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
     out = formula(qkv, n_head, *dropout)
     out.backward(grad_out)
@@ -43,7 +43,7 @@ def by_kernels(grad_out, qkv, n_head, dropout_p=0.0, seed=None, deterministic=Tr
 
 
 def check(grad_out, qkv, n_head, deterministic=True):
-    """Hold forward and backward against the truth, by FlashAttention's rule."""
+    """Compare forward and backward with float64, by the criterion of `truth`."""
     results = by_kernels(grad_out, qkv, n_head, deterministic=deterministic)
     plain = by_autograd(grad_out, qkv, n_head)
     true = by_autograd(grad_out.double(), qkv.double(), n_head)
@@ -75,7 +75,7 @@ def test_lengths_around_the_block_size(n_time, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_pass(dtype, device):
     for n_time in (1, 40 if dtype == torch.float32 else 130):  # blocks of 16 and of 32 × 128
-        # several heads: of few numbers plain PyTorch may be right by luck
+        # Several heads: with few numbers, plain PyTorch may be exact by chance.
         check(*problem(2, n_time, 2, 16, dtype, device), deterministic=False)
 
 
@@ -92,7 +92,7 @@ def test_many_heads_of_many_rows(dtype, device):
 
 
 def test_every_program_of_a_grid_has_a_block_of_its_own(device, monkeypatch):
-    # Heads are taken in groups: here of 2, with one left over.
+    # Heads are processed in groups, here of 2, with one in the last group.
     monkeypatch.setattr(attention, "SHARED_BYTES", 2 * 2 * 70 * 16 * 2)
     check(*problem(1, 70, 3, 16, torch.float16, device))
 
@@ -124,7 +124,7 @@ def test_any_strides(deterministic, device):
     big = normal(2, 36, 2 * 96, dtype=torch.float32, device=device)
     grad = normal(2, 36, 64, dtype=torch.float32, device=device)
     for qkv, grad_out in (
-        (big[:, 3:20, 50:146], grad[:, 3:20, 7:39]),  # a slice, at an odd address
+        (big[:, 3:20, 50:146], grad[:, 3:20, 7:39]),  # a slice at an unaligned address
         (big[..., :96].transpose(0, 1)[:5], grad[..., :32].transpose(0, 1)[:5]),  # time first
         (big[:, ::4, ::2], grad[:, ::4, ::2]),
         (big[:1, :, :96].expand(2, 36, 96), grad[:1, :, :32].expand(2, 36, 32)),
@@ -160,7 +160,7 @@ def test_lse(device):
 
 
 @BOTH
-def test_float64(deterministic, device):  # for gradcheck, of whatever uses the kernels
+def test_float64(deterministic, device):  # used by gradcheck
     if HAS_GPU:
         pytest.skip("float64 is refused there")
     grad_out, qkv, n_head = problem(1, 66, 2, 24, torch.float64, device)
@@ -199,7 +199,7 @@ def test_same_bits_twice(dtype, device):
         assert torch.equal(once, again)
 
 
-@pytest.mark.filterwarnings("ignore:(All-NaN|invalid value):RuntimeWarning")  # NumPy's
+@pytest.mark.filterwarnings("ignore:(All-NaN|invalid value):RuntimeWarning")  # from NumPy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("now", [1, 40, 64, 90])
 def test_the_future_changes_no_bit_of_the_past(now, dtype, device):
@@ -211,7 +211,7 @@ def test_the_future_changes_no_bit_of_the_past(now, dtype, device):
     other_out, other_lse = attention.causal_attention_forward(changed, n_head)
     assert torch.equal(out[:, :now], other_out[:, :now])
     assert torch.equal(lse[..., :now], other_lse[..., :now])
-    # and what lies past the end in memory is never read
+    # Memory past the end is never read.
     changed[:, now:] = math.nan
     out, lse = attention.causal_attention_forward(qkv[:, :now], n_head)
     other_out, other_lse = attention.causal_attention_forward(changed[:, :now], n_head)
@@ -231,7 +231,7 @@ def test_large_scores_stay_finite(dtype, deterministic, device):
     out, grad_qkv = by_kernels(grad_out, qkv, n_head, deterministic=deterministic)
     assert out.isfinite().all()
     assert grad_qkv.isfinite().all()
-    if dtype != torch.bfloat16:  # each query finds one key: nothing to sum up, nothing to round
+    if dtype != torch.bfloat16:  # each query attends to one key: the result is exact
         true, _ = by_autograd(grad_out.double(), qkv.double(), n_head)
         assert error(out, true) < 1e-3
 
@@ -248,9 +248,10 @@ def test_scores_of_a_trained_model_at_their_largest(deterministic, device):
 
 
 def kept_probabilities(n_batch, n_time, n_head, dropout_p, seed, device):
-    """Extract the mask from the kernel, [B, H, T, T], by attending 128 keys at a time to V = I.
+    """Return the dropout mask of the kernel, [B, H, T, T], from attention with V = I.
 
-    With queries of zero all probabilities are equal, so a dropped one is a zero in the output.
+    128 columns of the identity are processed at a time. The queries are zero, so all probabilities
+    are equal and positive, and a dropped one is a zero in the output.
     """
     masks = []
     for first in range(0, n_time, 128):
@@ -286,7 +287,7 @@ def test_dropout_keeps_as_many_as_it_should(dropout_p, device):
         deviation = math.sqrt(dropout_p * (1 - dropout_p) / sample.numel())
         assert abs(sample.mean().item() - (1 - dropout_p)) < 4.5 * deviation
     assert not kept[..., ~past].any()
-    # neighbours, heads and batch rows know nothing of each other
+    # Neighbouring probabilities, heads and batch rows are uncorrelated.
     flat = kept[..., past].flatten(0, 1) - (1 - dropout_p)  # [4, N]
     pairs = [(flat[0], flat[1]), (flat[0], flat[2]), (flat[1], flat[2])]
     pairs += [(flat[:, lag:], flat[:, :-lag]) for lag in (1, 2, 3, 4, 5, 64, 128)]
@@ -302,7 +303,7 @@ def test_seeds_decide(device):
         return attention.causal_attention_forward(qkv, n_head, 0.5, seed_of(seed, device))[0]
 
     assert torch.equal(out(1), out(1))
-    for other in (2, 1 + 2**32, -1):  # both halves of the seed count
+    for other in (2, 1 + 2**32, -1):  # both halves of the seed have an effect
         assert not torch.equal(out(1), out(other))
 
 
@@ -313,7 +314,7 @@ def test_no_dropout_needs_no_seed_and_ignores_one(device):
     assert torch.equal(once, again)
 
 
-# ---- what is refused -----------------------------------------------------------------------------
+# ---- rejected inputs -----------------------------------------------------------------------------
 
 
 def test_refuses_what_it_does_not_support(device):
@@ -365,7 +366,7 @@ def test_refuses_float64_on_a_gpu():
 def test_more_elements_than_int32_counts(device):
     grad_out, qkv, n_head = problem(3, 2, 1, 64, torch.float16, device)
     memory = torch.empty(2**31 + 2**10, dtype=torch.float16, device=device)
-    far = memory.as_strided(qkv.shape, (2**30, 192, 1)).copy_(qkv)  # the last begins at 2^31
+    far = memory.as_strided(qkv.shape, (2**30, 192, 1)).copy_(qkv)  # the last row starts at 2^31
     far_grad = memory[512:].as_strided(grad_out.shape, (2**30, 64, 1)).copy_(grad_out)
     for once, again in zip(
         by_kernels(far_grad, far, n_head), by_kernels(grad_out, qkv, n_head), strict=True

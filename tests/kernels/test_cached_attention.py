@@ -15,9 +15,9 @@ from tests.kernels.truth import DTYPES, HAS_GPU, assert_as_good_as_plain, need_g
 
 
 def plain(q, k, v, lengths):
-    """The formula in the precision of the inputs: what the kernels are allowed twice the error of.
+    """Return the formula in the dtype of the inputs: the kernels may have twice its error.
 
-    On a CPU fp16 products are summed in fp32, as they are on a GPU.
+    On a CPU, fp16 products are accumulated in fp32, as on a GPU.
     """
     visible = reference.cache_mask(q.size(2), k.size(2), lengths)
     scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(~visible, -math.inf)
@@ -33,7 +33,7 @@ def check(q, k, v, lengths):
 
 
 def draw(batch, n_head, n_new, n_cache, head_dim, dtype, device):
-    """Queries and caches, wide enough that a few keys matter and the rest do not."""
+    """Return queries and caches with scores so far apart that a few keys dominate."""
     shape = (batch, n_head, n_cache, head_dim)
     q = 2 * torch.randn(batch, n_head, n_new, head_dim)
     return [x.to(device, dtype) for x in (q, torch.randn(shape), torch.randn(shape))]
@@ -66,7 +66,7 @@ def test_head_dims(head_dim, dtype, device):
 
 
 @pytest.mark.parametrize("n_new", [1, 2, 17])
-@pytest.mark.parametrize("n_head", [1, 3])  # split between programs, and not
+@pytest.mark.parametrize("n_head", [1, 3])  # with and without a split between programs
 def test_what_lies_past_a_length_counts_for_nothing(n_head, n_new, device):
     q, k, v = draw(4, n_head, n_new, 50, 16, torch.float32, device)
     lengths = torch.tensor([n_new, 50, 33, n_new + 1], device=device)
@@ -99,7 +99,7 @@ def test_splits_fill_the_gpu(monkeypatch):
     assert n_splits(64, 12, 1024) == 1
     assert n_splits(1, 12, 1024, n_new=1024) == 2
     assert n_splits(4, 12, 1024, n_new=1024) == 1
-    assert n_splits(1, 1, 20) == 1  # no part without a key of its own
+    assert n_splits(1, 1, 20) == 1  # at most one part per tile of keys
     assert n_splits(1, 1, 2**20) == kernels.MAX_SPLITS
 
 
@@ -113,7 +113,7 @@ def test_views_of_packed_queries_and_of_larger_buffers(n_new, dtype, device):
     check(q, *buffers[:, 1], lengths)
     check(q.mT.contiguous().mT, *buffers[:, 1, :, :, 5:45], lengths)
     check(q, *buffers.transpose(3, 4).contiguous().transpose(3, 4)[:, 2], lengths)
-    check(q, *buffers[:, 1, :1].expand(2, 2, 2, 50, 32), lengths)  # one prompt for all rows
+    check(q, *buffers[:, 1, :1].expand(2, 2, 2, 50, 32), lengths)  # all rows share one prompt
 
 
 @pytest.mark.parametrize("n_new", [1, 4])
@@ -138,12 +138,12 @@ def test_same_inputs_same_bits(n_new, device):
     assert torch.equal(first, cached_attention(q, k, v, full(q, k)))
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # from NumPy
 @pytest.mark.parametrize("n_head", [1, 6])
 def test_lengths_that_break_the_promise_read_nothing_outside(n_head, device):
     q, k, v = draw(2, n_head, 1, 20, 16, torch.float32, device)
     y = cached_attention(q, k, v, torch.tensor([0, 10**6], device=device))
-    assert y[0].isnan().all()  # sees nothing: as the twin
+    assert y[0].isnan().all()  # sees no position: NaN, as in the reference
     torch.testing.assert_close(y[1], cached_attention(q, k, v, full(q, k))[1])
     q, k, v = draw(2, n_head, 4, 20, 16, torch.float32, device)
     y = cached_attention(q, k, v, torch.tensor([-(10**6), 2], device=device))
@@ -184,7 +184,7 @@ def test_follows_the_setting_of_tf32():
 
 
 def test_every_launch_is_listed():
-    """Whatever the launcher may choose is among the variants that are compiled ahead of time."""
+    """Every configuration of the launcher is among the variants that are compiled ahead of time."""
     listed = {(v.kernel, *sorted(v.constants.items())) for v in kernels.variants(90)}
     for dtype in kernels.DTYPES:
         for n_new in (1, 2, 16, 17, 300):
@@ -205,7 +205,7 @@ def test_refuses_what_it_does_not_support(device):
         ((q, k, v[:, :, 1:], lengths), r"and \[2, 3, 4, 16\]"),
         ((q, k[..., 1:], v[..., 1:], lengths), r"\[2, 3, S, 16\].*not \[2, 3, 5, 15\]"),
         ((q[:1], k, v, lengths), r"\[1, 3, S, 16\].*not \[2, 3, 5, 16\]"),
-        ((q.repeat(1, 1, 6, 1), k, v, lengths), "hold 5 positions, and the 6 new ones"),
+        ((q.repeat(1, 1, 6, 1), k, v, lengths), "hold 5 positions, but the 6 new ones"),
         ((q, k.mT.contiguous().mT, v, lengths), "stride 1 .*not 5 and 1"),
         ((q, k, v, lengths.int()), r"int64 \[2\], not torch.int32"),
         ((q, k, v, lengths[:1]), r"int64 \[2\], not torch.int64 \[1\]"),
@@ -213,7 +213,7 @@ def test_refuses_what_it_does_not_support(device):
         with pytest.raises(ValueError, match=message):
             cached_attention(*arguments)
     wide = draw(1, 1, 1, 5, 129, torch.float32, device)
-    with pytest.raises(ValueError, match="1 to 128 wide, not 129"):
+    with pytest.raises(ValueError, match="from 1 to 128 are supported, not 129"):
         cached_attention(*wide, torch.tensor([5], device=device))
 
 

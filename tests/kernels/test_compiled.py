@@ -1,7 +1,7 @@
-"""Every kernel compiles for the GPUs that matter: in its common forms, and all if slow tests run.
+"""Every kernel compiles for sm_80, sm_90 and sm_100: common variants, and all in slow tests.
 
-Triton's interpreter accepts what a GPU refuses; this part needs no GPU to find that out. No
-form may spill registers, and a matrix product must be one in the machine code too.
+Triton's interpreter accepts code that does not compile for a GPU; these tests detect this without
+a GPU. No variant may spill registers, and matrix products must use matrix instructions.
 """
 
 import functools
@@ -21,14 +21,14 @@ from fastgpt.kernels.common import DTYPES
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem != "common")
-# What a block may have on sm_86, sm_89 and sm_120, which run what sm_80 runs.
+# Shared memory limit of a block on sm_86, sm_89 and sm_120, which use the variants of sm_80.
 SHARED_BYTES = 101_376
 MATRIX_INSTRUCTIONS = {80: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA", "HMMA"}}
 
 
 @pytest.fixture
 def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """What is found of a module, from one run for all modules that the session's tests look at."""
+    """Return the results of a module, from one run for all modules used in this session."""
     module, *options = request.param
     wanted = {item.callspec.params["compiled"] for item in request.session.items if is_one(item)}
     modules = sorted(name for name, *others in wanted if others == options)
@@ -37,7 +37,7 @@ def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 
 
 def is_one(item: Any) -> bool:
-    """Say whether a collected test asks for `compiled`."""
+    """Return whether a collected test uses the fixture `compiled`."""
     return hasattr(item, "callspec") and "compiled" in item.callspec.params
 
 
@@ -45,10 +45,13 @@ def is_one(item: Any) -> bool:
 def compile_kernels(
     modules: tuple[str, ...], capability: int, *options: str
 ) -> list[dict[str, Any]]:
-    """What `benchmarks/compile_kernels.py` finds: in a process of its own, because the interpreter,
-    once switched on, leaves no real `@triton.jit` function in a process."""
+    """Return the results of `benchmarks/compile_kernels.py`.
+
+    It runs in a separate process: in a process with the interpreter enabled, `@triton.jit` does not
+    create functions that can be compiled.
+    """
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = [str(ROOT), *filter(None, [environ.get("PYTHONPATH")])]  # this checkout's kernels
+    path = [str(ROOT), *filter(None, [environ.get("PYTHONPATH")])]  # the kernels of this checkout
     command = [sys.executable, ROOT / "benchmarks" / "compile_kernels.py", "--out", "-"]
     done = subprocess.run(
         [*command, "--modules", *modules, "--capabilities", str(capability), *options],
@@ -60,7 +63,7 @@ def compile_kernels(
     return json.loads(done.stdout)["kernels"]
 
 
-# By default the common forms for one GPU; the others take minutes.
+# By default the common variants for one GPU; the others take minutes.
 CASES = [(module, 90) for module in MODULES]
 SLOW_CASES = [(module, 90, "--all") for module in MODULES]
 SLOW_CASES += [(module, capability) for module in MODULES for capability in (80, 100)]
@@ -70,7 +73,7 @@ SLOW_CASES += [(module, capability) for module in MODULES for capability in (80,
     "compiled",
     CASES + [pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES],
     indirect=True,
-    ids=lambda case: "-".join(map(str, case)),
+    ids=lambda case: "-".join(map(str, case)).replace("--all", "every-form"),
 )
 def test_compiles_without_spills_to_the_expected_instructions(compiled: list[Any]) -> None:
     assert compiled
@@ -79,7 +82,7 @@ def test_compiles_without_spills_to_the_expected_instructions(compiled: list[Any
 
 
 def faults(result: dict[str, Any]) -> list[str]:
-    """Say what is wrong with a compiled variant."""
+    """Return descriptions of the defects of a compiled variant."""
     name = f"{result['kernel']} {result['dtypes']} {result['constants']} {result['options']}"
     if "error" in result:
         return [f"{name}: {result['error']}"]
@@ -87,7 +90,7 @@ def faults(result: dict[str, Any]) -> list[str]:
     if result["spilled_bytes"] or result["local_accesses"]:
         found.append(f"{name}: spills {result['spilled_bytes']} bytes")
     if not result["occupancy"]:
-        found.append(f"{name}: no block fits a multiprocessor")
+        found.append(f"{name}: no block fits on a multiprocessor")
     if result["capability"] == 80 and result["shared_bytes"] > SHARED_BYTES:
         found.append(f"{name}: {result['shared_bytes']} bytes of shared memory")
     expected = MATRIX_INSTRUCTIONS[result["capability"]]
@@ -118,10 +121,10 @@ def test_gelu_moves_128_bits_at_a_time_at_full_occupancy(compiled: list[Any]) ->
 def test_rows_are_moved_128_bits_at_a_time(compiled: list[Any]) -> None:
     by_rows = [result for result in compiled if "ROWS" in result["constants"]]
     odd = [result for result in by_rows if "16" in result["load_bits"]]
-    assert len(odd) == 2  # forward and backward of a width that is no multiple of 16
+    assert len(odd) == 2  # forward and backward of a width that is not a multiple of 16
     for result in (result for result in by_rows if result not in odd):
         widths = Counter(result["load_bits"]) + Counter(result["store_bits"])
-        # once for a column, or for each row: the bias, sums of columns; the mean and 1 / std
+        # Narrow accesses: one per column (bias, column sums) or per row (mean, 1 / std).
         assert widths.total() - widths["128"] <= 2
         assert widths["128"] >= 2
 
@@ -132,7 +135,7 @@ def test_attention_moves_rows_128_bits_at_a_time(compiled: list[Any]) -> None:
     assert halves
     for result in halves:
         widths = Counter(result["load_bits"]) + Counter(result["store_bits"])
-        # once for a row: two statistics of the softmax, loaded and stored; the seed of dropout
+        # Narrow accesses: two statistics of the softmax per row, loaded and stored; the seed.
         assert widths.total() - widths["128"] <= 4, result
         assert widths["128"] >= 3
 
@@ -158,16 +161,19 @@ def test_programs_of_the_layer_norm_backward_run_all_at_once(compiled: list[Any]
     "compiled",
     [("attention", 90), pytest.param(("attention", 90, "--all"), marks=pytest.mark.slow)],
     indirect=True,
-    ids=["common", "all"],
+    ids=["common", "every-form"],
 )
 def test_matrix_instructions_of_attention_overlap(compiled: list[Any]) -> None:
-    """Only the last instruction of a product is waited for. Where a product is left unfinished from
-    one round of a loop to the next, as with three stages over keys, ptxas lets all of them wait:
-    where that was measured to be the faster all the same, it may be."""
-    products = {  # in the code: those of each loop
+    """The code waits only for the last instruction of a product.
+
+    If a product is unfinished at the end of an iteration, as with three stages over keys, ptxas
+    serializes all instructions. Configurations with three stages are exempt: they were measured to
+    be faster nevertheless.
+    """
+    products = {  # number of loops × products in each loop
         "_attention_forward": 2 * 2,
         "_attention_backward_q": 2 * 3,
-        "_attention_backward_kv": 3 * 4,  # and the fifth is no HGMMA
+        "_attention_backward_kv": 3 * 4,  # the fifth product is not an HGMMA
     }
     halves = [result for result in compiled if result["matrix"] and is_half(result)]
     assert {result["kernel"] for result in halves} == products.keys()

@@ -1,4 +1,4 @@
-"""The head's loss and its gradients against the formula in float64."""
+"""The loss of the output head and its gradients against the formula in float64."""
 
 import math
 
@@ -14,11 +14,11 @@ from fastgpt.kernels.cross_entropy import linear_cross_entropy_forward
 from fastgpt.ops import reference
 from tests.kernels.truth import DTYPES, HAS_GPU, assert_as_good_as_plain, need_gpu_memory
 
-VOCABULARIES = [1, 2, 65, 127, 128, 129, 1000, 1024]  # 1024: no column is left for masks
+VOCABULARIES = [1, 2, 65, 127, 128, 129, 1000, 1024]  # 1024: no partial block of columns
 
 
 def by_autograd(x, weight, targets, ignore_index=-100):
-    """Loss and gradients of the formula, in the precision of the inputs."""
+    """Return the loss and gradients of the formula in the dtype of the inputs."""
     x, weight = (tensor.detach().clone().requires_grad_() for tensor in (x, weight))
     loss = reference.linear_cross_entropy(x, weight, targets, ignore_index)
     loss.backward()
@@ -26,7 +26,7 @@ def by_autograd(x, weight, targets, ignore_index=-100):
 
 
 def ours(x, weight, targets, ignore_index=-100, **options):
-    """The same from the launcher, whose gradients are those of the sum."""
+    """Return the same from the launcher, whose gradients are those of the sum of the losses."""
     loss, n_counted, grad_x, grad_weight = linear_cross_entropy_forward(
         x, weight, targets, ignore_index, **options
     )
@@ -48,7 +48,7 @@ def check(x, weight, targets, ignore_index=-100, **options):
 
 
 def draw(n_rows, n_vocab, width=24, dtype=torch.float32, device="cpu"):
-    """Make x, weight and targets such that logits are a few units apart."""
+    """Return x, weight and targets such that logits differ by a few units."""
     x = torch.randn(n_rows, width).to(device, dtype)
     weight = (0.5 * torch.randn(n_vocab, width)).to(device, dtype)
     return x, weight, torch.randint(n_vocab, (n_rows,), device=device)
@@ -103,7 +103,7 @@ def test_ignored_targets(ignore_index, chunk, device):
     assert grad_x[targets == ignore_index].count_nonzero() == 0
 
 
-def test_ignored_rows_may_hold_anything(device):  # padding that was never computed, say
+def test_ignored_rows_may_hold_anything(device):  # for example uninitialized padding
     x, weight, targets = draw(5, 65, device=device)
     targets[2] = -100
     loss, _, grad_x, _ = linear_cross_entropy_forward(x, weight, targets)
@@ -196,11 +196,11 @@ def test_weight_of_another_dtype_is_used_in_that_of_x(n_vocab, device):
 @pytest.mark.parametrize("size", [1e4, -1e4])
 def test_large_logits(size, dtype, device):
     x, weight, targets = draw(7, 129, dtype=dtype, device=device)
-    x[:, 0], weight[:, 0] = 100, size / 100  # all logits ±10,000, a few units apart
+    x[:, 0], weight[:, 0] = 100, size / 100  # all logits near ±10,000, a few units apart
     check(x, weight, targets)
 
 
-def test_logits_far_apart(device):  # a probability of 1, and of 0
+def test_logits_far_apart(device):  # probabilities of 1 and 0
     x = torch.tensor([[1e4], [-1e4], [0.0]], device=device)
     weight = torch.tensor([[1.0], [-1.0], [0.5]], device=device)
     check(x, weight, torch.tensor([0, 0, 2], device=device))
@@ -208,7 +208,7 @@ def test_logits_far_apart(device):  # a probability of 1, and of 0
 
 @pytest.mark.parametrize(("n_rows", "size"), [(20, 12000.0)] + [(6000, 40.0)] * HAS_GPU)
 def test_fp16_gradients_may_add_up_to_more_than_fp16_holds(n_rows, size, device):
-    """Each row wants the same token, so that the gradient of its weight is a sum of them all."""
+    """All rows have the same target, so that the gradient of its weight is a sum over all rows."""
     x = torch.full((n_rows, 2), size, dtype=torch.float16, device=device)
     weight = torch.zeros(3, 2, dtype=torch.float16, device=device)
     targets = torch.ones(n_rows, dtype=torch.int64, device=device)
@@ -222,7 +222,7 @@ def test_fp16_gradients_may_add_up_to_more_than_fp16_holds(n_rows, size, device)
 
 
 def test_fp16_keeps_the_gradients_of_rare_tokens(device):
-    """A token of probability 1e-8 or so has a gradient, though fp16 ends at 6e-8."""
+    """A token with a probability of about 1e-8 has a gradient, although fp16 ends at 6e-8."""
     x = torch.full((4, 1), 4.0, dtype=torch.float16, device=device)
     weight = torch.tensor([[0.0], [-4.5]], dtype=torch.float16, device=device)
     targets = torch.zeros(4, dtype=torch.int64, device=device)
@@ -230,7 +230,7 @@ def test_fp16_keeps_the_gradients_of_rare_tokens(device):
     assert grad_weight[1, 0].item() == pytest.approx(16 * math.exp(-18), rel=1e-2)
 
 
-def test_fp16_gradient_of_x_does_not_overflow_on_its_way(device):  # scaled, it is 2^15 as large
+def test_fp16_gradient_of_x_does_not_overflow_on_its_way(device):  # it is scaled by 2^15
     x, weight, targets = draw(5, 65, dtype=torch.float16, device=device)
     check(0.01 * x, 100 * weight, targets)
 

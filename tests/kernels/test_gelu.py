@@ -14,7 +14,7 @@ SIZES = [0, 1, 63, 64, 65, 1000, 4097]
 
 
 def formula(grad, x, bias=None):
-    """gelu(x + bias) and the gradients of x and bias, by autograd; rounded as the inputs are."""
+    """Return gelu(x + bias) and the gradients of x and bias in the dtype of the inputs."""
     leaves = [t if t is None else t.detach().clone().requires_grad_() for t in (x, bias)]
     y = reference.gelu(leaves[0] if bias is None else leaves[0] + leaves[1]).to(x.dtype)
     y.backward(grad)
@@ -22,7 +22,7 @@ def formula(grad, x, bias=None):
 
 
 def check(grad, x, bias=None):
-    """Hold both kernels against the truth in float64, by FlashAttention's rule."""
+    """Compare both kernels with float64, by the criterion of `truth`."""
     double = [t if t is None else t.double() for t in (grad, x, bias)]
     grad_x, grad_bias = gelu.gelu_backward(grad, x, bias)
     assert (grad_bias is None) == (bias is None)
@@ -35,7 +35,7 @@ def check(grad, x, bias=None):
 
 
 def normal(*shape, dtype, device):
-    # Drawn in one precision for all: width 3 reaches both tails and the curved part between them.
+    # The same values for all dtypes. A standard deviation of 3 covers the curve and both tails.
     return (3 * torch.randn(*shape)).to(device, dtype)
 
 
@@ -70,7 +70,7 @@ def test_far_tails_and_zero(dtype, device):
     check(torch.ones_like(x), x)
 
 
-# The interpreter computes on NumPy, which warns of what a GPU does in silence.
+# The interpreter uses NumPy, which warns of overflows that a GPU ignores.
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_largest_numbers_stay_finite(dtype, device):
@@ -81,7 +81,7 @@ def test_the_largest_numbers_stay_finite(dtype, device):
 
 
 @pytest.mark.parametrize("bias", [None, 10])
-def test_float64(bias, device):  # for gradcheck, of whatever uses the kernels
+def test_float64(bias, device):  # used by gradcheck
     x, grad = (normal(100, 10, dtype=torch.float64, device=device) for _ in range(2))
     bias = bias and normal(bias, dtype=torch.float64, device=device)
     actual = [gelu.gelu_forward(x, bias), *gelu.gelu_backward(grad, x, bias)]
@@ -99,7 +99,7 @@ def test_bias(shape, dtype, device):
     check(grad, x, normal(shape[-1], dtype=torch.float32, device=device))
 
 
-# 3 processors of the interpreter × 6 programs on one block of columns, 8 or 16 rows at a time
+# In the interpreter, 3 multiprocessors × 6 programs for a block of columns, 8 or 16 rows each
 @pytest.mark.parametrize("n_rows", [1, 7, 8, 9, 143, 144, 145, 300])
 def test_fewer_and_more_rows_than_the_programs_take_at_once(n_rows, device):
     x, grad = (normal(n_rows, 20, dtype=torch.float32, device=device) for _ in range(2))
@@ -131,7 +131,7 @@ def test_the_sum_with_the_bias_is_not_rounded(device):
     torch.testing.assert_close(y, reference.gelu(x.float() + bias).half(), rtol=2e-3, atol=0)
     grad_x, grad_bias = gelu.gelu_backward(torch.ones_like(x), x, bias)
     assert grad_bias.dtype == torch.float32
-    assert torch.equal(grad_bias.half(), grad_x[0])  # one row: the same number, rounded once
+    assert torch.equal(grad_bias.half(), grad_x[0])  # with one row, the same value, rounded once
     assert not torch.equal(grad_bias, grad_x[0].float())
 
 
@@ -181,9 +181,9 @@ def test_refuses_what_it_does_not_support(device):
     with pytest.raises(ValueError, match=r"not \(4,\) torch\.float16"):
         gelu.gelu_backward(x.half(), x)
     for bias in (x[:3], x[:1], x[None], x[0]):
-        with pytest.raises(ValueError, match=r"bias must be of one dimension, .* \(2, 4\), not \("):
+        with pytest.raises(ValueError, match=r"bias must have shape \[C\], .* \(2, 4\), not \("):
             gelu.gelu_forward(x.expand(2, 4), bias)
-        with pytest.raises(ValueError, match=r"bias must be of one dimension, .* \(2, 4\), not \("):
+        with pytest.raises(ValueError, match=r"bias must have shape \[C\], .* \(2, 4\), not \("):
             gelu.gelu_backward(x.expand(2, 4), x.expand(2, 4), bias)
     with pytest.raises(ValueError, match=r"bias must be one of .*not torch\.int64"):
         gelu.gelu_forward(x, x.long())

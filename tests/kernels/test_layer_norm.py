@@ -13,7 +13,7 @@ from tests.kernels.truth import DTYPES, HAS_GPU, assert_as_good_as_plain, error,
 EPS = 1e-5
 SHAPES = [(1, 1), (1, 3), (5, 7), (3, 129), (2, 5, 768), (4, 1000), (2, 1600), (2, 8192)]
 HALF = torch.bfloat16 if HAS_GPU else torch.float16
-MIXES = {  # x, residual, weight, y: what the residual stream and the products are in
+MIXES = {  # dtypes of x, residual, weight, y
     "autocast": (HALF, torch.float32, torch.float32, HALF),
     "autocast, first layer": (torch.float32, HALF, torch.float32, HALF),
     "16-bit stream": (HALF, HALF, torch.float32, HALF),
@@ -22,7 +22,7 @@ MIXES = {  # x, residual, weight, y: what the residual stream and the products a
 
 
 def ours(x, residual, weight, bias, grad_y, grad_total, out_dtype=None):
-    """All that the kernels compute: total, y and the gradients of x, residual, weight, bias."""
+    """Return the results of the kernels: total, y, gradients of x, residual, weight and bias."""
     if residual is None:
         total = x
         y, mean, rstd = layer_norm.layer_norm_forward(x, weight, bias, EPS, out_dtype)
@@ -43,7 +43,7 @@ def ours(x, residual, weight, bias, grad_y, grad_total, out_dtype=None):
 
 
 def formula(x, residual, weight, bias, grad_y, grad_total, out_dtype=None):
-    """The same by autograd, in the precision of the inputs."""
+    """Return the same results by autograd, in the dtypes of the inputs."""
     given = [x, residual, weight, bias]
     leaves = [t if t is None else t.detach().clone().requires_grad_() for t in given]
     x, residual, weight, bias = leaves
@@ -56,7 +56,7 @@ def formula(x, residual, weight, bias, grad_y, grad_total, out_dtype=None):
 
 
 def truth(x, residual, weight, bias, grad_y, grad_total, out_dtype=None):
-    """The same in float64, but of the total as it is stored."""
+    """Return the same results in float64, but computed from the total as stored."""
     total = x if residual is None else x + residual
     double = [None if t is None else t.double() for t in (total, weight, bias, grad_y, grad_total)]
     total, weight, bias, grad_y, grad_total = double
@@ -65,7 +65,7 @@ def truth(x, residual, weight, bias, grad_y, grad_total, out_dtype=None):
 
 
 def check(x, residual, weight, bias, grad_y, grad_total=None, out_dtype=None):
-    """Hold forward and backward against the truth, by FlashAttention's rule."""
+    """Compare forward and backward with float64, by the criterion of `truth`."""
     arguments = (x, residual, weight, bias, grad_y, grad_total, out_dtype)
     names = ["total", "y", "grad x", "grad residual", "grad weight", "grad bias"]
     if residual is None:
@@ -121,7 +121,7 @@ def test_without_bias(dtype, device):
 
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 95, 96, 97, 150])
 def test_fewer_and_more_rows_than_the_programs_take_at_once(n_rows, device):
-    if not HAS_GPU:  # 3 processors of the interpreter × 16 programs × 2 rows
+    if not HAS_GPU:  # in the interpreter, 3 multiprocessors × 16 programs × 2 rows
         shape = layer_norm.backward_shape(20, 4, 90)
         assert 3 * shape.programs * shape.rows == 96
     x, grad_y = (normal(n_rows, 20, device=device) for _ in range(2))
@@ -164,7 +164,7 @@ def test_constant_rows_are_bias_only(device):
     torch.testing.assert_close(mean, x[:, 0])
     torch.testing.assert_close(rstd[[0, 3]], torch.full((2,), EPS**-0.5, device=device))
     torch.testing.assert_close(y[[0, 3]], bias.expand(2, 37))
-    rounding = 4e-7 * EPS**-0.5 * x.abs() * weight.abs()  # of the mean, which is then magnified
+    rounding = 4e-7 * EPS**-0.5 * x.abs() * weight.abs()  # of the mean, magnified by 1 / std
     assert ((y - bias).abs() <= rounding + 1e-6).all()
     grads = layer_norm.layer_norm_backward(y, None, x, weight, mean, rstd, True)
     assert grads.total.isfinite().all()
@@ -172,13 +172,14 @@ def test_constant_rows_are_bias_only(device):
 
 @pytest.mark.parametrize("offset", [1e3, -1e4])
 def test_a_large_mean_does_not_cost_the_variance(offset, device):
-    # the mean of squares is 1e6 (1e8) with a rounding error of 0.06 (6): no variance of 1 is left
+    # The mean of squares would be 1e6 (1e8) with a rounding error of 0.06 (6), too large for a
+    # variance of 1.
     x = offset + normal(4, 768, device=device)
     weight, bias = affine(768, torch.float32, device)
     grad = normal(4, 768, device=device)
     y, _, rstd = layer_norm.layer_norm_forward(x, weight, bias, EPS)
     true = reference.layer_norm(x.double(), weight.double(), bias.double(), EPS)
-    assert error(y, true) < 4e-7 * abs(offset)  # what the rounding of the mean allows
+    assert error(y, true) < 4e-7 * abs(offset)  # the rounding error of the mean
     std = (x.double().var(-1, correction=0) + EPS).sqrt()
     torch.testing.assert_close(rstd.double() * std, torch.ones_like(std), rtol=0, atol=1e-5)
     check(x, None, weight, bias, grad)
@@ -192,7 +193,7 @@ def test_total_is_normalised_as_stored(device):
         x, residual, weight, None, EPS, torch.float32
     )
     assert torch.equal(total, x + residual)
-    assert total[0, 0] == 2048  # 2049 is no fp16 number
+    assert total[0, 0] == 2048  # 2049 is not representable in fp16
     again = layer_norm.layer_norm_forward(total, weight, None, EPS, torch.float32)
     for first, second in zip((y, mean, rstd), again, strict=True):
         assert torch.equal(first, second)
@@ -279,13 +280,13 @@ def test_refuses_what_it_does_not_support(device):
         forward(x.long(), vector, vector, EPS)
     with pytest.raises(ValueError, match=r"layer_norm: results must be .*not torch\.int32"):
         forward(x, vector, vector, EPS, torch.int32)
-    with pytest.raises(ValueError, match=r"float64 does not mix with torch\.float32; cast"):
+    with pytest.raises(ValueError, match=r"float64 cannot be mixed with torch\.float32; cast"):
         forward(x, vector.double(), None, EPS)
-    with pytest.raises(ValueError, match=r"float64 does not mix with torch\.float32; cast"):
+    with pytest.raises(ValueError, match=r"float64 cannot be mixed with torch\.float32; cast"):
         forward(x.double(), vector.double(), None, EPS, torch.float32)
-    with pytest.raises(ValueError, match=r"weight must be \(4,\), as the rows are, not \(3,\)"):
+    with pytest.raises(ValueError, match=r"weight must have shape \(4,\), .* not \(3,\)"):
         forward(x, vector[:3], None, EPS)
-    with pytest.raises(ValueError, match=r"bias must be \(4,\), .* not \(1, 4\)"):
+    with pytest.raises(ValueError, match=r"bias must have shape \(4,\), .* not \(1, 4\)"):
         forward(x, vector, vector[None], EPS)
     with pytest.raises(ValueError, match=r"add_layer_norm: residual .* x, \(2, 4\), not \(1, 4\)"):
         add(x, x[:1], vector, None, EPS)
@@ -310,7 +311,7 @@ def test_backward_refuses_what_does_not_belong_together(device):
         backward(x, None, x, vector, kept[:1], kept, True)
     with pytest.raises(ValueError, match=r"rstd must be .* not \(2,\) torch\.float16"):
         backward(x, None, x, vector, kept, kept.half(), True)
-    with pytest.raises(ValueError, match=r"weight must be \(4,\)"):
+    with pytest.raises(ValueError, match=r"weight must have shape \(4,\)"):
         backward(x, None, x, vector[:2], kept, kept, True)
 
 

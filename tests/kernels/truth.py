@@ -1,7 +1,8 @@
-"""The rule by which kernels are judged: FlashAttention's.
+"""The accuracy criterion of the kernels, which is that of FlashAttention's tests.
 
-A result may be at most twice as far from the truth, computed in float64, as plain PyTorch is in the
-precision of the inputs. bf16 runs on a GPU only: Triton's interpreter gets it silently wrong.
+The error of a result with respect to float64 may be at most twice that of plain PyTorch in the
+dtype of the inputs. bf16 is tested on a GPU only: Triton's interpreter silently computes wrong
+results for it.
 """
 
 import pytest
@@ -13,10 +14,10 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * HAS_GPU
 
 
 def assert_as_good_as_plain(ours: Tensor, plain: Tensor, true: Tensor, what: str = "") -> None:
-    """Hold `ours` against `true` (float64), with twice the error of `plain` allowed.
+    """Compare `ours` with `true` (float64), with a tolerance of twice the error of `plain`.
 
-    A few units in the last place of `ours` more, for plain PyTorch may be right by luck: a first
-    row's softmax over one score has a gradient of exactly 0 there, on any processor.
+    A few units in the last place are added, because plain PyTorch may be exact by chance: for
+    example, the softmax of a first row, over one score, has a gradient of exactly 0.
     """
     assert ours.shape == true.shape, f"{what}: {list(ours.shape)} for {list(true.shape)}"
     assert ours.dtype == plain.dtype, f"{what}: {ours.dtype} for {plain.dtype}"
@@ -30,15 +31,15 @@ def assert_as_good_as_plain(ours: Tensor, plain: Tensor, true: Tensor, what: str
 
 
 def error(actual: Tensor, true: Tensor) -> float:
-    """Return the largest absolute difference, in float64."""
+    """Return the largest absolute difference, computed in float64."""
     return (actual.double() - true.double()).abs().max().item()
 
 
 def need_gpu_memory(gigabytes: float) -> None:
-    """Skip the test unless a GPU has so much memory free."""
+    """Skip the test unless a GPU has this much free memory."""
     if not HAS_GPU:
         pytest.skip("needs a GPU")
-    torch.cuda.empty_cache()  # what earlier tests left there
+    torch.cuda.empty_cache()  # release the memory of earlier tests
     free = torch.cuda.mem_get_info()[0] / 1e9
     if free < gigabytes:
         pytest.skip(f"needs {gigabytes} GB of GPU memory, and {free:.1f} are free")

@@ -1,4 +1,4 @@
-"""The direction of imports: each package imports only from those below it."""
+"""Import layers: each package imports only from packages below it."""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "fastgpt"
 
-# From the top down. Entry points are the modules of fastgpt/ itself that are commands.
+# From top to bottom. The first layer are the modules of fastgpt/ that are commands.
 LAYERS = [
     {"__main__", "convert", "evaluate", "generate", "lm_eval", "plot", "prepare", "train"},
     {"training"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"utils"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# GPT's methods that open, save, quantize and generate are shortcuts to the packages above it.
+# The methods of GPT that load, save, quantize and generate are shortcuts to packages above it.
 FACADE = "fastgpt.model"
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -36,7 +36,7 @@ def name_of(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Yield the full names of the modules of fastgpt that a module imports, wherever in it."""
+    """Yield the full names that a module imports from fastgpt, including inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("fastgpt."))
@@ -60,7 +60,7 @@ def test_imports_point_downwards(path: Path) -> None:
 
 
 def inner_imports(path: Path) -> Iterator[str]:
-    """Yield what is imported inside functions, or for annotations only."""
+    """Yield the names that are imported inside functions or for annotations only."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     outer = {id(node) for node in tree.body}
     for node in ast.walk(tree):
@@ -73,7 +73,7 @@ def test_every_module_has_a_layer() -> None:
 
 
 def test_no_module_level_cycles() -> None:
-    """Modules are imported in some order without a cycle, function-level imports left out."""
+    """Module-level imports form no cycles; imports inside functions are ignored."""
     names = {name_of(path): path for path in MODULES}
     graph = {name: {target(i, names) for i in top_level(path)} for name, path in names.items()}
     done: set[str] = set()
@@ -83,7 +83,7 @@ def test_no_module_level_cycles() -> None:
 
 
 def top_level(path: Path) -> Iterator[str]:
-    """Yield what a module imports when it is imported itself."""
+    """Yield the names that a module imports at module level."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("fastgpt."))
@@ -92,7 +92,7 @@ def top_level(path: Path) -> Iterator[str]:
 
 
 def target(imported: str, names: dict[str, Path]) -> str | None:
-    """Return the module that an imported name is, or lies in."""
+    """Return the module of an imported name: the name itself or its parent."""
     return (
         imported
         if imported in names

@@ -1,4 +1,4 @@
-"""The compiled module is there, and is the one that csrc/ makes."""
+"""The compiled module exists and was built from the current csrc/."""
 
 import hashlib
 import subprocess
@@ -9,7 +9,7 @@ import fastgpt._C
 
 CSRC = Path(__file__).parents[2] / "csrc"
 SUFFIXES = {".cpp", ".hpp", ".inc"}
-FOLDERS = ("common", "simd", "tokenizer", "training", "engine", "python")  # of the module
+FOLDERS = ("common", "simd", "tokenizer", "training", "engine", "python")  # sources of the module
 
 
 def test_module_is_not_older_than_its_sources():
@@ -30,7 +30,7 @@ def test_missing_module_says_what_to_do():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.strip().endswith(
-        "ImportError: fastgpt's compiled part is missing; run `pip install .` in the checkout"
+        "ImportError: fastgpt's compiled module is missing; run `pip install .` in the checkout"
     )
 
 

@@ -1,4 +1,4 @@
-"""One package from two source folders and a compiled module, found from inside and outside."""
+"""The package consists of two source folders and a compiled module and is importable anywhere."""
 
 import ast
 import importlib.metadata
@@ -43,7 +43,7 @@ def test_kernels_folder_is_no_regular_package():
 
 
 def test_transformers_works_in_the_checkout():
-    """Hugging Face's `kernels` is looked for by that name: ours must not answer to it."""
+    """transformers looks for Hugging Face's package `kernels`: the folder must not match it."""
     pytest.importorskip("transformers")
     code = """if True:
         import importlib.util, json
@@ -101,7 +101,8 @@ def test_every_part_is_found(folder):
         print(json.dumps([fastgpt.__file__, fastgpt._C.__file__, *found]))
     """
     package, native, model, kernel = map(Path, run_python(code, folder))
-    in_checkout = package.parents[1] == ROOT  # always from there; from elsewhere if editable
+    # Always true when started in the checkout; elsewhere only for editable installations.
+    in_checkout = package.parents[1] == ROOT
     assert in_checkout or folder != ROOT
     assert native.suffix in {".so", ".pyd"}
     assert model.parent == package.parent

@@ -1,4 +1,4 @@
-"""The supported versions of torch, Triton and Python are declared once; the rest follows."""
+"""The supported versions of torch, Triton and Python are declared in one place and consistent."""
 
 import importlib.metadata
 import importlib.util
@@ -26,7 +26,7 @@ def requirement(lines: list[str], name: str) -> Requirement:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Versions to be found instead of those that are installed."""
+    """Return a dict of versions that override those of the installed packages."""
     versions: dict[str, str] = {}
     real = importlib.metadata.version
     monkeypatch.setattr(
@@ -98,7 +98,7 @@ def test_packages_that_pip_did_not_install_are_accepted(installed: dict[str, str
 
 
 def test_kernels_with_an_old_triton_are_one_clear_line() -> None:
-    """In a process of its own: what is imported stays imported."""
+    """This runs in a separate process, because modules stay imported."""
     code = """if True:
         from fastgpt.utils import requirements
         real = requirements.version
@@ -121,7 +121,7 @@ def test_auto_goes_without_an_old_triton(installed: dict[str, str]) -> None:
 
 
 def test_this_torch_has_its_own_triton() -> None:
-    """So that the kernels are tested on pairs that users get: where torch is a CUDA build."""
+    """The kernels are tested with the pairs of versions that pip installs for CUDA builds."""
     if torch.version.cuda is None:
         pytest.skip("a CPU build of torch takes any Triton")
     release = torch.__version__.partition("+")[0]

@@ -50,7 +50,7 @@ def test_an_unknown_character_is_rejected_or_ignored(unknown):
     tokenizer = CharTokenizer("abc")
     shown = "\ufffd" if unknown == "\ud800" else unknown
     expected = rf"character {shown!r} (U+{ord(shown):04X}) at position 3 is not in this model's"
-    with pytest.raises(ValueError, match="vocabulary of 3 characters; remove it or") as error:
+    with pytest.raises(ValueError, match="vocabulary of 3 characters; remove it, or") as error:
         tokenizer.encode(f"abc{unknown}a")
     assert str(error.value).startswith(expected)
     assert tokenizer.encode(f"abc{unknown}a", errors="ignore") == [0, 1, 2, 0]

@@ -1,6 +1,6 @@
-"""Several processes: that they compute what one does, and survive each other's end.
+"""Tests of distributed training: same results as one process, stopping, failures and restarts.
 
-Two processes on this machine, started by torchrun as a person would, talk by gloo.
+Two processes on this machine are started with torchrun and communicate with gloo.
 """
 
 import os
@@ -23,9 +23,9 @@ from fastgpt.training.distributed import World, share_out
 from fastgpt.utils.errors import UsageError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-SECONDS = 240  # more than the slowest machine needs: what takes longer hangs
+SECONDS = 240  # timeout: more than the slowest machine needs
 
-# Trains recipes in float64, one after the other, and has each process save what updates it makes.
+# Trains several recipes in float64; each process saves the gradients of every update.
 GRADIENTS = """
 import os, sys, torch
 from fastgpt import Recipe, Trainer
@@ -48,10 +48,11 @@ for recipe in sys.argv[2:]:
 world.close()
 """
 
-# The command itself, in which one process of two gets a signal at its sixth step, the first time.
+# The training command, in which rank 1 sends a signal to itself at step 6, unless restarted.
 DYING = """
 import os, signal
-from fastgpt import cli, train
+from fastgpt import train
+from fastgpt.utils import cli
 from fastgpt.training.trainer import Trainer
 
 def step(self):
@@ -83,12 +84,12 @@ def tiny(verse: Path, tmp_path: Path) -> Recipe:
         eval_interval=4,
         sample_tokens=20,
         device="cpu",
-        dtype="float32",  # "auto" takes what is faster just then: two runs could differ
+        dtype="float32",  # "auto" is decided by timing, so that two runs could differ
     )
 
 
 def options(recipe: Recipe) -> list[str]:
-    """Return the command-line options that make a recipe of the default one."""
+    """Return the command-line options that turn the default recipe into `recipe`."""
     changed = {n: v for n, v in vars(recipe).items() if v != getattr(Recipe(), n)}
     return [w for n, v in changed.items() for w in (f"--{n.replace('_', '-')}", str(v))]
 
@@ -130,15 +131,15 @@ def assert_same(one: Path, two: Path) -> None:
 
 
 def assert_close(one: Path, two: Path) -> None:
-    """The same but for the order of sums: AdamW enlarges that where gradients are next to none."""
+    """Compare up to the order of summation, whose effect AdamW amplifies for tiny gradients."""
     for a, b in zip(tensors(one).values(), tensors(two).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_two_processes_have_the_gradients_of_one(tiny: Recipe, tmp_path: Path) -> None:
-    """Within 1e-12 in float64, with DDP and FSDP, whole micro-batches and cut ones.
+    """Within 1e-12 in float64, with DDP and FSDP, with full and with split micro-batches.
 
-    Also where the main process has loaded another model's weights, and with LoRA.
+    Also with the weights of a pretrained model, loaded by the main process, and with LoRA.
     """
     code = script(tmp_path, GRADIENTS)
     source = str(tmp_path / "source")
@@ -146,7 +147,7 @@ def test_two_processes_have_the_gradients_of_one(tiny: Recipe, tmp_path: Path) -
     settings: list[dict[str, Any]] = [
         {"parallel": "ddp", "batch_size": 2, "grad_accum": 6},  # three micro-batches each
         {"parallel": "fsdp", "batch_size": 5, "grad_accum": 2},
-        {"parallel": "ddp", "batch_size": 10, "grad_accum": 1},  # cut in two
+        {"parallel": "ddp", "batch_size": 10, "grad_accum": 1},  # split into two
         {"parallel": "fsdp", "init": source, "seed": 2},
         {"parallel": "ddp", "init": source, "lora_rank": 2, "block_size": 8},
         {"parallel": "fsdp", "init": source, "lora_rank": 2, "sample_interval": 1},
@@ -167,22 +168,22 @@ def test_two_processes_have_the_gradients_of_one(tiny: Recipe, tmp_path: Path) -
             assert found.keys() == truth.keys()
 
 
-def test_fault_21_stopped_and_resumed_is_never_stopped(tiny: Recipe, tmp_path: Path) -> None:
-    """With dropout, so that the processes' randomness matters; one of them is told to stop."""
+def test_a_resumed_run_matches_an_uninterrupted_one(tiny: Recipe, tmp_path: Path) -> None:
+    """With dropout, so that the random state of each process matters; one receives SIGTERM."""
     recipe = replace(tiny, dropout=0.1)
     train(replace(recipe, out=str(tmp_path / "whole")))
     stopped = run(*TORCHRUN, script(tmp_path, STOPPING), *options(recipe), check=False)
     assert "stopped at step 6 and saved" in stopped.stdout
-    (tmp_path / "run" / "tensorboard").touch()  # in the place of a folder: no matter to training
+    (tmp_path / "run" / "tensorboard").touch()  # a file instead of a folder: TensorBoard fails
     resume = ["--resume", recipe.out or "", "--log", "tensorboard"]
-    resumed = run(*TORCHRUN, "-m", "--", "fastgpt.train", *resume)  # torchrun has a --log, too
-    assert "TensorBoard cannot be had" in resumed.stderr
+    resumed = run(*TORCHRUN, "-m", "--", "fastgpt.train", *resume)  # --: torchrun also has --log
+    assert "TensorBoard is not available" in resumed.stderr
     assert_same(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_any_number_of_processes(tiny: Recipe, tmp_path: Path) -> None:
-    """Two with FSDP and an average, then one; against one all the way."""
+    """Two processes with FSDP and weight averaging, then one; compared with one process only."""
     recipe = replace(tiny, parallel="fsdp", ema=0.9, patience=10)
     run(*TORCHRUN, script(tmp_path, STOPPING), *options(recipe), check=False)
     assert find_checkpoint(tmp_path / "run").step == 6
@@ -191,7 +192,7 @@ def test_a_run_goes_on_with_any_number_of_processes(tiny: Recipe, tmp_path: Path
     assert_close(tmp_path / "alone", tmp_path / "run")
 
 
-def test_fault_26_a_killed_process_and_a_restart_change_nothing(
+def test_a_run_restarted_by_torchrun_matches_an_uninterrupted_one(
     tiny: Recipe, tmp_path: Path
 ) -> None:
     train(replace(tiny, out=str(tmp_path / "whole")))
@@ -203,7 +204,7 @@ def test_fault_26_a_killed_process_and_a_restart_change_nothing(
 
 
 @pytest.mark.slow
-def test_fault_26_without_restarts_the_other_process_ends(tiny: Recipe, tmp_path: Path) -> None:
+def test_without_restarts_a_killed_process_ends_the_run(tiny: Recipe, tmp_path: Path) -> None:
     code = script(tmp_path, DYING)
     done = run(*TORCHRUN, "--monitor-interval=0.1", code, *options(tiny), check=False)
     assert done.returncode != 0
@@ -211,7 +212,7 @@ def test_fault_26_without_restarts_the_other_process_ends(tiny: Recipe, tmp_path
 
 
 @pytest.mark.slow
-def test_fault_19_sigterm_ends_all_processes_at_one_step(tiny: Recipe, tmp_path: Path) -> None:
+def test_sigterm_stops_all_processes_at_the_same_step(tiny: Recipe, tmp_path: Path) -> None:
     recipe = replace(tiny, max_steps=1_000_000, eval_interval=1_000_000)
     command = [*TORCHRUN, "-m", "fastgpt.train", *options(recipe)]
     with subprocess.Popen(
@@ -225,7 +226,7 @@ def test_fault_19_sigterm_ends_all_processes_at_one_step(tiny: Recipe, tmp_path:
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=SECONDS)
-    assert "and saved; go on with" in out
+    assert "and saved; resume with" in out
     step = find_checkpoint(tmp_path / "run").step
     assert f"stopped at step {step:,}" in out
 
@@ -237,7 +238,7 @@ def test_a_mistake_is_told_by_every_process(tiny: Recipe, tmp_path: Path) -> Non
     done = run(*TORCHRUN, "-m", "fastgpt.train", *options(tiny), check=False)
     assert done.returncode != 0
     assert "run is not empty; continue it with --resume" in done.stderr
-    assert "UsageError" not in done.stderr  # no traceback of ours
+    assert "UsageError" not in done.stderr  # no traceback
 
 
 @given(
@@ -261,5 +262,5 @@ def test_a_step_is_shared_out_completely(
 def test_a_step_that_cannot_be_shared_equally_is_refused() -> None:
     world = World()
     world.size = 8
-    with pytest.raises(UsageError, match=r"12 sequences a step .* cannot be shared by 8 processes"):
+    with pytest.raises(UsageError, match=r"12 sequences per step .* between 8 processes"):
         share_out(12, 12, world)

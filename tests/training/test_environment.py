@@ -1,4 +1,4 @@
-"""What a run folder says about how it was made."""
+"""Tests of the description of the environment that is saved in a run folder."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def git(folder: Path, *args: str) -> None:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with one commit, as the current directory."""
+    """A git checkout with one commit; the current directory is a folder in it."""
     (tmp_path / "notes.txt").write_text("one")
     git(tmp_path, "init")
     git(tmp_path, "add", ".")

@@ -1,4 +1,4 @@
-"""Runs that begin with another model: what they take over, and that nothing gets worse by it."""
+"""Tests of runs initialized from a pretrained model (`init`), including LoRA."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(text: Path) -> Path:
-    """A run with a tokenizer of its own."""
+    """A run with a BPE tokenizer trained on its text."""
     recipe = Recipe(
         data=str(text), out=str(text.parent / "bpe"), tokenizer="bpe", vocab_size=300, **TINY
     )
@@ -46,7 +46,7 @@ def source(text: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def foreign(source: Path, text: Path) -> Path:
-    """Another project's kind of folder, with what no recipe can say: eps, and a head of its own."""
+    """An exported model with settings that no recipe has: layer_norm_eps and an untied head."""
     torch.manual_seed(1)
     config = GPTConfig(300, 24, 2, 2, 16, tie_weights=False, layer_norm_eps=1e-3)
     tokenizer = Tokenizer.load(source / "tokenizer.json")
@@ -57,7 +57,7 @@ def foreign(source: Path, text: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def plays(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model that has read all of the packaged plays."""
+    """A small model trained on all of the packaged plays."""
     recipe = Recipe(
         tokenizer="bpe",
         vocab_size=512,
@@ -81,7 +81,7 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(text: Path, source: Path, tmp_path: Path) -> Recipe:
-    settings = TINY | {"n_layer": 5, "n_embd": 40, "lr": 1e-3}  # the source's shape is another
+    settings = TINY | {"n_layer": 5, "n_embd": 40, "lr": 1e-3}  # not the shape of the source
     return Recipe(data=str(text), init=str(source), out=str(tmp_path / "run"), **settings)
 
 
@@ -106,7 +106,7 @@ def test_a_run_begins_with_the_weights_and_the_tokenizer(recipe: Recipe, source:
     assert trainer.learner.corpus.tokenizer == Tokenizer.load(source / "tokenizer.json")
     settled = trainer.recipe
     assert (settled.n_layer, settled.n_embd, settled.tokenizer) == (1, 16, str(source))
-    assert f"begins with {source}: 1 layers, 2 heads, width 16, context 16" in trainer._notes
+    assert f"initialized from {source}: 1 layers, 2 heads, width 16, context 16" in trainer._notes
     assert trainer.model.training
     result = trainer.fit()
     assert result.step == 6
@@ -117,7 +117,7 @@ def test_a_run_begins_with_the_weights_and_the_tokenizer(recipe: Recipe, source:
 def test_what_no_recipe_says_comes_from_the_source_and_stays(
     recipe: Recipe, foreign: Path, tmp_path: Path
 ) -> None:
-    """Resuming needs the source no more."""
+    """Resuming does not need the source model any more."""
     gone = shutil.copytree(foreign, tmp_path / "gone")
     begun = Trainer(replace(recipe, init=str(gone), max_steps=3, dropout=0.1, bias=False))
     assert begun.learner.config == GPTConfig(
@@ -149,7 +149,7 @@ def test_a_longer_context_gives_way_unless_it_was_asked_for(recipe: Recipe, fore
     trainer = Trainer(asked)
     assert trainer.recipe.block_size == 24
     trainer.close()
-    with pytest.raises(UsageError, match=r"block_size 32 \(there it is 24, at most\)"):
+    with pytest.raises(UsageError, match=r"block_size 32 \(the model has at most 24\)"):
         Trainer(replace(asked, out=f"{asked.out}-2"), given={"block_size"})
 
 
@@ -159,8 +159,8 @@ def test_what_contradicts_the_source_is_refused(source: Path, text: Path, tmp_pa
     assert command(train.main, *common, *options, "--tokenizer", "gpt2") == 2
     error = capfd.readouterr().err
     for part in (
-        *(str(source), "n_layer 2 (there it is 1)", "bias True (there it is False)"),
-        *("block_size 32 (there it is 16, at most)", "tokenizer gpt2 (it has one of its own)"),
+        *(str(source), "n_layer 2 (the model has 1)", "bias True (the model has False)"),
+        *("block_size 32 (the model has at most 16)", "tokenizer gpt2 (the model has its own)"),
     ):
         assert part in error
     assert "n_embd" not in error
@@ -236,12 +236,12 @@ def test_what_only_gets_worse_leaves_the_original_as_the_best(
     result = trainer.fit()
     assert (result.best_step, result.step) == (0, 2)
     assert result.best_val_loss == result.val_loss_before
-    assert "nothing was better, so that is the best" in result.losses
+    assert "no evaluation improved on it" in result.losses
     assert_same(weights(result.run, "best"), weights(source))
 
 
 def test_stopped_before_the_first_step_it_goes_on(recipe: Recipe, tmp_path: Path) -> None:
-    """The first checkpoint holds weights, and no state of an optimizer that has done nothing."""
+    """The checkpoint at step 0 has weights but no optimizer state, and can be resumed."""
     whole = Trainer(recipe).fit()
     trainer = Trainer(replace(recipe, out=str(tmp_path / "stopped")))
     step = trainer.learner.step
@@ -272,7 +272,7 @@ def test_the_perplexity_of_characters_is_not_told(text: Path, tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["finetune", "finetune-lora"])
 def test_fine_tuning_stops_before_it_overfits(name: str, plays: Path, tmp_path: Path) -> None:
-    """With a story of 20,000 characters."""
+    """Fine-tune on a story of 20,000 characters."""
     story = replace(
         get_recipe(name),
         data=str(VERDICT),

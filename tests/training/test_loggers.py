@@ -1,4 +1,4 @@
-"""Where a run's figures go."""
+"""Tests of the loggers and of `metrics.jsonl`."""
 
 import json
 import math
@@ -27,7 +27,7 @@ class FakeRun:
 
 @pytest.fixture
 def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """A module that keeps the runs it was asked for; its `error` is raised once."""
+    """A fake wandb module that records runs; if `error` is set, the next `init` raises it."""
     usage, comm = (type(name, (Exception,), {}) for name in ("UsageError", "CommError"))
     authentication = type("AuthenticationError", (comm,), {})
     errors = types.SimpleNamespace(
@@ -68,7 +68,7 @@ def test_what_is_not_finite_is_strict_json(tmp_path: Path) -> None:
     file = MetricsFile(path)
     file.log(1, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.5})
     file.close()
-    path.write_text(path.read_text() + '{"step": 1, "loss": NaN}\n')  # as older versions had it
+    path.write_text(path.read_text() + '{"step": 1, "loss": NaN}\n')  # as written by old versions
     cut_metrics(path, 1)
     for line in path.read_text().splitlines():
         assert json.loads(line, parse_constant=refuse)["loss"] is None
@@ -105,7 +105,7 @@ def test_one_that_fails_warns_once_and_the_others_go_on(tmp_path: Path) -> None:
 
     whole = MetricsFile(tmp_path / "metrics.jsonl")
     loggers = Loggers([Broken(), whole])
-    with pytest.warns(UserWarning, match="Broken lost a record and may lose more: no space left"):
+    with pytest.warns(UserWarning, match=r"Broken failed to log a record .*: no space left"):
         loggers.log(1, {"loss": 1.0})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -116,9 +116,9 @@ def test_one_that_fails_warns_once_and_the_others_go_on(tmp_path: Path) -> None:
 
 def test_one_that_cannot_be_opened_is_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    (tmp_path / "tensorboard").touch()  # in the place of its folder
+    (tmp_path / "tensorboard").touch()  # a file instead of its folder
     with pytest.warns(
-        UserWarning, match=r"TensorBoard cannot be had .*: this run is logged without"
+        UserWarning, match=r"TensorBoard is not available .*: this run is logged without"
     ):
         loggers = open_loggers(["tensorboard"], tmp_path, {})
     loggers.log(1, {"loss": 1.0})
@@ -129,7 +129,7 @@ def test_one_that_cannot_be_opened_is_a_warning(tmp_path: Path) -> None:
 def test_wrong_names_and_missing_packages_are_said_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UsageError, match="unknown logger 'tb': there are tensorboard and wandb"):
+    with pytest.raises(UsageError, match="unknown logger 'tb': choose from tensorboard and wandb"):
         check_loggers(["tb"])
     monkeypatch.setattr("fastgpt.training.loggers.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"Weights & Biases needs .*: pip install wandb"):
@@ -181,7 +181,7 @@ def test_wandb_without_a_key_is_a_mistake_to_mend(
 def test_the_real_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for first in (0, 2):  # the run stopped at step 3, and goes on from its checkpoint at 2
+    for first in (0, 2):  # the run stopped at step 3 and is resumed from its checkpoint at step 2
         loggers = open_loggers(["tensorboard"], tmp_path, {}, first)
         for step in range(first + 1, first + 4):
             loggers.log(step, {"loss": 10.0 * first + step})

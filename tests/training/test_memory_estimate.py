@@ -1,4 +1,4 @@
-"""The memory estimate, held against the tensors of real training steps."""
+"""Tests of the memory estimate, compared with the tensors of real training steps."""
 
 import os
 import re
@@ -45,7 +45,7 @@ GB = 10**9
 
 
 class LiveTensors(TorchDispatchMode):
-    """Adds up the storages that operators make, from their first use until nothing holds them."""
+    """Tracks the total size of live storages, from their creation until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,9 +81,9 @@ def measured_peak(
     backend: str = "native",
     fake: bool = True,
 ) -> int:
-    """Train two steps and return the most bytes of tensors at once.
+    """Train two steps and return the peak bytes of live tensors.
 
-    `fake` tensors have shapes, lives and gradients as others, but no contents: any model is cheap.
+    With `fake`, tensors have shapes, lifetimes and gradients, but no data: large models are cheap.
     """
     without_contents = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     with without_contents, LiveTensors() as live:
@@ -103,13 +103,13 @@ def measured_peak(
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Estimate for PyTorch's own operators: under a trace, as here, they run in float32 too."""
+    """Estimate for PyTorch's operators, which also run in float32 while tensors are traced."""
     monkeypatch.setattr(memory, "_by_loops", lambda setup: False)
 
 
 @pytest.fixture
 def recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have each block forget its activations, and compute them again in the backward."""
+    """Recompute the activations of each block in the backward pass."""
     forward = Block.forward
 
     def forgetful(self: Block, x: Any, residual: Any, ops: Any, cache: Any = None) -> Any:
@@ -159,7 +159,7 @@ def test_the_estimate_of_recomputed_activations(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernels_keep_what_is_estimated(dtype: torch.dtype) -> None:
-    """Their logits are no tensor that can be seen here, so the vocabulary is small."""
+    """The vocabulary is small, because the kernels' logits are not visible to `LiveTensors`."""
     kernels = pytest.importorskip("fastgpt.kernels.cross_entropy")
     assert kernels.MAX_BYTES == KERNELS_LOGITS
     needed = estimate(CHAR, 12, dtype=dtype, backend="triton", device="cuda")
@@ -167,8 +167,9 @@ def test_the_kernels_keep_what_is_estimated(dtype: torch.dtype) -> None:
     assert needed.total == pytest.approx(peak, rel=0.05)
 
 
-# Trains three steps, and prints what the pool of the loops on a CPU has held, and was to hold. What
-# PyTorch's products return is not in it: so our own are taken, as on processors that prefer them.
+# Trains three steps, and prints the actual and the estimated bytes in the memory pool of the CPU
+# loops. Outputs of PyTorch's matrix products are not in the pool, so the package's own products are
+# enabled.
 POOL = """
 import sys, torch
 from fastgpt import Recipe, Trainer, _C
@@ -252,7 +253,7 @@ def test_the_advice_fits_and_keeps_a_steps_sequences() -> None:
     needed = gpt2_step()
     line = check_fits(needed, 6 * GB)
     assert line is not None
-    assert line.startswith(f"batch 12 needs about {needed.total / 1e9:.1f} GB; there are 6.0 GB: ")
+    assert line.startswith(f"batch 12 needs about {needed.total / 1e9:.1f} GB; available: 6.0 GB; ")
     words = line.replace(",", "").split()
     batch = int(words[words.index("--batch-size") + 1])
     accum = int(words[words.index("--grad-accum") + 1])
@@ -262,7 +263,7 @@ def test_the_advice_fits_and_keeps_a_steps_sequences() -> None:
     assert "--recompute" in line
     assert check_fits(needed, 100 * GB) is None
     assert check_fits(needed, None) is None
-    # What no estimate sees needs room as well: so much and no more may end in a kill.
+    # Headroom for allocations that are not estimated: with exactly the estimate, a step may fail.
     assert check_fits(needed, needed.total + 1) is not None
 
 
@@ -322,7 +323,7 @@ def test_find_batch_lets_go_of_what_a_failed_step_held() -> None:
 # --- running out -------------------------------------------------------------------------------
 
 
-def test_fault_25_a_tensor_too_large_is_explained() -> None:
+def test_a_failed_allocation_is_explained() -> None:
     needed = estimate(CHAR, 12, grad_accum=2)
     with (
         pytest.raises(UsageError, match=r"^out of memory: a step with batch 12 .* try --batch-si"),
@@ -334,7 +335,7 @@ def test_fault_25_a_tensor_too_large_is_explained() -> None:
 @pytest.mark.parametrize(
     "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")]
 )
-def test_fault_25_all_kinds_are_explained(error: Exception) -> None:
+def test_every_out_of_memory_error_is_explained(error: Exception) -> None:
     with pytest.raises(UsageError) as info, explain_out_of_memory(gpt2_step()):
         raise error
     message = str(info.value)
@@ -373,7 +374,7 @@ V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
         pytest.param(
             {
                 "proc/self/cgroup": "0::/job/step\n",
-                f"{V2}/job/memory.max": "3000000000\n",  # of the group above: holds as well
+                f"{V2}/job/memory.max": "3000000000\n",  # the limit of the parent group
                 f"{V2}/job/memory.current": "1000000000\n",
                 f"{V2}/job/memory.stat": "anon 5\ninactive_file 400000000\n",
                 f"{V2}/job/step/memory.max": "max\n",
@@ -385,7 +386,7 @@ V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
         pytest.param(
             {
                 "proc/self/cgroup": "5:cpu,memory:/docker/abc\n4:pids:/\n",
-                f"{V1}/memory.limit_in_bytes": "2000000000",  # in a container there is no abc
+                f"{V1}/memory.limit_in_bytes": "2000000000",  # in a container, docker/abc is absent
                 f"{V1}/memory.usage_in_bytes": "500000000",
             },
             1_500_000_000,
@@ -394,7 +395,7 @@ V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
         pytest.param(
             {
                 "proc/self/cgroup": "5:memory:/\n",
-                f"{V1}/memory.limit_in_bytes": "9223372036854771712",  # none
+                f"{V1}/memory.limit_in_bytes": "9223372036854771712",  # no limit
                 f"{V1}/memory.usage_in_bytes": "500000000",
             },
             8_192_000_000,
@@ -417,12 +418,14 @@ def test_this_machine_answers() -> None:
     assert taken is None or 10**7 < taken < 10**13
 
 
-# The command itself, in a process that may have a gigabyte of addresses more than its libraries
-# take: how many those take differs from machine to machine.
+# The training command, in a process whose address space is limited to 1 GB more than its libraries
+# need; how much they need differs between machines.
 CRAMPED = """
 import os, resource
 from pathlib import Path
-from fastgpt import cli, train, trainer
+from fastgpt import train
+from fastgpt.training import trainer
+from fastgpt.utils import cli
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * os.sysconf("SC_PAGE_SIZE") + 10**9
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -432,8 +435,8 @@ cli.run(train.main)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="addresses are counted and limited by Linux")
-def test_fault_25_a_run_without_memory_ends_with_one_line(tmp_path: Path, checkout: Path) -> None:
-    """A step needs twice what there is, whatever the precision that this processor prefers."""
+def test_a_run_out_of_memory_ends_with_a_one_line_error(tmp_path: Path, checkout: Path) -> None:
+    """A step needs twice the available memory, in any precision that the processor prefers."""
     options = ["--batch-size", "4000", "--device", "cpu", "--out", str(tmp_path / "run")]
     done = subprocess.run(
         [sys.executable, "-c", CRAMPED, *options],
@@ -447,7 +450,7 @@ def test_fault_25_a_run_without_memory_ends_with_one_line(tmp_path: Path, checko
     assert len(done.stderr.splitlines()) == 1
     said = re.fullmatch(
         r"error: out of memory: a step with batch 4000 needs about (\d+\.\d) GB \(weights .*\)"
-        r", and there were .*; try --batch-size (\d+) --grad-accum (\d+) .*\n",
+        r", available: .*; try --batch-size (\d+) --grad-accum (\d+) .*\n",
         done.stderr,
     )
     assert said, done.stderr

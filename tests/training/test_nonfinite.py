@@ -1,4 +1,4 @@
-"""Updates that are left out, as word of them comes."""
+"""Tests of the reports about skipped updates."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from fastgpt.training.nonfinite import SkippedUpdates
 
 
 class Arrival:
-    """An event of CUDA's, for which the test decides when it happens."""
+    """A fake CUDA event that the test completes explicitly."""
 
     def __init__(self) -> None:
         self.happened = self.waited_for = False
@@ -23,7 +23,7 @@ class Arrival:
 
 
 class Delayed(SkippedUpdates):
-    """As on CUDA, where word comes later."""
+    """Results arrive asynchronously, as on CUDA."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The arithmetic of the MFU: what a token needs, and what a device could do."""
+"""Tests of FLOPs per token and of the peak FLOP/s of devices."""
 
 import time
 
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def counted_flops(config: GPTConfig, *, attention: bool) -> float:
-    """Count the products of a forward and backward by hand, per token."""
+    """Return the FLOPs per token of the matrix products, counted independently."""
     width, layers = config.n_embd, config.n_layer
     forward = layers * 2 * (3 + 1 + 4 + 4) * width * width + 2 * width * config.vocab_size
     if attention:
@@ -22,7 +22,7 @@ def counted_flops(config: GPTConfig, *, attention: bool) -> float:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_flops_per_token_are_those_of_the_products(tied: bool) -> None:
-    """6N also counts biases and gains, which are less than 1% of a model of this width."""
+    """6N also counts biases and norm weights, less than 1% of a model of this width."""
     config = GPTConfig(300, 64, 3, 4, 256, tie_weights=tied)
     with torch.device("meta"):
         n_params = GPT(config).num_params(embeddings=False)
@@ -72,7 +72,7 @@ def test_names_as_cuda_has_them(name: str, bf16: float) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "NVIDIA A10G",  # a weaker chip than the A10
+        "NVIDIA A10G",  # slower than the A10
         "NVIDIA GeForce RTX 3090 Ti",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA GeForce RTX 4080 SUPER",
@@ -101,7 +101,7 @@ def test_a_listed_gpu_has_its_data_sheets_peak(monkeypatch: pytest.MonkeyPatch) 
 def test_others_are_measured_at_once() -> None:
     began = time.perf_counter()
     peak = device_peak(CPU, torch.float32)
-    assert time.perf_counter() - began < 2  # half a second, were it not for the neighbours
+    assert time.perf_counter() - began < 2  # half a second on an idle machine
     assert peak is not None
     assert peak.measured
     assert 1e9 < peak.flops < 1e14

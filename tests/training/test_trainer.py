@@ -1,4 +1,4 @@
-"""The training loop: that it learns, and that it can be stopped, resumed and trusted."""
+"""Tests of the training loop: learning, stopping, resuming, and handling of errors."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ from fastgpt.utils.signals import Stopped
 
 @pytest.fixture
 def tiny(verse: Path, tmp_path: Path) -> Recipe:
-    """A run of a second, with dropout so that randomness matters."""
+    """A run of about a second, with dropout so that the random state matters."""
     return Recipe(
         data=str(verse),
         out=str(tmp_path / "run"),
@@ -39,7 +39,7 @@ def tiny(verse: Path, tmp_path: Path) -> Recipe:
         eval_interval=4,
         sample_tokens=20,
         device="cpu",
-        dtype="float32",  # "auto" takes what is faster just then: two runs could differ
+        dtype="float32",  # "auto" is decided by timing, so that two runs could differ
     )
 
 
@@ -72,10 +72,10 @@ def test_a_run_learns_and_leaves_everything(tiny: Recipe) -> None:
     assert config["versions"]["torch"] == torch.__version__
     first = records(result.run, "loss")[0]
     assert first[0] == 1
-    assert abs(first[1] - math.log(57)) < 0.5  # near uniform over the text's characters
+    assert abs(first[1] - math.log(57)) < 0.5  # nearly uniform over the characters of the text
 
 
-def test_fault_21_stopped_and_resumed_is_never_stopped(
+def test_a_resumed_run_matches_an_uninterrupted_one(
     tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = Trainer(tiny).fit()
@@ -100,7 +100,7 @@ def test_fault_21_stopped_and_resumed_is_never_stopped(
     assert (resumed.sample, resumed.step) == (whole.sample, whole.step)
 
 
-def test_fault_22_evaluation_changes_nothing(tiny: Recipe, tmp_path: Path) -> None:
+def test_evaluation_does_not_affect_training(tiny: Recipe, tmp_path: Path) -> None:
     often = Trainer(replace(tiny, eval_interval=1)).fit()
     never = Trainer(replace(tiny, eval_interval=100, out=str(tmp_path / "never"))).fit()
     assert_same(weights(often.run), weights(never.run))
@@ -115,7 +115,7 @@ def test_the_seed_decides(tiny: Recipe, tmp_path: Path) -> None:
 
 
 def test_accumulated_micro_batches_are_one_batch(tiny: Recipe, tmp_path: Path) -> None:
-    """2 × 4 sequences a step see the same windows as 1 × 8, and come to the same weights."""
+    """2 × 4 sequences per step use the same windows as 1 × 8 and give the same weights."""
     settings = {"max_steps": 4, "dropout": 0.0, "grad_clip": 0.0, "weight_decay": 0.0}
     parts = Trainer(replace(tiny, grad_accum=2, **settings))
     whole = Trainer(replace(tiny, batch_size=8, out=str(tmp_path / "whole"), **settings))
@@ -162,7 +162,7 @@ def test_faults_17_and_33_another_model_or_data_is_refused(
         Trainer.resume(run, n_layer=2, tokenizer="gpt2")
     with pytest.raises(UsageError, match=r"other\.txt is not the text that the run was trained on"):
         Trainer.resume(run, data=str(other))
-    with pytest.raises(CheckpointError, match="the run is at step 2 already: raise --max-steps"):
+    with pytest.raises(CheckpointError, match="the run is already at step 2: raise --max-steps"):
         Trainer.resume(run, max_steps=1)
     assert (run / "config.json").read_bytes() == before
 
@@ -189,7 +189,7 @@ def test_a_run_stopped_before_its_first_evaluation_ends_with_one(
     monkeypatch.setattr(Trainer, "_step", step_and_interrupt)
     with pytest.raises(Stopped):
         trainer.fit()
-    trained = records(trainer.run, "seconds")[-1][1]  # as the last line has it
+    trained = records(trainer.run, "seconds")[-1][1]  # in the last record
     assert 0.0 < trained == find_checkpoint(trainer.run).extra["seconds"]
     result = Trainer.resume(trainer.run, max_steps=3).fit()
     assert [step for step, _ in records(trainer.run, "val_loss")] == [3]
@@ -197,7 +197,7 @@ def test_a_run_stopped_before_its_first_evaluation_ends_with_one(
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_fault_23_a_loss_that_is_not_finite_stops_the_run(
+def test_a_non_finite_validation_loss_stops_the_run(
     tiny: Recipe, broken: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = Trainer(replace(tiny, eval_interval=1))
@@ -208,7 +208,7 @@ def test_fault_23_a_loss_that_is_not_finite_stops_the_run(
 
 
 def poison(trainer: Trainer, steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the loss be NaN at some steps."""
+    """Make the loss NaN at the given steps."""
     backward = trainer.learner.backward
 
     def spoilt(inputs: Any, targets: Any, weight: float) -> torch.Tensor:
@@ -217,7 +217,7 @@ def poison(trainer: Trainer, steps: set[int], monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(trainer.learner, "backward", spoilt)
 
 
-def test_fault_23_an_update_that_is_not_finite_is_left_out(
+def test_an_update_with_non_finite_gradients_is_skipped(
     tiny: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = Trainer(replace(tiny, max_steps=3, max_skipped=2))
@@ -235,57 +235,55 @@ def test_fault_23_an_update_that_is_not_finite_is_left_out(
     monkeypatch.setattr(Trainer, "_step", watch)
     trainer.fit()
     assert seen == [(True, {0}), (False, {1}), (False, {1})]
-    assert "step 1: gradient norm nan; this update is left out" in capsys.readouterr().out
+    assert "step 1: gradient norm nan; update skipped" in capsys.readouterr().out
 
 
-def test_fault_23_each_streak_is_told_once_and_when_it_begins(
+def test_each_streak_of_skipped_updates_is_reported_once(
     tiny: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not only where a line of the log is due."""
+    """Reports do not depend on the logging interval."""
     monkeypatch.setattr(Progress, "due", lambda self: False)
     trainer = Trainer(replace(tiny, max_steps=8))
     poison(trainer, {1, 2, 5}, monkeypatch)
     trainer.fit()
-    told = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
-    norm = "gradient norm nan; this update is left out"
+    told = [line for line in capsys.readouterr().out.splitlines() if "update skipped" in line]
+    norm = "gradient norm nan; update skipped"
     assert told == [f"step 2: {norm}", f"step 6: {norm}"]
 
 
-def test_fault_23_too_many_in_a_row_end_the_run(
+def test_too_many_skipped_updates_in_a_row_stop_the_run(
     tiny: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = Trainer(replace(tiny, max_skipped=3))
     poison(trainer, {1, 2, 5, 6, 7, 8}, monkeypatch)
-    with pytest.raises(
-        UsageError, match=r"3 updates in a row left out, .* at step 8: .* lower --lr"
-    ):
+    with pytest.raises(UsageError, match=r"3 updates in a row skipped .* at step 8: .* lower --lr"):
         trainer.fit()
     checkpoint = find_checkpoint(trainer.run)
     assert checkpoint.step == 4
     assert all(t.isfinite().all() for t in checkpoint.model_tensors().values())
 
 
-def test_fault_24_weights_that_are_not_finite_are_not_saved(tiny: Recipe) -> None:
+def test_non_finite_weights_are_not_saved(tiny: Recipe) -> None:
     trainer = Trainer(tiny)
     with torch.no_grad():
         trainer.model.ln_f.weight.fill_(math.nan)
-    with pytest.raises(UsageError, match=r"weights that are not finite at step 0 .* lower --lr"):
+    with pytest.raises(UsageError, match=r"non-finite weights at step 0 .* lower --lr"):
         trainer._save(None)
     trainer.close()
     assert not list(trainer.run.glob("checkpoints/*"))
 
 
-def test_fault_12_two_trainers_of_one_folder(tiny: Recipe) -> None:
+def test_a_second_trainer_of_the_same_folder_is_rejected(tiny: Recipe) -> None:
     trainer = Trainer(replace(tiny, max_steps=4))
     trainer.fit()
     resumed = Trainer.resume(trainer.run, max_steps=8)
     with pytest.raises(UsageError, match="run is being written by process") as info:
         Trainer.resume(trainer.run, max_steps=8)
-    assert "which is this one; call close() of the Trainer that was made" in str(info.value)
+    assert "which is this one; call close() of the earlier Trainer" in str(info.value)
     assert resumed.fit().step == 8
 
 
-def test_fault_12_a_second_fit_takes_the_folder_again(tiny: Recipe) -> None:
+def test_a_second_fit_locks_the_folder_again(tiny: Recipe) -> None:
     trainer = Trainer(replace(tiny, max_steps=4))
     trainer.fit()
     other = Trainer.resume(trainer.run)
@@ -296,7 +294,7 @@ def test_fault_12_a_second_fit_takes_the_folder_again(tiny: Recipe) -> None:
 
 
 def test_float16_scales_its_loss(tiny: Recipe) -> None:
-    """A scale that is far too high loses a few updates, and then finds itself."""
+    """A scale that is far too high causes a few skipped updates until it has been reduced."""
     trainer = Trainer(replace(tiny, dtype="float16", max_steps=30))
     scale = trainer.learner.updater.scale
     assert scale is not None
@@ -362,7 +360,7 @@ def test_early_stopping_keeps_the_best(
     monkeypatch.setattr(Trainer, "validation_loss", lambda self: losses[self.step])
     result = Trainer(replace(tiny, eval_interval=1, patience=2)).fit()
     assert (result.step, result.best_step, result.best_val_loss) == (4, 2, 2.0)
-    assert "no better loss for 2 evaluations: stopped early" in capsys.readouterr().out
+    assert "no lower loss for 2 evaluations: stopped early" in capsys.readouterr().out
     more = Trainer.resume(result.run, patience=0, max_steps=5).fit()
     assert (more.step, more.best_step) == (5, 5)
 
@@ -379,7 +377,7 @@ def test_samples_while_training_change_nothing(
     silent = Trainer(tiny).fit()
     capsys.readouterr()
     telling = Trainer(replace(tiny, sample_interval=5, out=str(tmp_path / "telling"))).fit()
-    assert capsys.readouterr().out.count("--- a sample at step") == 2
+    assert capsys.readouterr().out.count("--- sample at step") == 2
     assert_same(weights(silent.run), weights(telling.run))
 
 
@@ -395,14 +393,14 @@ def test_a_compiler_that_fails_is_a_warning(
     eager = Trainer(replace(tiny, out=f"{tiny.out}-eager")).fit()
     fallen_back = Trainer(replace(tiny, compile="yes")).fit()
     said = capsys.readouterr().out
-    assert "warning: torch.compile failed, training goes on without it: no compiler found" in said
+    assert "warning: torch.compile failed, training continues without it: no compiler found" in said
     assert_same(weights(eager.run), weights(fallen_back.run))
 
 
 def test_a_compiler_that_uses_what_is_deprecated_is_no_matter(
     tiny: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Warnings are errors in these tests, and may be for a user."""
+    """Warnings are errors in these tests, as with ``python -W error``."""
 
     def compiled(module: Any, **_: Any) -> Any:
         warnings.warn("`torch.jit` is deprecated", DeprecationWarning, stacklevel=1)
@@ -411,13 +409,13 @@ def test_a_compiler_that_uses_what_is_deprecated_is_no_matter(
     monkeypatch.setattr(torch, "compile", compiled)
     trainer = Trainer(replace(tiny, compile="yes"))
     assert "compiled by torch.compile" in trainer._notes
-    with pytest.raises(DeprecationWarning):  # elsewhere they still are
+    with pytest.raises(DeprecationWarning):  # outside of compilation they still are
         warnings.warn("ours", DeprecationWarning, stacklevel=1)
     trainer.close()
 
 
 @pytest.mark.parametrize("where", ["GPT", "Updater", "compiled_or_not"])
-def test_fault_25_no_memory_while_a_run_is_made(
+def test_running_out_of_memory_during_setup_is_explained(
     tiny: Recipe, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
@@ -457,7 +455,7 @@ def test_a_compiled_run_is_the_eager_one_but_for_rounding(tiny: Recipe) -> None:
 def test_relative_data_are_found_from_elsewhere(
     tiny: Recipe, verse: Path, tmp_path: Path, moved: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the run was started, or, if they have gone from there, beside whoever resumes it."""
+    """Relative to the directory where the run was started, else to the current directory."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()
@@ -479,13 +477,13 @@ def test_a_folder_with_something_in_it_is_refused(tiny: Recipe) -> None:
         Trainer(tiny)
 
 
-def test_fault_10_a_disk_that_is_full_before_and_after_the_checkpoints(
+def test_a_full_disk_outside_of_checkpointing_is_reported(
     tiny: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    said = r"run cannot be written: No space left on device; mend that, then continue with --resume"
+    said = r"run cannot be written: No space left on device; fix this, then continue with --resume"
     monkeypatch.setattr("fastgpt.training.run_output.describe_run", full)
     with pytest.raises(UsageError, match=said):
         Trainer(replace(tiny, out=f"{tiny.out}-begun/run"))
@@ -514,7 +512,7 @@ def test_runs_that_start_within_a_second_have_folders_of_their_own(
         trainer.close()
 
 
-def test_fault_15_a_folder_that_cannot_be_made(tiny: Recipe, tmp_path: Path) -> None:
+def test_a_run_folder_that_cannot_be_created_is_reported(tiny: Recipe, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot be created: Not a directory"):
         Trainer(replace(tiny, out=str(tmp_path / "file" / "run")))
@@ -594,7 +592,7 @@ def test_the_schedule() -> None:
     [("linear", 0.55, 0.19), ("wsd", 1.0, 0.55), ("constant", 1.0, 1.0)],
 )
 def test_other_schedules(schedule: Any, middle: float, late: float) -> None:
-    """After 10 steps of warm-up 100 follow; "wsd" falls in the last 20 of the 110."""
+    """10 steps of warm-up, then 100 steps; "wsd" decays in the last 20 of all 110."""
     recipe = Recipe(
         lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110, schedule=schedule, decay_fraction=2 / 11
     )

@@ -1,4 +1,4 @@
-"""Memory for a step on a CPU: tensors from the pool, and what it holds."""
+"""Tests of the memory pool for training on a CPU."""
 
 import subprocess
 import sys
@@ -35,8 +35,8 @@ def test_bf16_takes_half() -> None:
     assert _C.pool_usage()[1] - before == 12 * SMALLEST
 
 
-# Prints how much less memory the process has, in MB, when 64 MB of tensors are freed, and when they
-# are given back; a smaller one between them stays, and must keep what is in it.
+# Prints by how many MB the memory of the process decreases when 64 MB of tensors are freed, and
+# when they are returned to the system. A smaller tensor between them must keep its values.
 TRIM = """
 import os
 from fastgpt import _C

@@ -1,4 +1,4 @@
-"""Which precision is taken, and why."""
+"""Tests of the selection of the precision."""
 
 import itertools
 import time
@@ -45,7 +45,7 @@ def test_the_first_time_does_not_count_and_the_best_does(monkeypatch: pytest.Mon
 
 
 def test_a_run_stays_with_what_it_found(verse, tmp_path, monkeypatch) -> None:
-    """A trial is noise to some degree: a resume must not come to another result."""
+    """Check that a resumed run keeps its precision, since another trial could select another."""
     recipe = Recipe(
         data=str(verse), out=str(tmp_path / "run"), n_layer=1, n_head=2, n_embd=16, block_size=16,
         batch_size=4, max_steps=2, eval_interval=2, sample_tokens=1, device="cpu",

@@ -1,4 +1,4 @@
-"""What is read out of what a processor says of itself."""
+"""Tests of reading processor features from /proc/cpuinfo."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The live line: its figures, and where it is written."""
+"""Tests of the live line: its figures and where it is written."""
 
 import io
 import math
@@ -36,7 +36,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, in a list so that a test can move it."""
+    """Replace the clock by the number in the returned list, which tests can change."""
     now = [100.0]
     monkeypatch.setattr("fastgpt.utils.progress.time.perf_counter", lambda: now[0])
     return now
@@ -128,7 +128,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_it_costs_next_to_nothing(terminal: Terminal) -> None:
-    """A step 1 µs and a shown line 50 µs on idle cores; here with room for busy ones."""
+    """Check the cost, about 1 µs per step and 50 µs per line, with a margin for busy cores."""
     progress = Progress(0, 10**6, flops_per_token=1e6, peak=1e12)
     steps, lines = (min(_timed(progress, shown) for _ in range(5)) for shown in (False, True))
     assert steps < 20e-6

@@ -1,4 +1,4 @@
-"""Stopping: real processes and real signals (faults 19 and 20)."""
+"""Tests of stopping a run, with real processes and signals."""
 
 import signal
 import subprocess
@@ -21,7 +21,7 @@ import torch
 from fastgpt import GPT, GPTConfig
 from fastgpt.checkpoint.save import Checkpointer, TrainingState
 from fastgpt.utils.signals import Stopped, StopSignal
-from fastgpt import checkpointer as writer
+from fastgpt.checkpoint import save as writer
 
 torch.set_num_threads(1)
 run, model = Path(sys.argv[1]), GPT(GPTConfig(7, 8, 1, 2, 8))
@@ -68,7 +68,7 @@ with StopSignal() as stop, Checkpointer(run) as checkpointer:
 DEAF = """
 with StopSignal() as stop:
     print("computing", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes, in which Python's handlers rest
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes, with no Python handler run
 """
 
 Start = Callable[[str], "subprocess.Popen[str]"]
@@ -96,16 +96,16 @@ SLOW = pytest.mark.slow  # each case starts a process that imports torch
     ("number", "code"),
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=SLOW)],
 )
-def test_fault_19_the_step_is_finished_and_saved(
+def test_the_first_signal_finishes_the_step_and_saves(
     tmp_path: Path, start: Start, number: int, code: int
 ) -> None:
     process = start(STEPS)
     assert process.stdout.readline() == "step 1\n"
     process.send_signal(number)
-    process.send_signal(number)  # an echo, as from a launcher that passes it on
+    process.send_signal(number)  # an echo, as from a launcher that forwards it
     said, _ = process.communicate(timeout=60)
     assert process.returncode == code
-    assert said.startswith("done 1\nstopped at step 1 and saved; go on with: ")
+    assert said.startswith("done 1\nstopped at step 1 and saved; resume with: ")
     assert find_checkpoint(tmp_path).step == 1
 
 
@@ -119,10 +119,10 @@ def test_fault_19_the_step_is_finished_and_saved(
     ],
     ids=["saving-130", "deaf-143", "saving-143", "deaf-130"],
 )
-def test_fault_20_the_second_signal_stops_at_once(
+def test_the_second_signal_stops_immediately(
     tmp_path: Path, start: Start, number: int, code: int, script: str, said: str
 ) -> None:
-    """While a save is in flight, and while Python itself hears nothing."""
+    """Interrupt a save in progress, and a computation during which no Python handler runs."""
     process = start(script)
     assert process.stdout.readline() == said
     process.send_signal(number)
@@ -141,7 +141,7 @@ def test_a_second_signal_insists_and_handlers_are_put_back() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)  # at once: an echo
+        signal.raise_signal(signal.SIGINT)  # immediately after the first, so an echo
         assert stop.requested == signal.SIGTERM
         time.sleep(2 * ECHO_SECONDS)
         with pytest.raises(SystemExit) as info:

@@ -68,11 +68,11 @@ void fill_matrix(Engine& engine, Matrix& matrix, std::mt19937& random) {
   Integers integers(whole ? matrix.format() : Format::kInt8, outputs, inputs, matrix.group());
   engine.pool.run([&](std::size_t rank) {
     const Panels mine{matrix.panels() * rank / threads, matrix.panels() * (rank + 1) / threads};
-    if (!whole) return matrix.take_floats(weights.data(), mine);
+    if (!whole) return matrix.pack_floats(weights.data(), mine);
     quantize(weights.data(), outputs * rank / threads, outputs * (rank + 1) / threads, inputs,
              matrix.format(), matrix.group(), integers);
-    engine.pool.meet();
-    matrix.take_integers(integers.integers.data(), integers.scales.data(), mine);
+    engine.pool.barrier_wait();
+    matrix.pack_integers(integers.integers.data(), integers.scales.data(), mine);
   });
 }
 
@@ -165,7 +165,7 @@ std::vector<float> logits_of(Engine& engine) {
   return logits;
 }
 
-void run_side_by_side(std::size_t count, const std::function<void(std::size_t)>& work) {
+void run_concurrently(std::size_t count, const std::function<void(std::size_t)>& work) {
   std::vector<std::thread> threads;
   for (std::size_t i = 0; i < count; ++i) threads.emplace_back(work, i);
   for (std::thread& thread : threads) thread.join();
@@ -192,11 +192,11 @@ void meet_after_pauses() {
         for (std::size_t meeting = 0; meeting < kMeetings; ++meeting) {
           if (random[rank]() % 4 == 0) sleep_for(random[rank]() % kLongest);
           written[rank] = round * kMeetings + meeting;
-          pool.meet();
+          pool.barrier_wait();
           for (const std::size_t other : written) {
             check(other == round * kMeetings + meeting, "writes before a barrier are visible");
           }
-          pool.meet();
+          pool.barrier_wait();
         }
       });
       if (round % 3 == 0) sleep_for(random[0]() % kLongest);
@@ -221,7 +221,7 @@ void engines_side_by_side() {
   std::vector<Written> expected[2];
   for (unsigned i = 0; i < 2; ++i) expected[i] = write_all(make_engine(Format::kInt8, 1, i));
   check(!(expected[0] == expected[1]), "the two engines generate different tokens");
-  run_side_by_side(2, [&](std::size_t i) {
+  run_concurrently(2, [&](std::size_t i) {
     const auto engine = make_engine(Format::kInt8, 2, static_cast<unsigned>(i));
     check(write_all(engine) == expected[i], "concurrent engines are independent");
   });
@@ -232,7 +232,7 @@ void share_an_engine() {
     const auto engine = make_engine(Format::kFloat32, threads);
     const std::vector<Written> expected = write_all(engine);
     const std::vector<float> logits = logits_of(*engine);
-    run_side_by_side(3, [&](std::size_t i) {
+    run_concurrently(3, [&](std::size_t i) {
       if (i == 0) check(logits_of(*engine) == logits, "logits during concurrent generation");
       check(write_all(engine) == expected, "sharing an engine does not change its tokens");
     });

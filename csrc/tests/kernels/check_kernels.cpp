@@ -47,7 +47,7 @@ class Random {
     return all;
   }
   float bfloat16_pair() {
-    const std::uint32_t pair = narrowed(number()) | std::uint32_t{narrowed(number())} << 16;
+    const std::uint32_t pair = to_bfloat16(number()) | std::uint32_t{to_bfloat16(number())} << 16;
     float word;
     std::memcpy(&word, &pair, sizeof word);
     return word;

@@ -26,7 +26,7 @@ struct Fused : Plain {
   static Register half(const Register& pairs) {
     Register floats;
     for (std::size_t i = 0; i < kWidth; ++i) {
-      floats.lane[i] = widened(static_cast<Bfloat16>(unsigned_bits(pairs.lane[i]) >> kShift));
+      floats.lane[i] = to_float32(static_cast<Bfloat16>(unsigned_bits(pairs.lane[i]) >> kShift));
     }
     return floats;
   }
