@@ -1,13 +1,14 @@
-"""fastgpt: GPT-2 for people who need speed, with a plain-PyTorch twin for every fast path.
+"""fastgpt: fast GPT-2, with a plain-PyTorch reference implementation of every fast path.
 
-Nothing heavy is imported until it is used: ``import fastgpt`` alone loads neither torch nor Triton.
+Public names are imported lazily: ``import fastgpt`` alone loads neither torch nor Triton.
 """
 
 from pkgutil import extend_path
 from typing import TYPE_CHECKING
 
-# In a checkout, `python -m fastgpt.train` finds this folder first, but the compiled module lies in
-# site-packages: let the package span both, so that `pip install .` works from inside and outside.
+# In a checkout, `python -m fastgpt.train` finds this folder first, but the compiled module is
+# installed in site-packages. Extending the package path over both makes `pip install .` work
+# whether Python runs inside the checkout or outside.
 __path__ = extend_path(__path__, __name__)
 
 __version__ = "0.1.0"

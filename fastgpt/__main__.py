@@ -1,4 +1,4 @@
-"""`python -m fastgpt COMMAND ...`, and the console script `fastgpt`."""
+"""Command-line entry point: `python -m fastgpt COMMAND ...` and the console script `fastgpt`."""
 
 import sys
 from collections.abc import Sequence
@@ -9,29 +9,29 @@ from fastgpt.utils.errors import UsageError
 
 COMMANDS = {
     "train": "train a model; with no arguments, on the packaged Shakespeare",
-    "prepare": "turn texts into token shards to train on",
-    "generate": "write text with a trained model",
+    "prepare": "tokenize texts into shards to train on",
+    "generate": "generate text with a trained model",
     "evaluate": "measure a model: loss and perplexity on a text, HellaSwag, LAMBADA",
     "lm_eval": "run EleutherAI's lm-evaluation-harness on a model",
-    "convert": "take a model to another tool: Hugging Face's transformers, llama.cpp, nanoGPT",
-    "plot": "compare runs: a picture of their losses, and a table",
+    "convert": "export a model to Hugging Face transformers, llama.cpp or nanoGPT",
+    "plot": "compare runs: a plot of their losses, and a table",
 }
 
 
 def dispatch(args: Sequence[str]) -> None:
-    """Run the command named first, or list them."""
+    """Run the command named by the first argument, or list the commands if there is none."""
     if not args or args[0] in ("-h", "--help"):
         print("usage: fastgpt COMMAND [--help]\n")
         for name, purpose in COMMANDS.items():
             print(f"  {name:<10}{purpose}")
         return
     if args[0] not in COMMANDS:
-        raise UsageError(f"unknown command {args[0]!r}: there are {', '.join(COMMANDS)}")
+        raise UsageError(f"unknown command {args[0]!r}; choose one of {', '.join(COMMANDS)}")
     import_module(f"fastgpt.{args[0]}").main(args[1:])
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the console script."""
     cli.run(dispatch, sys.argv[1:])
 
 

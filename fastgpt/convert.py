@@ -1,4 +1,4 @@
-"""`python -m fastgpt.convert SOURCE --to hf --out FOLDER`: take a model to another tool."""
+"""`python -m fastgpt.convert SOURCE --to hf --out FOLDER`: export a model to another tool."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Kind: TypeAlias = Literal["hf", "gguf", "nanogpt"]
 Precision: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
 
-# How far a number may be from the one that was to be written, in shares of its row's largest.
+# Maximum rounding error of each precision, relative to the largest absolute value of the row.
 ROUNDING = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8, "q8_0": 1 / 254 + 2.0**-11}
 USE = {
     "hf": "transformers.AutoModelForCausalLM.from_pretrained({!r})",
@@ -34,41 +34,41 @@ USE = {
 
 @dataclass(frozen=True)
 class Options:
-    """Write a model in another tool's format, and check what was written by reading it back."""
+    """Export a model to another tool's format, and verify the result by reading it back."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """A run folder (runs/latest is the newest one), another project's model, or a name on the
-    Hugging Face hub."""
+    """A run folder (runs/latest is the newest one), another project's model, or a model name on
+    the Hugging Face Hub."""
     to: Kind
-    """hf: a folder for Hugging Face's transformers; gguf: a file for llama.cpp; nanogpt: a folder
-    with its ckpt.pt."""
+    """hf: a folder for Hugging Face transformers; gguf: a file for llama.cpp; nanogpt: a folder
+    with a ckpt.pt."""
     out: Path
-    """What to make."""
+    """The folder or file to create."""
     precision: Precision = "f32"
-    """Of the matrices in a GGUF file: f32 is exact, f16 and bf16 take half the space, q8_0 a
-    quarter."""
+    """Precision of the matrices in a GGUF file: f32 is exact, f16 and bf16 take half the space,
+    q8_0 a quarter."""
 
 
 def main(args: Sequence[str]) -> None:
-    """Convert, and say what came of it and how to use it."""
+    """Convert a model, and print the result and how to use it."""
     options = tyro.cli(Options, args=args, prog="python -m fastgpt.convert")
     for line in convert(options.source, options.to, options.out, options.precision):
         print(line)
 
 
 def convert(source: str | Path, to: Kind, out: Path, precision: Precision = "f32") -> list[str]:
-    """Write the model of a source at `out`, in a format; return what there is to say of it.
+    """Export the model of `source` to `out` in a format; return the messages for the user.
 
-    UsageError if the source cannot be read, if the format cannot hold it, if there is something at
-    `out` already, or if what was written is not what was to be.
+    Raises: UsageError if the source cannot be read, if the format does not support the model, if
+        `out` already exists, or if the written model differs from the source.
     """
     from fastgpt.interop import load, open_source
     from fastgpt.interop.foreign import NoTokenizerError
 
     if precision != "f32" and to != "gguf":
-        raise UsageError(f"precision is for GGUF files: {to} holds float32")
+        raise UsageError(f"precision is for GGUF files only: {to} stores float32")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UsageError(f"{out} is there already; give another --out")
+        raise UsageError(f"{out} already exists; give another --out")
     notes: list[str] = []
     tokenizer: BaseTokenizer | None
     try:
@@ -78,15 +78,15 @@ def convert(source: str | Path, to: Kind, out: Path, precision: Precision = "f32
         notes.append(f"without a tokenizer: {error}")
     refuse_unequal(out, _write(model, tokenizer, to, out, precision), model, tokenizer, precision)
     found = (
-        "it is equal" if precision == "f32" else f"it is equal, but for the rounding of {precision}"
+        "identical" if precision == "f32" else f"identical up to the rounding error of {precision}"
     )
-    return [*notes, f"wrote {out}; read back, {found}", f"use it:  {USE[to].format(str(out))}"]
+    return [*notes, f"wrote {out}; read back: {found}", f"use it:  {USE[to].format(str(out))}"]
 
 
 def _write(
     model: GPT, tokenizer: BaseTokenizer | None, to: Kind, out: Path, precision: Precision
 ) -> Foreign:
-    """Write a model, and open what was written."""
+    """Write a model in a format, and open the result."""
     from fastgpt.interop import gguf, hugging_face, nanogpt
 
     if to == "gguf":
@@ -106,10 +106,10 @@ def refuse_unequal(
     tokenizer: BaseTokenizer | None,
     precision: Precision = "f32",
 ) -> None:
-    """Raise UsageError unless what was written is the model and the tokenizer.
+    """Raise UsageError unless a written model equals the original model and tokenizer.
 
-    To the bit, but for the rounding of another precision. Biases that the model does not have must
-    be zeros there.
+    Weights must be equal, except for the rounding error of `precision`. Biases that the model does
+    not have must be zero in the written model.
     """
     import torch
 
@@ -120,17 +120,19 @@ def refuse_unequal(
         like = expected[name].cpu() if name in expected else torch.zeros_like(found)
         if not _close(found, like, ROUNDING[precision]):
             unequal.append(f"{name} differs")
-    # The formats give every model biases, and some have no place for dropout.
+    # The formats give every model biases, and some do not store dropout.
     wanted = replace(model.config, bias=written.config.bias, dropout=written.config.dropout)
     unequal += [f"the settings are {written.config}"] if written.config != wanted else []
     if tokenizer is not None and written.read_tokenizer() != tokenizer:
         unequal.append("the tokenizer differs")
     if unequal:
-        raise UsageError(f"{path} is not what was written: {'; '.join(unequal)}; is the disk good?")
+        raise UsageError(
+            f"{path} differs from what was written: {'; '.join(unequal)}; check the disk"
+        )
 
 
 def _close(found: Tensor, expected: Tensor, rounding: float) -> bool:
-    """Whether two tensors are equal, or as near to each other as a rounding leaves them."""
+    """Return whether two tensors are equal within a rounding error (see `ROUNDING`)."""
     if found.shape != expected.shape:
         return False
     largest = expected.abs().amax(-1, keepdim=True)

@@ -1,6 +1,6 @@
-"""`python -m fastgpt.evaluate RUN --data my.txt`: how well a model predicts a text, or does a task.
+"""`python -m fastgpt.evaluate RUN --data my.txt`: measure a model on a text or on a task.
 
-In Python: `fastgpt.evaluation`.
+The Python interface is `fastgpt.evaluation`.
 """
 
 from __future__ import annotations
@@ -25,49 +25,49 @@ if TYPE_CHECKING:
     from fastgpt.tokenizer import BaseTokenizer
     from fastgpt.utils.precision import Precision
 
-TRIAL_TOKENS = 2048  # to see which precision is the fastest
+TRIAL_TOKENS = 2048  # size of the trial that finds the fastest precision
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure a model: its loss on a text, or its answers to the questions of a task."""
+    """Measure a model: its loss on a text, or its accuracy on the questions of a task."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """A run folder (runs/latest is the newest), a folder or file of another project, or a name on
-    the Hugging Face hub."""
+    """A run folder (runs/latest is the newest), another project's folder or file, or a model name
+    on the Hugging Face Hub."""
     data: str | None = None
-    """What to measure it on: a file of text (also .jsonl, .json, .parquet, and with .gz), a folder
-    of tokens (its validation part), "shakespeare" (the last tenth of it), or the questions of the
-    task. By default, the validation part of what a run was trained on."""
+    """Data to evaluate on: a text file (also .jsonl, .json, .parquet, and with .gz), a folder of
+    tokens (its validation part), "shakespeare" (its last tenth), or the questions of the task. By
+    default, the validation part of the data that a run was trained on."""
     task: Literal["text", "hellaswag", "lambada"] = "text"
     """text: loss, perplexity and bits per byte; hellaswag: hellaswag_val.jsonl; lambada:
-    lambada_test.jsonl or a passage a line."""
+    lambada_test.jsonl or one passage per line."""
     part: Literal["train", "val"] | None = None
-    """Which part of a folder or a packaged text; of a file, the first nine tenths of the text or
-    the last, instead of all."""
+    """Part of a folder or a packaged text to use; of a file, the first nine tenths of the text
+    (train) or the last tenth (val) instead of the whole file."""
     context: int | None = None
-    """Tokens read at once; by default, as many as the model can."""
+    """Tokens per window; by default the model's context."""
     stride: int | None = None
-    """How far the window moves on. Each token after the first window is scored from at least
-    context - stride tokens before it; by default, half the context."""
+    """Tokens by which the window moves. Each token after the first window is scored with at least
+    context - stride tokens before it; by default half the context."""
     batch_size: int = 8
-    """Windows, or answers to a question, read at once."""
+    """Windows, or answers to questions, per batch."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """What products are computed in; auto: what training would take on this device."""
+    """Precision of matrix products; auto: the one that training would choose on this device."""
     device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+    """Device to compute on: auto, cpu, cuda, cuda:1, mps."""
     max_tokens: int | None = None
-    """Score so many tokens of the text only, the first ones."""
+    """Score only the first tokens of the text, this many."""
     limit: int | None = None
-    """Ask so many questions of the task only, the first ones."""
+    """Evaluate only the first questions of the task, this many."""
     skip_unknown: bool = False
-    """Leave out characters that the model has never seen, instead of refusing."""
+    """Drop characters that the tokenizer does not have, instead of raising an error."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
 
 def main(args: Sequence[str]) -> None:
-    """Measure the model, and print what came of it."""
+    """Evaluate the model and print the results."""
     options = tyro.cli(Options, args=args, prog="python -m fastgpt.evaluate")
     _refuse_contradictions(options)
     found = evaluate(options)
@@ -75,11 +75,11 @@ def main(args: Sequence[str]) -> None:
 
 
 def evaluate(options: Options) -> dict[str, Any]:
-    """Measure a model as the options say; return the figures by name.
+    """Evaluate a model according to the options; return the metrics by name.
 
-    Raises: UsageError for all that the user can mend.
+    Raises: UsageError for errors in the user's arguments or files.
     """
-    from fastgpt import interop  # these load torch: after mistakes in the arguments are answered
+    from fastgpt import interop  # loads torch: imported after the arguments have been checked
     from fastgpt.utils.device import find_device
 
     device = find_device(options.device)
@@ -93,7 +93,7 @@ def evaluate(options: Options) -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """Return the figures of `evaluate` as text."""
+    """Return the metrics of `evaluate` as text."""
     head = f"{found['model']} on {found['data']}"
     where = f"{found['dtype']} on {found['device']}"
     if found["task"] != "text":
@@ -117,7 +117,7 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def _refuse_contradictions(options: Options) -> None:
-    """Refuse settings that say nothing of what is asked for."""
+    """Raise UsageError for options that do not apply to the task or contradict each other."""
     names = ("limit",) if options.task == "text" else ("part", "context", "stride", "max_tokens")
     for name in names:
         if getattr(options, name) is not None:
@@ -162,7 +162,7 @@ def _evaluate_text(options: Options, model: GPT, tokenizer: BaseTokenizer) -> di
 
 
 def _load_text(options: Options, tokenizer: BaseTokenizer) -> ScoredText:
-    """Return what the options name, or what the run keeps for validation."""
+    """Return the text named by the options, or the validation part of the run's data."""
     from fastgpt.evaluation.texts import load_text
     from fastgpt.interop import run
 
@@ -176,14 +176,14 @@ def _load_text(options: Options, tokenizer: BaseTokenizer) -> ScoredText:
         )
     path = Path(options.model)
     if not run.recognises(path):
-        raise UsageError(f"{path} is no run, which would know its text: name one with --data")
+        raise UsageError(f"{path} is not a run folder, so it has no default text: give --data")
     return _load_run_text(run.read(path), tokenizer, options)
 
 
 def _load_run_text(run: Run, tokenizer: BaseTokenizer, options: Options) -> ScoredText:
     """Return the validation part of a run's data, or the part that the options name.
 
-    UsageError if the data is not there any more, or has changed.
+    Raises: UsageError if the data no longer exists or has changed.
     """
     from fastgpt.data.corpus import load_corpus
     from fastgpt.evaluation.texts import part_of
@@ -193,7 +193,7 @@ def _load_run_text(run: Run, tokenizer: BaseTokenizer, options: Options) -> Scor
     found = find_data(run.path, recipe)
     data, val_data = found["data"], found["val_data"]
     if not data:
-        raise UsageError(f"{run.path} does not say what it was trained on; name a text with --data")
+        raise UsageError(f"{run.path} does not record its training data; name a text with --data")
     sha256 = run.checkpoint.data_sha256
     corpus = load_corpus(data, tokenizer, recipe.val_fraction, sha256, val_data=val_data)
     name = val_data if val_data and options.part != "train" else data
@@ -227,7 +227,7 @@ def _evaluate_task(options: Options, model: GPT, tokenizer: BaseTokenizer) -> di
 
 
 def _precision(options: Options, model: GPT) -> Precision:
-    """Return the precision asked for; where only a trial can tell the faster, by one."""
+    """Return the requested precision; for "auto" with several candidates, time a trial of each."""
     from fastgpt.evaluation.log_likelihood import perplexity
     from fastgpt.utils.precision import choose_precision, fastest
 
@@ -255,7 +255,7 @@ def _figures(found: dict[str, Any]) -> list[str]:
 
 
 def _finite(found: dict[str, Any]) -> dict[str, Any]:
-    """Put None for what JSON has no number for."""
+    """Replace NaN and infinities by None, as JSON cannot represent them."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in found.items()

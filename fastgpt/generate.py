@@ -1,4 +1,4 @@
-"""`python -m fastgpt.generate RUN --prompt "..."`: write text with a model."""
+"""`python -m fastgpt.generate RUN --prompt "..."`: generate text with a model."""
 
 from __future__ import annotations
 
@@ -24,57 +24,60 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Write text with a trained model, printing it as it comes."""
+    """Generate text with a trained model; a single text is printed while it is generated."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Run folder that fastgpt.train made (runs/latest is the newest one), another project's model,
-    or a name on the Hugging Face hub."""
+    """A run folder of fastgpt.train (runs/latest is the newest one), another project's model, or a
+    model name on the Hugging Face Hub."""
     prompt: tuple[str, ...] = ()
-    """Texts to continue, one or several; none: start from nothing."""
+    """One or more texts to continue; by default, an empty prompt."""
     prompts: str | None = None
-    """File with a prompt in each line, or - for standard input."""
+    """File with one prompt per line, or - for standard input."""
     max_new_tokens: int = 500
-    """Tokens to write."""
+    """Maximum number of tokens to generate."""
     n: int = 1
-    """Texts to write for each prompt."""
+    """Number of texts to generate for each prompt."""
     temperature: float = 0.8
-    """Below 1 plays safe, above 1 takes risks; 0 always takes the likeliest token."""
+    """Sampling temperature: below 1 is more conservative, above 1 more diverse; 0 always takes the
+    most likely token."""
     top_k: int | None = None
-    """Choose among the k likeliest tokens only."""
+    """Sample from the k most likely tokens only."""
     top_p: float | None = None
-    """Choose among the likeliest tokens that together hold this much probability."""
+    """Sample from the smallest set of most likely tokens that holds this much probability."""
     min_p: float | None = None
-    """Choose among the tokens that are at least this share as likely as the likeliest one."""
+    """Sample from tokens with at least this fraction of the most likely token's probability."""
     repetition_penalty: float = 1.0
-    """Above 1: avoid tokens that stand in the prompt or were written."""
+    """Above 1: penalize tokens that occur in the prompt or were generated."""
     presence_penalty: float = 0.0
-    """Above 0: avoid tokens that were written."""
+    """Above 0: penalize tokens that were generated."""
     frequency_penalty: float = 0.0
-    """Above 0: avoid tokens the more, the more often they were written."""
+    """Above 0: penalize tokens in proportion to how often they were generated."""
     stop: tuple[str, ...] = ()
-    """Strings that end a text, which ends before them."""
+    """Strings that end a text; they are not part of it."""
     seed: int | None = None
-    """The same seed writes the same text."""
+    """Random seed; the same seed generates the same text."""
     skip_unknown: bool = False
-    """Leave out characters of the prompt that the model has never seen, instead of refusing."""
+    """Drop characters of the prompt that the tokenizer does not have, instead of raising an
+    error."""
     json: bool = False
-    """Print a line of JSON for each text: prompt, text, finish, tokens, logprob."""
+    """Print one JSON object per line for each text: prompt, text, finish, tokens, logprob."""
     batch_size: int = 8
-    """Prompts that are continued together."""
+    """Number of prompts per batch."""
     checkpoint: Literal["best", "newest"] = "best"
-    """Which checkpoint of the run to use."""
+    """The checkpoint of the run to use."""
     device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+    """Device to compute on: auto, cpu, cuda, cuda:1, mps."""
     engine: Literal["auto", "native", "torch"] = "auto"
-    """What computes: this package's loop for CPUs (native), or PyTorch; auto: native on a CPU."""
+    """native: this package's CPU engine; torch: PyTorch; auto: native on a CPU, else torch."""
     dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
-    """Of the weights: fewer bits are faster, and less exact. int8, int4: native engine alone."""
+    """Dtype of the weights; fewer bits are faster but less accurate. int8 and int4 need the native
+    engine."""
     threads: int | None = None
-    """How many the native engine takes; by default as many as PyTorch."""
+    """Number of threads of the native engine; by default as many as PyTorch uses."""
 
 
 def main(args: Sequence[str]) -> None:
-    """Print each prompt with its continuation, and at the end how fast it was."""
+    """Print each prompt with its continuation, and finally the speed."""
     options = tyro.cli(Options, args=args, prog="python -m fastgpt.generate")
     prompts = read_prompts(options)
     try:
@@ -90,14 +93,14 @@ def main(args: Sequence[str]) -> None:
 
 
 def read_prompts(options: Options) -> list[str]:
-    """Return the prompts of the command line and those of a file, or an empty one."""
+    """Return the prompts of the command line and of the file; without any, one empty prompt."""
     if options.batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, not {options.batch_size}")
     prompts = list(options.prompt)
     if options.prompts is not None:
         prompts += _lines(options.prompts)
         if not prompts:
-            raise UsageError(f"{options.prompts} holds no prompt")
+            raise UsageError(f"{options.prompts} contains no prompts")
     return prompts or [""]
 
 
@@ -113,7 +116,10 @@ def _lines(source: str) -> list[str]:
 
 
 def _load(options: Options) -> tuple[GPT | Engine, BaseTokenizer]:
-    """Load the model; torch is imported here, after every mistake in the arguments was answered."""
+    """Load the model or engine and the tokenizer.
+
+    torch is imported here, after the other arguments have been checked.
+    """
     import torch
 
     from fastgpt.inference.engine import Engine
@@ -123,11 +129,11 @@ def _load(options: Options) -> tuple[GPT | Engine, BaseTokenizer]:
     device = find_device(options.device)
     native = options.engine == "native" or (options.engine == "auto" and device.type == "cpu")
     if not native and options.dtype in ("int8", "int4"):
-        raise UsageError(f"dtype {options.dtype} is for --engine native, on a CPU")
+        raise UsageError(f"dtype {options.dtype} requires --engine native, on a CPU")
     if not native and options.threads is not None:
-        raise UsageError("threads is for --engine native; PyTorch takes OMP_NUM_THREADS")
+        raise UsageError("threads is for --engine native; for PyTorch, set OMP_NUM_THREADS")
     if native and options.device != "auto" and device.type != "cpu":
-        raise UsageError(f"engine native computes on a CPU: leave out device {options.device}")
+        raise UsageError(f"engine native runs on a CPU only: remove --device {options.device}")
     if native:
         return Engine.from_pretrained(
             options.run, options.dtype, options.threads, checkpoint=options.checkpoint
@@ -137,7 +143,7 @@ def _load(options: Options) -> tuple[GPT | Engine, BaseTokenizer]:
 
 
 def _stream(model: GPT | Engine, tokenizer: BaseTokenizer, prompt: str, options: Options) -> None:
-    """Print one text as it comes."""
+    """Print one text while it is generated."""
     from fastgpt.inference.text import stream_text
 
     began = time.perf_counter()
@@ -154,7 +160,7 @@ def _stream(model: GPT | Engine, tokenizer: BaseTokenizer, prompt: str, options:
 def _write(
     model: GPT | Engine, tokenizer: BaseTokenizer, prompts: list[str], options: Options
 ) -> None:
-    """Print all texts, a batch of prompts at a time."""
+    """Generate and print all texts, one batch of prompts at a time."""
     from fastgpt.inference.text import write
 
     began, n_tokens = time.perf_counter(), 0
@@ -191,7 +197,7 @@ def _as_json(written: Written) -> str:
 
 
 def _tell_speed(n_tokens: int, seconds: float) -> None:
-    """Say on standard error, where it is in no one's way, how fast it was."""
+    """Print the speed to standard error, which keeps standard output to the texts."""
     print(f"{n_tokens:,} tokens, {n_tokens / max(seconds, 1e-9):,.1f} tokens/s", file=sys.stderr)
 
 

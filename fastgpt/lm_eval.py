@@ -1,8 +1,9 @@
 """`python -m fastgpt.lm_eval --model fastgpt --model_args pretrained=RUN --tasks ...`.
 
-EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), with
-fastgpt's models as one more kind, ``--model fastgpt``. All arguments are the harness's own. It has
-no way to learn of a model but that a program which knows one starts it, so that is what this does.
+Runs EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) with
+fastgpt models as an additional model type, ``--model fastgpt``. All arguments are those of the
+harness. The harness has no plugin mechanism: a model must be registered in the process that runs
+it, so this command registers the model and then runs the harness.
 """
 
 import sys
@@ -14,14 +15,14 @@ from fastgpt.utils.errors import UsageError
 
 
 def main(args: Sequence[str]) -> None:
-    """Run the harness's command with these arguments."""
+    """Run the harness's command line with these arguments."""
     if find_spec("lm_eval") is None:
-        raise UsageError("lm-evaluation-harness is not there: pip install lm-eval")
+        raise UsageError("lm-evaluation-harness is not installed: pip install lm-eval")
     from lm_eval.__main__ import cli_evaluate
 
-    import fastgpt.evaluation.lm_eval_adapter  # noqa: F401  # that makes it known
+    import fastgpt.evaluation.lm_eval_adapter  # noqa: F401  # registers the model
 
-    sys.argv = ["python -m fastgpt.lm_eval", *args]  # where the harness looks for them
+    sys.argv = ["python -m fastgpt.lm_eval", *args]  # the harness parses sys.argv
     cli_evaluate()
 
 

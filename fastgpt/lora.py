@@ -1,8 +1,9 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685): small matrices that are trained beside frozen weights.
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): low-rank matrices trained next to frozen weights.
 
 A linear layer with the weight W `[out, in]` computes ``x W' + scale · (x A') B'``, where A is
-`[rank, in]`, B is `[out, rank]`, and W is as it was. B begins as zeros, so the model begins as it
-was. Afterwards ``W + scale · B A`` is one weight again, and the model a plain GPT.
+`[rank, in]`, B is `[out, rank]` and W is frozen. B is initialised with zeros, so at the start the
+model computes what it computed before. After training, the weights can be merged into
+``W + scale · B A``, which gives a plain GPT.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,12 +17,16 @@ from torch import Tensor, nn
 
 from fastgpt.model import GPT, MLP, Attention, Block, GPTConfig, Norm
 
-A, B = "lora_a", "lora_b"  # parameters of a linear layer, beside its `weight`
+A, B = "lora_a", "lora_b"  # names of the parameters added to a linear layer
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Which matrices there are. alpha: their product counts ``alpha / rank`` times."""
+    """LoRA settings.
+
+    rank: the rank of the matrices. alpha: their product is scaled by ``alpha / rank``. dropout: the
+    dropout probability of their input. targets: the layers that are adapted.
+    """
 
     rank: int
     alpha: float
@@ -30,38 +35,39 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """How often the product of the two matrices counts."""
+        """The factor of the product of the two matrices, ``alpha / rank``."""
         return self.alpha / self.rank
 
     @property
     def of_attention(self) -> bool:
-        """Whether attention's layers have them."""
+        """Whether the linear layers of attention are adapted."""
         return self.targets != "mlp"
 
     @property
     def of_mlp(self) -> bool:
-        """Whether the MLPs' layers have them."""
+        """Whether the linear layers of the MLPs are adapted."""
         return self.targets != "attention"
 
     def params_of_block(self, width: int) -> int:
-        """Return how many parameters they are in a block of a width."""
+        """Return the number of LoRA parameters in a block of the given width (`n_embd`)."""
         attention = (width + 3 * width) + (width + width)
         mlp = 2 * (width + 4 * width)
         return self.rank * (attention * self.of_attention + mlp * self.of_mlp)
 
     def n_params(self, config: GPTConfig) -> int:
-        """Return how many parameters they are in a model."""
+        """Return the number of LoRA parameters in a model."""
         return config.n_layer * self.params_of_block(config.n_embd)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as a checkpoint holds it; `Lora(**values)` is the way back."""
+        """Return the settings as stored in a checkpoint; `Lora(**values)` restores them."""
         return asdict(self)
 
 
 def add_lora(model: GPT, lora: Lora) -> None:
-    """Freeze a model and put trainable matrices beside its weights; it computes as before.
+    """Freeze a model and add trainable LoRA matrices to it, in place.
 
-    A is drawn from N(0, 1/in), by the generator of the CPU.
+    The model's output does not change, because B is initialised with zeros. A is drawn from
+    N(0, 1/in) with the CPU generator.
     """
     model.requires_grad_(False)
     for block in model.h:
@@ -73,7 +79,7 @@ def add_lora(model: GPT, lora: Lora) -> None:
 
 
 def merged(tensors: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
-    """Return the weights of the plain model, by name, of those of a model with LoRA."""
+    """Merge the LoRA matrices in a model's tensors and return the weights of the plain model."""
     plain = dict(tensors)
     for layer in [name.removesuffix(f".{A}") for name in tensors if name.endswith(f".{A}")]:
         product = plain.pop(f"{layer}.{B}") @ plain.pop(f"{layer}.{A}")
@@ -82,7 +88,7 @@ def merged(tensors: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
 
 
 class LoraAttention(Attention):
-    """`Attention` whose two linear layers have matrices beside them."""
+    """`Attention` with LoRA matrices in both linear layers."""
 
     def __init__(self, plain: Attention, lora: Lora) -> None:
         nn.Module.__init__(self)
@@ -108,7 +114,7 @@ class LoraAttention(Attention):
 
 
 class LoraMLP(MLP):
-    """`MLP` whose two linear layers have matrices beside them."""
+    """`MLP` with LoRA matrices in both linear layers."""
 
     def __init__(self, plain: MLP, lora: Lora) -> None:
         nn.Module.__init__(self)
@@ -130,7 +136,7 @@ class LoraMLP(MLP):
 
 
 def _with_matrices(layer: nn.Linear, lora: Lora) -> nn.Linear:
-    """Register a layer's two matrices with it."""
+    """Register the two LoRA matrices as parameters of a layer, and return the layer."""
     weight = layer.weight
     for name, matrix in _matrices(layer, lora):
         layer.register_parameter(name, nn.Parameter(matrix.to(weight.device, weight.dtype)))
@@ -145,7 +151,7 @@ def _matrices(layer: nn.Linear, lora: Lora) -> Iterator[tuple[str, Tensor]]:
 
 
 def _linear(x: Tensor, layer: nn.Linear, lora: Lora, training: bool, ops: ModuleType) -> Tensor:
-    """Return what a layer with matrices makes of `x`: `[..., in]` to `[..., out]`."""
+    """Apply a linear layer with its LoRA matrices to `x`: `[..., in]` to `[..., out]`."""
     x = _rounded(x)
     narrow = ops.linear(F.dropout(x, lora.dropout, training), layer.lora_a, None)  # [..., rank]
     added = ops.linear(_rounded(narrow), layer.lora_b, None)
@@ -154,9 +160,10 @@ def _linear(x: Tensor, layer: nn.Linear, lora: Lora, training: bool, ops: Module
 
 
 def _rounded(x: Tensor) -> Tensor:
-    """Return what goes into a product, under autocast in its dtype: once for all who multiply it.
+    """Cast the input of a product to autocast's dtype, if autocast is on.
 
-    It is also what the loops of a CPU take for their own.
+    Casting once here avoids a separate cast in each product that uses `x`. It also gives the C++
+    CPU kernels the dtype that they require.
     """
     kind = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):

@@ -1,7 +1,8 @@
 """GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
 
-The network alone: no files, no training, no kernels. Everything that has a fast form is called
-through `fastgpt.ops`, so `GPT(config, ops="reference")` is the same network in plain formulas.
+This module defines the network only; checkpoints, training and kernels live elsewhere. Every
+operation with a fast implementation is called through `fastgpt.ops`, so
+`GPT(config, ops="reference")` is the same network computed with plain PyTorch formulas.
 """
 
 import math
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT-2; the defaults are the released 124M model.
+    """Configuration of a GPT-2 model; the defaults are the released 124M model.
 
-    `bias` gives every linear layer and LayerNorm one; `tie_weights` makes the head share the token
-    embedding's matrix. A value that cannot work raises ValueError.
+    `bias` adds a bias to every linear layer and LayerNorm; `tie_weights` makes the output head
+    share the matrix of the token embedding. Invalid values raise ValueError.
     """
 
     vocab_size: int = 50257
@@ -55,12 +56,13 @@ class GPTConfig:
 
 
 class GPT(nn.Module):
-    """GPT-2: token and position embeddings, `n_layer` pre-norm blocks, a last norm, the head.
+    """GPT-2: token and position embeddings, `n_layer` pre-norm blocks, a final norm and the head.
 
     `ops` names the backend (see `fastgpt.ops`): ``"auto"``, ``"triton"``, ``"native"`` or
-    ``"reference"``. Weights are initialised as GPT-2's were and never depend on the backend. With
-    `recompute` set, blocks keep their inputs only and run again in the backward (Chen et al. 2016,
-    arXiv:1604.06174): less memory, a third more work.
+    ``"reference"``. Weights are initialised as in GPT-2, independently of the backend. With
+    `recompute` set, blocks are checkpointed: they save only their inputs and run again in the
+    backward pass (Chen et al. 2016, arXiv:1604.06174), which takes less memory and a third more
+    computation.
     """
 
     def __init__(self, config: GPTConfig, ops: str = "auto") -> None:
@@ -81,19 +83,21 @@ class GPT(nn.Module):
     def from_pretrained(
         cls, source: str | Path, *, device: torch.device | str = "cpu", ops: str = "auto"
     ) -> "GPT":
-        """Return the model of a run, a folder or file of another project, or a name on the hub.
+        """Load a model from a run, another project's folder or file, or a Hugging Face Hub name.
 
-        In fp32, for evaluation (call `train()` to go on training). What is understood, and what an
-        error means: `fastgpt.interop`.
+        The model is in fp32 and in evaluation mode (call `train()` to continue training). See
+        `fastgpt.interop` for the supported formats and the errors.
         """
-        from fastgpt.interop import open_source  # above this module: imported when used
+        from fastgpt.interop import open_source  # a higher layer: imported on use
 
         return open_source(source).load_model(device, ops)
 
     def save_pretrained(self, folder: str | Path, tokenizer: "BaseTokenizer | None" = None) -> None:
-        """Write a folder that transformers' `AutoModelForCausalLM` loads with equal logits.
+        """Save the model to a folder that transformers' `AutoModelForCausalLM` loads.
 
-        With the tokenizer, if it is given, for `AutoTokenizer`. UsageError if it cannot be.
+        The loaded model computes equal logits. If a tokenizer is given, its files are saved too,
+        for `AutoTokenizer`. Raises UsageError if the folder cannot be written or already holds a
+        model.
         """
         from fastgpt.interop.hugging_face import write
 
@@ -102,11 +106,11 @@ class GPT(nn.Module):
     def forward(
         self, ids: Tensor, targets: Tensor | None = None, *, ignore_index: int = -100
     ) -> Tensor:
-        """Return the logits `[B, T, vocab_size]` of `ids`, or their mean loss against `targets`.
+        """Return the logits `[B, T, vocab_size]` of `ids`, or the mean loss if `targets` are given.
 
-        ids, targets: int64 `[B, T]`, T at most `block_size`. With targets the result is a scalar,
-        the mean cross-entropy in nats over the targets that are not `ignore_index`, and the logits
-        are never all held at once.
+        ids, targets: int64 `[B, T]`, T at most `block_size`. With targets the result is a scalar:
+        the mean cross-entropy in nats over the targets that are not `ignore_index`. The full
+        logits are then never materialised at once.
         """
         if targets is None:
             return self.logits(self.hidden(ids))
@@ -119,9 +123,10 @@ class GPT(nn.Module):
         return loss
 
     def hidden(self, ids: Tensor, cache: "KVCache | StepCache | None" = None) -> Tensor:
-        """Return the last hidden states `[B, T, C]` of `ids` `[B, T]`, after the last norm.
+        """Return the last hidden states `[B, T, C]` of `ids` `[B, T]`, after the final norm.
 
-        With a cache, `ids` continue what it holds, and their keys and values are added to it.
+        With a cache, `ids` continue the cached tokens, and their keys and values are appended to
+        the cache.
         """
         return self._run(self.wte(ids), cache)
 
@@ -132,21 +137,22 @@ class GPT(nn.Module):
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of last hidden states `[..., C]` against `targets` `[...]`.
 
-        As `forward` computes it, for who needs it of some positions only.
+        This is the loss that `forward` computes, for callers that need it at some positions only.
         """
         head = self.head_weight
         return self._backend.linear_cross_entropy(hidden, head, targets)  # type: ignore[no-any-return]
 
     def generate(self, ids: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
-        """Continue `ids` `[B, T]` by sampling: see `fastgpt.inference.generation.generate`."""
-        from fastgpt.inference.generation import generate  # above this module: imported when used
+        """Continue `ids` `[B, T]` by sampling; see `fastgpt.inference.generation.generate`."""
+        from fastgpt.inference.generation import generate  # a higher layer: imported on use
 
         return generate(self, ids, max_new_tokens, **sampling)
 
     def quantize(self, dtype: "Dtype" = "int8", threads: int | None = None) -> "Engine":
-        """Return a CPU engine with the weights in a dtype; the model is unchanged.
+        """Return a CPU engine with a copy of the weights in `dtype`; the model is unchanged.
 
-        dtype: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``: `fastgpt.inference.engine`.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``; see
+        `fastgpt.inference.engine`. threads: number of CPU threads (None: as many as PyTorch uses).
         """
         from fastgpt.inference.engine import Engine
 
@@ -154,7 +160,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def crop_vocabulary(self, size: int) -> None:
-        """Leave out the embedding's and the head's rows from `size` on; what is smaller stays."""
+        """Truncate the vocabulary to `size` rows; a smaller vocabulary is left unchanged."""
         if size >= self.config.vocab_size:
             return
         self.config = replace(self.config, vocab_size=size)
@@ -165,28 +171,31 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def crop_context(self, size: int) -> None:
-        """Leave out the positions from `size` on; what is shorter stays."""
+        """Truncate the position table to `size`; a shorter context is left unchanged."""
         if size < self.config.block_size:
             self.config = replace(self.config, block_size=size)
             self.wpe = _embedding(size, self.config.n_embd, self.wpe.weight[:size])
 
     def use_ops(self, name: str) -> "GPT":
-        """Compute with another backend from now on; the weights stay. Returns the model."""
+        """Switch to another backend and return the model; the weights are unchanged."""
         self.ops = backends.check(name)
         return self
 
     @property
     def head_weight(self) -> Tensor:
-        """The matrix `[vocab_size, C]` of the head, the token embedding's own when tied."""
+        """The weight `[vocab_size, C]` of the head: the token embedding's if they are tied."""
         return self.wte.weight if self.config.tie_weights else self.lm_head.weight
 
     @property
     def device(self) -> torch.device:
-        """The device that the weights are on."""
+        """The device of the weights."""
         return self.wte.weight.device
 
     def num_params(self, *, embeddings: bool = True) -> int:
-        """Count the parameters; without `embeddings`, leave out the position table (as nanoGPT)."""
+        """Return the number of parameters.
+
+        With ``embeddings=False`` the position table is not counted, as in nanoGPT.
+        """
         total = sum(p.numel() for p in self.parameters())
         return total if embeddings else total - self.wpe.weight.numel()
 
@@ -197,7 +206,7 @@ class GPT(nn.Module):
         return backends.get(self.ops, self.device, fit)
 
     def _run(self, tokens: Tensor, cache: "KVCache | StepCache | None" = None) -> Tensor:
-        """Return the last hidden states of embedded tokens, both `[B, T, C]`."""
+        """Return the last hidden states of token embeddings, both `[B, T, C]`."""
         ops = self._backend
         positions = self.wpe(self._positions(tokens.size(1), cache))
         x = F.dropout(tokens + positions, self.config.dropout, self.training)
@@ -210,7 +219,10 @@ class GPT(nn.Module):
         return self.ln_f(x, residual, ops)[0]  # type: ignore[no-any-return]
 
     def _positions(self, time: int, cache: "KVCache | StepCache | None") -> Tensor:
-        """Return the position of each new token: `[T]`, or `[B, T]` behind what a cache holds."""
+        """Return the positions of the new tokens: `[T]`, or with a cache `[B, T]`, after its own.
+
+        Advances the cache. Raises ValueError if the tokens exceed the model's context.
+        """
         limit = self.config.block_size
         steps = torch.arange(time, device=self.device)
         if cache is None:
@@ -224,16 +236,17 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """N(0, 0.02) for every matrix, less for those that write to the residual stream.
+        """Initialise every matrix from N(0, 0.02), residual projections with a smaller deviation.
 
-        2 · n_layer sub-layers add to the stream; scaling each by 1/√(2 · n_layer) keeps its
-        variance at initialisation independent of the depth (section 2.3 of the paper).
+        2 · n_layer sub-layers add to the residual stream; scaling each of their projections by
+        1/√(2 · n_layer) keeps its variance at initialisation independent of the depth (section 2.3
+        of the paper).
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
             elif parameter.dim() == 1:
-                parameter.fill_(1.0)  # a norm's gain
+                parameter.fill_(1.0)  # LayerNorm weights
             else:
                 writes = name.endswith("c_proj.weight")
                 scale = 1.0 / math.sqrt(2 * self.config.n_layer) if writes else 1.0
@@ -241,15 +254,16 @@ class GPT(nn.Module):
 
 
 def meta_model(config: GPTConfig, ops: str = "auto") -> GPT:
-    """Return a model whose weights have shapes and no memory: to be given tensors."""
+    """Return a model on the meta device: weights with shapes but no memory, to be assigned."""
     with torch.device("meta"):
         return GPT(config, ops)
 
 
 def meta_weights(config: GPTConfig) -> dict[str, Tensor]:
-    """Return such weights by name, in a `state_dict`'s order.
+    """Return the weights of a meta model by name, in the order of its `state_dict`.
 
-    Of one layer, for all are alike: the largest model takes a quarter of a second to make.
+    Only one layer is built and its weights are repeated under the names of all layers, because
+    building the largest model takes a quarter of a second.
     """
     one = meta_model(replace(config, n_layer=1)).state_dict()
     layer = {name: weight for name, weight in one.items() if name.startswith("h.0.")}
@@ -265,11 +279,11 @@ def meta_weights(config: GPTConfig) -> dict[str, Tensor]:
 
 
 class Block(nn.Module):
-    """One transformer block: attention, then the MLP, each behind a norm.
+    """One pre-norm transformer block: attention, then the MLP.
 
-    The residual stream is carried as a pair: `residual`, and `x`, the last sub-layer's output that
-    is still to be added. So each addition happens inside the norm that follows it, which a fused
-    kernel does in one pass. `residual` is None before the first block.
+    The residual stream is passed as a pair: `residual`, and `x`, the output of the last sub-layer
+    that has not been added to it yet. Each addition thus happens in the norm that follows it, and a
+    fused kernel does both in one pass. `residual` is None before the first block.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -282,15 +296,16 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, ops: ModuleType, cache: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """Take and return `(x, residual)`, both `[B, T, C]`."""
+        """Apply the block to `(x, residual)` and return the new pair, all `[B, T, C]`."""
         x, residual = self.attn(x, residual, self.ln_1, ops, cache)
         return self.mlp(x, residual, self.ln_2, ops)  # type: ignore[no-any-return]
 
 
 class Norm(nn.Module):
-    """LayerNorm, with the residual's addition before it.
+    """LayerNorm, preceded by the addition of the residual.
 
-    In a block its weights go to the operation that computes the norm and what follows it at once.
+    Blocks do not call it: they pass its weights to the operation that fuses the norm with the layer
+    that follows it.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -300,7 +315,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
 
     def forward(self, x: Tensor, residual: Tensor | None, ops: ModuleType) -> tuple[Tensor, Tensor]:
-        """Return the normed sum of `x` and `residual`, and the sum itself, both `[B, T, C]`."""
+        """Return the norm of ``x + residual``, and the sum itself, both `[B, T, C]`."""
         if residual is None:
             return ops.layer_norm(x, self.weight, self.bias, self.eps), x
         total, normed = ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
@@ -320,9 +335,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, norm: Norm, ops: ModuleType, cache: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """Attend over the norm of the stream, and over what `cache` holds before it.
+        """Apply attention to the norm of ``x + residual``.
 
-        Returns attention's output and the sum of `x` and `residual`, both `[B, T, C]`.
+        With a cache, queries also attend to the cached keys and values. Returns the attention
+        output and the sum ``x + residual``, both `[B, T, C]`.
         """
         total, qkv = ops.norm_linear(
             *(x, residual, norm.weight, norm.bias),
@@ -337,7 +353,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward half of a block: out to 4C, GELU, and back."""
+    """The feed-forward network of a block: C to 4C, GELU, 4C to C."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -348,9 +364,9 @@ class MLP(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, norm: Norm, ops: ModuleType
     ) -> tuple[Tensor, Tensor]:
-        """Map the norm of the stream position by position.
+        """Apply the MLP to the norm of ``x + residual``, independently at each position.
 
-        Returns the MLP's output and the sum of `x` and `residual`, both `[B, T, C]`.
+        Returns the output of the MLP and the sum ``x + residual``, both `[B, T, C]`.
         """
         total, y = ops.norm_mlp(
             *(x, residual, norm.weight, norm.bias),
@@ -360,9 +376,10 @@ class MLP(nn.Module):
 
 
 def _embedding(n_rows: int, width: int, rows: Tensor | None = None) -> nn.Embedding:
-    """Make a table with a copy of `rows`, or one that is not initialised twice.
+    """Return an embedding `[n_rows, width]` with a copy of `rows`, or uninitialised memory.
 
-    (On "meta", where that is slow, not once.)
+    Passing `_weight` skips PyTorch's own initialisation, which `GPT._initialise` would overwrite
+    (and which is slow on the meta device).
     """
     weight = torch.empty(n_rows, width) if rows is None else rows.detach().clone()
     return nn.Embedding(n_rows, width, _weight=weight)

@@ -21,22 +21,22 @@ from fastgpt.utils.errors import UsageError
 
 @dataclass(frozen=True)
 class Options:
-    """Compare runs: their losses in one picture, and a table of what they came to."""
+    """Compare runs: a plot of their losses, and a table of their results."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run folders; runs/latest stands for the newest."""
+    """Run folders; runs/latest is the newest one."""
     out: Path | None = None
-    """The picture: .png, .svg or .pdf; by default loss.png in the folder of the only run, else
-    compare.png."""
+    """File of the plot: .png, .svg or .pdf; by default loss.png in the run folder for a single
+    run, else compare.png."""
     x: Literal["step", "tokens", "time"] = "step"
-    """What the curves are drawn over; time leaves out evaluations."""
+    """Quantity of the x axis; time excludes evaluations."""
 
 
 def main(args: Sequence[str]) -> None:
-    """Draw the picture, and print its path, the table and the curve."""
+    """Draw the plot; print the table, the curve as text, and the path of the plot."""
     options = tyro.cli(Options, args=args, prog="python -m fastgpt.plot")
     if not options.runs:
-        raise UsageError("name the runs to compare, say runs/latest")
+        raise UsageError("name the runs to compare, for example runs/latest")
     runs = read_runs(options.runs)
     only = runs[0].folder / "loss.png" if len(runs) == 1 else Path("compare.png")
     picture = draw(runs, options.out or only, options.x)
@@ -45,7 +45,7 @@ def main(args: Sequence[str]) -> None:
     key = "val_loss" if evaluated else "loss"
     curves = {run.name: run.curve(key, options.x) for run in runs}
     print(text_curve(curves, label=f"{LABELS[key]} loss over {axis_label(options.x)}"))
-    print(f"picture: {picture}")
+    print(f"plot: {picture}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m fastgpt.prepare my.txt --out data/my`: turn texts into token shards to train on."""
+"""`python -m fastgpt.prepare my.txt --out data/my`: tokenize texts into shards to train on."""
 
 import shlex
 from collections.abc import Sequence
@@ -13,35 +13,35 @@ from fastgpt.utils import cli
 
 @dataclass(frozen=True)
 class Options:
-    """Turn texts into a folder of token shards, to train on with --data FOLDER."""
+    """Tokenize texts into a folder of shards, to train on with --data FOLDER."""
 
     inputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Text files, .jsonl, .parquet, .json (a list of texts), and folders of them (of which .txt,
-    .jsonl and .parquet are taken); text and JSON also with .gz. A text file is one document, unless
-    lines of <|endoftext|> part it."""
+    """Text files, .jsonl, .parquet, .json (a list of texts), and folders (of which .txt, .jsonl and
+    .parquet files are used); text and JSON also with .gz. A text file is one document, unless lines
+    of <|endoftext|> separate documents."""
     out: Path
-    """Folder to make, say data/my."""
+    """Folder to create, for example data/my."""
     tokenizer: str = "gpt2"
-    """GPT-2's ("gpt2"), or the file or folder of another one."""
+    """GPT-2's tokenizer ("gpt2"), or the file or folder of another one."""
     train_vocab: int | None = None
-    """Train a tokenizer with so many tokens on these texts instead."""
+    """Instead, train a tokenizer with a vocabulary of this size on these texts."""
     field: str = "text"
-    """Where JSON objects and parquet tables hold the text."""
+    """Field of JSON objects and column of parquet tables that holds the text."""
     val: tuple[Path, ...] = ()
-    """Texts for validation; then all of the others are for training."""
+    """Texts for validation; all inputs are then used for training."""
     val_fraction: float = 0.01
-    """Without --val, share of the documents kept for validation; of few documents, the last part of
-    the text."""
+    """Without --val, the fraction of the documents used for validation; if there are few documents,
+    the last part of the text."""
     tokens_per_shard: int = 100_000_000
-    """Tokens per file at most."""
+    """Maximum number of tokens per shard."""
     threads: int | None = None
-    """How many threads tokenize; by default one for each CPU."""
+    """Number of tokenizer threads; by default one per CPU."""
     overwrite: bool = False
     """Replace the folder if it was prepared before."""
 
 
 def main(args: Sequence[str]) -> None:
-    """Prepare the texts, and say what came of it and what to do next."""
+    """Prepare the texts; print a summary and the command that trains on them."""
     options = tyro.cli(Options, args=args, prog="python -m fastgpt.prepare")
     from fastgpt.data.pipeline import prepare
 
@@ -63,7 +63,7 @@ def main(args: Sequence[str]) -> None:
     vocab_size, asked = prepared.tokenizer.vocab_size, options.train_vocab
     print(f"{prepared.bytes_per_token:.2f} bytes of text per token, vocabulary of {vocab_size:,}")
     if asked is not None and vocab_size < asked:
-        print(f"(not {asked:,}, as asked for: the texts hold no more pairs to merge)")
+        print(f"(fewer than the requested {asked:,}: the texts have no more pairs to merge)")
     print(f"train on it:  python -m fastgpt.train --data {shlex.quote(str(prepared.folder))}")
 
 

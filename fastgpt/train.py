@@ -17,7 +17,7 @@ DEFAULT_RECIPE = "shakespeare-char"
 
 
 def main(args: Sequence[str]) -> None:
-    """Train the recipe named first, with the settings that follow, or resume a run."""
+    """Train the recipe named by the first argument with the given settings, or resume a run."""
     args = list(args)
     run = _take_resume(args)
     if run is not None:
@@ -31,9 +31,10 @@ def main(args: Sequence[str]) -> None:
 def _fit(
     *, changes: dict[str, Any], recipe: Recipe | None = None, name: str = "", run: Path = Path()
 ) -> None:
-    """Train a recipe, or go on with a run; `changes`: what was set at the command line.
+    """Train a recipe, or continue a run.
 
-    Torch is imported here, after every mistake in the arguments was answered.
+    changes: the settings given on the command line. torch is imported here, after the arguments
+    have been checked.
     """
     from fastgpt.training.loss_curves import loss_in_text
     from fastgpt.training.trainer import Trainer
@@ -53,7 +54,7 @@ def _fit(
         f"{result.losses}, after {result.seconds / 60:.1f} minutes; "
         f"loss curve: {result.run / 'loss.png'}"
     )
-    print(f"write more:  python -m fastgpt.generate {shlex.quote(str(result.run))}")
+    print(f"generate more:  python -m fastgpt.generate {shlex.quote(str(result.run))}")
 
 
 def _parse(defaults: Recipe, args: Sequence[str]) -> Recipe:
@@ -67,7 +68,7 @@ def _parse(defaults: Recipe, args: Sequence[str]) -> Recipe:
 
 
 def _parse_length(defaults: Recipe, args: Sequence[str]) -> Recipe:
-    """Parse settings, of which `max_steps` takes the place of the recipe's own `epochs`."""
+    """Parse settings; `max_steps` replaces the recipe's own `epochs`."""
     if not any(arg.split("=", 1)[0] in ("--max-steps", "--max_steps") for arg in args):
         return _parse(defaults, args)
     recipe = _parse(dataclasses.replace(defaults, epochs=None), args)
@@ -81,7 +82,7 @@ def _description() -> str:
     return (
         "Train a GPT-2. With no arguments: shakespeare-char, on the packaged text.\n\n"
         f"Recipes:\n{recipes}\n\n"
-        "Continue a run with --resume RUN; settings given beside it replace the run's own."
+        "Continue a run with --resume RUN; further settings replace those of the run."
     )
 
 
@@ -99,7 +100,7 @@ def _take_resume(args: list[str]) -> Path | None:
 
 
 def _changes(args: Sequence[str], run: Path) -> dict[str, Any]:
-    """Return what `args` changes of the settings that the run was started with."""
+    """Return the settings in `args` that differ from those the run was started with."""
     from fastgpt.checkpoint.load import resolve_run
     from fastgpt.training.run_folder import read_run
 
@@ -108,7 +109,7 @@ def _changes(args: Sequence[str], run: Path) -> dict[str, Any]:
 
 
 def _different(before: Recipe, after: Recipe) -> dict[str, Any]:
-    """Return the settings of `after` that are not as before."""
+    """Return the settings of `after` that differ from `before`."""
     settings = dataclasses.asdict(after)
     return {name: value for name, value in settings.items() if value != getattr(before, name)}
 

@@ -1,8 +1,8 @@
-"""The backends that can be tried on a CPU.
+"""The backends that can be tested on a CPU.
 
-Triton's run there in its interpreter, which tests/conftest.py switches on where there is no GPU;
-with one, tests/kernels and tests/ops/test_triton.py try them on it. The interpreter is slow, and
-tests/kernels looks at each kernel anyway: so what else it can run is among the slow tests.
+Without a GPU, the Triton kernels run in Triton's interpreter, which tests/conftest.py enables; with
+one, tests/kernels and tests/ops/test_triton.py test them on it. As the interpreter is slow and
+tests/kernels tests each kernel anyway, other tests with the Triton backend are marked as slow.
 """
 
 from importlib.util import find_spec

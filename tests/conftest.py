@@ -1,4 +1,4 @@
-"""What several test folders share."""
+"""Settings and fixtures shared by the test folders."""
 
 import os
 from pathlib import Path
@@ -10,15 +10,15 @@ from hypothesis import settings
 from fastgpt import Tokenizer
 
 if not torch.cuda.is_available():
-    # The kernels then run in Triton's interpreter, which must be on before anything loads Triton:
-    # its own library is made of `@triton.jit` functions too, and transformers imports it.
+    # The kernels then run in Triton's interpreter. It must be enabled before Triton is imported
+    # (which transformers does), because Triton's own library consists of `@triton.jit` functions.
     os.environ["TRITON_INTERPRET"] = "1"
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the network
 
-torch.set_num_threads(1)  # tiny models: a second thread only waits
+torch.set_num_threads(1)  # the models are too small for several threads
 
-# How long an example takes says more of what else the machine does than of the code.
+# The duration of an example depends more on the load of the machine than on the code.
 settings.register_profile("fastgpt", deadline=None)
 settings.load_profile("fastgpt")
 
@@ -37,7 +37,7 @@ def checkout() -> Path:
 
 @pytest.fixture
 def verse(tmp_path: Path) -> Path:
-    """Twelve thousand characters of Shakespeare, in a file."""
+    """Return a file with 12,000 characters of Shakespeare."""
     whole = (ROOT / "fastgpt" / "assets" / "tinyshakespeare.txt").read_text(encoding="utf-8")
     path = tmp_path / "verse.txt"
     path.write_text(whole[:12_000], encoding="utf-8")

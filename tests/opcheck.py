@@ -1,4 +1,4 @@
-"""PyTorch's own check of an operator, without a warning that PyTorch gives itself."""
+"""PyTorch's `opcheck`, without a warning that it causes itself."""
 
 import warnings
 from typing import Any
@@ -7,11 +7,13 @@ import torch
 
 
 def opcheck(operator: Any, args: tuple[Any, ...]) -> None:
-    """Assert that the operator passes `torch.library.opcheck`: its schema, autograd, fake tensors
-    and AOT dispatch."""
+    """Assert that an operator passes `torch.library.opcheck`.
+
+    It tests the schema, autograd, fake tensors and AOT dispatch.
+    """
     with warnings.catch_warnings():
-        # From torch 2.14 on, opcheck passes non-leaf tensors to AOT dispatch, which reads their
-        # .grad and hides the warning by a way that does not work where warnings are errors.
+        # Since torch 2.14, opcheck passes non-leaf tensors to AOT dispatch, which reads their .grad
+        # and suppresses the warning in a way that fails if warnings are errors.
         warnings.filterwarnings(
             "ignore",
             message="The .grad attribute of a Tensor that is not a leaf",

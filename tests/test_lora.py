@@ -1,4 +1,4 @@
-"""LoRA: that it computes and learns what the paper says, and costs no more than it must."""
+"""LoRA: its results and gradients match the paper, and frozen weights cost nothing extra."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ TARGETS = ("all", "attention", "mlp")
 
 
 def adapted(config: GPTConfig, lora: Lora, ops: str = "native") -> GPT:
-    """Return a model whose matrices do something, as after some training."""
+    """Return a model with nonzero LoRA matrices, as after some training."""
     model = GPT(config, ops)
     add_lora(model, lora)
     with torch.no_grad():
@@ -42,7 +42,7 @@ def adapted(config: GPTConfig, lora: Lora, ops: str = "native") -> GPT:
 
 
 def plain(model: GPT, lora: Lora) -> GPT:
-    """Return the model with the matrices added to the weights."""
+    """Return the plain model with the LoRA matrices merged into the weights."""
     result = GPT(model.config, "native")
     result.load_state_dict(merged(model.state_dict(), lora))
     return result
@@ -77,7 +77,7 @@ def test_merged_it_computes_the_same(shape: str, targets: Any, backend: str) -> 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("targets", TARGETS)
 def test_its_gradients_are_those_of_the_merged_weights(targets: Any, backend: str) -> None:
-    """Against float64, in which autograd goes through W + scale · B A itself."""
+    """The reference is autograd through W + scale · B A in float64."""
     config, lora = SHAPES["gpt2"], Lora(3, 6.0, targets=targets)
     model, ids = adapted(config, lora, backend), some_ids()
     model(ids, ids.roll(-1, 1)).backward()
@@ -102,7 +102,7 @@ def test_with_a_cache_it_writes_what_the_merged_model_writes() -> None:
 
 @pytest.mark.parametrize("targets", TARGETS)
 def test_frozen_weights_cost_no_gradients(targets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the weights of a width, not one product; of the norms nothing either."""
+    """No product is computed for gradients of frozen matrices, and nothing for frozen norms."""
     made: list[tuple[int, ...]] = []
     norms: list[tuple[bool, ...]] = []
     weight_gradient, norm_backward = products.weight_gradient, cpu._norm_backward
@@ -135,7 +135,7 @@ def test_frozen_weights_cost_no_gradients(targets: Any, monkeypatch: pytest.Monk
 
 
 def test_a_frozen_weight_needs_no_input() -> None:
-    """Which would be kept for its gradient alone."""
+    """The input of a frozen layer is not saved, as only the gradient of its weight needs it."""
     x = torch.randn(64, 32, requires_grad=True)
     weight = torch.randn(16, 32)
     for trains in (False, True):
@@ -226,7 +226,7 @@ def test_the_estimate_of_its_memory(
         add_lora(model, lora)
         return model
 
-    monkeypatch.setattr("tests.test_memory.GPT", prepared)
+    monkeypatch.setattr("tests.training.test_memory_estimate.GPT", prepared)
     assert needed.total == pytest.approx(measured_peak(config, 4, **settings), rel=0.1)
     assert needed.optimizer == 8 * lora.n_params(config)
     assert needed.total < estimate(config, 4, **settings).total
@@ -237,7 +237,7 @@ def test_the_estimate_of_its_memory(
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """A trained model, and the recipe that made it."""
+    """Return the run folder of a trained model, and its recipe."""
     folder = tmp_path_factory.mktemp("source")
     verse = Path(__file__).parents[1] / "fastgpt" / "assets" / "tinyshakespeare.txt"
     text = folder / "verse.txt"
@@ -301,7 +301,7 @@ def test_a_checkpoint_holds_all_and_gives_a_plain_model(recipe: Recipe) -> None:
     [{}, {"recompute": True, "lora_dropout": 0.2}, {"dtype": "bfloat16", "ema": 0.9}],
     ids=["plain", "recompute", "bf16"],
 )
-def test_fault_21_stopped_and_resumed_is_never_stopped(
+def test_a_resumed_run_matches_an_uninterrupted_one(
     recipe: Recipe, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     constant = replace(recipe, schedule="constant", **settings)
@@ -327,7 +327,7 @@ def test_another_rank_is_another_run(recipe: Recipe) -> None:
 
 
 def test_without_weights_to_begin_with_it_is_refused() -> None:
-    with pytest.raises(UsageError, match="lora_rank is for the weights of another model"):
+    with pytest.raises(UsageError, match="lora_rank needs a pretrained model"):
         Recipe(lora_rank=4)
 
 

@@ -1,4 +1,4 @@
-"""The network against a trained model's own activations, and against Hugging Face's GPT-2."""
+"""The network compared to stored activations of a trained model and to Hugging Face's GPT-2."""
 
 import copy
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_every_sub_layer_of_a_trained_model(backend: str, golden: dict[str, Tens
     block = model.h[0]
 
     def check(name: str, value: Tensor) -> Tensor:
-        # relative to the tensor's size; near-cancelling entries have no relative accuracy
+        # relative to the tensor's largest value: entries of near-cancelling sums are not accurate
         scale = float(golden[name].abs().max())
         torch.testing.assert_close(value, golden[name], rtol=1e-5, atol=2e-6 * scale)
         return value
@@ -101,7 +101,7 @@ def hugging_face(config: GPTConfig) -> GPT2LMHeadModel:
 
 
 def named_weights(model: GPT2LMHeadModel, *, gradients: bool) -> dict[str, Tensor]:
-    """Our names and orientation: Hugging Face keeps `[in, out]` in its Conv1D layers."""
+    """Return weights by fastgpt's names and orientation; transformers' Conv1D is `[in, out]`."""
     named = {}
     for name, parameter in model.transformer.named_parameters():
         value = parameter.grad if gradients else parameter.detach()
@@ -115,7 +115,7 @@ def named_weights(model: GPT2LMHeadModel, *, gradients: bool) -> dict[str, Tenso
 def test_logits_and_gradients_are_hugging_faces(backend: str, time: int) -> None:
     config = GPTConfig(vocab_size=211, block_size=32, n_layer=3, n_head=4, n_embd=64)
     theirs = hugging_face(config).double()
-    for parameter in theirs.parameters():  # biases and gains away from 0 and 1
+    for parameter in theirs.parameters():  # move biases and norm weights away from 0 and 1
         torch.nn.init.normal_(parameter, std=0.2)
     ours = GPT(config, backend).double()
     ours.load_state_dict(named_weights(theirs, gradients=False))
@@ -234,8 +234,11 @@ def test_a_model_can_be_copied_and_changed_apart() -> None:
 
 
 def gradients_under_autocast(model: GPT, ids: Tensor, targets: Tensor, steps: int) -> list[Tensor]:
-    """Return loss and gradients in bfloat16, of micro-batches that share casts of the weights."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=False):  # keeps the casts till its end
+    """Return loss and gradients under bfloat16 autocast, with weight casts shared by micro-batches.
+
+    The casts are cached until the outermost autocast context ends.
+    """
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):  # outer context: keeps the cache
         for _ in range(steps):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model(ids, targets)
@@ -245,7 +248,7 @@ def gradients_under_autocast(model: GPT, ids: Tensor, targets: Tensor, steps: in
 
 @pytest.mark.parametrize("max_logits", [2**25, 97 * 8])
 def test_bfloat16_on_a_cpu(max_logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As near to fp64 as bfloat16's 8 bits allow, with gradients in fp32 for fp32 weights."""
+    """Close to fp64 within bfloat16's 8 bits, with fp32 gradients for fp32 weights."""
     monkeypatch.setattr(native, "MAX_LOGITS", max_logits)
     model = GPT(GPTConfig(97, 24, 2, 3, 48), "native")
     exact = copy.deepcopy(model).double().use_ops("reference")
@@ -261,7 +264,7 @@ def test_bfloat16_on_a_cpu(max_logits: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_weights_may_be_frozen(bias: bool) -> None:
-    """Any of them; the others' gradients do not change."""
+    """Freezing any weight leaves the gradients of the others unchanged."""
     model = GPT(GPTConfig(97, 24, 2, 3, 48, bias=bias), "native")
     ids, targets = torch.randint(97, (2, 2, 24))
     model(ids, targets).backward()
@@ -279,7 +282,7 @@ def test_weights_may_be_frozen(bias: bool) -> None:
 
 
 def test_hooks_see_the_gradients_before_they_are_stored() -> None:
-    """DDP's way: it must get each gradient through autograd, whole and once."""
+    """As required by DDP: autograd delivers each gradient completely and exactly once."""
     model = GPT(GPTConfig(97, 24, 2, 3, 48), "native")
     seen: dict[str, int] = {}
     for name, parameter in model.named_parameters():
@@ -320,7 +323,7 @@ def test_no_gradients_are_kept_where_none_are_wanted() -> None:
 
 
 def test_a_compiler_sees_pytorchs_operators() -> None:
-    """One graph, without the loops in C++, of which it could make nothing."""
+    """torch.compile captures one graph, without the C++ loops, which it cannot trace."""
     model = GPT(GPTConfig(97, 24, 2, 3, 48), "native")
     ids, targets = torch.randint(97, (2, 2, 24))
     compiled = torch.compile(model, backend="eager", fullgraph=True)

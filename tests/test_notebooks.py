@@ -1,6 +1,6 @@
 """The notebooks in examples/ as files; `pytest --nbmake examples` runs them, as CI does.
 
-They are kept with their outputs, for who reads them on a page. After a change, from their folder:
+They are stored with their outputs, for reading them online. After a change, run in their folder:
 ``jupyter nbconvert --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False``.
 """
 
@@ -17,9 +17,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted((ROOT / "examples").glob("*.ipynb"))
-MOST_BYTES = 1_000_000  # of all together
+MOST_BYTES = 1_000_000  # limit of their total size
 EXTRA = re.compile(r"pip install '?\.(?:\[(\w+)\])?'? jupyter`, then `jupyter lab examples/`")
-# A folder of somebody's machine; what stands behind a letter or a dot is a part of a longer path.
+# An absolute path on someone's machine; after a letter or a dot it is part of a longer path.
 ABSOLUTE = re.compile(r"(?<![\w.~/])/(?:home|root|Users|tmp|work|usr|opt|var|mnt)/|\b[A-Z]:\\")
 
 

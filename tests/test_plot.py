@@ -1,4 +1,4 @@
-"""Comparing runs: the picture, the table, and curves in characters."""
+"""Comparison of runs: the plot, the table, and loss curves as text."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from fastgpt.utils import cli
 
 
 def make_run(folder: Path, steps: int = 30, tokens: bool = True, **recipe: Any) -> Path:
-    """Write a run's folder whose validation loss falls to 2 at its last step but ten."""
+    """Write a run folder whose validation loss has its minimum of 2 ten steps before the end."""
     folder.mkdir(parents=True)
     settings = {"lr": 0.1, "n_layer": 2, "out": str(folder)} | recipe
     (folder / "config.json").write_text(json.dumps({"recipe": settings}))
@@ -45,7 +45,7 @@ def test_two_runs_are_compared(
     assert run("a", "b") == 0
     out = capsys.readouterr().out
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
-    assert out.endswith("picture: compare.png\n")
+    assert out.endswith("plot: compare.png\n")
     rows = {
         line.split("│")[1].strip(): line.split("│")[2:4] for line in out.splitlines() if "│" in line
     }
@@ -87,9 +87,9 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ((tmp_path,), "is not a run folder"),
         ((good, empty), "metrics.jsonl has no records: nothing was trained yet"),
         ((unlogged,), "metrics.jsonl: No such file or directory; a run that logged nothing"),
-        ((good, old, "--x", "tokens"), "has no losses with their tokens"),
-        ((good, "--out", tmp_path / "no" / "p.png"), "p.png cannot be drawn: "),
-        ((good, "--out", tmp_path / "p.txt"), "p.txt cannot be drawn: "),
+        ((good, old, "--x", "tokens"), "has no records with both a loss and tokens"),
+        ((good, "--out", tmp_path / "no" / "p.png"), "p.png cannot be written: "),
+        ((good, "--out", tmp_path / "p.txt"), "p.txt cannot be written: "),
         ((), "name the runs to compare"),
     ):
         assert run(*args) == 2

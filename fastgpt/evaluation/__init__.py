@@ -1,4 +1,4 @@
-"""Perplexity, log-likelihoods and tasks."""
+"""Evaluation of models: perplexity, log-likelihoods and tasks."""
 
 from typing import TYPE_CHECKING
 

@@ -1,11 +1,11 @@
-"""HellaSwag (Zellers et al. 2019, arXiv:1905.07830): which of four endings a text goes on with.
+"""HellaSwag (Zellers et al. 2019, arXiv:1905.07830): choose the ending of a text among four.
 
 The questions are those of ``hellaswag_val.jsonl`` (https://github.com/rowanz/hellaswag, folder
-``data``) or of the tables on the Hugging Face hub (``Rowan/hellaswag``). They are asked as
-EleutherAI's lm-evaluation-harness asks them (task ``hellaswag``, version 1.0), so that the figures
-are the same: the activity's name stands before the context, artefacts of WikiHow's pages are taken
-out, and an ending is scored behind a space. ``acc`` chooses the likeliest ending, ``acc_norm`` the
-one that is likeliest per character.
+``data``) or of the tables on the Hugging Face Hub (``Rowan/hellaswag``). Prompts are those of
+EleutherAI's lm-evaluation-harness (task ``hellaswag``, version 1.0), so that the metrics are
+comparable: the activity label precedes the context, artefacts of WikiHow pages are removed, and a
+space precedes each scored ending. ``acc`` chooses the ending with the highest log-likelihood,
+``acc_norm`` the one with the highest log-likelihood per character.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BRACKETS = re.compile(r"\[.*?\]")
 
 @dataclass(frozen=True)
 class Question:
-    """A text, the endings to choose from, and the number of the right one."""
+    """A context, the endings to choose from, and the index of the correct one."""
 
     context: str
     endings: tuple[str, ...]
@@ -35,19 +35,22 @@ class Question:
 
 
 def read(path: Path, limit: int | None = None) -> list[Question]:
-    """Read a file's questions, or the first ones; UsageError that names file and line."""
+    """Read all questions of a file, or the first `limit`.
+
+    Raises: UsageError with the file and the line of an invalid question.
+    """
     return [_question(place, item) for place, item in read_items(path, limit)]
 
 
 def pairs(question: Question) -> list[tuple[str, str]]:
-    """Return the context with each ending, to be scored."""
+    """Return the pairs of context and ending to be scored."""
     return [(question.context, f" {ending}") for ending in question.endings]
 
 
 def figures(questions: Sequence[Question], found: Iterator[LogLikelihood]) -> dict[str, float]:
     """Return ``acc`` and ``acc_norm``, fractions of 1, each with its standard error.
 
-    found: what `pairs` of the questions, one after the other, came to.
+    found: the log-likelihoods of the `pairs` of all questions, in order.
     """
     right, right_norm = [], []
     for question in questions:
@@ -72,21 +75,23 @@ def _question(place: str, item: Any) -> Question:
         raise UsageError(f"{place}: 'endings' must be a list of texts, not {endings!r:.40}")
     cleaned = tuple(map(_clean, endings))
     if not all(cleaned):
-        raise UsageError(f"{place}: an ending is empty but for white space and brackets")
+        raise UsageError(f"{place}: an ending has only white space and text in brackets")
     return Question(_clean(context), cleaned, _label(place, item.get("label"), len(endings)))
 
 
 def _label(place: str, label: Any, n_endings: int) -> int:
-    """Return the number of the right ending; the hub's tables hold it as a text."""
+    """Return the index of the correct ending; the tables of the Hub store it as a string."""
     if label in (None, ""):
-        raise UsageError(f"{place}: has no label; give the validation part: the test's is secret")
+        raise UsageError(
+            f"{place}: has no label; use the validation part, as test labels are not published"
+        )
     if isinstance(label, str) and label.isdecimal():
         label = int(label)
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < n_endings:
-        raise UsageError(f"{place}: label {label!r:.40} is not one from 0 to {n_endings - 1}")
+        raise UsageError(f"{place}: label {label!r:.40} is not in 0 to {n_endings - 1}")
     return label
 
 
 def _clean(text: str) -> str:
-    """Take out what WikiHow's pages left behind, in the order in which the harness does."""
+    """Remove artefacts of WikiHow pages, in the same order as the harness."""
     return _BRACKETS.sub("", text.strip().replace(" [title]", ". ")).replace("  ", " ")

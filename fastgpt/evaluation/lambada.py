@@ -1,12 +1,12 @@
-"""LAMBADA (Paperno et al. 2016, arXiv:1606.06031): the last word of a passage.
+"""LAMBADA (Paperno et al. 2016, arXiv:1606.06031): predict the last word of a passage.
 
-A person finds the word from the whole passage, not from its last sentence alone. The passages are
-those of ``lambada_test.jsonl``, OpenAI's (``{"text": ...}`` a line; the hub's
-``EleutherAI/lambada_openai``), or the authors' plain text, a passage a line. They are scored as
-EleutherAI's lm-evaluation-harness does (tasks ``lambada_openai`` and ``lambada_standard``, version
-1.0), so that the figures are the same: the word is what follows the last space, and is scored with
-that space. ``acc`` is how often the greedy choice makes the whole word, ``perplexity`` is
-per word: `exp` of the mean of -ln p(word).
+People can guess the word from the whole passage, but not from its last sentence alone. The passages
+are those of OpenAI's ``lambada_test.jsonl`` (one ``{"text": ...}`` per line;
+``EleutherAI/lambada_openai`` on the Hugging Face Hub), or the authors' plain text with one passage
+per line. Scoring follows EleutherAI's lm-evaluation-harness (tasks ``lambada_openai`` and
+``lambada_standard``, version 1.0), so that the metrics are comparable: the word is everything after
+the last space, and is scored together with that space. ``acc`` is the fraction of words that greedy
+decoding generates completely. ``perplexity`` is per word: `exp` of the mean of -ln p(word).
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from fastgpt.utils.errors import UsageError
 
 
 class Passage(NamedTuple):
-    """A text without its last word, and that."""
+    """A passage, split into its context and its last word."""
 
     context: str
     word: str
 
 
 def read(path: Path, limit: int | None = None) -> list[Passage]:
-    """Read a file's passages, or the first ones; UsageError that names file and line."""
+    """Read all passages of a file, or the first `limit`.
+
+    Raises: UsageError with the file and the line of an invalid passage.
+    """
     if path.name.removesuffix(".gz").endswith(".txt"):
         return [_passage(place, line) for place, line in read_lines(path, limit)]
     items = read_items(path, limit)
@@ -39,14 +42,14 @@ def read(path: Path, limit: int | None = None) -> list[Passage]:
 
 
 def pairs(passage: Passage) -> list[tuple[str, str]]:
-    """Return the context with its last word, to be scored."""
+    """Return the pair of context and last word to be scored."""
     return [(passage.context, f" {passage.word}")]
 
 
 def figures(passages: Sequence[Passage], found: Iterator[LogLikelihood]) -> dict[str, float]:
     """Return ``acc``, a fraction of 1, with its standard error, and ``perplexity``.
 
-    found: what `pairs` of the passages, one after the other, came to.
+    found: the log-likelihoods of the `pairs` of all passages, in order.
     """
     answers = [next(found) for _ in passages]
     loss = -float(np.mean([answer.total for answer in answers]))
@@ -61,5 +64,5 @@ def figures(passages: Sequence[Passage], found: Iterator[LogLikelihood]) -> dict
 def _passage(place: str, text: str) -> Passage:
     context, space, word = text.rpartition(" ")
     if not space or not context.strip() or not word:
-        raise UsageError(f"{place}: {text!r:.40} does not end in a space and a word after a text")
+        raise UsageError(f"{place}: {text!r:.40} does not end with a text, a space and a word")
     return Passage(context, word)

@@ -1,7 +1,7 @@
-"""A fastgpt model to EleutherAI's lm-evaluation-harness, under the name ``fastgpt``.
+"""Adapter of fastgpt models to EleutherAI's lm-evaluation-harness, as model type ``fastgpt``.
 
-To import this module makes the name known; `fastgpt.lm_eval` is the command that does. What the
-harness asks of a model: its ``docs/model_guide.md``.
+Importing this module registers the model type; the command `fastgpt.lm_eval` does so. The interface
+is described in the harness's ``docs/model_guide.md``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import lm_eval.models  # noqa: F401  # its own kinds, which it adds later only if none is known
+import lm_eval.models  # noqa: F401  # registers its own models, only while no other is registered
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -25,18 +25,18 @@ from fastgpt.utils.errors import UsageError
 from fastgpt.utils.precision import choose_precision
 from fastgpt.utils.progress import CountProgress
 
-MAX_NEW_TOKENS = 256  # where a task does not say, as in the harness
-BATCH_SIZE = 16  # for the harness's "auto"
+MAX_NEW_TOKENS = 256  # default if a task does not set it, as in the harness
+BATCH_SIZE = 16  # for batch_size="auto"
 Request = tuple[Any, list[int], list[int]]
 
 
 @register_model("fastgpt")
 class FastGPT(TemplateLM):
-    """A model and its tokenizer, as the harness sees them.
+    """A model and its tokenizer with the interface of the harness.
 
-    pretrained: what `fastgpt.interop.load` opens; dtype: float32, bfloat16 or float16, of the
-    products; skip_unknown: leave out characters that the tokenizer does not have. batch_size:
-    sequences at once, or "auto".
+    pretrained: any source that `fastgpt.interop.load` opens. dtype: precision of matrix products,
+    float32, bfloat16 or float16. skip_unknown: drop characters that the tokenizer does not have.
+    batch_size: number of sequences per batch, or "auto".
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class FastGPT(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The id of <|endoftext|>, or of what stands in its place."""
+        """The id of <|endoftext|>, or the tokenizer's start token if it has none."""
         return self.gpt_tokenizer.start_token
 
     @property
@@ -71,19 +71,19 @@ class FastGPT(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells tokenizers apart in the harness's caches."""
+        """A fingerprint that identifies the tokenizer in the harness's caches."""
         return self.gpt_tokenizer.fingerprint
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **others: Any
     ) -> list[int]:
-        """Return the ids of a text, in which special tokens are ordinary text."""
+        """Return the token ids of a text; names of special tokens are encoded as ordinary text."""
         return self.gpt_tokenizer.encode(string, errors=self._errors)
 
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Return ln p of each text, read in windows as the harness has them."""
+        """Return the log-likelihood of each text, computed over the harness's rolling windows."""
         rows: list[Request] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -101,7 +101,7 @@ class FastGPT(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return what the model writes behind each context, up to what the task says ends it."""
+        """Return the generated continuation of each context, up to the task's stop strings."""
         texts = []
         with CountProgress("texts", len(requests), not disable_tqdm) as bar:
             for request in requests:
@@ -129,7 +129,7 @@ class FastGPT(TemplateLM):
         return [(total, greedy) for total, greedy in found]
 
     def _write(self, context: str, settings: dict[str, Any]) -> str:
-        """Continue one context; as in the harness, it leaves room for the tokens to come."""
+        """Continue one context, truncated on the left to leave room, as in the harness."""
         until, most, sampling = _understand(settings)
         room = max(1, self.max_length - most)
         ids = self.tok_encode(context)[-room:] or [self.prefix_token_id]
@@ -153,9 +153,9 @@ class FastGPT(TemplateLM):
 
 
 def _understand(settings: dict[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
-    """Return what ends a text, how many tokens it has at most, and how they are drawn.
+    """Parse generation settings: return the stop strings, the maximum length and the sampling.
 
-    Without ``do_sample`` the likeliest token is taken.
+    Without ``do_sample``, decoding is greedy.
     """
     ends = settings.get("until") or []
     until = [ends] if isinstance(ends, str) else list(ends)
@@ -168,7 +168,7 @@ def _understand(settings: dict[str, Any]) -> tuple[list[str], int, dict[str, Any
 
 
 def _until(pieces: Iterator[str], ends: Sequence[str]) -> str:
-    """Join pieces of text until one of `ends` is in it; return what stands before that."""
+    """Join pieces of text until one of `ends` occurs; return the text before it."""
     text = ""
     for piece in pieces:
         text += piece

@@ -1,10 +1,10 @@
-"""How well a model predicts: the log-probability of tokens, given those before them.
+"""Perplexity and log-likelihoods: the log-probability of tokens given the preceding tokens.
 
-A text longer than the model's context is read through a window that slides. With a context of C
-tokens and a stride of S, window k reads the tokens from k·S on, C of them, and predicts the one
-behind each. The first window scores all its predictions, a later one the last S, those that the
-window before it did not reach. So each token is scored once, the first C from all that stands
-before them, any other from C - S + 1 tokens at least and C at most. (As in "Perplexity of
+A text longer than the model's context is evaluated with a sliding window. With a context of C
+tokens and a stride of S, window k consists of C tokens starting at k·S, and predicts the token
+after each of them. The first window scores all its predictions. A later window scores only the last
+S, which the previous window did not cover. Each token is thus scored once: the first C given all
+tokens before them, the others given at least C - S + 1 and at most C tokens. (See "Perplexity of
 fixed-length models", https://huggingface.co/docs/transformers/perplexity.)
 """
 
@@ -29,17 +29,17 @@ from fastgpt.data.token_files import Ids, ShardedIds
 from fastgpt.model import GPT
 
 Tokens: TypeAlias = Sequence[int] | Ids | ShardedIds | Tensor
-Advance: TypeAlias = Callable[[int], None]  # is told how many more were scored
+Advance: TypeAlias = Callable[[int], None]  # progress callback: receives the number newly scored
 Item = TypeVar("Item")
 
-MAX_LOGITS = 2**25  # held at once: 128 MB in fp32
+MAX_LOGITS = 2**25  # maximum number of logits held at once: 128 MB in fp32
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model makes of a text: `nats` is the sum of -ln p over the `n_tokens` scored.
+    """The scores of a text: `nats` is the sum of -ln p over the `n_tokens` scored tokens.
 
-    n_bytes: the UTF-8 bytes of the text that these tokens stand for, where that is known.
+    n_bytes: the number of UTF-8 bytes that these tokens encode, if known. seconds: the time taken.
     """
 
     nats: float
@@ -49,27 +49,27 @@ class Scores:
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """The mean loss in nats per token."""
         return self.nats / self.n_tokens
 
     @property
     def perplexity(self) -> float:
-        """`exp(loss)`: among how many equally likely tokens the model might as well choose."""
+        """The perplexity per token, `exp(loss)`."""
         return math.exp(self.loss) if self.loss < 709 else math.inf  # e^709 is the largest float
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per byte of text, which tokenizers can be compared by; NaN if nobody counted."""
+        """Bits per byte of text, comparable across tokenizers; NaN if `n_bytes` is unknown or 0."""
         return self.nats / math.log(2) / self.n_bytes if self.n_bytes else math.nan
 
     @property
     def tokens_per_s(self) -> float:
-        """How fast they were scored."""
+        """The number of tokens scored per second."""
         return self.n_tokens / self.seconds if self.seconds else math.inf
 
 
 class Window(NamedTuple):
-    """Tokens `start` to `stop` are read, and what stands behind `first` to `stop` is scored."""
+    """The model reads tokens `start` to `stop`; the tokens after `first` to `stop` are scored."""
 
     start: int
     first: int
@@ -77,14 +77,14 @@ class Window(NamedTuple):
 
 
 class LogLikelihood(NamedTuple):
-    """Of a continuation: ln p, and whether each token of it was the likeliest."""
+    """The log-likelihood of a continuation, and whether greedy decoding would generate it."""
 
     total: float
     greedy: bool
 
 
 class _Row(NamedTuple):
-    """Ids `[n]`, of which all but the last are read and the last `n_scored` are scored."""
+    """Token ids `[n]`: the model reads all except the last; the last `n_scored` are scored."""
 
     ids: NDArray[np.int64]
     n_scored: int
@@ -100,15 +100,18 @@ def perplexity(
     start_token: int | None = None,
     advance: Advance = lambda n: None,
 ) -> Scores:
-    """Score a row of token ids through a window that slides (see the module's text).
+    """Score a sequence of token ids with a sliding window (see the module docstring).
 
-    tokens: ids `[n]`, in memory or mapped from files; context: tokens read at once, by default
-    and at most the model's `block_size`; stride: by default half of it; batch_size: windows at
-    once, which changes the speed only. start_token: read before the first token, so that this one
-    is scored, too (GPT-2's texts begin behind an ``<|endoftext|>``). `advance` is told how many
-    tokens were scored. Under `torch.autocast` products are in its dtype.
+    tokens: ids `[n]`, in memory or mapped from files.
+    context: tokens per window, by default and at most the model's `block_size`.
+    stride: tokens by which the window moves, by default half the context.
+    batch_size: windows per batch; affects the speed only.
+    start_token: a token prepended to the sequence, so that its first token is scored too (in
+    GPT-2's training data, texts follow an ``<|endoftext|>``).
+    advance: a callback that receives the number of newly scored tokens.
+    Under `torch.autocast`, products have its dtype.
 
-    Raises: ValueError for a window that cannot be, ids outside the vocabulary, nothing to score.
+    Raises: ValueError for an invalid window, ids outside the vocabulary, or nothing to score.
     """
     context, stride = check_window(model, context, stride)
     if batch_size < 1:
@@ -117,7 +120,7 @@ def perplexity(
     n_rows = len(tokens) + shift
     if n_rows < 2:
         raise ValueError(
-            f"{len(tokens)} tokens leave nothing to score: each is scored from those before it"
+            f"{len(tokens)} tokens leave nothing to score: a token is scored given those before it"
         )
     nats, began = 0.0, time.perf_counter()
     with _measuring(model):
@@ -130,11 +133,11 @@ def perplexity(
 
 
 def check_window(model: GPT, context: int | None, stride: int | None) -> tuple[int, int]:
-    """Return context and stride, the defaults filled in; ValueError names the range."""
+    """Return context and stride with defaults filled in; ValueError if they are out of range."""
     limit = model.config.block_size
     context = limit if context is None else context
     if not 1 <= context <= limit:
-        raise ValueError(f"context must be from 1 to {limit}, the model's own, not {context}")
+        raise ValueError(f"context must be from 1 to the model's {limit}, not {context}")
     stride = (context + 1) // 2 if stride is None else stride
     if not 1 <= stride <= context:
         raise ValueError(f"stride must be from 1 to the context of {context}, not {stride}")
@@ -142,7 +145,7 @@ def check_window(model: GPT, context: int | None, stride: int | None) -> tuple[i
 
 
 def windows(n_tokens: int, context: int, stride: int) -> Iterator[Window]:
-    """Yield the windows over a row of tokens, by which each but the first is scored once."""
+    """Yield windows over `n_tokens` tokens that score each token except the first once."""
     start = first = 0
     while first < n_tokens - 1:
         stop = min(start + context, n_tokens - 1)
@@ -157,18 +160,21 @@ def log_likelihoods(
     batch_size: int = 8,
     advance: Advance = lambda n: None,
 ) -> list[LogLikelihood]:
-    """Return ln p of each continuation given its context, and whether a greedy choice makes it.
+    """Return the log-likelihood of each continuation given its context, and whether it is greedy.
 
-    pairs: ids of a context and of its continuation, neither empty. What does not fit the model's
-    context is cut off at the left; a continuation that alone does not fit is scored half a context
-    at a time. The head's product is in fp32, whatever `torch.autocast` says: of two likely tokens
-    one must be the likeliest. `advance` is told how many pairs were scored.
+    pairs: token ids of a context and of its continuation, neither empty. Contexts are truncated on
+    the left to fit the model's context. A continuation longer than the model's context is scored
+    half a context at a time.
+    batch_size: sequences per batch.
+    advance: a callback that receives the number of newly scored pairs.
+    The head's product is computed in fp32 even under `torch.autocast`, because rounded logits can
+    have ties for the most likely token.
 
     Raises: ValueError for an empty context or continuation, or ids outside the vocabulary.
     """
     size = model.config.block_size
     rows = [(i, row) for i, pair in enumerate(pairs) for row in _pieces(*pair, size)]
-    rows.sort(key=lambda row: len(row[1].ids), reverse=True)  # those of a batch: of like lengths
+    rows.sort(key=lambda row: len(row[1].ids), reverse=True)  # similar lengths: little padding
     left = Counter(i for i, _ in rows)
     totals, greedy = np.zeros(len(pairs)), np.ones(len(pairs), dtype=bool)
     with _measuring(model):
@@ -187,7 +193,7 @@ def log_likelihoods(
 
 @contextmanager
 def _measuring(model: GPT) -> Iterator[None]:
-    """Have the model without dropout and gradients within the block, then as it was."""
+    """Disable dropout and gradients within the block, and restore the model's mode on exit."""
     training = model.training
     model.eval()
     try:
@@ -204,7 +210,7 @@ def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def _cut(tokens: Tokens, window: Window, start_token: int | None) -> _Row:
-    """Return a window's ids, of a row that `start_token`, if there is one, stands before."""
+    """Return the ids of a window over the tokens, with `start_token` prepended if there is one."""
     start, first, stop = window
     shift = 0 if start_token is None else 1
     ids = np.asarray(tokens[max(0, start - shift) : stop + 1 - shift], np.int64)
@@ -214,7 +220,7 @@ def _cut(tokens: Tokens, window: Window, start_token: int | None) -> _Row:
 
 
 def _pieces(context: Sequence[int], continuation: Sequence[int], block_size: int) -> Iterator[_Row]:
-    """Yield the rows that score a continuation: one, unless it is longer than the context."""
+    """Yield the rows that score a continuation: one, unless it exceeds the model's context."""
     if not len(context) or not len(continuation):
         raise ValueError("neither a context nor its continuation can be empty")
     ids = np.array([*context, *continuation], np.int64)
@@ -225,9 +231,9 @@ def _pieces(context: Sequence[int], continuation: Sequence[int], block_size: int
 
 
 def _last_hidden(model: GPT, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
-    """Return the last hidden states `[N, C]` that predict what is scored, and that: `[N]`.
+    """Return the last hidden states `[N, C]` that predict the scored tokens, and those ids `[N]`.
 
-    Rows are filled up at their ends, which no position before can see.
+    Rows are padded at the end, which does not affect earlier positions under causal attention.
     """
     longest = max(len(row.ids) for row in rows) - 1
     inputs = np.zeros((len(rows), longest), np.int64)
@@ -247,7 +253,7 @@ def _last_hidden(model: GPT, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
 def _token_log_probs(
     model: GPT, rows: Sequence[_Row]
 ) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
-    """Return, for each row, ln p of each token that is scored and whether it was the likeliest."""
+    """Return for each row ln p of each scored token, and whether it was the most likely token."""
     hidden, targets = _last_hidden(model, rows)
     at_once = max(1, MAX_LOGITS // model.config.vocab_size)
     log_probs, likeliest = [], []

@@ -1,4 +1,4 @@
-"""Files of questions, and what else tasks share."""
+"""Readers of question files, and other helpers shared by the tasks."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from fastgpt.utils.text_files import read_blocks
 def read_items(path: Path, limit: int | None = None) -> Iterator[tuple[str, Any]]:
     """Yield the objects of a .jsonl file (also .jsonl.gz) or the rows of a .parquet table.
 
-    Each with its place in words. Raises: UsageError for what cannot be read, or holds none.
+    Each item comes with a description of its location, for error messages. limit: yield only the
+    first items.
+
+    Raises: UsageError if the file cannot be read or is empty.
     """
     rows = _rows(path) if path.suffix == ".parquet" else read_json_lines(path)
     return _some(path, rows, limit)
 
 
 def read_lines(path: Path, limit: int | None = None) -> Iterator[tuple[str, str]]:
-    """Yield the lines of a text that are not empty, each with its place in words."""
+    """Yield the non-empty lines of a text file, each with a description of its location."""
     text = b"".join(read_blocks(path)).decode()
     numbered = enumerate(text.split("\n"), 1)
     lines = ((f"{path}, line {number}", line) for number, line in numbered if line.strip())
@@ -33,13 +36,13 @@ def read_lines(path: Path, limit: int | None = None) -> Iterator[tuple[str, str]
 
 
 def text_of(item: Any, field: str, place: str) -> str:
-    """Return the text in a field of an object; UsageError if it is not there."""
+    """Return the text in a field of an object; raise UsageError if there is none."""
     if not isinstance(item, dict):
-        raise UsageError(f"{place}: holds no object with a field {field!r}, but {item!r:.40}")
+        raise UsageError(f"{place}: expected an object with a field {field!r}, not {item!r:.40}")
     text = item.get(field)
     if not isinstance(text, str):
         found = f"has no field {field!r}" if text is None else f"{field!r} holds {text!r:.40}"
-        raise UsageError(f"{place}: {found}, where a text must be; is it a file of this task?")
+        raise UsageError(f"{place}: {found}, expected a text; is this a file of this task?")
     return text
 
 
@@ -56,7 +59,7 @@ def _some(path: Path, items: Iterator[Any], limit: int | None) -> Iterator[Any]:
         empty = False
         yield item
     if empty:
-        raise UsageError(f"{path} is empty: it holds no questions")
+        raise UsageError(f"{path} is empty: it contains no questions")
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -64,7 +67,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise UsageError(f"{path}: to read parquet files: pip install pyarrow") from None
+        raise UsageError(f"{path}: reading parquet files requires: pip install pyarrow") from None
     try:
         with ParquetFile(path) as file:
             number = 0
@@ -73,4 +76,4 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                     yield f"{path}, row {number}", row
                     number += 1
     except (ArrowException, OSError) as error:
-        raise UsageError(f"{path} is not a parquet file that can be read: {error}") from None
+        raise UsageError(f"{path} cannot be read as a parquet file: {error}") from None

@@ -1,8 +1,9 @@
-"""Tasks: questions that a model answers by how likely it finds a text to go on in this way or that.
+"""Tasks: questions answered by comparing the log-likelihoods of continuations.
 
-Each has a module that reads its questions, defines what is scored for each, and computes metrics
-from the scores: `fastgpt.evaluation.hellaswag` and `fastgpt.evaluation.lambada`. Prompts and
-metrics are those of EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness).
+Each task has a module that reads its questions, defines the pairs to be scored for each, and
+computes metrics from the scores: `fastgpt.evaluation.hellaswag` and `fastgpt.evaluation.lambada`.
+Prompts and metrics are those of EleutherAI's lm-evaluation-harness
+(https://github.com/EleutherAI/lm-evaluation-harness).
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from fastgpt.utils.progress import CountProgress
 
 
 class Task(Protocol):
-    """What a task's module has."""
+    """The interface of a task's module."""
 
     def read(self, path: Path, limit: int | None = None) -> list[Any]:
-        """Return a file's questions, or the first ones; UsageError that names file and line."""
+        """Return all questions of a file, or the first `limit`; UsageError if one is invalid."""
 
     def pairs(self, question: Any) -> list[tuple[str, str]]:
-        """Return what is to be scored for a question: contexts and their continuations."""
+        """Return the pairs of context and continuation to be scored for a question."""
 
     def figures(self, questions: Sequence[Any], found: Iterator[LogLikelihood]) -> dict[str, float]:
-        """Return the figures by name; `found` is what the pairs came to, in order."""
+        """Return the metrics by name; `found` yields the scores of all pairs, in order."""
 
 
 TASKS: dict[str, Task] = {"hellaswag": hellaswag, "lambada": lambada}
@@ -44,12 +45,12 @@ def ask(
     skip_unknown: bool = False,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Ask the questions that a task's `read` returned; return the task's figures.
+    """Evaluate a model on the questions returned by a task's `read`; return the metrics.
 
-    batch_size: answers scored at once; skip_unknown: leave out characters that the tokenizer does
-    not have, instead of refusing; progress: show a bar on a terminal.
+    batch_size: continuations per batch; skip_unknown: drop characters that the tokenizer does not
+    have, instead of raising; progress: show a progress bar on a terminal.
 
-    Raises: ValueError for such a character, or an answer that has no others.
+    Raises: ValueError for such a character, or for a continuation that is empty without them.
     """
     task = TASKS[name]
     errors: Literal["ignore", "strict"] = "ignore" if skip_unknown else "strict"
@@ -69,13 +70,14 @@ def encode_pair(
     continuation: str,
     errors: Literal["strict", "ignore"] = "strict",
 ) -> tuple[list[int], list[int]]:
-    """Return the ids of a context, and those that its continuation adds to it.
+    """Return the token ids of a context and of its continuation.
 
-    The two are encoded together, and parted where the context's own ids end. So white space
-    between them begins the continuation, as in the words of a text, wherever the caller put it (as
-    in lm-evaluation-harness). Without a context, the tokenizer's start token is one.
+    White space at the end of the context is moved to the beginning of the continuation, where
+    tokens of running text have it. Both are then encoded together and split after the number of
+    tokens that the context alone has (as in lm-evaluation-harness). An empty context is replaced by
+    the tokenizer's start token.
 
-    Raises: ValueError for characters that the tokenizer does not have.
+    Raises: ValueError for characters that the tokenizer does not have, if `errors` is "strict".
     """
     before = context.rstrip()
     continuation = context[len(before) :] + continuation

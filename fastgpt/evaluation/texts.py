@@ -1,9 +1,9 @@
-"""Texts to score a model on: found, read, tokenized, their bytes counted.
+"""Evaluation texts: locate, read and tokenize them, count their bytes, and score a model on them.
 
-What is counted: every token of the text, the first one too where the tokenizer has an
-``<|endoftext|>`` to read before it. Documents are parted by that token, which is scored like any
-other (a model must know where a document ends) but stands for no bytes; contexts reach over it,
-into the document before. Bytes are those of UTF-8 that the scored tokens stand for.
+Every token of the text is scored. The first one is included if the tokenizer has an
+``<|endoftext|>`` to precede it. Documents are separated by that token, which is scored like any
+other (a model must predict where a document ends) but counts as zero bytes; the context of a token
+extends over it into the previous document. Bytes are the UTF-8 bytes encoded by the scored tokens.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from fastgpt.utils.errors import UsageError
 from fastgpt.utils.progress import FileProgress
 from fastgpt.utils.text_files import read_blocks
 
-VAL_FRACTION = 0.1  # of a text that no run says it of
+VAL_FRACTION = 0.1  # for texts that do not belong to a run
 FIELD = "text"  # of JSON objects and parquet tables
 FORMATS = (".jsonl", ".json", ".parquet")
-LARGE = 1 << 26  # bytes that take seconds to tokenize: worth a bar
+LARGE = 1 << 26  # file size in bytes from which a progress bar is shown: tokenizing takes seconds
 _PIECE = 1 << 20  # tokens whose bytes are counted at once
 
 Part = Literal["train", "val"]
@@ -36,7 +36,7 @@ Part = Literal["train", "val"]
 
 @dataclass(frozen=True)
 class ScoredText:
-    """A text as tokens; `name` says in words what it is."""
+    """A tokenized text; `name` describes it in messages."""
 
     tokens: Tokens
     tokenizer: BaseTokenizer
@@ -44,18 +44,18 @@ class ScoredText:
 
     @property
     def n_scored(self) -> int:
-        """How many of its tokens are scored."""
+        """The number of scored tokens."""
         return len(self.tokens) - (self.tokenizer.eot_token is None)
 
     @property
     def n_bytes(self) -> int:
-        """How many bytes of text those stand for: none where a document ends."""
+        """The number of bytes encoded by the scored tokens; separators of documents have none."""
         first = len(self.tokens) - self.n_scored
         pieces = range(first, len(self.tokens), _PIECE)
         return sum(_n_bytes(self.tokenizer, self.tokens[i : i + _PIECE]) for i in pieces)
 
     def cut(self, max_tokens: int | None) -> ScoredText:
-        """Return so many tokens of it, the first ones, or all."""
+        """Return the first `max_tokens` tokens of the text, or the whole text if it is None."""
         if max_tokens is None:
             return self
         if max_tokens < 1:
@@ -73,12 +73,12 @@ class ScoredText:
     ) -> Scores:
         """Score the text with `fastgpt.evaluation.log_likelihood.perplexity`.
 
-        Raises UsageError if the text has nothing to score, or the window does not fit the model.
+        Raises: UsageError if the text has nothing to score; ValueError for an invalid window.
         """
         if self.n_scored < 1:
             raise UsageError(
                 f"{self.name} has {len(self.tokens)} token, and its tokenizer no <|endoftext|> to "
-                "stand before it: there is nothing to score; bring more text"
+                "precede it: there is nothing to score; use a longer text"
             )
         scores = perplexity(
             model,
@@ -108,7 +108,7 @@ def evaluate_text(
     docstring defines what is counted. skip_unknown: leave out characters that the tokenizer lacks
     instead of raising.
 
-    Raises: UsageError for a text that is empty, unknown characters and bad files.
+    Raises: UsageError for an empty text, unknown characters or invalid files.
     """
     if isinstance(text, Path):
         found = load_text(str(text), tokenizer, skip_unknown=skip_unknown)
@@ -125,15 +125,15 @@ def load_text(
     skip_unknown: bool = False,
     max_tokens: int | None = None,
 ) -> ScoredText:
-    """Find and tokenize a text: a file, a folder of tokens, or the name of a packaged text.
+    """Load and tokenize a text: a file, a folder of tokens, or the name of a packaged text.
 
-    A file is UTF-8 text, .jsonl, .json or .parquet (their field ``text``), also with .gz; it is
-    taken whole, unless `part` is given: the last tenth of the characters of a plain text is for
-    validation, as where a model is trained on it. Folders (of `fastgpt.prepare`, nanoGPT, llm.c)
-    hold a training and a validation part, and packaged texts are split as files are; of both the
-    validation part is taken unless `part` is "train". max_tokens: where reading may end.
+    A file is UTF-8 text, .jsonl, .json or .parquet (their field ``text``), also with .gz. The whole
+    file is used unless `part` is given: then the last tenth of the characters of a plain text is
+    the validation part, as in training. Folders (of `fastgpt.prepare`, nanoGPT, llm.c) have a
+    training and a validation part, and packaged texts are split like files; both use the validation
+    part unless `part` is "train". max_tokens: the maximum number of tokens to load.
 
-    Raises: UsageError that names the file and the place.
+    Raises: UsageError with the file and the position of the error.
     """
     path = PACKAGED.get(data, Path(data))
     if path.is_dir():
@@ -151,7 +151,7 @@ def load_text(
 def part_of(
     train: Tokens, val: Tokens, part: Part | None, tokenizer: BaseTokenizer, data: str
 ) -> ScoredText:
-    """Return the training or, by default, the validation part of `data`."""
+    """Return the training part of `data`, or by default its validation part."""
     tokens = train if part == "train" else val
     return ScoredText(tokens, tokenizer, f"the {_PARTS[part or 'val']} part of {data}")
 
@@ -162,9 +162,9 @@ _PARTS: dict[Part, str] = {"train": "training", "val": "validation"}
 
 
 def _read_file(path: Path, tokenizer: BaseTokenizer, advance: Advance) -> Iterator[str | None]:
-    """Yield the pieces of a file's text, and None where a document ends.
+    """Yield the pieces of a file's text, and None at the end of each document.
 
-    To a tokenizer that has no token for it, <|endoftext|> is text like any other.
+    For a tokenizer without an <|endoftext|> token, that string in a text file is ordinary text.
     """
     kind = Path(path.name.removesuffix(".gz")).suffix
     if tokenizer.eot_token is None and kind not in FORMATS:
@@ -179,7 +179,7 @@ def _read_file(path: Path, tokenizer: BaseTokenizer, advance: Advance) -> Iterat
 
 
 def _text_of_part(path: Path, part: Part) -> str:
-    """Return one part of a plain text, cut where training cuts it."""
+    """Return one part of a plain text, split at the same position as in training."""
     text = read_text(path)
     cut = len(text) - int(len(text) * VAL_FRACTION)
     return text[:cut] if part == "train" else text[cut:]
@@ -201,10 +201,10 @@ def _tokenize(
     skip_unknown: bool,
     max_tokens: int | None = None,
 ) -> ScoredText:
-    """Encode the pieces of a text, in which None parts documents, until there are `max_tokens`."""
+    """Encode the pieces of a text, where None separates documents, up to about `max_tokens`."""
     errors: Literal["ignore", "strict"] = "ignore" if skip_unknown else "strict"
     rows: list[Ids] = [np.zeros(0, np.uint32)]
-    n_tokens, n_read, n_known, ended = 0, 0, 0, False  # the middle two in bytes
+    n_tokens, n_read, n_known, ended = 0, 0, 0, False  # n_read and n_known are in bytes
     for piece in pieces:
         if piece is None:
             ended = True
@@ -224,12 +224,12 @@ def _tokenize(
     if not n_tokens:
         raise UsageError(f"{name} is empty: there is nothing to score")
     if skip_unknown and n_known < n_read:
-        name += f", but {n_read - n_known:,} bytes of unknown characters"
+        name += f", except {n_read - n_known:,} bytes of unknown characters"
     return ScoredText(np.concatenate(rows), tokenizer, name)
 
 
 def _separator(tokenizer: BaseTokenizer) -> Ids:
-    """Return what stands between two documents: <|endoftext|>, else a newline."""
+    """Return the ids that separate two documents: <|endoftext|>, or a newline without it."""
     if tokenizer.eot_token is not None:
         return np.array([tokenizer.eot_token], np.uint32)
     return tokenizer.encode_to_numpy("\n", errors="ignore")
@@ -241,7 +241,7 @@ def _unknown(name: str, n_bytes_before: int, error: ValueError) -> UsageError:
 
 
 def _n_bytes(tokenizer: BaseTokenizer, ids: Ids) -> int:
-    """Return how many bytes of text ids stand for; special tokens stand for none."""
+    """Return the number of bytes encoded by ids; special tokens count as zero bytes."""
     specials = tokenizer.special_tokens.items()
     names = sum(int((ids == special).sum()) * len(name.encode()) for name, special in specials)
     return len(tokenizer.decode_bytes(ids)) - names

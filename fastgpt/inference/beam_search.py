@@ -1,6 +1,7 @@
-"""Beam search: the likeliest continuations that can be found, instead of a draw.
+"""Beam search: a deterministic search for the most likely continuations, instead of sampling.
 
-As in transformers with `num_beams` and its defaults, to which the tests hold it.
+Follows transformers' `generate` with `num_beams` and otherwise default settings; the tests compare
+the two.
 """
 
 import math
@@ -16,8 +17,10 @@ from fastgpt.model import GPT
 
 @dataclass(frozen=True)
 class Beam:
-    """A continuation that was found. score: its log-probability divided by its length to the power
-    of `length_penalty`; a stop token that ends it counts in both, and is in `ids`.
+    """A continuation found by beam search.
+
+    ids: its tokens, including a stop token that ended it. score: its log-probability divided by its
+    length to the power of `length_penalty`; a stop token counts in both.
     """
 
     ids: list[int]
@@ -35,12 +38,15 @@ def beam_search(
     stop_token: int | None = None,
     n: int = 1,
 ) -> list[Beam]:
-    """Return the n best continuations of one prompt `ids` `[T]` or `[1, T]`, the best first.
+    """Return the n best continuations of one prompt `ids` `[T]` or `[1, T]`, best first.
 
-    Each step keeps the `n_beams` likeliest texts of those that go on; a text that `stop_token` ends
-    is set aside, and the search is over when no text that goes on can get ahead of the `n_beams`
-    best that were set aside (or after `max_new_tokens`). length_penalty: above 0 favours long
-    texts. ValueError for wrong values, or where prompt and new tokens exceed the context.
+    Each step keeps the `n_beams` most likely unfinished sequences. A sequence that `stop_token`
+    ends is moved to the finished ones. The search ends when the best unfinished sequence scores no
+    higher than the worst of `n_beams` finished ones, or after `max_new_tokens`.
+
+    length_penalty: values above 0 favour longer sequences.
+
+    Raises: ValueError for invalid arguments, or if prompt and new tokens exceed the context.
     """
     _check(model, ids, max_new_tokens, n_beams, n)
     search = _Search(model, ids.reshape(-1).long(), n_beams, length_penalty, stop_token)
@@ -58,24 +64,26 @@ class _Search:
         self.penalty, self.stop_token = penalty, stop_token
         self.finished: list[Beam] = []
         self.texts: list[list[int]] = [[]] * n_beams
-        # All beams begin as one text: but for the first, they must not win with the same tokens.
+        # All beams start as the same prompt. Only the first has a finite score, so that the first
+        # step takes n_beams different tokens from it instead of duplicates from every beam.
         self.scores = torch.tensor([0.0] + [-math.inf] * (n_beams - 1), device=model.device)
         self.cache = KVCache(model, n_beams)
         self.unread = prompt.to(model.device).expand(n_beams, -1)
 
     def step(self, length: int) -> bool:
-        """Make each text longer by a token, to `length`; tell whether the search is over."""
+        """Extend each sequence by one token, to `length` tokens; return whether to stop."""
         with evaluating(self.model):
             logits = self.model.logits(self.model.hidden(self.unread, self.cache)[:, -1])
         scores = self.scores[:, None] + logits.float().log_softmax(-1)  # [beams, V]
-        # Of so many, at most n_beams end here.
+        # Each beam has one stop token, so at most n_beams of the candidates end here, and at least
+        # n_beams of 2 * n_beams continue.
         found = scores.reshape(-1).topk(min(2 * self.n_beams, scores.numel()))
         parents = (found.indices // scores.size(1)).tolist()
         tokens = (found.indices % scores.size(1)).tolist()
         return self._keep(list(zip(parents, tokens, found.values.tolist(), strict=True)), length)
 
     def best(self, length: int) -> list[Beam]:
-        """Return all that was found, the best first; `length` of what still goes on."""
+        """Return the finished sequences and the unfinished ones of `length` tokens, best first."""
         going = [
             self._beam(text, score, len(text))
             for text, score in zip(self.texts, self.scores.tolist(), strict=True)
@@ -85,15 +93,16 @@ class _Search:
         return sorted(everything, key=lambda beam: -beam.score)
 
     def _keep(self, candidates: list[tuple[int, int, float]], length: int) -> bool:
-        """Sort candidates (beam, token, log-probability) into those that end and those that go on.
+        """Split candidates (beam, token, log-probability) into finished and unfinished sequences.
 
-        Only what is among the best `n_beams` may end.
+        Candidates are sorted, best first. A candidate may only finish if it is among the best
+        `n_beams`. Returns whether the search is over.
         """
         going: list[tuple[int, int, float]] = []
         for rank, (parent, token, score) in enumerate(candidates):
             if token != self.stop_token:
                 going.append((parent, token, score))
-            elif rank < self.n_beams and math.isfinite(score):  # else a copy's
+            elif rank < self.n_beams and math.isfinite(score):  # -inf: a duplicate of beam 0
                 self.finished.append(self._beam([*self.texts[parent], token], score, length))
         going = going[: self.n_beams]
         self.finished = sorted(self.finished, key=lambda beam: -beam.score)[: self.n_beams]
@@ -104,8 +113,8 @@ class _Search:
         return ahead
 
     def _go_on(self, going: list[tuple[int, int, float]]) -> None:
-        """Make the texts that go on the beams; what a beam has read moves with it."""
-        going += [(0, 0, -math.inf)] * (self.n_beams - len(going))  # a tiny vocabulary
+        """Make the unfinished sequences the beams, and reorder the key/value cache to match."""
+        going += [(0, 0, -math.inf)] * (self.n_beams - len(going))  # if the vocabulary is tiny
         parents, tokens, scores = zip(*going, strict=True)
         device = self.model.device
         self.texts = [[*self.texts[p], t] for p, t in zip(parents, tokens, strict=True)]
@@ -123,7 +132,7 @@ def _check(model: GPT, ids: Tensor, max_new_tokens: int, n_beams: int, n: int) -
     check_prompts(ids[None] if ids.dim() == 1 else ids, model.config.vocab_size)
     if ids.dim() == 2 and ids.size(0) != 1:
         raise ValueError(
-            f"beam search takes one prompt, not {ids.size(0)}: pass one row, as ids[0]"
+            f"beam search takes one prompt, not {ids.size(0)}: pass one row, such as ids[0]"
         )
     if not 1 <= n <= n_beams:
         raise ValueError(f"n must be from 1 to n_beams ({n_beams}), not {n}")
@@ -132,6 +141,7 @@ def _check(model: GPT, ids: Tensor, max_new_tokens: int, n_beams: int, n: int) -
     size, length = model.config.block_size, ids.size(-1)
     if length + max_new_tokens > size:
         raise ValueError(
-            f"{length} tokens of prompt and {max_new_tokens} new ones exceed the model's context "
-            f"of {size}: beams cannot slide; shorten the prompt or lower max_new_tokens"
+            f"{length} prompt tokens and {max_new_tokens} new tokens exceed the model's context of "
+            f"{size}, and beam search has no sliding window: shorten the prompt or lower "
+            "max_new_tokens"
         )

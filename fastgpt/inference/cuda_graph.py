@@ -1,8 +1,9 @@
-"""Steps that a GPU repeats without Python: recorded into a CUDA graph, then replayed.
+"""Capture of repeated GPU work in a CUDA graph, replayed without running Python.
 
-The launches of a small step take the host longer than they take the GPU; a graph is one launch.
-What is recorded is what the GPU did, so a step may depend on nothing that the host decides, and all
-that it reads or changes must stay where it is in memory.
+Launching the kernels of a small step takes the host longer than the GPU takes to run them; a graph
+needs one launch. A graph replays the captured kernels with the captured addresses. A captured step
+must therefore not depend on decisions made by the host, and the tensors that it reads or changes
+must keep their memory.
 """
 
 import threading
@@ -14,18 +15,19 @@ from torch import nn
 
 Result = TypeVar("Result")
 
-WARM_UP = 2  # calls before the recording: kernels are compiled, and libraries take their memory
-WORTH = 16  # calls that a recording must spare: it takes as long as about so many
+WARM_UP = 2  # calls before the capture, in which kernels compile and libraries allocate memory
+WORTH = 16  # calls that a capture must replace: it takes about as long as this many
 
-_one_at_a_time = threading.Lock()  # of the recordings in a process: more, CUDA does not allow
+_one_at_a_time = threading.Lock()  # CUDA allows one capture at a time in a process
 
 
 class Replayed(Generic[Result]):
-    """A function without arguments, run as it is a few times, then recorded and replayed.
+    """Run a function without arguments a few times, then capture it and replay the graph.
 
-    What it returns is then always the same tensors, with what the last call wrote into them. The
-    function is given anew to each call, and must be the same: were it kept, whoever owns this and
-    the function would be a cycle, and the GPU's memory would wait for Python to find it.
+    After the capture, every call returns the same tensors, with the values of the latest call. The
+    same function must be passed to each call. It is not stored, because that would create a
+    reference cycle with the owner of both objects, and GPU memory would be freed only when Python's
+    garbage collector finds the cycle.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,7 +36,7 @@ class Replayed(Generic[Result]):
         self._replay: Callable[[], Result] | None = None
 
     def __call__(self, function: Callable[[], Result], more: int) -> Result:
-        """Run it; `more` says how many more calls may follow."""
+        """Run or replay the function. more: how many calls may follow this one."""
         self._calls += 1
         if self._replay is None and self._calls > WARM_UP and more >= WORTH:
             self._replay = record(function, self._device)
@@ -42,12 +44,15 @@ class Replayed(Generic[Result]):
 
 
 def record(function: Callable[[], Result], device: torch.device) -> Callable[[], Result]:
-    """Record what a function launches on a GPU, without running it; return the replay."""
+    """Capture the work that a function launches on a GPU, without executing it.
+
+    Returns a function that replays the graph and returns the captured result tensors.
+    """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     with (
         _one_at_a_time,
         torch.cuda.device(device),
-        # other threads go on: a data loader may copy to the GPU meanwhile
+        # "thread_local": other threads, such as a data loader, may still copy to the GPU
         torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
     ):
         result = function()
@@ -61,10 +66,11 @@ def record(function: Callable[[], Result], device: torch.device) -> Callable[[],
 
 
 def can_record(model: nn.Module) -> bool:
-    """Whether steps of a model are launches on one GPU and nothing else.
+    """Return whether a step of the model consists of launches on a single GPU only.
 
-    Not in a process group, which may have to gather the weights, and not under autocast, which
-    keeps copies of them from one step to the next.
+    This is not the case in a process group, where weights may have to be gathered, or under
+    autocast, which caches copies of the weights between steps. Also returns False during another
+    capture.
     """
     return (
         all(parameter.is_cuda for parameter in model.parameters())

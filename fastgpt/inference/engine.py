@@ -1,10 +1,10 @@
-"""Text generation on a CPU without PyTorch: the decode loop of csrc/engine.
+"""Text generation on a CPU without PyTorch, by the C++ decode loop in csrc/engine.
 
-`Engine` generates what `fastgpt.inference.generation`, its PyTorch reference, generates: the same
-window past the context, the same sampling, the same random draws for a seed. In ``"float32"`` the
-text is the same except where logits differ by less than rounding; in ``"bfloat16"`` it is that of
-weights and inputs rounded to it. `fastgpt.inference.quantization` describes ``"int8"`` and
-``"int4"``.
+`Engine` generates what its PyTorch reference implementation `fastgpt.inference.generation`
+generates: it uses the same sliding window beyond the context, the same sampling, and the same
+random draws for a seed. In ``"float32"`` the text is the same except where logits differ by less
+than the rounding error; in ``"bfloat16"`` weights and inputs are rounded to bfloat16.
+`fastgpt.inference.quantization` describes ``"int8"`` and ``"int4"``.
 """
 
 import math
@@ -27,17 +27,20 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "bfloat16", "int8", "int4"]
 Seed = int | Sequence[int] | None
-MOST = 2**62  # tokens that can be counted
+MOST = 2**62  # upper limit of max_new_tokens, so that token counts fit in 64 bits
 
 
 class Engine:
-    """A GPT-2 on a CPU, with weights of its own: a copy of a model's, rounded to `dtype`.
+    """A GPT-2 on a CPU that holds its own copy of a model's weights, rounded to `dtype`.
 
-    threads: how many compute (None: as many as PyTorch would use); their number changes no bit of
-    the result, nor does what else is in a batch. group: how many weights share a scale in
-    ``"int4"``, 32 or 64. code: the instructions to use, ``"best"`` or one of
-    `_C.engine_codes()`. Several Python threads may use one engine: one step is computed at a time.
-    Weights that are not finite raise ValueError.
+    threads: the number of threads (None: as many as PyTorch would use). Results are bitwise
+    independent of it and of the other rows of a batch. group: how many weights share a scale in
+    ``"int4"``, 32 or 64. code: the instruction set to use, ``"best"`` or one of
+    `_C.engine_codes()`.
+
+    Several Python threads may share an engine; it computes one step at a time.
+
+    Raises: ValueError for non-finite weights.
     """
 
     def __init__(
@@ -56,12 +59,12 @@ class Engine:
 
     @property
     def threads(self) -> int:
-        """How many threads compute."""
+        """The number of threads used."""
         return self._core.threads
 
     @property
     def bytes_per_token(self) -> int:
-        """The bytes of weights that are read for each new token (of all rows together)."""
+        """The bytes of weights read per decoding step, which all rows of a batch share."""
         return self._core.bytes_per_token
 
     @classmethod
@@ -75,11 +78,12 @@ class Engine:
         group: int = quantization.GROUP,
         code: str = "best",
     ) -> "tuple[Engine, BaseTokenizer]":
-        """Return the engine of what `fastgpt.load` opens, and the tokenizer.
+        """Return an engine and the tokenizer, loaded from any source that `fastgpt.load` opens.
 
-        Weights are read and rounded one at a time: no model is made that holds them all.
+        Weights are read and rounded one at a time, so the full-precision model is never held in
+        memory.
         """
-        from fastgpt.interop import open_weights  # above this module: imported when used
+        from fastgpt.interop import open_weights  # a higher layer: imported on use
 
         threads = _checked(threads)
         config, tensors, tokenizer = open_weights(source, checkpoint)
@@ -88,7 +92,7 @@ class Engine:
         return cls._of(config, dtype, group, threads, code, weights), tokenizer
 
     def save(self, path: str | Path) -> None:
-        """Write the weights as they are in here to a new safetensors file, for `Engine.load`."""
+        """Save the rounded weights to a new safetensors file, for `Engine.load`."""
         names = quantization.weight_names(self.config)
         weights: dict[str, quantization.Weight] = {}
         for name in names.matrices:
@@ -105,7 +109,7 @@ class Engine:
 
     @classmethod
     def load(cls, path: str | Path, threads: int | None = None, *, code: str = "best") -> "Engine":
-        """Read what `save` wrote; QuantizationError says what is wrong with the file."""
+        """Load an engine saved by `save`; raises QuantizationError if the file is invalid."""
         threads = _checked(threads)
         config, dtype, group, weights = quantization.load(Path(path))
         try:
@@ -114,12 +118,12 @@ class Engine:
             raise quantization.QuantizationError(f"{path}: {error}") from None
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """Return the logits `[B, V]` (fp32) of the token behind each row of `ids` `[B, T]`."""
+        """Return the next-token logits `[B, V]` (fp32) of each row of `ids` `[B, T]`."""
         generation = self._generation(ids, 1, Sampler(), 0, None)
         return torch.from_numpy(generation.read(self.config.vocab_size))
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Return the logits `[B, T, V]` (fp32) behind each token, as `GPT` does.
+        """Return the logits `[B, T, V]` (fp32) at every position, as `GPT` does.
 
         ids: int64 `[B, T]`, T at most `block_size`.
         """
@@ -140,8 +144,9 @@ class Engine:
         """Continue each row of `ids` and return prompt and continuation, int64 `[B, T + new]`.
 
         ids, seed, stop_token, sampling: as for `fastgpt.inference.generation.generate`.
-        on_tokens: is called with the new tokens of all rows, one position at a time; what it has
-        returned true for is the last. Ctrl-C stops within a token.
+        on_tokens: a callback that receives the new tokens of all rows, one position at a time;
+        generation stops after the position for which it returns true. Ctrl-C stops generation
+        within one token.
         """
         generation = self._generation(ids, max_new_tokens, Sampler(**sampling), seed, stop_token)
         new = torch.tensor(generation.run(on_tokens), dtype=torch.int64)
@@ -157,8 +162,9 @@ class Engine:
         stop_token: int | None = None,
         **sampling: Unpack[Sampling],
     ) -> Iterator[Tensor]:
-        """Yield the new tokens one position at a time, int64 `[B·n]`; arguments as for `generate`,
-        and n texts behind each row.
+        """Yield the new tokens one position at a time, int64 `[B·n]`.
+
+        n: the number of continuations of each row. The other arguments are those of `generate`.
         """
         generation = self._generation(ids, max_new_tokens, Sampler(**sampling), seed, stop_token, n)
         return _steps(generation, ids.device)
@@ -171,7 +177,7 @@ class Engine:
         seed: Seed = None,
         n: int = 1,
     ) -> "EngineWriting":
-        """Begin to write n texts behind each of some prompts, of any lengths."""
+        """Start generating n continuations of each prompt; prompts may have different lengths."""
         begun = self._begin(prompts, max_new_tokens, sampler, seed, None, n, with_logprobs=True)
         return EngineWriting(begun)
 
@@ -234,7 +240,7 @@ class Engine:
             settings[name] = default if settings[name] is None else settings[name]
         size = self.config.vocab_size
         settings["top_k"] = min(settings["top_k"], size)
-        # an id that no token has ends no row
+        # an id outside the vocabulary never occurs, so it cannot end a row
         stop = stop_token if stop_token is not None and 0 <= stop_token < size else None
         max_new_tokens = min(max_new_tokens, MOST)
         ids, seeds = [prompt.tolist() for prompt in prompts], seeds_of(seed, len(prompts) * n)
@@ -242,22 +248,25 @@ class Engine:
 
 
 class EngineWriting:
-    """An engine's generation session; `fastgpt.inference.generation.Writing` is a model's."""
+    """A generation session of an engine.
+
+    It has the interface of `fastgpt.inference.generation.Writing`, the session of a `GPT`.
+    """
 
     def __init__(self, generation: _C.Generation) -> None:
         self._generation = generation
 
     def step(self) -> Tensor | None:
-        """Write one token to each row, int64 `[R]`; None if all is written."""
+        """Generate one token for each row, int64 `[R]`; return None when the session is done."""
         tokens = self._generation.step()
         return None if tokens is None else torch.tensor(tokens)
 
     def end(self, row: int) -> None:
-        """Compute nothing more for a row."""
+        """Stop computing a row."""
         self._generation.end(row)
 
     def logprobs(self) -> Tensor:
-        """Return how likely the model itself found the last tokens: nats, fp32 `[R]`."""
+        """Return the model's own log-probabilities of the last tokens in nats, fp32 `[R]`."""
         return torch.tensor(self._generation.logprobs())
 
 
@@ -267,7 +276,7 @@ def _steps(generation: _C.Generation, device: torch.device) -> Iterator[Tensor]:
 
 
 def _checked(threads: int | None) -> int:
-    """Return how many threads to take."""
+    """Return the number of threads to use; ValueError if it is out of range."""
     if threads is not None and not 1 <= threads <= _C.MOST_THREADS:
         raise ValueError(f"threads must be from 1 to {_C.MOST_THREADS}, not {threads}")
     return threads or torch.get_num_threads()

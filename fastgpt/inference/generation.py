@@ -1,9 +1,10 @@
-"""Writing with a model, in tokens: `generate` and `stream` for tensors, `complete` for prompts of
-different lengths. `fastgpt.inference.text` does the same in text.
+"""Token generation: `generate` and `stream` for tensors, `complete` for prompts of any lengths.
 
-The model is a `GPT`, or the `Engine` made of one, which generates the same on a CPU, and faster.
-Past the context the window slides: see `fastgpt.inference.kv_cache`. The result for a row depends
-on its prompt and its seed, not on the other rows of the batch.
+`fastgpt.inference.text` does the same for text.
+
+The model is a `GPT`, or an `Engine` made from one, which generates the same tokens on a CPU, but
+faster. Beyond the context the window slides; see `fastgpt.inference.kv_cache`. The result for a row
+depends on its prompt and its seed, not on the other rows of the batch.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -28,15 +29,16 @@ from fastgpt.inference.sampling import (
 )
 from fastgpt.model import GPT
 
-ROOM = 128  # tokens that a text grows by, at least
+ROOM = 128  # the token buffer grows by at least this many positions
 
 
 @dataclass
 class Completion:
-    """What was written behind a prompt.
+    """The continuation of a prompt.
 
-    ids: the new tokens, without the one that ended them. logprobs: how likely each was, in nats,
-    by the model itself: before penalties, temperature and the like. finish: why it ended.
+    ids: the new tokens, without the stop token that ended them. logprobs: the log-probability of
+    each token in nats, according to the unmodified logits, before penalties, temperature and
+    filters. finish: why generation ended.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -58,15 +60,18 @@ def generate(
     """Continue each row of `ids` and return prompt and continuation, int64 `[B·n, T + new]`.
 
     model: a `GPT`, or an `Engine`.
-    ids: int64 `[B, T]`, T from 1; longer than the context is allowed: the window slides.
-    n: continuations of each row, one after the other; its prompt is read once.
+    ids: int64 `[B, T]`, T at least 1. It may be longer than the context: the window slides.
+    n: number of continuations of each row, in consecutive rows of the result; each prompt is
+    processed once.
     seed: row i of the result draws from its own generator, seeded with `seed + i`, or with
-    `seed[i]` of a list, whatever else is in the batch; None draws fresh seeds.
-    stop_token: ends a row; a row that has ended is filled up with it.
-    use_cache: False reads the whole window for each token, the twin of the cache (of a `GPT`).
+    `seed[i]` of a list, independently of the rest of the batch; None draws fresh seeds.
+    stop_token: ends a row; the rest of the row is filled with it.
+    use_cache: if False, the whole window is recomputed for each token, which is the reference
+    implementation of the key/value cache (of a `GPT` only).
     sampling: `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `presence_penalty`,
     `frequency_penalty`; see `fastgpt.inference.sampling.Sampler`.
-    Wrong values raise ValueError naming the range.
+
+    Raises: ValueError for invalid arguments, with the valid range.
     """
     steps = _stream(model, ids, max_new_tokens, n, seed, stop_token, use_cache, sampling)
     new = [tokens[:, None] for tokens in steps]
@@ -102,12 +107,15 @@ def complete(
     use_cache: bool = True,
     **sampling: Unpack[Sampling],
 ) -> list[list[Completion]]:
-    """Continue prompts of any lengths (token ids, from one) together; return n for each.
+    """Continue a batch of prompts of any lengths; return n completions for each.
 
-    Row `i · n + j` is completion j of prompt i: in a list of seeds, and for `stop`.
-    stop_tokens: any of them ends a completion, and is not part of it.
-    stop: is told the row and each new token of it; what it answers True to is the last one.
-    The rest is as for `generate`.
+    prompts: token ids, at least one per prompt.
+    n: number of completions of each prompt. Completion j of prompt i has the row number
+    `i · n + j`, in a list of seeds and for `stop`.
+    stop_tokens: each of them ends a completion and is not part of it.
+    stop: a function that is called with the row number and each new token of the row; the row ends
+    with the token for which it returns True.
+    The other arguments are those of `generate`.
     """
     rows = [torch.as_tensor(prompt) for prompt in prompts]
     for row in rows:
@@ -139,15 +147,16 @@ def complete(
 
 
 class Writing:
-    """The state of writing: what the rows hold, and what draws their next tokens.
+    """A generation session: the tokens of all rows, the key/value cache and the sampling state.
 
-    prompts: int64 `[T_i]` on the model's device, at least one token each; there are n rows for each
-    of them, one after the other. stop_token: all that is written to a row behind it.
-    Wrong values raise ValueError before anything is computed.
+    prompts: int64 `[T_i]`, at least one token each; each prompt has n consecutive rows.
+    stop_token: ends a row, and fills the rest of it.
 
-    On a GPU, steps that read one token are replayed from a CUDA graph
-    (`fastgpt.inference.cuda_graph`): their inputs stay in the same tensors, and the host makes no
-    decision in them.
+    Raises: ValueError for invalid arguments, before anything is computed.
+
+    On a GPU, steps that process one token per row are replayed from a CUDA graph
+    (`fastgpt.inference.cuda_graph`): their inputs are always in the same tensors, and they do not
+    depend on decisions made by the host.
     """
 
     def __init__(
@@ -170,18 +179,18 @@ class Writing:
         self.counts = TokenCounts(rows, model.config.vocab_size) if sampler.penalises else None
         longest = max(self.lengths) + max_new_tokens
         self.reader = Reader(model, len(rows), use_cache, copies=n, capacity=longest)
-        self.history = pad_sequence(rows, batch_first=True)  # [R, T], with room for some more
-        self.ends = torch.tensor(self.lengths, device=model.device)  # where the next tokens go
+        self.history = pad_sequence(rows, batch_first=True)  # [R, capacity], grown as needed
+        self.ends = torch.tensor(self.lengths, device=model.device)  # where the next tokens are put
         self._draws = Draws(seeds_of(seed, len(rows)), model.device)
         self._uniform = torch.zeros(len(rows), device=model.device)
-        self._tokens = torch.zeros_like(self.ends)  # the last ones
+        self._tokens = torch.zeros_like(self.ends)  # the latest token of each row
         self._ended = torch.zeros_like(self.ends, dtype=torch.bool)
         self._replayed = Replayed[Tensor](model.device)
-        self._replays: bool | None = None  # known at the first step: by then autocast is on or off
+        self._replays: bool | None = None  # set in the first step, when autocast is on or off
 
     @torch.no_grad()
     def step(self) -> Tensor | None:
-        """Write one token to each row, int64 `[R]`; None if `max_new_tokens` are written."""
+        """Generate one token for each row, int64 `[R]`; None after `max_new_tokens` tokens."""
         if not self.left:
             return None
         self.left -= 1
@@ -201,21 +210,24 @@ class Writing:
         return self._tokens.clone()
 
     def _next(self) -> Tensor:
-        """Read the last tokens and choose the next; return their logits `[R, V]`."""
+        """Run the model on the last tokens and choose the next ones; return the logits `[R, V]`.
+
+        This is the function that is captured in a CUDA graph.
+        """
         assert self.reader.cache is not None
         with evaluating(self.model):
             hidden = self.model.hidden(self._tokens[:, None], StepCache(self.reader.cache))
             return self._choose(self.model.logits(hidden[:, -1]))
 
     def _choose(self, logits: Tensor) -> Tensor:
-        """Choose the next tokens by their logits `[R, V]`, which are returned."""
+        """Choose the next tokens from the logits `[R, V]`; return the logits."""
         tokens = self.sampler.draw(logits, self._uniform, self.counts)
         if self.stop_token is not None:
             tokens = tokens.masked_fill(self._ended, self.stop_token)
             self._ended |= tokens == self.stop_token
         if self.counts is not None:
             self.counts.add(tokens)
-        self._tokens.copy_(tokens)
+        self._tokens.copy_(tokens)  # in place: a captured step reads this tensor
         return logits
 
     def _keep_last(self) -> None:
@@ -226,18 +238,19 @@ class Writing:
         self.lengths = [length + 1 for length in self.lengths]
 
     def end(self, row: int) -> None:
-        """Say that what is written to a row from now on is not wanted; it is computed anyway."""
+        """Mark a row as finished. A `GPT` keeps computing it; the caller ignores its tokens."""
 
     def logprobs(self) -> Tensor:
-        """Return how likely the model itself found the last tokens: nats, fp32 `[R]`."""
+        """Return the model's own log-probabilities of the last tokens in nats, fp32 `[R]`."""
         return self._logits.float().log_softmax(-1).gather(1, self._tokens[:, None])[:, 0]
 
 
 def arrivals(steps: Iterator[Tensor]) -> Iterator[tuple[Tensor, list[Any]]]:
-    """Yield tensors together with their numbers.
+    """Yield each tensor together with its values as a Python list.
 
-    A GPU's are given out when the next has been asked for: it computes while the host looks at
-    them, and what is asked for in vain is one step.
+    For a GPU, a tensor is yielded only after the next one has been requested from `steps`: the GPU
+    computes one step ahead while the host processes the values. If the consumer stops, at most one
+    step was computed in vain.
     """
     waiting: tuple[Tensor, _Landing] | None = None
     for tensor in steps:
@@ -253,11 +266,11 @@ def arrivals(steps: Iterator[Tensor]) -> Iterator[tuple[Tensor, list[Any]]]:
 
 
 class _Landing:
-    """A tensor on its way to the host."""
+    """An asynchronous copy of a tensor to the host."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._there, self._arrived = tensor, None
-        if tensor.is_cuda:  # queued behind what computes it, before what comes next
+        if tensor.is_cuda:  # on the current stream: after its computation, before the next step
             self._there = torch.empty_like(tensor, device="cpu", pin_memory=True)
             self._there.copy_(tensor, non_blocking=True)
             self._arrived = torch.cuda.Event()
@@ -280,7 +293,10 @@ def _stream(
     use_cache: bool,
     sampling: Sampling,
 ) -> Iterator[Tensor]:
-    """`stream`, with the tokens on the model's device. Wrong values raise at once."""
+    """Implement `stream`, with the tokens on the model's device.
+
+    Arguments are checked here rather than at the first step, as this is not a generator.
+    """
     check_prompts(ids, model.config.vocab_size)
     _check(model, n, use_cache)
     if isinstance(model, Engine):
@@ -292,7 +308,10 @@ def _stream(
 
 
 def _steps(writing: "Writing | EngineWriting", with_logprobs: bool = False) -> Iterator[Tensor]:
-    """Yield each step's tokens `[R]`, or tokens and logprobs, fp32 `[2, R]` (exact to 2^24)."""
+    """Yield the tokens `[R]` of each step, or tokens and log-probabilities as one fp32 `[2, R]`.
+
+    fp32 represents token ids exactly up to 2^24.
+    """
     while (tokens := writing.step()) is not None:
         yield torch.stack([tokens.float(), writing.logprobs()]) if with_logprobs else tokens
 
@@ -300,7 +319,7 @@ def _steps(writing: "Writing | EngineWriting", with_logprobs: bool = False) -> I
 def _until_all_end(steps: Iterator[Tensor], stop_token: int) -> Iterator[Tensor]:
     for tokens, numbers in arrivals(steps):
         yield tokens
-        if all(token == stop_token for token in numbers):  # a row that has ended repeats it
+        if all(token == stop_token for token in numbers):  # rows that have ended repeat it
             return
 
 
@@ -308,4 +327,4 @@ def _check(model: GPT | Engine, n: int, use_cache: bool) -> None:
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
     if isinstance(model, Engine) and not use_cache:
-        raise ValueError("an Engine always keeps a cache: use_cache=False is for a GPT")
+        raise ValueError("an Engine always uses a cache: use_cache=False is for a GPT")

@@ -1,8 +1,9 @@
-"""The key/value cache, and reading a text with it: only what is new is computed.
+"""The key/value cache, and incremental evaluation with it: only new tokens are computed.
 
-When prompt and new tokens outgrow the model's context (`block_size` S), the oldest tokens fall away
-half a context at a time: the model then sees the last S/2 to S tokens, numbered from position 0
-again. Moving in half-context strides means the cache is refilled once every S/2 tokens.
+When prompt and new tokens exceed the model's context (`block_size` S), the window slides by half a
+context at a time: the model then sees the last S/2 to S tokens, with positions starting from 0
+again. As positions change, the cache must be refilled after each move; with strides of half a
+context this happens once every S/2 tokens.
 """
 
 import math
@@ -20,11 +21,12 @@ from fastgpt.ops.reference import merge_heads, split_heads
 
 
 class KVCache:
-    """The keys and values of what a model has read so far, for every layer.
+    """The keys and values of the tokens processed so far, for every layer.
 
     Preallocated for `capacity` positions (the model's context unless given): two tensors
-    `[n_layer, B, n_head, capacity, D]`. `held` says how many positions each row holds, and
-    `lengths` says the same on the device, int64 `[B]`: one tensor for the cache's whole life.
+    `[n_layer, B, n_head, capacity, D]`. `held` is the number of filled positions of each row on the
+    host, and `lengths` is the same on the device, int64 `[B]`. The tensor `lengths` is updated in
+    place and never replaced, so CUDA graphs can refer to it.
     """
 
     def __init__(self, model: GPT, batch_size: int, capacity: int | None = None) -> None:
@@ -38,27 +40,30 @@ class KVCache:
         self.held = [0] * batch_size
 
     def hold(self, held: Sequence[int]) -> None:
-        """Say how many positions each row holds; the rest of it counts for nothing."""
+        """Set the number of filled positions of each row; the remaining positions are ignored."""
         self.held = list(held)
         self.lengths.copy_(torch.tensor(self.held))
 
     def advance(self, n_new: int) -> Tensor:
-        """Make room for `n_new` positions; return where they start in each row, int64 `[B]`."""
+        """Reserve `n_new` positions; return the first new position of each row, int64 `[B]`.
+
+        Raises: ValueError if they do not fit the capacity.
+        """
         if max(self.held) + n_new > self.capacity:
             raise ValueError(
                 f"the cache holds {max(self.held)} of {self.capacity} positions: "
-                f"{n_new} more do not fit; clear it and read the last part of the text again"
+                f"{n_new} more do not fit; clear it and process the last part of the text again"
             )
         self.held = [length + n_new for length in self.held]
         return _advance(self.lengths, n_new)
 
     def layer(self, index: int) -> "LayerCache":
-        """Return the part that belongs to one layer."""
+        """Return the cache of one layer."""
         end = self.held[0] if len(set(self.held)) == 1 else None
         return LayerCache(self.k[index], self.v[index], end, self.lengths)
 
     def take(self, other: "KVCache", rows: Sequence[int], sources: Sequence[int]) -> None:
-        """Take into `rows` what `sources`, rows of another cache, hold there."""
+        """Copy the rows `sources` of another cache to `rows` of this one, with their lengths."""
         filled = max(other.held)
         to = torch.tensor(rows, device=self.k.device)
         of = torch.tensor(sources, device=self.k.device)
@@ -69,8 +74,10 @@ class KVCache:
 
 
 class StepCache:
-    """A cache as a step sees it that is recorded once and replayed: the device alone knows what the
-    rows hold. Whoever replays it counts along in `held`, and sees that there is room.
+    """The interface of a `KVCache` for a step that is captured in a CUDA graph and replayed.
+
+    Row lengths are read and updated on the device only. The caller of the replay must update `held`
+    and make sure that the capacity suffices.
     """
 
     def __init__(self, cache: KVCache) -> None:
@@ -81,12 +88,12 @@ class StepCache:
         return _advance(self.cache.lengths, n_new)
 
     def layer(self, index: int) -> "LayerCache":
-        """Return the part that belongs to one layer."""
+        """Return the cache of one layer."""
         return LayerCache(self.cache.k[index], self.cache.v[index], None, self.cache.lengths)
 
 
 def _advance(lengths: Tensor, n_new: int) -> Tensor:
-    """Make lengths `[B]` longer where they stand; return what they were."""
+    """Add `n_new` to the lengths `[B]` in place; return the previous lengths."""
     start = lengths.clone()
     lengths += n_new
     return start
@@ -94,9 +101,9 @@ def _advance(lengths: Tensor, n_new: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's keys and values `[B, H, S, D]`, with room made for the newest positions.
+    """The keys and values `[B, H, S, D]` of one layer, with the newest positions reserved.
 
-    end: where they end, if that is the same in all rows and the host knows.
+    end: the common length of all rows, if they are equal and the host knows it, else None.
     """
 
     k: Tensor
@@ -105,7 +112,7 @@ class LayerCache:
     lengths: Tensor
 
     def attend(self, qkv: Tensor, n_head: int, ops: ModuleType) -> Tensor:
-        """Add the keys and values of packed `qkv` `[B, T, 3C]`, then attend: `[B, T, C]`."""
+        """Store the keys and values of packed `qkv` `[B, T, 3C]`, then attend: `[B, T, C]`."""
         q, k, v = split_heads(qkv, n_head)
         if self.end is not None:
             new = slice(self.end - q.size(2), self.end)
@@ -121,11 +128,11 @@ class LayerCache:
 
 
 class Reader:
-    """Gives the logits of the next token of each row, reading only what is new.
+    """Computes the logits of the next token of each row, processing only new tokens.
 
-    With `use_cache` False it reads everything each time: the twin. copies: how many rows, one after
-    the other, begin with the same text, which is then read once. capacity: how long rows become, if
-    they stay within the context.
+    use_cache: if False, the whole window is processed each time, which is the reference
+    implementation. copies: how many consecutive rows start with the same prompt, which is then
+    processed once. capacity: the maximum length of a row, limited to the context.
     """
 
     def __init__(
@@ -139,21 +146,21 @@ class Reader:
         self.model, self.copies = model, copies
         capacity = min(capacity or model.config.block_size, model.config.block_size)
         self.cache = KVCache(model, n_rows, capacity) if use_cache else None
-        self.starts: list[int | None] = [None] * n_rows  # of what the cache holds of each row
+        self.starts: list[int | None] = [None] * n_rows  # window start of each row in the cache
 
     @torch.no_grad()
     def logits(self, history: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Return the logits `[B, V]` behind the first `lengths[b]` tokens of row b of `history`."""
+        """Return the logits `[B, V]` after the first `lengths[b]` tokens of row b of `history`."""
         with evaluating(self.model):
             return self.model.logits(self._last_hidden(history, lengths))
 
     def has_all_but_last(self, lengths: Sequence[int]) -> bool:
-        """Whether the cache holds each row but for its last token: no window has moved."""
+        """Return whether only the last token of each row is not cached: no window has moved."""
         starts = [window_start(length, self.model.config.block_size) for length in lengths]
         return self.cache is not None and starts == self.starts
 
     def count_one_more(self) -> None:
-        """Take note that each row's last token was read by another hand, through a `StepCache`."""
+        """Update `held` after a step that processed one token per row through a `StepCache`."""
         assert self.cache is not None
         self.cache.held = [length + 1 for length in self.cache.held]
 
@@ -170,7 +177,7 @@ class Reader:
         self.starts = [*starts]
         if len(moved) == len(windows):
             return self._read_all(windows, self.cache)
-        if moved:  # up to the last token, which is read with the others' new one
+        if moved:  # refill these rows up to their last token, which joins the common step below
             rows = [row for row in moved if len(windows[row]) > 1]
             held = dict.fromkeys(moved, 0)
             self.cache.hold([held.get(row, length) for row, length in enumerate(self.cache.held)])
@@ -180,8 +187,8 @@ class Reader:
         return self.model.hidden(_last(history, lengths), self.cache)[:, -1]
 
     def _read_all(self, windows: Sequence[Tensor], cache: KVCache) -> Tensor:
-        """Read every row's window into the cache; return the hidden states of the last tokens."""
-        copies, self.copies = self.copies, 1  # they go their own ways from here on
+        """Fill the cache with every row's window; return the hidden states of the last tokens."""
+        copies, self.copies = self.copies, 1  # the copies differ after the prompt
         if copies == 1 and len({len(window) for window in windows}) == 1:
             cache.hold([0] * len(windows))
             return self.model.hidden(torch.stack(list(windows)), cache)[:, -1]
@@ -191,7 +198,7 @@ class Reader:
         return hidden[sources]
 
     def _read(self, windows: Sequence[Tensor]) -> tuple[KVCache, Tensor]:
-        """Read windows of any lengths; return a cache of them and their last hidden states."""
+        """Process windows of any lengths; return a new cache and the last hidden states."""
         longest = max(map(len, windows))
         cache = KVCache(self.model, len(windows), longest)
         hidden = self.model.hidden(pad_sequence(list(windows), batch_first=True), cache)
@@ -201,7 +208,7 @@ class Reader:
 
 @contextmanager
 def evaluating(model: GPT) -> Iterator[None]:
-    """Turn training off, and back to what it was."""
+    """Switch the model to evaluation mode, and restore its previous mode on exit."""
     training = model.training
     model.eval()
     try:
@@ -211,7 +218,7 @@ def evaluating(model: GPT) -> Iterator[None]:
 
 
 def window_start(length: int, block_size: int) -> int:
-    """Return where the visible part of a text of `length` tokens begins: see the module's text."""
+    """Return where the window over a text of `length` tokens starts (see the module docstring)."""
     stride = (block_size + 1) // 2
     return max(0, math.ceil((length - block_size) / stride) * stride)
 
@@ -224,7 +231,7 @@ def _last(history: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def _at_ends(hidden: Tensor, windows: Sequence[Tensor]) -> Tensor:
-    """Return the hidden states `[B, C]` where each window ends, of `[B, T, C]` for padded ones."""
+    """Select the hidden states `[B, C]` at the ends of padded windows from `[B, T, C]`."""
     rows = torch.arange(len(windows), device=hidden.device)
     ends = torch.tensor([len(window) - 1 for window in windows], device=hidden.device)
     return hidden[rows, ends]

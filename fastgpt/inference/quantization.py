@@ -1,19 +1,20 @@
-"""Weights of 8 and 4 bits for the engine, and files of them.
+"""Weight quantization to 8 and 4 bits for the engine, and the file format of quantized weights.
 
-All symmetric: a weight is an integer times a scale.
+Quantization is symmetric: a weight is an integer times a scale.
 
-- ``"int8"``: -127 to 127, a scale for each output (row) of a matrix.
-- ``"int4"``: -8 to 7, a scale in bfloat16 for each `group` weights of a row; the scale may be
-  negative, and is the one of twelve around the largest weight with the smallest squared error. The
-  embedding and the head, whose rounding shows most, stay at 8 bits.
+- ``"int8"``: integers from -127 to 127, one scale per output (row) of a matrix.
+- ``"int4"``: integers from -8 to 7, one bfloat16 scale per `group` weights of a row. The scale may
+  be negative; it is the one of twelve candidates around the largest weight that has the smallest
+  squared error. The embedding and the head, which are the most sensitive to rounding, have 8 bits.
 
-Inputs of products are rounded as they come, to -127 to 127 with a scale for each 64 (``"int4"``:
-`group`) of a token's, so that a few large ones cost the others little. Norms, biases and positions
-stay in fp32; keys and values are kept in bfloat16 in every dtype but ``"float32"``.
+The inputs of products are quantized dynamically to -127 to 127, with one scale per 64 values
+(``"int4"``: `group` values) of a token, so that a few outliers affect only the precision of their
+own group. Norms, biases and positions stay in fp32. Keys and values are stored in bfloat16 in every
+dtype except ``"float32"``.
 
-A file is a safetensors file. A matrix `NAME` of integers is `NAME` (int8, or uint8 with two weights
-a byte, 8 added, the first in the lower half) and `NAME.scales`. The metadata is JSON under the key
-``fastgpt``: format, dtype, group, config.
+Files are safetensors files. A quantized matrix `NAME` is stored as `NAME` (int8, or uint8 with two
+4-bit weights per byte, each with 8 added, the first in the low half) and `NAME.scales`. The
+metadata is JSON under the key ``fastgpt``: format, dtype, group, config.
 """
 
 import json
@@ -42,19 +43,19 @@ Weights = Mapping[str, Weight]
 
 
 class QuantizationError(UsageError, ValueError):
-    """A file of an engine's weights that is missing, damaged, or of another kind."""
+    """Raised if a file of engine weights is missing, damaged or of another kind."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """The shapes of a model's weights by name: those that are multiplied with, and the others."""
+    """The shapes of a model's weights by name: the matrices of products, and all others."""
 
     matrices: dict[str, tuple[int, int]]
     vectors: dict[str, tuple[int, ...]]
 
 
 def weight_names(config: GPTConfig) -> Names:
-    """Return the names of a model's weights, as in its `state_dict`."""
+    """Return the names and shapes of a model's weights, as in its `state_dict`."""
     shapes = {name: tuple(t.shape) for name, t in meta_weights(config).items()}
     matrices = {n: s for n, s in shapes.items() if len(s) == 2 and n != "wpe.weight"}
     vectors = {n: s for n, s in shapes.items() if n not in matrices}
@@ -62,11 +63,12 @@ def weight_names(config: GPTConfig) -> Names:
 
 
 class Rounded(Mapping[str, "Weight"]):
-    """A model's weights as an engine of some dtype takes them: each is made when it is asked for.
+    """A lazy mapping of a model's weights, converted for an engine when they are accessed.
 
-    Matrices in fp32 (which the engine rounds further for ``"bfloat16"``), or as pairs of integers
-    and scales. tensors: what returns each weight, by name. Raises ValueError for an unknown dtype
-    or group, and, when they are asked for, for weights that are not finite.
+    Matrices are in fp32 (which the engine rounds further for ``"bfloat16"``) or pairs of integers
+    and scales. tensors: functions that return each weight, by name.
+
+    Raises: ValueError for an unknown dtype or group, and on access for non-finite weights.
     """
 
     def __init__(
@@ -98,17 +100,17 @@ class Rounded(Mapping[str, "Weight"]):
 
 
 def bits(name: str, dtype: str) -> int:
-    """Return how many bits a matrix of integers has by its name."""
+    """Return the number of bits of a quantized matrix, which depends on its name."""
     return 8 if dtype == "int8" or name in ("wte.weight", "lm_head.weight") else 4
 
 
 def quantize(
     weight: Tensor, n_bits: int, group: int = GROUP, threads: int = 1, name: str = "weights"
 ) -> tuple[Tensor, Tensor]:
-    """Round a matrix `[N, K]` (fp32): return integers and scales (fp32).
+    """Quantize an fp32 matrix `[N, K]` to integers and fp32 scales.
 
-    8 bits: int8 `[N, K]` and `[N]`. 4 bits: uint8 `[N, G · group / 2]` and `[N, G]`, where G is
-    K / group, rounded up. ValueError, with the name, if they are not finite.
+    8 bits: int8 `[N, K]` and scales `[N]`. 4 bits: uint8 `[N, G · group / 2]` and scales `[N, G]`,
+    where G is K / group rounded up. Raises ValueError, with `name`, for non-finite weights.
     """
     dtype = "int8" if n_bits == 8 else "int4"
     rounded = _C.quantize(weight.contiguous(), weight.size(0), dtype, group, threads, name)
@@ -118,7 +120,7 @@ def quantize(
 def as_tensors(
     rounded: tuple[NDArray[np.uint8], NDArray[np.float32]], n_bits: int
 ) -> tuple[Tensor, Tensor]:
-    """Return what the compiled module gives for a rounded matrix as `quantize` describes it."""
+    """Convert a matrix quantized by the compiled module to the tensors described in `quantize`."""
     integers, scales = map(torch.from_numpy, rounded)
     return (
         (integers.view(torch.int8), scales[:, 0].contiguous())
@@ -128,7 +130,7 @@ def as_tensors(
 
 
 def dequantize(integers: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Return the fp32 matrix `[N, K]` that integers and scales of `quantize` stand for."""
+    """Return the fp32 matrix `[N, K]` represented by the integers and scales of `quantize`."""
     if integers.dtype == torch.int8:
         return integers.float() * scales[:, None]
     nibbles = torch.stack([integers & 15, integers >> 4], -1).flatten(1).float() - 8
@@ -137,7 +139,7 @@ def dequantize(integers: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tens
 
 
 def check(dtype: str, group: int) -> None:
-    """Refuse what no engine computes in."""
+    """Raise ValueError for a dtype or group size that the engine does not support."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if group not in (32, 64):
@@ -145,7 +147,10 @@ def check(dtype: str, group: int) -> None:
 
 
 def save(path: Path, config: GPTConfig, dtype: str, group: int, weights: Weights) -> None:
-    """Write an engine's weights: see the module's text. UsageError if that is not possible."""
+    """Save an engine's weights in the format of the module docstring.
+
+    Raises: UsageError if the file cannot be written.
+    """
     tensors: dict[str, Tensor] = {}
     matrices = weight_names(config).matrices
     for name, weight in weights.items():
@@ -162,9 +167,10 @@ def save(path: Path, config: GPTConfig, dtype: str, group: int, weights: Weights
 
 
 def load(path: Path) -> tuple[GPTConfig, Any, int, Weights]:
-    """Read what `save` wrote: config, dtype, group, weights.
+    """Load a file written by `save`: return config, dtype, group and weights.
 
-    Raises QuantizationError if the file lacks anything, or holds anything else.
+    Raises: QuantizationError if the file cannot be read, or if tensors are missing, unexpected or
+        of another dtype or shape.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -182,7 +188,7 @@ def load(path: Path) -> tuple[GPTConfig, Any, int, Weights]:
         if found != (kind, shape):
             raise QuantizationError(f"{path}: {name} is {found}, not {(kind, shape)}")
     if unknown := sorted(tensors.keys() - expected.keys()):
-        raise QuantizationError(f"{path}: {unknown[0]} is no weight of such a model")
+        raise QuantizationError(f"{path}: {unknown[0]} is not a weight of this model")
     weights: dict[str, Weight] = {}
     for name in (*names.matrices, *names.vectors):
         pair = f"{name}.scales" in expected
@@ -197,23 +203,23 @@ def _read_about(path: Path, metadata: dict[str, str] | None) -> tuple[GPTConfig,
         about = json.loads((metadata or {})["fastgpt"])
         if about["format"] != FORMAT:
             raise QuantizationError(
-                f"{path} is of format {about['format']}, and this version reads {FORMAT}"
+                f"{path} has format {about['format']}, but this version reads format {FORMAT}"
             )
         config = GPTConfig(**about["config"])
         if {field.name for field in fields(GPTConfig)} != about["config"].keys():
-            raise ValueError("a config that is not whole")
+            raise ValueError("incomplete config")
         check(about["dtype"], about["group"])
         return config, about["dtype"], about["group"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, QuantizationError):
             raise
-        raise QuantizationError(f"{path} holds no engine's weights: {error!r}") from None
+        raise QuantizationError(f"{path} does not hold engine weights: {error!r}") from None
 
 
 def _expected(
     names: Names, dtype: str, group: int
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Return the dtype and shape of each tensor in a file."""
+    """Return the expected dtype and shape of each tensor in a file."""
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         name: (torch.float32, shape) for name, shape in names.vectors.items()
     }

@@ -1,4 +1,4 @@
-"""From logits to tokens: penalties, temperature, what is kept of the distribution, and the draw."""
+"""Sampling of tokens from logits: penalties, temperature, top-k, top-p and min-p, random draws."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,11 +9,11 @@ from typing import SupportsIndex, TypedDict
 import torch
 from torch import Tensor
 
-COLDEST = 1e-30  # what is below is zero, or so near to it that fp32 cannot divide by it
+COLDEST = 1e-30  # lower temperatures are treated as 0: fp32 logits cannot be divided by them
 
 
 class Sampling(TypedDict, total=False):
-    """The settings of `Sampler`, which says what they mean."""
+    """The keyword arguments of `Sampler`, which documents them."""
 
     temperature: float
     top_k: int | None
@@ -26,21 +26,22 @@ class Sampling(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Sampler:
-    """Turns logits into tokens; all off by default. In this order:
+    """Samples tokens from logits. The settings, all off by default, apply in this order:
 
-    repetition_penalty: the logits of tokens that the row holds already, its prompt's too, are
-    divided by it where positive and multiplied where negative (Keskar et al. 2019,
-    arXiv:1909.05858, section 4.1); 1 for none.
-    frequency_penalty, presence_penalty: taken from the logit of a token that was written, so many
-    times as it was, and once; prompts do not count. From -2 to 2, as in OpenAI's interface.
-    temperature: divides the logits; 0 takes the likeliest token, and the rest says nothing.
-    top_k: keep the k likeliest tokens (None or 0: all).
-    top_p: keep the smallest set of likeliest tokens that holds this much probability, in (0, 1]
-    (Holtzman et al. 2020, arXiv:1904.09751).
-    min_p: keep the tokens that are at least this share of the likeliest one's probability, in
-    [0, 1] (Nguyen et al. 2024, arXiv:2407.01082).
+    repetition_penalty: the logits of tokens that occur in the row, including its prompt, are
+    divided by it if positive and multiplied by it if negative (Keskar et al. 2019,
+    arXiv:1909.05858, section 4.1); 1 disables it.
+    frequency_penalty, presence_penalty: subtracted from the logit of a generated token, the first
+    once per occurrence, the second once if it occurs; prompts do not count. From -2 to 2, as in
+    OpenAI's API.
+    temperature: divides the logits; 0 takes the most likely token and ignores the settings below.
+    top_k: keep the k most likely tokens (None or 0: all).
+    top_p: keep the smallest set of most likely tokens whose total probability reaches this value,
+    in (0, 1] (Holtzman et al. 2020, arXiv:1904.09751).
+    min_p: keep the tokens whose probability is at least this fraction of the most likely token's,
+    in [0, 1] (Nguyen et al. 2024, arXiv:2407.01082).
 
-    A value outside its range raises ValueError.
+    Raises: ValueError for a value outside its range.
     """
 
     temperature: float = 1.0
@@ -60,7 +61,7 @@ class Sampler:
             raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
         if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
             raise ValueError(f"min_p must be in [0, 1], not {self.min_p}")
-        if not 1e-9 <= self.repetition_penalty <= 1e9:  # fp32 can divide logits by it
+        if not 1e-9 <= self.repetition_penalty <= 1e9:  # range in which fp32 logits can be divided
             raise ValueError(
                 f"repetition_penalty must be from 1e-9 to 1e9, not {self.repetition_penalty}"
             )
@@ -70,14 +71,14 @@ class Sampler:
 
     @property
     def penalises(self) -> bool:
-        """Whether what a row holds changes what comes next."""
+        """Whether any penalty is on, so that token counts are needed."""
         return self.repetition_penalty != 1.0 or bool(
             self.presence_penalty or self.frequency_penalty
         )
 
     @property
     def draws(self) -> bool:
-        """Whether it is chance that decides."""
+        """Whether sampling is random, rather than greedy."""
         return self.temperature >= COLDEST
 
     def draw(
@@ -86,26 +87,27 @@ class Sampler:
         uniform: Tensor,
         counts: "TokenCounts | None" = None,
     ) -> Tensor:
-        """Draw one token per row of `logits` `[B, V]`: int64 `[B]`.
+        """Sample one token per row of `logits` `[B, V]`: int64 `[B]`.
 
-        uniform: fp32 `[B]` in [0, 1), a draw of each row, which temperature 0 does not look at.
-        counts: what each row holds, if there are penalties. The host waits for nothing.
+        uniform: fp32 `[B]` in [0, 1), a random number for each row; not used at temperature 0.
+        counts: the tokens of each row, required for penalties. Does not synchronize with the host.
         """
         if counts is not None and self.penalises:
             logits = self._penalised(logits.float(), counts)
         if not self.draws:
             return logits.argmax(-1)
-        # float64 keeps a running sum over 50,257 entries exact enough; MPS has none
+        # float64 keeps a cumulative sum over 50,257 entries accurate enough; MPS does not have it
         wide = torch.float32 if logits.device.type == "mps" else torch.float64
         cumulative = self.probabilities(logits).to(wide).cumsum(-1)
         point = uniform[:, None].to(cumulative) * cumulative[:, -1:]
-        # right=True: the first entry whose sum exceeds the point, so never one of probability 0
+        # right=True finds the first entry whose cumulative sum exceeds the point; a token of
+        # probability 0 does not raise the sum and thus is never drawn
         drawn = torch.searchsorted(cumulative, point, right=True)[:, 0]
         return drawn.clamp(max=logits.size(-1) - 1)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return the probabilities `[B, V]` (fp32) that `draw` draws from, for temperature > 0."""
-        # subtracting the maximum first keeps a tiny temperature from overflowing
+        """Return the fp32 probabilities `[B, V]` that `draw` samples from, if temperature > 0."""
+        # subtracting the maximum first avoids overflow at very low temperatures
         logits = logits.float()
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k and self.top_k < logits.size(-1):
@@ -125,10 +127,10 @@ class Sampler:
 
 
 class Draws:
-    """Random numbers for some rows, each from a generator of its own that is seeded with its seed.
+    """Random numbers for a batch; each row has its own generator, initialised with its seed.
 
-    They are drawn on the CPU, where every machine draws the same, and many at a time, so that a GPU
-    is not kept waiting for each.
+    Numbers are drawn on the CPU, which makes them the same on every machine, and in blocks of
+    `AHEAD`, which avoids a host-to-device copy per step.
     """
 
     AHEAD = 64
@@ -151,8 +153,10 @@ class Draws:
 
 
 class TokenCounts:
-    """What each of B rows holds: `held` (bool `[B, V]`), and `written` (fp32 `[B, V]`), how often
-    each token was written since the prompt.
+    """The tokens of each of B rows.
+
+    held: bool `[B, V]`, whether the token occurs in the row or its prompt. written: fp32 `[B, V]`,
+    how often the token was generated after the prompt.
     """
 
     def __init__(self, prompts: Sequence[Tensor], vocab_size: int) -> None:
@@ -163,38 +167,39 @@ class TokenCounts:
             self.held[row, prompt] = True
 
     def add(self, tokens: Tensor) -> None:
-        """Note one more token `[B]` of each row."""
+        """Count one generated token per row, int64 `[B]`."""
         self.held.scatter_(1, tokens[:, None], True)
         self.written.scatter_add_(1, tokens[:, None], torch.ones_like(self.written[:, :1]))
 
 
 def seeds_of(seed: int | Sequence[int] | None, n_rows: int) -> list[int]:
-    """Return a seed for each row: `seed + row`, or its entry of a list.
+    """Return one seed per row: `seed + row`, or the entries of a list.
 
-    None draws fresh seeds. ValueError for a wrong seed, or not as many as there are rows.
+    None draws fresh seeds. Raises ValueError for seeds outside [0, 2^63), or if the number of seeds
+    differs from the number of rows.
     """
     if seed is None:
         seed = torch.Generator().seed() % 2**62
-    if isinstance(seed, SupportsIndex):  # NumPy's whole numbers, too
+    if isinstance(seed, SupportsIndex):  # also NumPy integers
         seeds = [index(seed) + row for row in range(n_rows)]
     else:
         seeds = list(seed)
     if len(seeds) != n_rows:
-        raise ValueError(f"{len(seeds)} seeds for {n_rows} rows: give one each, or one in all")
+        raise ValueError(f"{len(seeds)} seeds for {n_rows} rows: give one per row, or a single one")
     if wrong := [s for s in seeds if not 0 <= s < 2**63]:
         raise ValueError(f"a seed must be from 0 to 2^63 - 1, not {wrong[0]}")
     return seeds
 
 
 def check_prompts(ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless ids are whole numbers `[B, T]`, T from 1, all in the vocabulary."""
+    """Raise ValueError unless ids are integers `[B, T]`, T at least 1, inside the vocabulary."""
     if ids.dim() != 2 or ids.numel() == 0:
         raise ValueError(
             f"ids must be [batch, tokens] with at least one token, not {list(ids.shape)}; "
             f"for one prompt: torch.tensor([tokenizer.encode(text)])"
         )
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"token ids must be whole numbers, not {ids.dtype}")
+        raise ValueError(f"token ids must be integers, not {ids.dtype}")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
@@ -202,15 +207,19 @@ def check_prompts(ids: Tensor, vocab_size: int) -> None:
 
 
 def _keep_top_k(logits: Tensor, top_k: int) -> Tensor:
-    """Mask all but the `top_k` largest; of equal ones the first are kept."""
+    """Mask all logits except the `top_k` largest.
+
+    Exactly `top_k` are kept, also if others equal the smallest of them.
+    """
     kept = logits.topk(top_k, dim=-1)
     return torch.full_like(logits, -math.inf).scatter(-1, kept.indices, kept.values)
 
 
 def _keep_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """Mask all but the smallest set of likeliest tokens whose probability reaches `top_p`."""
+    """Mask all tokens outside the smallest most likely set whose probability reaches `top_p`."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    # the total probability of all tokens that are more likely: a token is kept while it is < top_p
     before = ordered.softmax(-1).cumsum(-1).roll(1, dims=-1)
-    before[:, 0].zero_()  # the likeliest token always stays
+    before[:, 0].zero_()  # the most likely token is always kept
     ordered = ordered.masked_fill(before >= top_p, -math.inf)
     return torch.empty_like(logits).scatter(-1, order, ordered)

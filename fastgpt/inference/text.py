@@ -1,7 +1,7 @@
-"""Writing with a model and its tokenizer: `write` for whole texts, `stream_text` piece by piece.
+"""Text generation with a model and its tokenizer: `write` for whole texts, `stream_text` to stream.
 
-An empty prompt starts from `<|endoftext|>`, or what the tokenizer has instead (`start_token`). That
-token ends what is written, and is not part of it.
+An empty prompt starts from the tokenizer's `start_token`: `<|endoftext|>`, if it has one. If the
+model generates `<|endoftext|>`, the text ends before it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,11 @@ from fastgpt.tokenizer import BaseTokenizer, StreamDecoder
 
 @dataclass(frozen=True)
 class Written:
-    """A text behind a prompt. `completion` has its tokens, those of a stop string included."""
+    """The generated continuation of a prompt.
+
+    text: the continuation without the prompt. completion: its tokens, which include those of a stop
+    string that ended it.
+    """
 
     prompt: str
     text: str
@@ -38,11 +42,13 @@ def write(
     errors: Literal["strict", "ignore"] = "strict",
     **sampling: Unpack[Sampling],
 ) -> list[list[Written]]:
-    """Continue prompts together; return n texts for each.
+    """Continue a batch of prompts; return n texts for each.
 
-    stop: strings that end a text, which ends before them. errors: "ignore" leaves out characters of
-    a prompt that the tokenizer does not have. The other arguments are those of
-    `fastgpt.inference.generation.complete`. Raises ValueError.
+    stop: strings that end a text; they are not part of it. errors: "ignore" drops characters of a
+    prompt that the tokenizer does not have. The other arguments are those of
+    `fastgpt.inference.generation.complete`.
+
+    Raises: ValueError for invalid arguments.
     """
     ids = [_encode(tokenizer, prompt, errors) for prompt in prompts]
     texts = [_Text(tokenizer, stop) for _ in range(len(ids) * n)]
@@ -74,12 +80,13 @@ def stream_text(
     errors: Literal["strict", "ignore"] = "strict",
     **sampling: Unpack[Sampling],
 ) -> "TextStream":
-    """Iterate over the text behind a prompt as it comes; arguments as for `write`.
+    """Return an iterator over the continuation of a prompt while it is generated.
 
-    Wrong values raise ValueError at once.
+    The arguments are those of `write`. Invalid arguments raise ValueError immediately, not when
+    iteration starts.
     """
     text = _Text(tokenizer, stop)
-    # where the model is: there the tokens stay until they have arrived on the host
+    # on the model's device, so that `arrivals` copies the tokens to the host asynchronously
     device = model.device if isinstance(model, GPT) else None
     ids = torch.tensor([_encode(tokenizer, prompt, errors)], device=device)
     steps = arrivals(stream(model, ids, max_new_tokens, seed=seed, **sampling))
@@ -87,9 +94,10 @@ def stream_text(
 
 
 class TextStream:
-    """Iterates over pieces of a text while it is written; `n_tokens` says how many it took so far.
+    """An iterator over pieces of a text during generation; `n_tokens` counts the tokens so far.
 
-    Pieces are whole characters, and nothing of what may turn out to be a stop string.
+    Pieces consist of whole characters. Text that may be the beginning of a stop string is held back
+    until this is decided.
     """
 
     def __init__(self, text: "_Text", tokens: Iterator[int], end: Sequence[int]) -> None:
@@ -112,28 +120,28 @@ class TextStream:
 
 
 class _Text:
-    """A text as its tokens come, and where a stop string ends it."""
+    """Incremental decoding of a text, with a search for stop strings."""
 
     def __init__(self, tokenizer: BaseTokenizer, stop: Sequence[str]) -> None:
         if "" in stop or isinstance(stop, str):
-            raise ValueError(f"stop must be a list of strings that are not empty, not {stop!r}")
+            raise ValueError(f"stop must be a list of non-empty strings, not {stop!r}")
         self._decoder = StreamDecoder(tokenizer)
         self._stop, self._longest = stop, max(map(len, stop), default=1)
         self._text, self._given, self._stopped = "", 0, False
 
     def push(self, token: int) -> bool:
-        """Take a token; tell whether a stop string has ended the text."""
+        """Append a token; return whether a stop string has ended the text."""
         return self._add(self._decoder.push(token))
 
     def finish(self) -> str:
-        """Return the whole text, with U+FFFD for a character that was left incomplete."""
+        """Return the whole text, with U+FFFD for an incomplete last character."""
         if not self._stopped:
             self._add(self._decoder.finish())
             self._stopped = True
         return self._text
 
     def released(self) -> str:
-        """Return what is new and can no longer become part of a stop string."""
+        """Return new text that can no longer be part of a stop string."""
         end = len(self._text)
         if not self._stopped:
             end = next((at for at in self._tail() if self._may_become_stop(at)), end)
@@ -141,6 +149,7 @@ class _Text:
         return piece
 
     def _add(self, piece: str) -> bool:
+        # a new match can begin at most `longest - 1` characters before the new piece
         searched = max(0, len(self._text) - self._longest + 1)
         self._text += piece
         found = [at for stop in self._stop if (at := self._text.find(stop, searched)) >= 0]

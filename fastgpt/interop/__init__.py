@@ -1,17 +1,18 @@
-"""Other projects' GPT-2 models, in and out.
+"""Import and export of GPT-2 models in the formats of other projects.
 
-In: `load` opens whatever holds a GPT-2 (a run of our own, a folder or a file of another project, a
-name on the Hugging Face hub) with its tokenizer; `GPT.from_pretrained` gives the model alone. Out:
-`GPT.save_pretrained`, and `fastgpt.convert` for every format.
+Import: `load` opens any source of a GPT-2 (a fastgpt run, another project's folder or file, or a
+model name on the Hugging Face Hub) with its tokenizer; `GPT.from_pretrained` returns the model
+alone. Export: `GPT.save_pretrained`, and `fastgpt.convert` for all export formats.
 
-Each format has a module, which says what it reads and writes, and what differs in what is computed:
+Each format has a module, whose docstring describes what it reads and writes, and any differences in
+what the other project computes:
 
 =================  ===  ===  ====================================================================
 module             in   out
 =================  ===  ===  ====================================================================
 `run`              yes       a run folder of fastgpt
 `hugging_face`     yes  yes  transformers: `config.json`, `model.safetensors`, `tokenizer.json`
-`hub`              yes       the same, by a name on the Hugging Face hub
+`hub`              yes       the same, by a name on the Hugging Face Hub
 `openai`           yes       OpenAI's release: a TensorFlow checkpoint, read without TensorFlow
 `nanogpt`          yes  yes  nanoGPT: `ckpt.pt`, and `meta.pkl` for characters
 `llmc`             yes       llm.c: `gpt2_124M.bin`, `model_00019560.bin`
@@ -37,34 +38,34 @@ Which: TypeAlias = Literal["best", "newest"]
 
 
 class Source(Protocol):
-    """A model on disk, opened."""
+    """An opened model on disk."""
 
     def load_model(self, device: torch.device | str = "cpu", ops: str = "auto") -> GPT:
-        """Return the model, for evaluation."""
+        """Return the model in evaluation mode."""
 
     def open_tensors(self) -> Mapping[str, LazyTensor]:
-        """Return its weights by our names, read when they are asked for."""
+        """Return the weights by fastgpt's names; they are read lazily."""
 
     @property
     def config(self) -> GPTConfig:
-        """Its shape."""
+        """The model's configuration."""
 
     @property
     def read_tokenizer(self) -> Callable[[], BaseTokenizer]:
-        """Returns its tokenizer; UsageError if nobody knows what the ids stand for."""
+        """A function that returns the tokenizer, or raises UsageError if it is unknown."""
 
 
 class Format(Protocol):
     """A module that reads one kind of source."""
 
     def recognises(self, path: Path) -> bool:
-        """Tell whether a path is of this kind, by names and first bytes."""
+        """Return whether a path has this format, judging by file names and first bytes."""
 
     def read(self, path: Path) -> Source:
-        """Open it; UsageError if it is not what it looks like."""
+        """Open a source; UsageError if it is invalid."""
 
 
-# In the order in which they are asked whether they know a path.
+# In the order in which the formats are tried on a path.
 FORMATS: dict[str, Format] = {
     "a run folder of fastgpt": run,
     "a checkpoint of nanoGPT, or its folder (ckpt.pt)": nanogpt,
@@ -73,14 +74,16 @@ FORMATS: dict[str, Format] = {
     "a file of minGPT, or its folder (model.pt or model.npz)": mingpt,
     "a folder of Hugging Face's transformers (config.json, model.safetensors)": hugging_face,
     "OpenAI's release of GPT-2, or one like it (hparams.json, model.ckpt.index)": openai,
-    "a name on the Hugging Face hub (gpt2)": hub,
+    "a name on the Hugging Face Hub (gpt2)": hub,
 }
 
 
 def open_source(source: str | Path, checkpoint: Which = "best") -> Source:
-    """Open a model, whatever made it; UsageError says what is understood.
+    """Open a model of any supported format.
 
-    checkpoint: which one of a run.
+    checkpoint: which checkpoint of a run to open.
+
+    Raises: UsageError, with the list of supported formats, if the format is not recognised.
     """
     if checkpoint not in get_args(Which):
         raise UsageError(f"checkpoint must be best or newest, not {checkpoint!r}")
@@ -89,11 +92,11 @@ def open_source(source: str | Path, checkpoint: Which = "best") -> Source:
         return run.read(path, checkpoint)
     for known in FORMATS.values():
         if known is hub and _is_a_path(str(source)):
-            continue  # what was meant for a folder here must not become a stranger's model
+            continue  # a mistyped local path must not be downloaded as a model of that name
         if known.recognises(path):
             return known.read(path)
-    what = "none of what can be read" if path.exists() else "not there"
-    raise UsageError(f"{path} is {what}; give {'; or '.join(FORMATS)}")
+    what = "has no supported format" if path.exists() else "does not exist"
+    raise UsageError(f"{path} {what}; give {'; or '.join(FORMATS)}")
 
 
 def load(
@@ -102,11 +105,13 @@ def load(
     ops: str = "auto",
     checkpoint: Which = "best",
 ) -> tuple[GPT, BaseTokenizer]:
-    """Return the model of a source, for evaluation, and its tokenizer.
+    """Load a model in evaluation mode, and its tokenizer.
 
-    Rows of the vocabulary that no token of the tokenizer has (some pad it to a round number) are
-    left out: the model could only write what nobody can decode. checkpoint: which one of a run.
-    UsageError if model and tokenizer do not belong together.
+    Rows of the vocabulary beyond the tokenizer's (some projects pad to a round number) are removed,
+    as the model could otherwise generate ids that cannot be decoded. checkpoint: which checkpoint
+    of a run to load.
+
+    Raises: UsageError if the source cannot be loaded, or if model and tokenizer do not match.
     """
     opened, tokenizer = _open_both(source, checkpoint)
     model = opened.load_model(device, ops)
@@ -117,7 +122,7 @@ def load(
 def open_weights(
     source: str | Path, checkpoint: Which = "best"
 ) -> tuple[GPTConfig, dict[str, LazyTensor], BaseTokenizer]:
-    """Return what `load` makes the model of, read one by one when asked for; and the tokenizer."""
+    """Return the config, the lazily read weights, and the tokenizer of the model `load` returns."""
     opened, tokenizer = _open_both(source, checkpoint)
     size = tokenizer.vocab_size
     tensors = {
@@ -128,17 +133,17 @@ def open_weights(
 
 
 def _open_both(source: str | Path, checkpoint: Which) -> tuple[Source, BaseTokenizer]:
-    """Open a source and its tokenizer; UsageError if they do not belong together."""
+    """Open a source and its tokenizer; UsageError if they do not match."""
     opened = open_source(source, checkpoint)
     tokenizer = opened.read_tokenizer()
     if tokenizer.vocab_size > opened.config.vocab_size:
         raise UsageError(
-            f"{source}: its tokenizer has {tokenizer.vocab_size:,} ids, and its model only "
+            f"{source}: its tokenizer has {tokenizer.vocab_size:,} ids, but its model only "
             f"{opened.config.vocab_size:,}"
         )
     return opened, tokenizer
 
 
 def _is_a_path(source: str) -> bool:
-    """Tell whether a name can only be one of a file or folder, by its looks."""
+    """Return whether a name has the form of a local path, which no model name can have."""
     return source.startswith((".", "/", "~")) or source.endswith("/") or "\\" in source

@@ -1,9 +1,9 @@
-"""A model of another project: opened, its shape known, its tensors still in their files.
+"""Models of other projects: opened, with a known configuration and lazily read tensors.
 
-Each format has a module with two functions: ``recognises(path)`` tells, by names and first bytes,
-whether a path is of that kind, and ``read(path)`` opens it as a `Foreign`. What is built of it here
-is the same for all: every difference from what the shape demands is listed, or the whole model is
-there.
+Each format has a module with two functions: ``recognises(path)`` returns whether a path has that
+format, judging by file names and first bytes, and ``read(path)`` opens it as a `Foreign`. Building
+a model from a `Foreign` is common to all formats: either the whole model is loaded, or an error
+lists every difference from the tensors that the configuration requires.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,34 +21,36 @@ from fastgpt.utils.errors import UsageError
 
 
 class NoTokenizerError(UsageError):
-    """Nobody knows what the ids of a model stand for; the message says what to do."""
+    """Raised if the tokenizer of a model is unknown; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file, in our orientation.
+    """A tensor in a file, in fastgpt's orientation.
 
-    `read` returns it in memory of its own, in whatever floating-point type it has there; it may be
-    the transpose of what was read.
+    `read` returns the tensor in its own memory and in the floating-point dtype of the file. The
+    result may be a transposed view of what was read.
     """
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-    turned: bool = False  # what is read must be copied to lie in order
+    turned: bool = False  # `read` returns a transposed view: a copy is needed to be contiguous
 
     def transposed(self) -> "LazyTensor":
-        """Return a matrix the other way round: for those that hold `[in, out]`."""
+        """Return the transposed matrix, for formats that store `[in, out]`."""
         return LazyTensor(self.shape[::-1], lambda: self.read().T, not self.turned)
 
     def first_rows(self, size: int) -> "LazyTensor":
-        """Return a matrix without its rows from `size` on."""
+        """Return the matrix truncated to its first `size` rows."""
         return LazyTensor((size, *self.shape[1:]), lambda: self.read()[:size], self.turned)
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """Another project's model. `tensors` are by our names; `read_tokenizer` raises
-    NoTokenizerError where nobody knows what the ids stand for.
+    """A model of another project.
+
+    tensors: the weights by fastgpt's names. read_tokenizer: returns the tokenizer, or raises
+    NoTokenizerError if it is unknown.
     """
 
     path: Path
@@ -57,24 +59,24 @@ class Foreign:
     read_tokenizer: Callable[[], BaseTokenizer]
 
     def load_model(self, device: torch.device | str = "cpu", ops: str = "auto") -> GPT:
-        """Return the model in fp32, for evaluation; UsageError lists what does not fit."""
+        """Return the model in fp32 and evaluation mode; UsageError lists tensors that differ."""
         weights = _read_all(self.open_tensors(), torch.device(device))
         model = meta_model(self.config, ops)
         model.load_state_dict(weights, assign=True)
         return model.requires_grad_(True).eval()
 
     def open_tensors(self) -> Mapping[str, LazyTensor]:
-        """Return the tensors, still in their files; UsageError lists what does not fit."""
+        """Return the lazily read tensors; UsageError lists those that do not fit the model."""
         _refuse_sizes(self.path, self.config, self.tensors)
         refuse_differences(self.path, self.tensors, meta_weights(self.config))
         return self.tensors
 
 
 def make_config(path: Path, **settings: Any) -> GPTConfig:
-    """Return the shape that a file states; UsageError names what is missing or cannot be."""
+    """Return the configuration in a file; UsageError for missing or invalid settings."""
     for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
         if type(value := settings.get(name)) is not int:
-            raise UsageError(f"{path}: {name} must be a whole number, not {value!r:.40}")
+            raise UsageError(f"{path}: {name} must be an integer, not {value!r:.40}")
     try:
         return GPTConfig(**settings)
     except (TypeError, ValueError) as error:
@@ -82,12 +84,15 @@ def make_config(path: Path, **settings: Any) -> GPTConfig:
 
 
 def count_layers(names: Iterable[str]) -> int:
-    """Return how many layers the tensors of these names (ours: `h.0.ln_1.weight`) are of."""
+    """Return the number of layers in fastgpt's tensor names (such as `h.0.ln_1.weight`)."""
     return len({name.split(".")[1] for name in names if name.startswith("h.")})
 
 
 def tokenizer_beside(folder: Path, vocab_size: int) -> BaseTokenizer:
-    """Return the tokenizer whose files are in `folder`; without any, GPT-2's if the size is its."""
+    """Return the tokenizer in `folder`; without one, GPT-2's if `vocab_size` matches it.
+
+    Raises: NoTokenizerError if neither applies.
+    """
     try:
         return load_tokenizer(folder)
     except FileNotFoundError:
@@ -95,15 +100,15 @@ def tokenizer_beside(folder: Path, vocab_size: int) -> BaseTokenizer:
         if vocab_size == gpt2.vocab_size:
             return gpt2
         raise NoTokenizerError(
-            f"{folder} does not say what its {vocab_size:,} token ids stand for: put the "
-            f"tokenizer's files (tokenizer.json, or vocab.bpe and encoder.json) into it"
+            f"{folder} has no tokenizer for its {vocab_size:,} token ids: put the tokenizer's "
+            f"files (tokenizer.json, or vocab.bpe and encoder.json) into it"
         ) from None
     except ValueError as error:
         raise NoTokenizerError(str(error)) from None
 
 
 def _refuse_sizes(path: Path, config: GPTConfig, tensors: Mapping[str, LazyTensor]) -> None:
-    """Raise if tensors contradict the sizes of the model, before one of absurd size is made."""
+    """Raise UsageError if tensors contradict the config, before a model of absurd size is built."""
     stated = {
         "wte.weight": (config.vocab_size, config.n_embd),
         "wpe.weight": (config.block_size, config.n_embd),
@@ -122,10 +127,11 @@ def _refuse_sizes(path: Path, config: GPTConfig, tensors: Mapping[str, LazyTenso
 
 
 def _read_all(tensors: Mapping[str, LazyTensor], device: torch.device) -> dict[str, Tensor]:
-    """Return the tensors as parameters are: fp32, their elements in order.
+    """Return the tensors as fp32 and contiguous, as parameters must be.
 
-    One is read at a time. Those that must be copied come last, to memory that is there already:
-    then what was read can go where the one before it was, and nothing else is in the way.
+    Tensors are read one at a time. Transposed ones must be copied; they come last, and their
+    destinations are allocated beforehand. Each temporary can then reuse the memory of the previous
+    one, since no allocation happens in between.
     """
     as_read = {name: tensor for name, tensor in tensors.items() if not tensor.turned}
     turned = {name: tensor for name, tensor in tensors.items() if tensor.turned}

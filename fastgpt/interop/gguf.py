@@ -1,14 +1,14 @@
-"""GGUF files of architecture `gpt2`, in and out: what llama.cpp and what is built on it run.
+"""Import and export of GGUF files of architecture `gpt2`, for llama.cpp and tools based on it.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Which tensors and keys a
-GPT-2 needs: https://github.com/ggml-org/llama.cpp, ``src/models/gpt2.cpp``; what a vocabulary
-needs: ``src/llama-vocab.cpp``. Written through the package `gguf`, one tensor at a time.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The tensors and keys of a
+GPT-2: https://github.com/ggml-org/llama.cpp, ``src/models/gpt2.cpp``; those of a vocabulary:
+``src/llama-vocab.cpp``. Files are written with the package `gguf`, one tensor at a time.
 
-What is computed differs a little: llama.cpp rounds GELU, and keys and values, to half precision.
-Read are all types of tensors that the package can turn into numbers, some of four bits among them.
+Results differ slightly: llama.cpp rounds GELU, keys and values to half precision. All tensor types
+that the package can dequantize are read, including some 4-bit types.
 
-llama.cpp has GPT-2's tokenizer, so ids are equal. It has none for single characters, but RWKV's,
-which takes the longest token at every place, does the same for ASCII.
+llama.cpp implements GPT-2's tokenizer, so token ids are equal. It has no character tokenizer, but
+RWKV's tokenizer, which matches the longest token at each position, is equivalent for ASCII.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 Precision: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
 
-_BLOCK = 32  # numbers of a row that share a scale in q8_0
-_NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # types of tokens
-_STRING, _ARRAY = 8, 9  # types of values, and the bytes of those that have a fixed size
+_BLOCK = 32  # values of a row that share a scale in q8_0
+_NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # token types
+_STRING, _ARRAY = 8, 9  # value types of variable size; below, the bytes of those of fixed size
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_NAMES = {  # ours and GGUF's
+_NAMES = {  # fastgpt's name -> GGUF's name
     "wte": "token_embd",
     "wpe": "position_embd",
     "ln_f": "output_norm",
@@ -57,7 +57,7 @@ _NAMES = {  # ours and GGUF's
 
 
 def recognises(path: Path) -> bool:
-    """Tell whether a path is such a file, by its first four bytes."""
+    """Return whether a path is a GGUF file, judging by its first four bytes."""
     try:
         with path.open("rb") as file:
             return file.read(4) == b"GGUF"
@@ -66,16 +66,16 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path) -> Foreign:
-    """Open such a file; UsageError if it is of another architecture, or damaged."""
+    """Open a GGUF file; UsageError if it has another architecture or is damaged."""
     gguf = _import_gguf(path)
     try:
         _check_lengths(path)
         reader = gguf.GGUFReader(path)
         keys = {key: field.contents() for key, field in reader.fields.items()}
-    except Exception as error:  # what a damaged file raises may be anything
+    except Exception as error:  # a damaged file may raise anything
         raise UsageError(f"{path} cannot be read: {error!r:.200}") from None
     if (architecture := keys.get("general.architecture")) != "gpt2":
-        raise UsageError(f"{path} holds a model of architecture {architecture!r:.40}, not 'gpt2'")
+        raise UsageError(f"{path} has a model of architecture {architecture!r:.40}, not 'gpt2'")
     tensors = {_our_name(path, tensor.name): _lazy(path, tensor) for tensor in reader.tensors}
     config = make_config(
         path,
@@ -93,22 +93,22 @@ def read(path: Path) -> Foreign:
 def write(
     model: GPT, path: Path, tokenizer: BaseTokenizer | None, precision: Precision = "f32"
 ) -> None:
-    """Write a model and its tokenizer as one file.
+    """Write a model and its tokenizer to one file.
 
-    precision: of the matrices; ``f32`` is exact, ``f16`` and ``bf16`` take half of the space, and
-    ``q8_0`` a quarter. Vectors and the position table are always fp32. A model without biases gets
-    zeros for them. Rows of the vocabulary that the tokenizer has no token for get unused ones.
+    precision: the type of the matrices; ``f32`` is exact, ``f16`` and ``bf16`` take half the space,
+    and ``q8_0`` a quarter. Vectors and the position table are always fp32. A model without biases
+    gets zero biases. Rows of the vocabulary without a token in the tokenizer get unused tokens.
 
-    Raises: UsageError for a tokenizer that llama.cpp does not have, for a width that the precision
-        does not fit, without the package, or if there is such a file already.
+    Raises: UsageError for a tokenizer that llama.cpp does not support, for a width that the
+        precision does not support, if the package `gguf` is not installed, or if the file exists.
     """
     if path.exists():
-        raise UsageError(f"{path} is there already; give another name")
+        raise UsageError(f"{path} already exists; give another name")
     gguf = _import_gguf(path)
     if precision == "q8_0" and model.config.n_embd % _BLOCK:
         raise UsageError(
-            f"{path}: q8_0 needs a width (n_embd) that is a multiple of {_BLOCK}, not "
-            f"{model.config.n_embd}; f16 and bf16 take any"
+            f"{path}: q8_0 requires a width (n_embd) that is a multiple of {_BLOCK}, not "
+            f"{model.config.n_embd}; f16 and bf16 support any width"
         )
     vocabulary = _vocabulary(tokenizer, model.config.vocab_size)
     beside = path.with_name(f".{path.name}.new")
@@ -129,17 +129,17 @@ def _import_gguf(path: Path) -> Any:
     try:
         import gguf
     except ImportError:
-        raise UsageError(f"{path}: to read or write it, pip install gguf") from None
+        raise UsageError(f"{path}: reading and writing GGUF requires: pip install gguf") from None
     return gguf
 
 
-# --- in --------------------------------------------------------------------------------------
+# --- import ----------------------------------------------------------------------------------
 
 
 def _check_lengths(path: Path) -> None:
-    """Raise if a key's value does not end within the file.
+    """Raise ValueError if the value of a key extends beyond the end of the file.
 
-    The package would go on to read nothing, as often as a damaged length says.
+    Without this check, the package would loop over empty reads as often as a damaged length says.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
 
@@ -161,26 +161,26 @@ def _check_lengths(path: Path) -> None:
             at = end_of(at, _STRING)
             at = end_of(at + 4, number(at, "<I"))
             if at > len(content):
-                raise ValueError(f"it ends at byte {len(content):,}, within its keys")
+                raise ValueError(f"it ends at byte {len(content):,}, inside its keys")
 
 
 def _our_name(path: Path, name: str) -> str:
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     ours = {theirs: ours for ours, theirs in _NAMES.items()}
     if match is None or match[2] not in ours:
-        raise UsageError(f"{path}: {name!r:.80} is no tensor of a GPT-2")
+        raise UsageError(f"{path}: {name!r:.80} is not a tensor of GPT-2")
     layer = f"h.{match[1]}." if match[1] else ""
     return f"{layer}{ours[match[2]]}.{match[3]}"
 
 
 def _lazy(path: Path, tensor: Any) -> LazyTensor:
-    """Return a tensor that is mapped from the file; its shape stands there turned round."""
+    """Return a lazily read tensor, mapped from the file, which stores shapes in reverse order."""
     from gguf import quants
 
     def read() -> Tensor:
         try:
             values = quants.dequantize(np.array(tensor.data), tensor.tensor_type)
-        except Exception as error:  # a type that the package cannot turn into numbers
+        except Exception as error:  # a type that the package cannot dequantize
             raise UsageError(f"{path}: {tensor.name} cannot be read: {error!r:.200}") from None
         return torch.from_numpy(np.ascontiguousarray(values, np.float32))
 
@@ -188,18 +188,21 @@ def _lazy(path: Path, tensor: Any) -> LazyTensor:
 
 
 def _shortest(number: Any) -> float:
-    """Return the number of fewest digits that is this one in fp32: what it was before."""
+    """Return the shortest decimal that rounds to this number in fp32: the original value."""
     return float(str(np.float32(number))) if isinstance(number, float) else 1e-5
 
 
 def _list(path: Path, keys: Mapping[str, Any], name: str) -> list[Any]:
     if not isinstance(found := keys.get(f"tokenizer.ggml.{name}"), list):
-        raise UsageError(f"{path} has no list of tokenizer.ggml.{name}")
+        raise UsageError(f"{path} has no list tokenizer.ggml.{name}")
     return found
 
 
 def _read_tokenizer(path: Path, keys: Mapping[str, Any]) -> BaseTokenizer:
-    """Return the tokenizer, without the unused tokens at its end; NoTokenizerError if not ours."""
+    """Return the tokenizer without the unused tokens at its end.
+
+    Raises: NoTokenizerError for a kind of tokenizer that is not supported.
+    """
     tokens, types = _list(path, keys, "tokens"), _list(path, keys, "token_type")
     while types and types[-1] == _UNUSED:
         types.pop()
@@ -212,13 +215,13 @@ def _read_tokenizer(path: Path, keys: Mapping[str, Any]) -> BaseTokenizer:
             return Tokenizer(*read_hugging_face(path, _as_hugging_face(path, keys, ids, types)))
     except ValueError as error:
         raise NoTokenizerError(f"{path}: {error}") from None
-    raise NoTokenizerError(f"{path}: a tokenizer of the kind {kind} is not read")
+    raise NoTokenizerError(f"{path}: a tokenizer of the kind {kind} is not supported")
 
 
 def _as_hugging_face(
     path: Path, keys: Mapping[str, Any], ids: Mapping[str, int], types: list[int]
 ) -> dict[str, Any]:
-    """Return what a ``tokenizer.json`` of the same vocabulary would say."""
+    """Return the content of a ``tokenizer.json`` with the same vocabulary."""
     specials = [name for name, kind in zip(ids, types, strict=True) if kind == _CONTROL]
     return {
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
@@ -242,18 +245,21 @@ def _unescape(token: str) -> str:
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """A tokenizer as GGUF's keys hold it; no merges: RWKV's, else GPT-2's."""
+    """A tokenizer in the form of GGUF's keys: without merges RWKV's, otherwise GPT-2's."""
 
     tokens: list[str]  # by id
     types: list[int]
     merges: list[str] | None
-    end: int | None  # the id of what ends a text
+    end: int | None  # the id of the token that ends a text
 
 
 def _vocabulary(tokenizer: BaseTokenizer | None, size: int) -> _Vocabulary:
-    """Return the vocabulary, filled up to `size`; UsageError if llama.cpp would make other ids."""
+    """Return the vocabulary, padded with unused tokens to `size`.
+
+    Raises: UsageError if llama.cpp cannot represent it, or would produce other ids.
+    """
     if tokenizer is None:
-        raise UsageError("a GGUF file needs the model's tokenizer")
+        raise UsageError("a GGUF file requires the model's tokenizer")
     if tokenizer.vocab_size > size:
         raise UsageError(f"the tokenizer has {tokenizer.vocab_size:,} ids, the model only {size:,}")
     if isinstance(tokenizer, CharTokenizer):
@@ -262,8 +268,8 @@ def _vocabulary(tokenizer: BaseTokenizer | None, size: int) -> _Vocabulary:
         vocabulary = _byte_pairs(tokenizer)
     else:
         raise UsageError(f"a GGUF file cannot hold a {type(tokenizer).__name__}")
-    # Names that no text can match: with a space, which byte pairs write as another letter, or with
-    # a byte that UTF-8 does not have.
+    # Names that no text can match: with a space, which byte-level BPE encodes as another character,
+    # or with a byte that never occurs in UTF-8.
     form = r"\xff{}" if vocabulary.merges is None else "<unused {}>"
     fill = [form.format(token_id) for token_id in range(len(vocabulary.tokens), size)]
     tokens, types = vocabulary.tokens + fill, vocabulary.types + [_UNUSED] * len(fill)
@@ -275,11 +281,11 @@ def _vocabulary(tokenizer: BaseTokenizer | None, size: int) -> _Vocabulary:
 def _byte_pairs(tokenizer: Tokenizer) -> _Vocabulary:
     if tokenizer.eot_token is None:
         raise UsageError(
-            "llama.cpp would end every text at token 11, as this tokenizer has no <|endoftext|>; "
+            "this tokenizer has no <|endoftext|>, and llama.cpp would end every text at token 11; "
             "train it with that special token"
         )
     if tokenizer.vocab_size == len(tokenizer.special_tokens) + 256:
-        raise UsageError("llama.cpp does not read a byte-level vocabulary without merges")
+        raise UsageError("llama.cpp does not support a byte-level vocabulary without merges")
     model = to_hugging_face(tokenizer.vocabulary)["model"]
     specials = set(tokenizer.special_tokens.values())
     types = [_CONTROL if i in specials else _NORMAL for i in range(tokenizer.vocab_size)]
@@ -287,24 +293,24 @@ def _byte_pairs(tokenizer: Tokenizer) -> _Vocabulary:
 
 
 def _characters(tokenizer: CharTokenizer) -> _Vocabulary:
-    """Return the vocabulary for RWKV's tokenizer, if every character is one byte.
+    """Return the vocabulary for RWKV's tokenizer; UsageError unless all characters are ASCII.
 
-    Its search does not end at a character that it does not have, if that begins with the same byte
-    as one that it has.
+    With multi-byte characters, its search would not stop at an unknown character that begins with
+    the same byte as a known one.
     """
     characters = tokenizer.characters
     if not characters.isascii():
         other = next(character for character in characters if not character.isascii())
         raise UsageError(
             f"llama.cpp has no tokenizer for single characters such as {other!r}, only for ASCII; "
-            "export to Hugging Face's format, or train with a tokenizer of byte pairs"
+            "export to Hugging Face's format, or train with a byte-pair tokenizer"
         )
     escaped = [_escape(character) for character in characters]
     return _Vocabulary(escaped, [_NORMAL] * len(escaped), None, None)
 
 
 def _escape(character: str) -> str:
-    r"""Write a character as RWKV's vocabulary does: what is not printable as ``\x..``."""
+    r"""Escape a character as in RWKV's vocabulary: unprintable ones become ``\x..``."""
     if character == "\\":
         return "\\\\"
     return character if character.isprintable() else f"\\x{ord(character):02x}"
@@ -347,7 +353,7 @@ def _add_tokenizer(writer: GGUFWriter, vocabulary: _Vocabulary) -> None:
 
 
 def _write_file(writer: GGUFWriter, path: Path, model: GPT, precision: Precision) -> None:
-    """Write it all: what there is comes first, so that then one tensor at a time is in memory."""
+    """Write the file: first all metadata, then the data of one tensor at a time."""
     from gguf import GGML_QUANT_SIZES
 
     tensors = list(_tensors(model))
@@ -356,7 +362,7 @@ def _write_file(writer: GGUFWriter, path: Path, model: GPT, precision: Precision
         block, block_bytes = GGML_QUANT_SIZES[kind]
         n_bytes = tensor.numel() // block * block_bytes
         shape = [*tensor.shape[:-1], tensor.shape[-1] // block * block_bytes]
-        # a shape of bytes: the writer divides it by the size of a block
+        # the writer expects a uint8 shape in bytes and divides it by the block size
         writer.add_tensor_info(name, shape, np.dtype(np.uint8), n_bytes, raw_dtype=kind)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
@@ -367,7 +373,7 @@ def _write_file(writer: GGUFWriter, path: Path, model: GPT, precision: Precision
 
 
 def _tensors(model: GPT) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights by GGUF's names; a tied head is left out, which says that it is tied."""
+    """Yield the weights by GGUF's names; a tied head is omitted, which marks it as tied."""
     weights = model.state_dict()
     for name, tensor in weights.items():
         yield _name(name), tensor
@@ -378,7 +384,7 @@ def _tensors(model: GPT) -> Iterator[tuple[str, Tensor]]:
 
 
 def _name(name: str) -> str:
-    """Return GGUF's name for one of ours: ``h.3.ln_1.bias`` is ``blk.3.attn_norm.bias``."""
+    """Return GGUF's name of a tensor: ``blk.3.attn_norm.bias`` for ``h.3.ln_1.bias``."""
     match = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(weight|bias)", name)
     assert match is not None
     layer = f"blk.{match[1]}." if match[1] else ""

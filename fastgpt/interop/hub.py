@@ -1,6 +1,6 @@
-"""Models of the Hugging Face hub, by their names (`gpt2`, `owner/name`), through `huggingface_hub`.
+"""Models of the Hugging Face Hub by name (`gpt2`, `owner/name`), through `huggingface_hub`.
 
-What was downloaded once is taken from the library's cache, with or without a network.
+Downloaded files are reused from the library's cache, with or without a network.
 """
 
 import re
@@ -17,31 +17,31 @@ _OTHERS = ("config.json", "tokenizer.json", "vocab.json", "merges.txt")
 
 
 def recognises(path: Path) -> bool:
-    """Tell whether what is no file here could be the name of a model on the hub."""
+    """Return whether a path does not exist locally but could be the name of a model on the Hub."""
     return not path.exists() and _NAME.fullmatch(path.as_posix()) is not None
 
 
 def read(path: Path) -> Foreign:
-    """Open the model of that name, downloaded if it is not in the cache.
+    """Open the model of that name, downloading it if it is not cached.
 
-    UsageError says what to do where that is not possible.
+    Raises: UsageError, with instructions, if that is not possible.
     """
     return hugging_face.read(_download(path.as_posix()))
 
 
 def _download(name: str) -> Path:
-    """Return the folder of a model's files: the weights as pickles only if there are no others."""
+    """Return the folder of a model's files; pickled weights are used only without safetensors."""
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
     except ImportError:
-        raise _missing(name, "to download it, pip install huggingface_hub") from None
+        raise _missing(name, "and downloading it requires: pip install huggingface_hub") from None
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*_OTHERS, *_WEIGHTS]))
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*_OTHERS, *_PICKLED]))
     except RepositoryNotFoundError:
-        raise _missing(name, "and the hub has none of that name") from None
+        raise _missing(name, "and the Hub has no model of that name") from None
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise _missing(name, f"and it could not be downloaded ({reason})") from None
@@ -50,7 +50,7 @@ def _download(name: str) -> Path:
 
 def _missing(name: str, reason: str) -> UsageError:
     return UsageError(
-        f"{name} is no file or folder here, {reason}; or, where there is a network, save "
-        f"config.json, model.safetensors and tokenizer.json from https://huggingface.co/{name} in "
-        f"a folder, and give that folder"
+        f"{name} is not a local file or folder, {reason}; alternatively, on a machine with network "
+        f"access, save config.json, model.safetensors and tokenizer.json from "
+        f"https://huggingface.co/{name} in a folder, and give that folder"
     )

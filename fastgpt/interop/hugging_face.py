@@ -1,8 +1,8 @@
-"""Hugging Face's transformers: a folder with `config.json`, weights and a tokenizer, in and out.
+"""Import and export of Hugging Face transformers folders: `config.json`, weights and tokenizer.
 
-Weights are `model.safetensors`, in one file or several with an index, or `pytorch_model.bin`. The
-layers are `Conv1D`, which holds a weight as `[in, out]`. What the settings mean:
-https://huggingface.co/docs/transformers/model_doc/gpt2, "GPT2Config".
+Weights are in `model.safetensors`, a single file or shards with an index, or in
+`pytorch_model.bin`. Linear layers are `Conv1D`, which stores weights as `[in, out]`. The settings
+are documented in https://huggingface.co/docs/transformers/model_doc/gpt2, "GPT2Config".
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,8 +30,8 @@ CONFIG, WEIGHTS, PICKLED, INDEX = (
 )
 _PREFIX = "transformer."
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-_MASKS = (".attn.bias", ".attn.masked_bias")  # constants that old versions saved, too
-# Settings that change what is computed: the default, and the values that are computed here.
+_MASKS = (".attn.bias", ".attn.masked_bias")  # constant buffers saved by old versions
+# Settings that change the computation, with their supported values, the default first.
 _COMPUTED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "scale_attn_weights": (True,),
@@ -41,43 +41,45 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
 
 
 def recognises(path: Path) -> bool:
-    """Tell whether a path is such a folder."""
+    """Return whether a path is a transformers folder."""
     return (path / CONFIG).is_file()
 
 
 def read(path: Path) -> Foreign:
-    """Open such a folder; UsageError names the file or the setting that is not what it must be."""
+    """Open a transformers folder; UsageError names an invalid file or unsupported setting."""
     config = _read_config(path / CONFIG)
     tensors = _ours(_open_weights(path), config)
     return Foreign(path, config, tensors, partial(tokenizer_beside, path, config.vocab_size))
 
 
 def write(model: GPT, folder: Path, tokenizer: BaseTokenizer | None = None) -> None:
-    """Write a model into a folder, made if it is not there, as transformers' `GPT2LMHeadModel`.
+    """Save a model to a folder as transformers' `GPT2LMHeadModel`; the folder is created if needed.
 
-    A model without biases gets zeros for them. With the tokenizer's files beside it if it is given,
-    for `AutoTokenizer`. UsageError if there is a model in the folder already.
+    A model without biases gets zero biases. If a tokenizer is given, its files are saved too, for
+    `AutoTokenizer`.
+
+    Raises: UsageError if the folder already holds such files or cannot be written.
     """
     for name in (CONFIG, WEIGHTS, *TOKENIZER_FILES):
         if (folder / name).exists():
-            raise UsageError(f"{folder} holds a {name} already; give another folder")
+            raise UsageError(f"{folder} already contains {name}; give another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / WEIGHTS, _theirs(model), metadata={"format": "pt"})
         if tokenizer is not None:
             write_tokenizer(tokenizer, folder, model.config.block_size)
-        write_json(folder / CONFIG, _config(model.config, tokenizer))  # last: it says all is there
+        write_json(folder / CONFIG, _config(model.config, tokenizer))  # last: marks completeness
     except OSError as error:
         raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from None
 
 
-# --- in --------------------------------------------------------------------------------------
+# --- import ----------------------------------------------------------------------------------
 
 
 def _read_config(path: Path) -> GPTConfig:
     settings = read_json(path)
     if (kind := settings.get("model_type")) != "gpt2":
-        raise UsageError(f"{path}: model_type is {kind!r}; only 'gpt2' is read")
+        raise UsageError(f"{path}: model_type is {kind!r}; only 'gpt2' is supported")
     for name, values in _COMPUTED.items():
         if (value := settings.get(name, values[0])) not in values:
             raise UsageError(f"{path}: {name} = {value!r} is not supported, only {values[0]!r}")
@@ -98,28 +100,28 @@ def _read_config(path: Path) -> GPTConfig:
 
 
 def _open_weights(folder: Path) -> dict[str, LazyTensor]:
-    """Return the tensors of whichever file of weights a folder has, by their names in it."""
+    """Return the tensors of the first weight file found in a folder, by their names in it."""
     for name, open_file in ((WEIGHTS, _open_safetensors), (PICKLED, _open_pickled)):
         if (folder / name).is_file():
             return open_file(folder / name)
         if (folder / (name + INDEX)).is_file():
             return _open_parts(folder / (name + INDEX), open_file)
-    raise UsageError(f"{folder} holds no weights: neither {WEIGHTS} nor {PICKLED}")
+    raise UsageError(f"{folder} contains no weights: neither {WEIGHTS} nor {PICKLED}")
 
 
 def _open_parts(
     index: Path, open_file: Callable[[Path], dict[str, LazyTensor]]
 ) -> dict[str, LazyTensor]:
-    """Return the tensors of several files, each from the one that the index names."""
+    """Return the tensors of a sharded checkpoint, each from the file given by the index."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise UsageError(f"{index}: weight_map must say which file each tensor is in")
+        raise UsageError(f"{index}: weight_map must map each tensor to the name of its file")
     for file in set(places.values()):
         if Path(file).name != file or file in ("", ".", ".."):
             raise UsageError(f"{index} names {file!r}, which is not a file in the same folder")
     parts = {file: open_file(index.parent / file) for file in sorted(set(places.values()))}
     if lost := [f"{name} ({file})" for name, file in places.items() if name not in parts[file]]:
-        raise UsageError(f"{index}: not in the file that it is said to be in: {', '.join(lost)}")
+        raise UsageError(f"{index}: tensors missing in the files given for them: {', '.join(lost)}")
     return {name: parts[file][name] for name, file in places.items()}
 
 
@@ -136,21 +138,21 @@ def _open_pickled(path: Path) -> dict[str, LazyTensor]:
 
 
 def _ours(tensors: Mapping[str, LazyTensor], config: GPTConfig) -> dict[str, LazyTensor]:
-    """Return the tensors by our names, turned to our orientation."""
+    """Return the tensors by fastgpt's names and in its orientation."""
     ours = {}
     for name, tensor in tensors.items():
         name = name.removeprefix(_PREFIX)
         if name.endswith(_MASKS) or (name == "lm_head.weight" and config.tie_weights):
-            continue  # a tied head is the embedding, which transformers takes for it, too
+            continue  # transformers, too, uses the embedding for a tied head
         ours[name] = tensor.transposed() if name.endswith(_CONV1D) else tensor
     return ours
 
 
-# --- out -------------------------------------------------------------------------------------
+# --- export ----------------------------------------------------------------------------------
 
 
 def _theirs(model: GPT) -> dict[str, Tensor]:
-    """Return the weights by transformers' names; those of `Conv1D` are views, not copies."""
+    """Return the weights by transformers' names; those of `Conv1D` are transposed views."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         prefix = "" if name == "lm_head.weight" else _PREFIX
@@ -161,7 +163,7 @@ def _theirs(model: GPT) -> dict[str, Tensor]:
 
 
 def _biases(config: GPTConfig) -> Iterator[tuple[str, int]]:
-    """Yield the name and the size of every bias."""
+    """Yield the name and the size of each bias."""
     sizes = {"ln_1": 1, "attn.c_attn": 3, "attn.c_proj": 1, "ln_2": 1, "mlp.c_fc": 4}
     for layer in range(config.n_layer):
         for name, times in {**sizes, "mlp.c_proj": 1}.items():

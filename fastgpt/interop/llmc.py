@@ -1,8 +1,9 @@
-"""llm.c's models: files such as ``gpt2_124M.bin`` and ``log124M/model_00019560.bin``.
+"""Import of llm.c models: files such as ``gpt2_124M.bin`` and ``log124M/model_00019560.bin``.
 
-256 numbers of four bytes, then the tensors in a fixed order, each of them over all layers, in fp32
-(version 3) or bfloat16 (version 5), `[out, in]`; the vocabulary is padded to a multiple of 128:
-https://github.com/karpathy/llm.c, ``train_gpt2.py`` (`write_model`).
+A file has a header of 256 4-byte integers, followed by the tensors in a fixed order, each stacked
+over all layers, in fp32 (version 3) or bfloat16 (version 5). Matrices are `[out, in]`, and the
+vocabulary is padded to a multiple of 128. See https://github.com/karpathy/llm.c,
+``train_gpt2.py`` (`write_model`).
 """
 
 import math
@@ -22,11 +23,11 @@ MAGIC = 20240326
 _HEADER_BYTES = 1024
 _DTYPES = {3: torch.float32, 5: torch.bfloat16}
 _OTHERS = {
-    20240327: "numbers to test an implementation against (a debug state)",
+    20240327: "a debug state, to test an implementation against",
     20240328: "a tokenizer",
-    20240520: "token ids, data to train on: pass the folder to --data",
-    20240522: "questions with answers to choose from (an evaluation)",
-    20240527: "the state of an optimizer; the weights are in the model_*.bin beside it",
+    20240520: "training data (token ids): pass the folder to --data",
+    20240522: "multiple-choice questions of an evaluation",
+    20240527: "an optimizer state; the weights are in the model_*.bin in the same folder",
     20240801: "token ids of Llama 3",
     20240803: "a model of Llama 3",
 }
@@ -44,7 +45,7 @@ class _Header(NamedTuple):
 
 
 def recognises(path: Path) -> bool:
-    """Tell whether a path is a file of llm.c, by its first four bytes."""
+    """Return whether a path is a file of llm.c, judging by its first four bytes."""
     try:
         with path.open("rb") as file:
             begin = file.read(4)
@@ -54,7 +55,7 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path) -> Foreign:
-    """Open such a file; UsageError if it is of another kind, or not as long as its header says."""
+    """Open an llm.c model; UsageError if it is of another kind or its size does not match."""
     header = _read_header(path)
     config = make_config(
         path,
@@ -69,7 +70,7 @@ def read(path: Path) -> Foreign:
 
 
 def _read_header(path: Path) -> _Header:
-    """Return a header that has been checked against the size of the file."""
+    """Return the header after checking it against the size of the file."""
     try:
         with path.open("rb") as file:
             begin = file.read(_HEADER_BYTES)
@@ -77,15 +78,15 @@ def _read_header(path: Path) -> _Header:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     if len(begin) < _HEADER_BYTES:
-        raise UsageError(f"{path} has only {n_bytes:,} bytes: it was cut off in its header")
+        raise UsageError(f"{path} has only {n_bytes:,} bytes: its header is truncated")
     header = _Header(*struct.unpack_from("<8i", begin))
     if header.magic != MAGIC:
-        what = _OTHERS.get(header.magic, "of a kind that is not known")
-        raise UsageError(f"{path} (magic {header.magic}) is no model of llm.c, but {what}")
+        what = _OTHERS.get(header.magic, "an unknown kind of file")
+        raise UsageError(f"{path} (magic {header.magic}) is not a model of llm.c, but {what}")
     if header.version not in _DTYPES:
         raise UsageError(
-            f"{path} is of version {header.version} of llm.c's models; 3 (fp32) and 5 (bfloat16) "
-            "are read: write it again with its train_gpt2.py"
+            f"{path} has version {header.version} of llm.c's model format; only 3 (fp32) and 5 "
+            "(bfloat16) are supported: write it again with a current train_gpt2.py"
         )
     _check_size(path, header, n_bytes)
     return header
@@ -98,15 +99,15 @@ def _check_size(path: Path, header: _Header, n_bytes: int) -> None:
     expected = _HEADER_BYTES + elements * _DTYPES[header.version].itemsize
     if n_bytes != expected:
         raise UsageError(
-            f"{path} has {n_bytes:,} bytes, but its header says {expected:,}: it was cut off or "
+            f"{path} has {n_bytes:,} bytes, but its header says {expected:,}: it was truncated or "
             "changed"
         )
 
 
 def _layout(header: _Header) -> list[tuple[str, tuple[int, ...], bool]]:
-    """Return name and shape of what is stored, in order, and whether each layer has one.
+    """Return name and shape of the stored tensors in order, and whether they are stacked by layer.
 
-    Of those, the first dimension is the layer.
+    The first dimension of a stacked tensor is the layer.
     """
     layers, width = header.n_layer, header.n_embd
     per_layer: list[tuple[str, tuple[int, ...]]] = [
@@ -126,14 +127,14 @@ def _layout(header: _Header) -> list[tuple[str, tuple[int, ...], bool]]:
 
 
 def _tensors(path: Path, header: _Header, config: GPTConfig) -> dict[str, LazyTensor]:
-    """Return the tensors by our names, those of a layer each for itself, without the padding."""
+    """Return the tensors by fastgpt's names, split by layer and without vocabulary padding."""
     dtype = _DTYPES[header.version]
     tensors: dict[str, LazyTensor] = {}
     offset = _HEADER_BYTES
     for name, shape, per_layer in _layout(header):
         part = shape[1:] if per_layer else shape
         for layer in range(config.n_layer if per_layer else 1):
-            # fewer rows than are stored, of the embedding: it comes first
+            # only the first rows of the embedding are read, without the padding
             rows = (config.vocab_size, *part[1:]) if name == "wte.weight" else part
             stored = StoredTensor(path, offset, dtype, rows)
             full_name = f"h.{layer}.{name}" if per_layer else name

@@ -1,9 +1,9 @@
-"""minGPT's models: `model.pt`, or the same tensors in a `model.npz`, with a `config.json` beside.
+"""Import of minGPT models: `model.pt`, or the same tensors in `model.npz`, with a `config.json`.
 
-The layers are `nn.Linear` with biases, GELU is the approximation by tanh, the head has weights of
-its own: https://github.com/karpathy/minGPT, ``mingpt/model.py``. The file holds tensors only (its
-`projects` save ``model.state_dict()``), which tell every size but one: the number of heads, which
-is in the `config.json` that minGPT writes into the same folder.
+Linear layers are `nn.Linear` with biases, GELU is the tanh approximation, and the head is not tied:
+https://github.com/karpathy/minGPT, ``mingpt/model.py``. A file contains tensors only (minGPT's
+`projects` save ``model.state_dict()``). Their shapes determine all sizes except the number of
+heads, which is in the `config.json` that minGPT writes to the same folder.
 """
 
 import zipfile
@@ -30,7 +30,7 @@ from fastgpt.utils.errors import UsageError
 
 CONFIG = "config.json"
 _FILES = ("model.npz", "model.pt")
-_OTHERS = ("model.safetensors", "pytorch_model.bin")  # in a folder of Hugging Face's
+_OTHERS = ("model.safetensors", "pytorch_model.bin")  # mark a Hugging Face folder
 _PREFIX, _MASK = "transformer.", ".attn.bias"
 _HEADS = {
     **{"gpt2": 12, "gpt2-medium": 16, "gpt2-large": 20, "gpt2-xl": 25, "openai-gpt": 12},
@@ -39,7 +39,7 @@ _HEADS = {
 
 
 def recognises(path: Path) -> bool:
-    """Tell whether a path is such a file, or a folder that holds one."""
+    """Return whether a path is a minGPT model file, or a folder that contains one."""
     if path.is_dir():
         return any((path / name).is_file() for name in _FILES) and not any(
             (path / name).exists() for name in _OTHERS
@@ -48,7 +48,7 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path) -> Foreign:
-    """Open such a file; UsageError says what is wrong, and how to tell the number of heads."""
+    """Open a minGPT model; UsageError if it is invalid or its number of heads is unknown."""
     file = path
     if path.is_dir():
         file = next(path / name for name in _FILES if (path / name).is_file())
@@ -63,10 +63,10 @@ def read(path: Path) -> Foreign:
 
 
 def _config(file: Path, tensors: Mapping[str, LazyTensor]) -> GPTConfig:
-    """Return the shape that the tensors have; UsageError if `config.json` says another."""
+    """Return the config derived from the tensors; UsageError if `config.json` contradicts it."""
     for name in ("wte.weight", "wpe.weight"):
         if name not in tensors or len(tensors[name].shape) != 2:
-            raise UsageError(f"{file} is no model of minGPT: it has no matrix {_PREFIX}{name}")
+            raise UsageError(f"{file} is not a minGPT model: it has no matrix {_PREFIX}{name}")
     vocab_size, n_embd = tensors["wte.weight"].shape
     found = {
         "vocab_size": vocab_size,
@@ -78,14 +78,14 @@ def _config(file: Path, tensors: Mapping[str, LazyTensor]) -> GPTConfig:
     for name, value in found.items():
         if settings.get(name) not in (None, value):
             raise UsageError(
-                f"{file} has {name} = {value}, but {CONFIG} beside it says {settings[name]!r:.40}"
+                f"{file} has {name} = {value}, but {CONFIG} next to it says {settings[name]!r:.40}"
             )
     n_head, dropout = _n_head(file, settings), settings.get("resid_pdrop", 0.1)
     return make_config(file, **found, n_head=n_head, dropout=dropout, tie_weights=False)
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """Return the model's settings: minGPT writes those of data and training around them."""
+    """Return the model's settings; minGPT nests them in a dict with other settings."""
     if not path.is_file():
         return {}
     settings = read_json(path)
@@ -94,14 +94,14 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _n_head(file: Path, settings: Mapping[str, Any]) -> Any:
-    """Return the number of heads: as it is stated, or that of a model that has a name."""
+    """Return the number of heads from `n_head`, or from a known `model_type`."""
     if settings.get("n_head") is not None:
         return settings["n_head"]
     if (kind := settings.get("model_type")) in list(_HEADS):
         return _HEADS[str(kind)]
     raise UsageError(
-        f"{file} does not say how many heads its attention has: write it beside, into "
-        f'{file.parent / CONFIG}: {{"n_head": 6}} (or whatever it was trained with)'
+        f"{file} does not record its number of attention heads: write it to "
+        f'{file.parent / CONFIG}: {{"n_head": 6}} (with the value it was trained with)'
     )
 
 
@@ -111,7 +111,7 @@ def _open_pt(file: Path) -> Iterator[tuple[str, LazyTensor]]:
 
 
 def _open_npz(file: Path) -> Iterator[tuple[str, LazyTensor]]:
-    """Yield what is in an archive of NumPy's, by its headers; the tensors are read later.
+    """Yield the arrays of a NumPy archive by reading their headers; data is read lazily.
 
     The format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
     """
@@ -123,12 +123,12 @@ def _open_npz(file: Path) -> Iterator[tuple[str, LazyTensor]]:
                 yield name, LazyTensor(shape, partial(_read_array, file, entry.filename))
     except UsageError:
         raise
-    except Exception as error:  # what a damaged archive raises may be anything
+    except Exception as error:  # a damaged archive may raise anything
         raise UsageError(f"{file} cannot be read: {error!r:.200}") from None
 
 
 def _shape(file: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[int, ...]:
-    """Return the shape in the header of an array, once it is known to be as large as it says."""
+    """Return the shape in the header of an array after checking it against the array's size."""
     with archive.open(entry) as part:
         version = np.lib.format.read_magic(part)
         read_header = (
@@ -140,8 +140,8 @@ def _shape(file: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tupl
         left = entry.file_size - part.tell()
     if dtype.kind != "f" or np.prod(shape, dtype=object) * dtype.itemsize != left:
         raise UsageError(
-            f"{file}: {entry.filename} says that it holds {list(shape)} of {dtype}, which does not "
-            f"fit its {left:,} bytes, or is no weight"
+            f"{file}: {entry.filename} has shape {list(shape)} and dtype {dtype}, which does not "
+            f"match its {left:,} bytes, or is not a weight"
         )
     return tuple(shape)
 

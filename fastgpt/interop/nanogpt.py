@@ -1,11 +1,11 @@
-"""nanoGPT's checkpoints, in and out: `ckpt.pt`, as its ``train.py`` saves it.
+"""Import and export of nanoGPT checkpoints: `ckpt.pt`, as saved by its ``train.py``.
 
-The layers are `nn.Linear`, the head is always the token embedding, and `bias` is one setting for
-the whole model: https://github.com/karpathy/nanoGPT, ``model.py`` and ``train.py``.
+Linear layers are `nn.Linear`, the head is always tied to the token embedding, and `bias` is one
+setting for the whole model: https://github.com/karpathy/nanoGPT, ``model.py`` and ``train.py``.
 
-Two things differ in what is computed. nanoGPT's GELU is exact (by the error function), that of
-GPT-2 and of fastgpt is the approximation by tanh; they differ by up to 0.0005. And a vocabulary of
-50,304 is GPT-2's 50,257 and rows of padding, which `fastgpt.interop.load` leaves out.
+There are two differences in the computation. nanoGPT's GELU is exact (with the error function),
+that of GPT-2 and fastgpt is the tanh approximation; they differ by up to 0.0005. And a vocabulary
+of 50,304 consists of GPT-2's 50,257 tokens and padding, which `fastgpt.interop.load` removes.
 """
 
 import os
@@ -25,17 +25,17 @@ from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer, load_toke
 from fastgpt.utils.errors import UsageError
 
 CHECKPOINT, META = "ckpt.pt", "meta.pkl"
-PADDED_GPT2 = 50304  # rows of GPT-2's vocabulary, up to a multiple of 64
+PADDED_GPT2 = 50304  # GPT-2's vocabulary size, padded to a multiple of 64
 _EPS = 1e-5
-_WRAPPERS = ("_orig_mod.", "module.")  # of `torch.compile` and of DDP, before every name
+_WRAPPERS = ("_orig_mod.", "module.")  # name prefixes added by `torch.compile` and DDP
 _PREFIX, _HEAD = "transformer.", "lm_head.weight"
-_MASK = ".attn.bias"  # a constant that is saved where PyTorch has no fused attention
-# What train.py puts into its optimizer, which it takes from the checkpoint when it resumes.
+_MASK = ".attn.bias"  # a constant buffer, saved if PyTorch has no fused attention
+# Default optimizer settings of train.py, which restores them from the checkpoint when it resumes.
 _WEIGHT_DECAY, _BETAS, _LR = 0.1, (0.9, 0.95), 6e-4
 
 
 def recognises(path: Path) -> bool:
-    """Tell whether a path is such a checkpoint, or a folder that holds one."""
+    """Return whether a path is a nanoGPT checkpoint, or a folder that contains one."""
     if path.is_dir():
         return (path / CHECKPOINT).is_file() and not (path / "config.json").exists()
     if not path.is_file() or path.suffix != ".pt":
@@ -44,11 +44,11 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path) -> Foreign:
-    """Open such a checkpoint; UsageError says what is wrong with it. No code in it is run."""
+    """Open a nanoGPT checkpoint without executing code in it; UsageError if it is invalid."""
     file = path / CHECKPOINT if path.is_dir() else path
     content = unpickle(file)
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
-        raise UsageError(f"{file} is no checkpoint of nanoGPT: it has no 'model' and 'model_args'")
+        raise UsageError(f"{file} is not a nanoGPT checkpoint: it has no 'model' and 'model_args'")
     config = _read_config(file, content["model_args"])
     tensors = _ours(file, named_tensors(file, content["model"]))
     settings = content.get("config")
@@ -57,55 +57,55 @@ def read(path: Path) -> Foreign:
 
 
 def write(model: GPT, folder: Path, tokenizer: BaseTokenizer | None = None) -> None:
-    """Write ``ckpt.pt`` into a folder, for nanoGPT's ``sample.py`` and ``train.py``.
+    """Write ``ckpt.pt`` to a folder, for nanoGPT's ``sample.py`` and ``train.py``.
 
-    Both take it with ``--init_from=resume``; `train.py` starts at step 0, with the optimizer as new
-    and in its default settings. Characters go into a ``meta.pkl`` beside it, which ``sample.py``
-    finds if the folder lies in nanoGPT's own, as its ``out`` does: ``--out_dir=NAME``.
+    Both load it with ``--init_from=resume``; ``train.py`` starts at step 0 with a new optimizer in
+    its default settings. A character vocabulary is written to ``meta.pkl`` next to it, which
+    ``sample.py`` finds if the folder is inside nanoGPT's own, like its ``out``: ``--out_dir=NAME``.
 
-    Raises: UsageError for a model or a tokenizer that nanoGPT cannot hold, or if there is such a
-        file already.
+    Raises: UsageError for a model or tokenizer that nanoGPT does not support, or if the file
+        already exists.
     """
     for name in (CHECKPOINT, META):
         if (folder / name).exists():
-            raise UsageError(f"{folder / name} is there already; give another folder")
+            raise UsageError(f"{folder / name} already exists; give another folder")
     _refuse_config(model.config)
     has_characters = _has_characters(tokenizer)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if has_characters:
             (folder / META).write_bytes(pickle.dumps(_meta(tokenizer)))
-        # `data/../NAME`, where sample.py looks for the meta.pkl of the data set
+        # sample.py looks for meta.pkl in data/DATASET, which becomes data/../NAME
         dataset = {"dataset": f"../{folder.resolve().name}"} if has_characters else {}
         _save(_checkpoint(model, dataset), folder / CHECKPOINT)
     except OSError as error:
         raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from None
 
 
-# --- in --------------------------------------------------------------------------------------
+# --- import ----------------------------------------------------------------------------------
 
 
 def _read_config(file: Path, args: Any) -> GPTConfig:
     if not isinstance(args, dict):
-        raise UsageError(f"{file}: 'model_args' is no dict of settings")
+        raise UsageError(f"{file}: 'model_args' is not a dict of settings")
     names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
     return make_config(
         file,
         **{name: args.get(name) for name in names},
-        bias=bool(args.get("bias", True)),  # the first versions had no choice
+        bias=bool(args.get("bias", True)),  # the first versions always had biases
         dropout=args.get("dropout", 0.0),
         layer_norm_eps=_EPS,
     )
 
 
 def _ours(file: Path, tensors: dict[str, Tensor]) -> dict[str, LazyTensor]:
-    """Return the tensors by our names; UsageError for a head that is not the embedding."""
+    """Return the tensors by fastgpt's names; UsageError for a head that is not tied."""
     named = {_our_name(name): tensor for name, tensor in tensors.items()}
     head, embedding = named.pop(_HEAD, None), named.get("wte.weight")
     if head is not None and embedding is not None and not _equal(head, embedding):
         raise UsageError(
-            f"{file}: {_HEAD} is not {_PREFIX}wte.weight, but in nanoGPT they are one: this was "
-            "made by a changed nanoGPT, and what it computes is not known"
+            f"{file}: {_HEAD} differs from {_PREFIX}wte.weight, but nanoGPT ties them: this file "
+            "was made by a modified nanoGPT, whose computation is unknown"
         )
     return {name: lazy(tensor) for name, tensor in named.items() if not name.endswith(_MASK)}
 
@@ -117,12 +117,15 @@ def _our_name(name: str) -> str:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Compare without reading, if they are one tensor in the file, too."""
+    """Return whether two tensors are equal, without reading them if they share their memory."""
     return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 
 
 def _tokenizer(file: Path, vocab_size: int, dataset: Any) -> BaseTokenizer:
-    """Return the tokenizer beside the file, GPT-2's if the size is its, or that of a meta.pkl."""
+    """Return the tokenizer in the file's folder, GPT-2's if the size matches, or a meta.pkl's.
+
+    Raises: NoTokenizerError if there is none of them.
+    """
     try:
         return load_tokenizer(file.parent)
     except FileNotFoundError:
@@ -137,13 +140,13 @@ def _tokenizer(file: Path, vocab_size: int, dataset: Any) -> BaseTokenizer:
         if meta.is_file():
             return _characters(meta, vocab_size)
     raise NoTokenizerError(
-        f"{file} does not say what its {vocab_size:,} token ids stand for: put the {META} of its "
-        f"data beside it (looked for: {', '.join(map(str, places))})"
+        f"{file} has no tokenizer for its {vocab_size:,} token ids: put the {META} of its data "
+        f"next to it (looked for: {', '.join(map(str, places))})"
     )
 
 
 def _places_of_meta(file: Path, dataset: Any) -> list[Path]:
-    """Return where the characters may be, for a checkpoint in a folder of nanoGPT's own."""
+    """Return the paths where meta.pkl may be, for a checkpoint in a folder inside nanoGPT's."""
     places = [file.parent / META]
     if isinstance(dataset, str):
         places.append(Path(os.path.normpath(file.parent / ".." / "data" / dataset / META)))
@@ -161,26 +164,26 @@ def _characters(meta: Path, vocab_size: int) -> CharTokenizer:
     return tokenizer
 
 
-# --- out -------------------------------------------------------------------------------------
+# --- export ----------------------------------------------------------------------------------
 
 
 def _refuse_config(config: GPTConfig) -> None:
     if not config.tie_weights:
-        raise UsageError("nanoGPT has no head of its own weights (tie_weights = False)")
+        raise UsageError("nanoGPT does not support an untied head (tie_weights = False)")
     if config.layer_norm_eps != _EPS:
         raise UsageError(
-            f"nanoGPT has layer_norm_eps = {_EPS}; this model's is {config.layer_norm_eps}"
+            f"nanoGPT requires layer_norm_eps = {_EPS}; this model has {config.layer_norm_eps}"
         )
 
 
 def _has_characters(tokenizer: BaseTokenizer | None) -> bool:
-    """Tell whether a tokenizer needs a meta.pkl; UsageError if nanoGPT has no place for it."""
+    """Return whether a tokenizer needs a meta.pkl; UsageError if nanoGPT does not support it."""
     if isinstance(tokenizer, CharTokenizer):
         return True
     if tokenizer is not None and tokenizer != Tokenizer.gpt2():
         raise UsageError(
-            "nanoGPT has GPT-2's tokenizer and single characters, and none of "
-            f"{tokenizer.vocab_size:,} tokens as here: it would show other words for the same ids"
+            "nanoGPT supports GPT-2's tokenizer and single characters, but not this tokenizer of "
+            f"{tokenizer.vocab_size:,} tokens: it would decode the same ids to other text"
         )
     return False
 
@@ -208,7 +211,7 @@ def _checkpoint(model: GPT, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _new_optimizer(model: GPT) -> dict[str, Any]:
-    """Return the state of AdamW before its first step, in train.py's two groups."""
+    """Return the state of AdamW before its first step, with train.py's two parameter groups."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": _WEIGHT_DECAY},
@@ -218,12 +221,12 @@ def _new_optimizer(model: GPT) -> dict[str, Any]:
 
 
 def _save(content: dict[str, Any], file: Path) -> None:
-    """Save the whole file or, on failure, nothing of it."""
+    """Save a file atomically: on failure, nothing is left."""
     beside = file.with_name(f".{file.name}.new")
     try:
         torch.save(content, beside)
         beside.replace(file)
-    except RuntimeError as error:  # torch's for a full disk
+    except RuntimeError as error:  # raised by torch if the disk is full
         raise OSError(str(error).splitlines()[0]) from None
     finally:
         beside.unlink(missing_ok=True)

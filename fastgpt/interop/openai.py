@@ -1,12 +1,12 @@
-"""OpenAI's release of GPT-2: a folder with a TensorFlow checkpoint, and what others save like it.
+"""Import of OpenAI's release of GPT-2, a folder with a TensorFlow checkpoint, and similar folders.
 
     checkpoint       the name of the newest checkpoint in the folder
     hparams.json     n_vocab, n_ctx, n_embd, n_head, n_layer
     model.ckpt.*     the checkpoint (`tensor_bundle`); gpt-2-simple's are called model-1000.*
     encoder.json, vocab.bpe    the tokenizer
 
-Names and shapes: https://github.com/openai/gpt-2/blob/master/src/model.py. Its layers are
-convolutions of width 1, and their weights `[1, in, out]`.
+Names and shapes: https://github.com/openai/gpt-2/blob/master/src/model.py. Linear layers are
+convolutions of width 1 with weights `[1, in, out]`.
 """
 
 import re
@@ -21,7 +21,7 @@ from fastgpt.model import GPTConfig
 
 HPARAMS, STATE = "hparams.json", "checkpoint"
 LARGEST_STATE = 1 << 20  # bytes
-_CONFIG = {  # our names of the settings
+_CONFIG = {  # OpenAI's setting -> fastgpt's
     "n_vocab": "vocab_size",
     "n_ctx": "block_size",
     "n_embd": "n_embd",
@@ -33,9 +33,9 @@ _LAYER = re.compile(
 )
 _NORM = re.compile(r"model/(?:h(0|[1-9][0-9]*)/(ln_1|ln_2)|(ln_f))/(g|b)", re.ASCII)
 _EMBEDDING = re.compile(r"model/(wte|wpe)")
-# What a Saver of all variables, not of the model's alone, adds: of each trained variable what the
-# optimizer keeps (Adam and Momentum of TensorFlow, Adam as in BERT's code, Adafactor), its own
-# counters, and that of steps. The model does not depend on them.
+# Variables of the training state, saved by a Saver of all variables: the optimizer's state for each
+# trained variable (TensorFlow's Adam and Momentum, Adam of BERT's code, Adafactor), its counters,
+# and the step counter. The model does not depend on them.
 _KEPT_OF_VARIABLE = re.compile(
     r"(.+)/(?:Adam|Adam_1|Momentum|adam_m|adam_v|adafactor_v|adafactor_vr|adafactor_vc)"
 )
@@ -43,15 +43,16 @@ _COUNTERS = ("global_step", "beta1_power", "beta2_power")
 
 
 def recognises(path: Path) -> bool:
-    """Tell whether a path is such a folder."""
+    """Return whether a path is a folder of this format."""
     return (path / HPARAMS).is_file() and any(path.glob("*.index"))
 
 
 def read(path: Path) -> Foreign:
-    """Open the checkpoint that the folder's `checkpoint` names, or its only one.
+    """Open the checkpoint named by the folder's `checkpoint` file, or its only checkpoint.
 
-    Raises CheckpointError that names the file and what in it is damaged, missing or not supported.
-    Tensors that are neither the model's nor an optimizer's keep their name.
+    Tensors that belong neither to the model nor to the training state keep their names.
+
+    Raises: CheckpointError with the file and what in it is damaged, missing or not supported.
     """
     bundle = TensorBundle(_find_checkpoint(path))
     config = _read_config(path / HPARAMS, bundle)
@@ -64,7 +65,7 @@ def read(path: Path) -> Foreign:
 
 
 def _find_checkpoint(folder: Path) -> Path:
-    """Return what the names of the checkpoint's files begin with."""
+    """Return the path prefix of the checkpoint's files."""
     there = sorted(index.name.removesuffix(".index") for index in folder.glob("*.index"))
     if (folder / STATE).is_file():
         name = _named_checkpoint(folder / STATE)
@@ -76,16 +77,16 @@ def _find_checkpoint(folder: Path) -> Path:
         return folder / name
     if len(there) != 1:
         raise CheckpointError(
-            f"{folder} holds several checkpoints ({', '.join(there):.200}): say which one in a "
+            f"{folder} contains several checkpoints ({', '.join(there):.200}): choose one in a "
             f'file {STATE!r} with the line: model_checkpoint_path: "{there[-1]}"'
         )
     return folder / there[0]
 
 
 def _named_checkpoint(path: Path) -> str:
-    """Return the name that a CheckpointState, a protocol buffer as text, gives the newest one.
+    """Return the name of the newest checkpoint in a CheckpointState, a text protocol buffer.
 
-    Where the folder was when it was saved does not matter: it may have been moved.
+    Folders in the name are ignored, because the folder may have been moved after saving.
     """
     try:
         with path.open("rb") as file:
@@ -104,7 +105,7 @@ def _named_checkpoint(path: Path) -> str:
 
 
 def _unescaped(text: bytes) -> bytes:
-    """Undo the escapes that paths have: of bytes beyond ASCII in octal, of quotes and the like."""
+    """Undo the escapes of a text protocol buffer: octal bytes and backslashed characters."""
 
     def byte(match: re.Match[bytes]) -> bytes:
         return bytes([int(match[1], 8) & 0xFF]) if match[1] else match[2]
@@ -113,9 +114,9 @@ def _unescaped(text: bytes) -> bytes:
 
 
 def _read_config(path: Path, bundle: TensorBundle) -> GPTConfig:
-    """Return the model's shape, which the tensors must bear out.
+    """Return the model's config after checking it against the shapes of the tensors.
 
-    They are compared before anything is built: a damaged number could ask for any size.
+    This happens before the model is built, as a damaged number could request any size.
     """
     hparams = read_json(path)
     settings: dict[str, Any] = {
@@ -129,7 +130,7 @@ def _read_config(path: Path, bundle: TensorBundle) -> GPTConfig:
     for name, shape in expected.items():
         entry = bundle.entries.get(name)
         if entry is None:
-            raise CheckpointError(f"{bundle.index_path} has no {name}: it is of another model")
+            raise CheckpointError(f"{bundle.index_path} has no {name}: it is not a GPT-2")
         if entry.shape != shape:
             raise CheckpointError(
                 f"{path} says that {name} is {list(shape)}, but in {bundle.index_path} it is "
@@ -149,12 +150,12 @@ def _read_config(path: Path, bundle: TensorBundle) -> GPTConfig:
 def _whole_number(path: Path, hparams: dict[str, Any], name: str) -> int:
     value = hparams.get(name)
     if type(value) is not int:
-        raise CheckpointError(f"{path}: {name} must be a whole number, not {value!r:.80}")
+        raise CheckpointError(f"{path}: {name} must be an integer, not {value!r:.80}")
     return value
 
 
 def _our_name(name: str) -> str:
-    """Return what we call a tensor of theirs; what is none of the model's keeps its name."""
+    """Return fastgpt's name of a tensor; tensors that are not the model's keep their name."""
     if match := _EMBEDDING.fullmatch(name):
         return f"{match[1]}.weight"
     if match := _LAYER.fullmatch(name):
@@ -167,11 +168,12 @@ def _our_name(name: str) -> str:
 
 
 def _our_tensor(bundle: TensorBundle, name: str) -> LazyTensor:
-    """Return a tensor as we orient it: a layer's weight [1, in, out] as [out, in]."""
+    """Return a tensor in fastgpt's orientation: a weight `[1, in, out]` as `[out, in]`."""
     entry = bundle.entries[name]
     if _our_name(name) != name and not entry.dtype.is_floating_point:
         raise CheckpointError(
-            f"{bundle.index_path}: {name!r:.80} is of {entry.dtype}, and weights are not"
+            f"{bundle.index_path}: {name!r:.80} has dtype {entry.dtype}, but weights must be "
+            "floating-point"
         )
     layer = _LAYER.fullmatch(name)
     if layer and layer[3] == "w" and len(entry.shape) == 3 and entry.shape[0] == 1:
@@ -180,6 +182,6 @@ def _our_tensor(bundle: TensorBundle, name: str) -> LazyTensor:
 
 
 def _is_of_training(name: str, bundle: TensorBundle) -> bool:
-    """Tell whether a variable served training alone."""
+    """Return whether a variable is part of the training state only."""
     match = _KEPT_OF_VARIABLE.fullmatch(name)
     return name in _COUNTERS or (match is not None and match[1] in bundle.entries)

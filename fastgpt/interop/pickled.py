@@ -1,4 +1,4 @@
-"""Files of `torch.save`: tensors and plain values out of them, and no code."""
+"""Safe reading of `torch.save` files: tensors and plain values only, no code."""
 
 import pickle
 import zipfile
@@ -13,10 +13,11 @@ from fastgpt.utils.errors import UsageError
 
 
 def unpickle(path: Path) -> Any:
-    """Return what a file of `torch.save` holds, its tensors mapped from it where that is possible.
+    """Load a file of `torch.save`, with tensors memory-mapped if possible.
 
-    Only tensors and plain values are taken (`weights_only`): a pickle that would run anything else
-    is refused with a UsageError.
+    Only tensors and plain values are loaded (`weights_only`).
+
+    Raises: UsageError for a damaged file, or a pickle that would execute anything else.
     """
     try:
         try:
@@ -29,39 +30,40 @@ def unpickle(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"{path} holds more than tensors and plain values, and is not loaded, because a pickle "
-            f"can run any code: {reason}; save its weights as safetensors where they came from"
+            f"{path} contains more than tensors and plain values and is not loaded, because a "
+            f"pickle can execute any code: {reason}; save the weights as safetensors at their "
+            "origin"
         ) from None
-    except Exception as error:  # what a damaged file raises may be anything
+    except Exception as error:  # a damaged file may raise anything
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UsageError(f"{path} cannot be read: {reason}") from None
 
 
 def named_tensors(path: Path, content: Any) -> dict[str, Tensor]:
-    """Return `content`, if it maps names to weights, else a UsageError that names `path`."""
+    """Return `content` if it maps names to tensors; otherwise raise UsageError for `path`."""
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UsageError(f"{path} does not map names to tensors, as a `state_dict` does")
     for name, tensor in content.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
-            raise UsageError(f"{path}: {name} is no plain tensor")
+            raise UsageError(f"{path}: {name} is not a plain tensor")
     return content
 
 
 def mentions(path: Path, word: str) -> bool:
-    """Tell whether a word is among the texts of a file of `torch.save`, which is not loaded."""
+    """Return whether a word occurs in the pickle of a `torch.save` file, without loading it."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             return any(word.encode() in archive.read(name) for name in names)
-    except Exception:  # no zip archive, or a damaged one
+    except Exception:  # not a zip archive, or a damaged one
         return False
 
 
 def lazy(tensor: Tensor) -> LazyTensor:
-    """Return a tensor of such a file as one that is copied when it is asked for.
+    """Return a lazy tensor that copies a mapped tensor when it is read.
 
-    Copied, because the file may be overwritten while the model lives; and in order, which in the
-    file it need not be.
+    The copy is needed because the file may be overwritten during the lifetime of the model, and
+    because tensors in the file need not be contiguous.
     """
     in_order = torch.contiguous_format
     return LazyTensor(tuple(tensor.shape), lambda: tensor.detach().clone(memory_format=in_order))

@@ -1,4 +1,4 @@
-"""A run folder of our own, as a source of a model like any other."""
+"""fastgpt's own run folders as a source of models, with the interface of other formats."""
 
 import json
 from collections.abc import Mapping
@@ -15,24 +15,24 @@ from fastgpt.tokenizer import BaseTokenizer
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder and the checkpoint of it to take."""
+    """A run folder and its selected checkpoint."""
 
     path: Path
     checkpoint: Checkpoint
 
     def load_model(self, device: torch.device | str = "cpu", ops: str = "auto") -> GPT:
-        """Return the model, with the averaged weights if the run keeps them."""
+        """Return the model in evaluation mode, with averaged (EMA) weights if the run has them."""
         checkpoint = self.checkpoint
         return checkpoint.load_model(device, ops, ema=checkpoint.has_ema).eval()
 
     def open_tensors(self) -> Mapping[str, LazyTensor]:
-        """Return the same weights, mapped from their file: read when used."""
+        """Return the same weights, memory-mapped and read on use."""
         tensors = self.checkpoint.merged_tensors(ema=self.checkpoint.has_ema)
         return {name: LazyTensor(t.shape, t.detach) for name, t in tensors.items()}
 
     @property
     def config(self) -> GPTConfig:
-        """The model's shape."""
+        """The model's configuration."""
         return self.checkpoint.config
 
     def read_tokenizer(self) -> BaseTokenizer:
@@ -41,17 +41,17 @@ class Run:
 
 
 def recognises(path: Path) -> bool:
-    """Tell whether a path is a run folder, or stands for one (``runs/latest``)."""
-    if not path.exists():  # `read` says so of what is meant to be a run
+    """Return whether a path is a run folder, or an alias of one (``runs/latest``)."""
+    if not path.exists():  # if a run is meant, `read` reports that it does not exist
         return path.name == "latest" or path.parts[:1] == ("runs",)
     try:
         config = json.loads((path / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
-        return (path / "checkpoints").is_dir()  # a damaged run: `read` says what is wrong with it
+        return (path / "checkpoints").is_dir()  # a damaged run: `read` reports the error
     return isinstance(config, dict) and "recipe" in config
 
 
 def read(path: Path, which: str = "best") -> Run:
-    """Open a run at its ``"best"`` checkpoint, or the ``"newest"``."""
+    """Open a run with its ``"best"`` or its ``"newest"`` checkpoint."""
     path = resolve_run(path)
     return Run(path, find_checkpoint(path, which, weights_only=True))

@@ -1,10 +1,10 @@
-"""TensorFlow's checkpoints (format V2, the "tensor bundle"), read without TensorFlow.
+"""Reader of TensorFlow checkpoints (format V2, "tensor bundle") that does not need TensorFlow.
 
-    model.ckpt.index                 a table (`leveldb_table`): of each name, a BundleEntryProto
+    model.ckpt.index                 a table (`leveldb_table`) of a BundleEntryProto per name
     model.ckpt.data-00000-of-00001   the tensors' elements, little-endian; several such files
                                      ("shards") if several devices held the variables
 
-The entry of the empty name is a BundleHeaderProto. Both messages are described in
+The entry with the empty name is a BundleHeaderProto. Both messages are described in
 https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/protobuf/tensor_bundle.proto.
 Checksums cover the whole index and each tensor.
 """
@@ -26,11 +26,11 @@ from fastgpt.interop.leveldb_table import masked_crc32c, read_table
 from fastgpt.interop.wire import BYTES, FIXED32, VARINT, Message, UnsupportedError
 from fastgpt.utils.extension import _C
 
-VERSION = 1  # of the format, as TensorFlow counts
+VERSION = 1  # newest supported version of the format
 LARGEST_RANK = 64  # PyTorch's limit
-PIECE = 1 << 20  # bytes read and then summed, while the processor's cache has them
+PIECE = 1 << 20  # bytes per read, small enough to be in cache when the checksum is computed
 
-# Numbers of types: tensorflow/core/framework/types.proto
+# Type numbers of tensorflow/core/framework/types.proto
 _DTYPES = {
     **{1: torch.float32, 2: torch.float64, 14: torch.bfloat16, 19: torch.float16},
     **{3: torch.int32, 5: torch.int16, 6: torch.int8, 9: torch.int64},
@@ -48,16 +48,16 @@ _SHAPE = {2: BYTES, 3: VARINT}  # dim, unknown_rank
 _DIMENSION = {1: VARINT, 2: BYTES}  # size, name
 _DAMAGED = "copy or download the checkpoint again"
 _IN_SLICES = (
-    "a variable is kept in slices (partitions), which is not supported: save the checkpoint again "
-    "without a partitioner"
+    "a variable is stored in slices (partitions), which is not supported: save the checkpoint "
+    "again without a partitioner"
 )
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the index says of a tensor: its type and shape, and which bytes of which file it is.
+    """The index entry of a tensor: its dtype, shape and location in a data file (shard).
 
-    crc32c: of those bytes, masked (`leveldb_table.masked_crc32c`).
+    crc32c: the masked checksum of its bytes (`leveldb_table.masked_crc32c`).
     """
 
     dtype: torch.dtype
@@ -69,11 +69,12 @@ class Entry:
 
 
 class TensorBundle:
-    """A checkpoint of TensorFlow's, its index read and checked: tensors are read when asked for.
+    """A TensorFlow checkpoint whose index has been read and checked; tensors are read lazily.
 
-    prefix: what the names of its files begin with, such as ``124M/model.ckpt``. Raises
-    CheckpointError that names the file, and what in it is damaged or not supported: variables in
-    slices, strings, compression, other byte orders.
+    prefix: the common prefix of its file names, such as ``124M/model.ckpt``.
+
+    Raises: CheckpointError with the file and what in it is damaged or not supported (sliced
+        variables, strings, compression, big-endian data).
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -92,13 +93,13 @@ class TensorBundle:
         self._require_data()
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor, in memory of its own; CheckpointError if its checksum is another."""
+        """Return a tensor in its own memory; CheckpointError if its checksum does not match."""
         if name not in self.entries:
             raise CheckpointError(f"{self.index_path} has no tensor {name!r:.80}")
         entry = self.entries[name]
         path = self._shard_path(entry.shard)
-        # Large ones in pages of their own: where the caller makes another tensor of it, and frees
-        # it, the heap would keep a hole.
+        # Large tensors get their own pages. Callers often copy them to another tensor and free
+        # them, which would otherwise leave holes in the heap.
         own_pages = entry.size >= PIECE
         elements = (
             host_memory(entry.size) if own_pages else torch.empty(entry.size, dtype=torch.uint8)
@@ -108,7 +109,7 @@ class TensorBundle:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
         if crc is None or masked_crc32c(crc) != entry.crc32c:
-            what = "was cut off in" if crc is None else "does not have the checksum of"
+            what = "is truncated in" if crc is None else "does not match the checksum of"
             raise CheckpointError(
                 f"{path} {what} tensor {name!r:.80} ({entry.size:,} bytes at {entry.offset:,}): "
                 f"{_DAMAGED}"
@@ -116,7 +117,7 @@ class TensorBundle:
         return elements.view(entry.dtype).view(entry.shape)
 
     def _require_data(self) -> None:
-        """Check that each data file that a tensor is in is there, and long enough for it."""
+        """Check that all data files exist and are long enough for their tensors."""
         sizes: dict[int, int] = {}
         for name, entry in self.entries.items():
             path = self._shard_path(entry.shard)
@@ -126,7 +127,7 @@ class TensorBundle:
             if end > sizes[entry.shard]:
                 raise CheckpointError(
                     f"{path} has {sizes[entry.shard]:,} bytes, but tensor {name!r:.80} ends at "
-                    f"{end:,}: it was cut off, or belongs to another index; {_DAMAGED}"
+                    f"{end:,}: it was truncated, or belongs to another index; {_DAMAGED}"
                 )
 
     def _shard_path(self, shard: int) -> Path:
@@ -138,11 +139,11 @@ def _read_index(path: Path) -> tuple[int, dict[str, Entry]]:
     table = read_table(path)
     name, value = next(table, (b"", b""))
     if name:
-        raise ValueError("its first entry is no header, as it is in TensorFlow's index files")
+        raise ValueError("its first entry is not a header, as in TensorFlow's index files")
     n_shards = _read_header(value)
     entries = {}
     for key, value in table:
-        if key.startswith(b"\0"):  # such keys are those of the slices themselves
+        if key.startswith(b"\0"):  # the key of a slice
             raise UnsupportedError(_IN_SLICES)
         try:
             entries[key.decode()] = _read_entry(value, n_shards)
@@ -154,7 +155,7 @@ def _read_index(path: Path) -> tuple[int, dict[str, Entry]]:
 
 
 def _read_header(value: bytes) -> int:
-    """Return the number of data files, if the header promises nothing that is not known here."""
+    """Return the number of data files after checking byte order and version in the header."""
     header = Message(value, _HEADER)
     n_shards, endianness = header.signed(1), header.number(2)
     if n_shards < 1:
@@ -164,7 +165,7 @@ def _read_header(value: bytes) -> int:
     for version in header.parts(3):
         needed = Message(version, _VERSION).number(2)
         if needed > VERSION:
-            raise UnsupportedError(f"it needs a reader of version {needed}, and this is {VERSION}")
+            raise UnsupportedError(f"it needs a reader of version {needed}; this one is {VERSION}")
     return n_shards
 
 
@@ -175,7 +176,7 @@ def _read_entry(value: bytes, n_shards: int) -> Entry:
     number = message.number(1)
     if number not in _DTYPES:
         name = _OTHER_TYPES.get(number, "see TensorFlow's types.proto")
-        raise UnsupportedError(f"its type {number} ({name}) is none that can be read here")
+        raise UnsupportedError(f"its type {number} ({name}) is not supported")
     shape = _read_shape(message.parts(2))
     entry = Entry(
         _DTYPES[number],
@@ -198,25 +199,25 @@ def _read_entry(value: bytes, n_shards: int) -> Entry:
 
 
 def _read_shape(parts: list[bytes]) -> tuple[int, ...]:
-    """Return the shape; one that is left out is a scalar's."""
+    """Return the shape of an entry; without a shape message, the tensor is a scalar."""
     if len(parts) > 1:
         raise ValueError("it has several shapes")
     shape = Message(b"".join(parts), _SHAPE)
     dimensions = [Message(dimension, _DIMENSION).signed(1) for dimension in shape.parts(2)]
     if len(dimensions) > LARGEST_RANK:
-        raise ValueError(f"it has {len(dimensions):,} dimensions; {LARGEST_RANK} can be read")
-    # The product without zeros, which strides are made of, must be a number that PyTorch can hold.
+        raise ValueError(f"it has {len(dimensions):,} dimensions; the limit is {LARGEST_RANK}")
+    # Strides are products of the nonzero sizes, and must fit PyTorch's 64-bit integers.
     if (
         shape.number(3)
         or min(dimensions, default=0) < 0
         or math.prod(filter(None, dimensions)) >= 1 << 60
     ):
-        raise ValueError(f"its shape is not known, or impossible: {dimensions}")
+        raise ValueError(f"its shape is unknown or impossible: {dimensions}")
     return tuple(dimensions)
 
 
 def _require_file(path: Path) -> int:
-    """Return a file's size."""
+    """Return the size of a regular file; CheckpointError if it does not exist."""
     try:
         status = path.stat()
     except OSError as error:
@@ -230,7 +231,7 @@ def _require_file(path: Path) -> int:
 
 
 def _read_into(to: memoryview, path: Path, offset: int) -> int | None:
-    """Fill `to` from a file, and return the CRC-32C of it; None if the file ends before."""
+    """Fill `to` from a file and return its CRC-32C, or None if the file ends before that."""
     crc, done = 0, 0
     with path.open("rb", buffering=0) as file:
         file.seek(offset, os.SEEK_SET)

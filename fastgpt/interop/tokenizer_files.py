@@ -1,4 +1,4 @@
-"""A tokenizer as transformers' `AutoTokenizer` finds it beside a model."""
+"""Export of tokenizers to the files that transformers' `AutoTokenizer` reads."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def write_tokenizer(tokenizer: BaseTokenizer, folder: Path, block_size: int) -> 
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
-        "clean_up_tokenization_spaces": False,  # it would take spaces out of the text
+        "clean_up_tokenization_spaces": False,  # True would remove spaces when decoding
     }
     if tokenizer.eot_token is not None:
         settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)

@@ -1,9 +1,9 @@
-"""The modules of transformers' GPT-2 with another `forward`, for `transformers_patch`.
+"""Subclasses of transformers' GPT-2 modules with another `forward`, for `transformers_patch`.
 
-Each class has one base, the class that it stands in for, and adds nothing but the name of the
-backend, so that a module is patched by changing its `__class__`. The names are the bases' own:
-FSDP's wrapping rules, the Trainer and `save_pretrained` go by them. Where a call asks for what the
-operators do not do, the base's `forward` runs.
+Each class has one base, the class that it replaces, and adds only an attribute with the name of the
+backend, so a module can be patched by assigning its `__class__`. Class names equal those of the
+bases, because FSDP's wrapping policies, the Trainer and `save_pretrained` depend on them. Calls
+that fastgpt's operators do not support run the `forward` of the base class.
 """
 
 import inspect
@@ -23,31 +23,31 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel as GPT2Pr
 from fastgpt import ops as backends
 from fastgpt.ops.reference import split_heads
 
-# What transformers hands down to attention and what says nothing of how to attend.
+# Arguments that transformers passes down to attention and that do not change its result.
 INERT = {"use_cache", "position_ids", "cache_position", "num_items_in_batch"}
-# Before transformers 5.24 the argument `cache` had this name; here it may come by either.
+# The name of the argument `cache` before transformers 5.24; both are accepted.
 OLD_CACHE = "past_key_values"
 
 
 def backend(name: str, x: Tensor, width: int = 1, n_head: int | None = None) -> ModuleType:
-    """Return the backend called `name` for `x`; width and n_head: as far as they matter."""
+    """Return the backend `name` for `x`; width and n_head only for operations they affect."""
     return backends.get(name, x.device, backends.kernels_fit(width, n_head or width, x.dtype))
 
 
 class LayerNorm(nn.LayerNorm):
-    """`ops.layer_norm`."""
+    """LayerNorm computed by `ops.layer_norm`."""
 
     fastgpt_ops: str
 
     def forward(self, x: Tensor) -> Tensor:
-        """Norm the last dimension of `x` `[B, T, C]`."""
+        """Normalise the last dimension of `x` `[B, T, C]`."""
         ops = backend(self.fastgpt_ops, x, x.size(-1))
         normed: Tensor = ops.layer_norm(x, self.weight, self.bias, self.eps)
         return normed
 
 
 class NewGELUActivation(activations.NewGELUActivation):
-    """`ops.gelu`."""
+    """GELU computed by `ops.gelu`."""
 
     fastgpt_ops: str
 
@@ -58,7 +58,7 @@ class NewGELUActivation(activations.NewGELUActivation):
 
 
 class GELUTanh(activations.GELUTanh):
-    """`ops.gelu`."""
+    """GELU computed by `ops.gelu`."""
 
     fastgpt_ops: str
 
@@ -69,7 +69,7 @@ class GELUTanh(activations.GELUTanh):
 
 
 class GPT2Attention(modeling_gpt2.GPT2Attention):
-    """`ops.causal_attention`, for whole texts without padding."""
+    """Attention computed by `ops.causal_attention`, for whole sequences without padding."""
 
     fastgpt_ops: str
 
@@ -83,10 +83,10 @@ class GPT2Attention(modeling_gpt2.GPT2Attention):
         output_attentions: bool | None = False,
         **kwargs: Any,
     ) -> Any:
-        """Return `[B, T, C]`, and None in place of the weights."""
+        """Return the output `[B, T, C]`, and None instead of the attention weights."""
         cache = kwargs.pop(OLD_CACHE, cache)
         if (
-            attention_mask is not None  # without padding transformers makes none for "sdpa"
+            attention_mask is not None  # for "sdpa", transformers passes none without padding
             or encoder_hidden_states is not None
             or output_attentions
             or not self._is_usual()
@@ -112,7 +112,7 @@ class GPT2Attention(modeling_gpt2.GPT2Attention):
         return self.resid_dropout(self.c_proj(y)), None
 
     def _is_usual(self) -> bool:
-        """Whether it is configured as in GPT-2: causal, and scaled by 1/√D alone."""
+        """Return whether attention is configured as in GPT-2: causal, scaled by 1/√D only."""
         return (
             self.config._attn_implementation == "sdpa"
             and self.config.scale_attn_weights
@@ -123,7 +123,7 @@ class GPT2Attention(modeling_gpt2.GPT2Attention):
 
 
 class GPT2Block(modeling_gpt2.GPT2Block):
-    """`ops.add_layer_norm` between attention and MLP."""
+    """Block with `ops.add_layer_norm` between attention and the MLP."""
 
     fastgpt_ops: str
 
@@ -137,7 +137,7 @@ class GPT2Block(modeling_gpt2.GPT2Block):
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> Tensor:
-        """Return the next residual stream `[B, T, C]`."""
+        """Return the residual stream `[B, T, C]` after the block."""
         cache = kwargs.pop(OLD_CACHE, cache)
         norm = self.ln_2
         if encoder_hidden_states is not None or type(norm) is not LayerNorm or _is_watched(norm):
@@ -167,13 +167,13 @@ class GPT2Block(modeling_gpt2.GPT2Block):
 
 
 class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
-    """`ops.linear_cross_entropy` in training, which never holds all logits."""
+    """Model that uses `ops.linear_cross_entropy` in training, without materialising all logits."""
 
     fastgpt_ops: str
 
     @wraps(modeling_gpt2.GPT2LMHeadModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return loss and no logits in training with labels, as ever otherwise."""
+        """Return the loss without logits in training with labels; otherwise call the base class."""
         if len(args) > 1 or not self._takes_loss_alone(kwargs):
             return super().forward(*args, **kwargs)
         labels = kwargs.pop("labels")
@@ -186,7 +186,7 @@ class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
         )
 
     def _takes_loss_alone(self, kwargs: dict[str, Any]) -> bool:
-        """Whether a call, by its named arguments, wants the usual loss and needs no logits."""
+        """Return whether a call with these keyword arguments needs only the standard loss."""
         head = self.lm_head
         keep, named = kwargs.get("logits_to_keep"), kwargs.get("return_dict")
         return (
@@ -202,10 +202,10 @@ class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
         )
 
     def _has_usual_loss(self) -> bool:
-        """Whether `loss_function` is the one for language models.
+        """Return whether `loss_function` is the standard one for causal language models.
 
-        Found as that property finds it, which warns besides that GPT-2 names no type of loss, and
-        a compiler cannot trace a warning.
+        This repeats the lookup of the `loss_function` property. The property itself also warns that
+        GPT-2 has no loss type, and torch.compile cannot trace a warning.
         """
         named = LOSS_MAPPING.get(getattr(self, "loss_type", None), ForCausalLMLoss)
         return getattr(self, "_loss_function", named) is ForCausalLMLoss
@@ -218,10 +218,10 @@ class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
         ignore_index: int = -100,
         **_: Any,
     ) -> Tensor:
-        """Return the loss of hidden states `[B, T, C]`, each against the label after its own.
+        """Return the loss of hidden states `[B, T, C]` against the labels of the next positions.
 
-        The mean over the labels that count, or their sum over `num_items_in_batch`, which the
-        Trainer counts over all the batches of a step.
+        The loss is the mean over the labels that are not `ignore_index`, or their sum divided by
+        `num_items_in_batch`, which the Trainer counts over all micro-batches of a step.
         """
         # The last position of a row has no label after it.
         targets = F.pad(labels.to(hidden.device), (0, 1), value=ignore_index)[..., 1:].flatten()
@@ -230,7 +230,8 @@ class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
             mean: Tensor = entropy(hidden, self.lm_head.weight, targets, ignore_index)
             return mean
         n_counted = (targets != ignore_index).sum()
-        # A mean over nothing is NaN, and a sum is 0: then let the last position count, times 0.
+        # Without counted labels the mean is NaN, but the sum must be 0. In that case, count the
+        # last position, whose loss is then multiplied by n_counted = 0.
         targets[-1] = torch.where(n_counted == 0, 0, ignore_index)
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(hidden.device)
@@ -239,30 +240,30 @@ class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
 
 
 def _is_empty(cache: Any, layer: int) -> bool:
-    """Whether there is no cache, or one that grows and holds nothing of a layer yet."""
+    """Return whether there is no cache, or a `DynamicCache` that is empty for a layer."""
     return cache is None or (type(cache) is DynamicCache and cache.get_seq_length(layer) == 0)
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether something must see the module's own call: a hook, or a `forward` put over it.
+    """Return whether a module must be called itself: it has hooks or an overridden `forward`.
 
-    Accelerate does the latter, to fetch parameters from elsewhere.
+    Accelerate overrides `forward` to fetch offloaded parameters.
     """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
     return any(hooks) or "forward" in vars(module)
 
 
 def _check_arguments(cls: type[nn.Module], known: type[nn.Module]) -> None:
-    """Raise ImportError if transformers calls a module with other arguments than `cls` takes."""
+    """Raise ImportError if the `forward` of `known` has other arguments than that of `cls`."""
     theirs, ours = (list(inspect.signature(c.forward).parameters) for c in (known, cls))
     if ours != ["cache" if name == OLD_CACHE else name for name in theirs]:
-        raise ImportError(f"{known} takes {theirs}, and fastgpt knows {ours}")
+        raise ImportError(f"{known} takes {theirs}, but fastgpt supports {ours}")
 
 
 _check_arguments(GPT2Attention, modeling_gpt2.GPT2Attention)
 _check_arguments(GPT2Block, modeling_gpt2.GPT2Block)
 
-# What patching makes of a module of exactly one of these classes.
+# Original class -> patched class. Only modules of exactly these classes are patched.
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     cls.__bases__[0]: cls
     for cls in (LayerNorm, NewGELUActivation, GELUTanh, GPT2Attention, GPT2Block, GPT2LMHeadModel)

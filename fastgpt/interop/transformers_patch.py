@@ -1,13 +1,13 @@
-"""fastgpt's operators inside a GPT-2 of Hugging Face's transformers, in one line, and out again.
+"""Use fastgpt's operators in a GPT-2 of Hugging Face transformers, and undo it.
 
     model = transformers.GPT2LMHeadModel.from_pretrained("gpt2")
     fastgpt.patch(model)
 
-A patched module keeps its place, parameters, buffers, hooks and attributes; only its class becomes
-a subclass of the original one, with another `forward`
-(`fastgpt.interop.transformers_modules`). Names in the `state_dict`, `save_pretrained`, `generate`,
-the Trainer, `copy.deepcopy` and pickling keep working. A pickle of a patched model needs fastgpt to
-load; `save_pretrained` writes an ordinary model.
+A patched module remains the same object with its parameters, buffers, hooks and attributes; only
+its class becomes a subclass of the original one, with another `forward`
+(`fastgpt.interop.transformers_modules`). The names in the `state_dict` do not change, and
+`save_pretrained`, `generate`, the Trainer, `copy.deepcopy` and pickling keep working. Loading a
+pickle of a patched model requires fastgpt; `save_pretrained` saves an ordinary model.
 """
 
 from types import ModuleType
@@ -22,28 +22,30 @@ Model = TypeVar("Model", bound="nn.Module")
 
 
 def patch(model: Model, ops: str = "auto") -> Model:
-    """Make a GPT-2 of transformers (5.0 or newer) compute with fastgpt's operators; return it.
+    """Make a GPT-2 of transformers (5.0 or newer) use fastgpt's operators, and return it.
 
-    model: a `GPT2LMHeadModel`, `GPT2Model` or another of transformers' GPT-2s, changed in place;
-    ops: the backend, as for `fastgpt.GPT`. Results differ by rounding only. What is replaced:
+    model: a `GPT2LMHeadModel`, `GPT2Model` or another GPT-2 model of transformers, changed in
+    place. ops: the backend, as for `fastgpt.GPT`. Results differ by rounding only.
 
-    - every LayerNorm, and the addition before a block's second one;
-    - GELU in its tanh form (``gelu_new``, ``gelu_pytorch_tanh``); another activation stays;
-    - causal attention, where the model's attention is ``"sdpa"`` (the default), no key/value cache
-      is filled yet and transformers made no mask: none was given, or one without padding. Calls
-      with padding, a filled cache, cross-attention, unusual scaling or another attention
-      implementation run transformers' own attention;
-    - in training (``model.train()``) the loss of a `GPT2LMHeadModel` that is given `labels` by
-      name: **its output then has** ``logits=None``, because they are never all held. In evaluation,
-      with a loss function of your own, `logits_to_keep`, `shift_labels` or ``return_dict=False``
-      transformers' own head and loss run, and the logits are there. `num_items_in_batch`, which
-      the Trainer gives, is honoured.
+    The following operations are replaced:
 
-    A module that is not exactly of the class transformers builds (an adapter, a quantised layer, a
-    subclass of your own) is left alone. Patch before `torch.compile` or wrapping for several GPUs.
+    - every LayerNorm, and the addition before the second one of a block;
+    - GELU in its tanh form (``gelu_new``, ``gelu_pytorch_tanh``); other activations are kept;
+    - causal attention, if the attention implementation is ``"sdpa"`` (the default), the key/value
+      cache is empty, and transformers created no mask, that is, no attention mask was given or it
+      has no padding. Calls with padding, a filled cache, cross-attention, unusual scaling or
+      another attention implementation run transformers' own attention;
+    - in training (``model.train()``), the loss of a `GPT2LMHeadModel` that is given `labels` as a
+      keyword argument: **its output then has** ``logits=None``, because the logits are never all
+      materialised. In evaluation, and with a custom loss function, `logits_to_keep`,
+      `shift_labels` or ``return_dict=False``, transformers' own head and loss run and the logits
+      are returned. `num_items_in_batch`, which the Trainer passes, is supported.
 
-    TypeError: the model is not a GPT-2 of transformers. ValueError: it is patched already, or there
-    is no such backend. ImportError: transformers is missing or too old.
+    Modules whose class is not exactly the one that transformers builds (adapters, quantised layers,
+    your own subclasses) are not patched. Patch before `torch.compile` or wrapping for several GPUs.
+
+    Raises: TypeError if the model is not a GPT-2 of transformers; ValueError if it is already
+        patched, or for an unknown backend; ImportError if transformers is missing or too old.
     """
     backends.check(ops)
     modules = _import_modules()
@@ -53,8 +55,8 @@ def patch(model: Model, ops: str = "auto") -> Model:
             f"is wrapped or compiled, not {type(model).__module__}.{type(model).__qualname__}"
         )
     if _patched(model):
-        raise ValueError("the model is patched already; to change its ops, unpatch it first")
-    backends.get(ops)  # ImportError, if it cannot be had, is better now than later
+        raise ValueError("the model is already patched; to change its ops, unpatch it first")
+    backends.get(ops)  # raises ImportError now, rather than in the first forward pass
     for module in model.modules():
         if fast := modules.FAST.get(type(module)):
             module.__class__ = fast
@@ -63,9 +65,9 @@ def patch(model: Model, ops: str = "auto") -> Model:
 
 
 def unpatch(model: Model) -> Model:
-    """Undo `patch`: give every module its own class back; return the model.
+    """Undo `patch`: restore the original class of every module, and return the model.
 
-    ValueError unless the model is patched.
+    Raises: ValueError if the model is not patched.
     """
     patched = _patched(model)
     if not patched:

@@ -1,16 +1,16 @@
-"""Bytes taken apart: variable-length numbers, and the fields of a protocol buffer.
+"""Decoding of variable-length integers and protocol buffers.
 
-The encoding: https://protobuf.dev/programming-guides/encoding. It is read strictly: a field that is
-not expected, or twice where one is, is an error, as nobody here knows what it would change.
+The encoding: https://protobuf.dev/programming-guides/encoding. Decoding is strict: an unexpected or
+repeated field is an error, because its meaning is unknown.
 """
 
 from collections.abc import Mapping
 
-VARINT, BYTES, FIXED32 = 0, 2, 5  # types of a field: a number, some bytes, four bytes of a number
+VARINT, BYTES, FIXED32 = 0, 2, 5  # wire types: variable-length integer, bytes, 4-byte integer
 
 
 class Reader:
-    """Takes bytes from the front of `data`; ValueError where there are too few."""
+    """Reads `data` sequentially; raises ValueError if too few bytes remain."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -18,21 +18,21 @@ class Reader:
 
     @property
     def done(self) -> bool:
-        """Whether all is taken."""
+        """Whether all bytes have been read."""
         return self._at == len(self._data)
 
     def take(self, size: int) -> bytes:
-        """Take so many bytes."""
+        """Read `size` bytes."""
         end = self._at + size
         if end > len(self._data):
             left = len(self._data) - self._at
-            raise ValueError(f"{size:,} bytes are announced where {left:,} are left")
+            raise ValueError(f"expected {size:,} more bytes, but only {left:,} are left")
         taken = self._data[self._at : end]
         self._at = end
         return taken
 
     def varint(self) -> int:
-        """Take a number below 2^64, seven bits a byte and the lowest first."""
+        """Read an integer below 2^64: seven bits per byte, the lowest first."""
         value = 0
         for shift in range(0, 70, 7):
             byte = self.take(1)[0]
@@ -43,13 +43,15 @@ class Reader:
 
 
 class UnsupportedError(ValueError):
-    """What is well-formed, as far as it was read, but not known or not supported here."""
+    """Raised for data that is well-formed as far as read, but unknown or not supported."""
 
 
 class Message:
-    """The fields of a protocol buffer, by their numbers.
+    """The fields of a protocol buffer, by field number.
 
-    known: which fields there may be, and each one's type. ValueError for anything else.
+    known: the wire type of each allowed field.
+
+    Raises: UnsupportedError for other fields or types, ValueError for malformed data.
     """
 
     def __init__(self, data: bytes, known: Mapping[int, int]) -> None:
@@ -59,12 +61,12 @@ class Message:
         while not reader.done:
             field, wire_type = divmod(reader.varint(), 8)
             if known.get(field) != wire_type:
-                raise UnsupportedError(f"field {field} of type {wire_type} is not known here")
+                raise UnsupportedError(f"unknown field {field} of type {wire_type}")
             if wire_type == BYTES:
                 self._parts.setdefault(field, []).append(reader.take(reader.varint()))
                 continue
             if field in self._numbers:
-                raise ValueError(f"field {field} is there twice")
+                raise ValueError(f"field {field} occurs twice")
             self._numbers[field] = (
                 int.from_bytes(reader.take(4), "little")
                 if wire_type == FIXED32
@@ -72,14 +74,14 @@ class Message:
             )
 
     def number(self, field: int) -> int:
-        """Return a number without a sign, 0 if the field was left out."""
+        """Return an unsigned integer field, 0 if it is missing."""
         return self._numbers.get(field, 0)
 
     def signed(self, field: int) -> int:
-        """Return a number whose sign is bit 63."""
+        """Return a field as a signed 64-bit integer in two's complement."""
         value = self.number(field)
         return value - ((value >> 63) << 64)
 
     def parts(self, field: int) -> list[bytes]:
-        """Return what a field of bytes, or of messages, holds each time that it is there."""
+        """Return all values of a repeated field of bytes or messages."""
         return self._parts.get(field, [])

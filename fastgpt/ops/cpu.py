@@ -1,15 +1,15 @@
-"""The parts of the network for training on a CPU, on the C++ loops of csrc/.
+"""Autograd functions for training on a CPU, implemented by the C++ loops of csrc/.
 
-Each is one autograd function that keeps no more for its backward than that cannot do without: what
-a norm puts out is computed again from the residual stream, and what GELU puts out from what went
-in. For a layer of GPT-2 that is 10 numbers per token and unit of width, where PyTorch's own
-operators keep 16. `fits` says whether tensors can be computed with here.
+Each function saves only the activations that its backward pass cannot recompute cheaply: the output
+of a norm is recomputed from the residual stream, and the output of GELU from its input. A GPT-2
+layer then saves 10 numbers per token and unit of width, where PyTorch's own operators save 16.
+`fits` tells whether these functions support the given tensors.
 
-All is fp32, or under autocast, on processors that multiply bf16 fast, the products are bf16. What
-goes from one product to the next is bf16 then, too: queries, keys and values, what attention and
-GELU put out, and their gradients, so of the 10 numbers 8 take half of the memory. The residual
-stream, all sums, and the gradients of the weights stay fp32. Weights have no copies in bf16: a
-product rounds them as it reads them.
+Everything is computed in fp32. Under autocast, on processors with fast bf16 products, matrix
+products are computed in bf16 instead. The activations between products are then bf16 too (queries,
+keys and values, the outputs of attention and GELU, and their gradients), so that 8 of the 10
+numbers take half the memory. The residual stream, all sums and the weight gradients stay in fp32.
+There are no bf16 copies of the weights: products round them when reading them.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,15 @@ from fastgpt.ops.products import dtype_of
 from fastgpt.utils.extension import _C
 from fastgpt.utils.host_memory import empty, empty_like
 
-MAX_LOGITS = 2**25  # held at a time: 128 MB
+MAX_LOGITS = 2**25  # maximum number of logits held at once: 128 MB
 
 
 def fits(*tensors: Tensor | None, branch: Tensor | None = None) -> bool:
-    """Whether all are fp32 on the CPU, and computing is all that is done with them.
+    """Return whether the functions of this module support the given tensors.
 
-    branch: one that is bf16 where products are. Under autocast to another dtype, and while PyTorch
-    traces or transforms the code, for which it must see its own operators, that is not so.
+    The tensors must be fp32 on the CPU. branch: a tensor that must have the dtype of products, that
+    is bf16 under autocast. Returns False under autocast to another dtype, and while PyTorch traces
+    or transforms the code (compile, dispatch modes, functorch), which requires its own operators.
     """
     if torch.compiler.is_compiling() or not all(
         t is None or (t.dtype == torch.float32 and t.is_cpu) for t in tensors
@@ -50,7 +51,7 @@ def fits(*tensors: Tensor | None, branch: Tensor | None = None) -> bool:
 
 
 def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows that `ids` name, and the weight, for the head to use."""
+    """Return the rows `ids` of the weight, and the weight itself, for use in the head."""
     rows, head = _TiedEmbedding.apply(ids, weight)
     return rows, head
 
@@ -58,7 +59,7 @@ def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def add_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return ``s = x + residual``, or `x` itself, and its norm."""
+    """Return ``s = x + residual`` (`x` itself without a residual) and ``layer_norm(s)``."""
     total, y = _AddLayerNorm.apply(x, residual, weight, bias, eps)
     return total, y
 
@@ -66,14 +67,14 @@ def add_layer_norm(
 def causal_attention(qkv: Tensor, n_head: int) -> Tensor:
     """Return causal attention `[B, T, C]` over packed queries, keys and values `[B, T, 3C]`.
 
-    In the dtype of `qkv`, fp32 or bf16, in which it also multiplies.
+    The result and the products have the dtype of `qkv`, fp32 or bf16.
     """
     y: Tensor = _CausalAttention.apply(qkv, n_head)
     return y
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``x @ weight.T + bias``, fp32; `x` may be bf16 where products are."""
+    """Return ``x @ weight.T + bias`` in fp32; `x` has the dtype of products (see `fits`)."""
     y: Tensor = _Linear.apply(x, weight, bias, _bf16())
     return y
 
@@ -87,7 +88,10 @@ def norm_linear(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``s = x + residual``, fp32, and ``layer_norm(s) @ weight.T + bias``."""
+    """Return ``s = x + residual`` in fp32 and ``layer_norm(s) @ weight.T + bias``.
+
+    The second result has the dtype of products: bf16 under autocast.
+    """
     total, y = _NormLinear.apply(x, residual, norm_weight, norm_bias, weight, bias, eps, _bf16())
     return total, y
 
@@ -103,30 +107,34 @@ def norm_mlp(
     bias_out: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``s = x + residual`` and what the MLP makes of its norm, both fp32."""
+    """Return ``s = x + residual`` and the MLP of ``layer_norm(s)``, both in fp32."""
     mlp = (weight_in, bias_in, weight_out, bias_out)
     total, y = _NormMlp.apply(x, residual, norm_weight, norm_bias, *mlp, eps, _bf16())
     return total, y
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Return the mean loss of the logits ``x @ weight.T``; x: `[N, C]`, targets: `[N]`."""
-    wanted = torch.is_grad_enabled()  # inside the function it is always off
+    """Return the mean cross-entropy of the logits ``x @ weight.T``; x: `[N, C]`, targets: `[N]`."""
+    wanted = torch.is_grad_enabled()  # always off inside the forward of an autograd function
     loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, ignore_index, wanted, _bf16())
     return loss
 
 
 def rows_at_once(n_rows: int, n_classes: int) -> int:
-    """Return of how many rows the loss holds the logits: equal parts, `MAX_LOGITS` at most."""
+    """Return the number of rows per chunk of the loss.
+
+    Chunks are of equal size (up to rounding) and hold at most `MAX_LOGITS` logits.
+    """
     n_parts = max(1, -(-n_rows // max(1, MAX_LOGITS // n_classes)))
     return max(1, -(-n_rows // n_parts))
 
 
 class _TiedEmbedding(torch.autograd.Function):
-    """A table that is looked up at one end of the network and multiplied with at the other.
+    """An embedding whose weight is also the matrix of the output head.
 
-    PyTorch makes a gradient as large as the table for each use and adds them. Here the lookup's is
-    added to the head's, row by row; that one is this function's own, as its only consumer.
+    PyTorch would create a gradient of the size of the weight for each of the two uses, and add
+    them. Here the rows of the lookup's gradient are added to the head's gradient in place. This is
+    safe because this function is the only consumer of the head's gradient.
     """
 
     @staticmethod
@@ -181,7 +189,7 @@ class _AddLayerNorm(torch.autograd.Function):
 
 
 class _CausalAttention(torch.autograd.Function):
-    """Keeps what goes in, what comes out, and one number per head and position."""
+    """Saves the input, the output and one log-sum-exp per head and position."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_head: int) -> Tensor:
@@ -337,10 +345,10 @@ class _NormMlp(torch.autograd.Function):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The loss and, as soon as a chunk's logits are there, the gradients: logits are made once.
+    """Computes the loss and its gradients in the forward pass, so logits are computed only once.
 
-    The backward multiplies the gradients by that of the loss. It hands them over without a copy;
-    a second one, through a graph that was retained, computes them again.
+    The backward pass multiplies the gradients by the gradient of the loss in place and returns them
+    without a copy. A second backward pass through a retained graph therefore recomputes them.
     """
 
     @staticmethod
@@ -385,7 +393,8 @@ def _loss_and_gradients(
     n_rows, n_classes = x.size(0), weight.size(0)
     losses = empty(n_rows)
     grad_x = empty_like(x) if need_x else None
-    grad_weight = empty_like(weight) if need_weight else None  # before what goes before it
+    # allocated before the logits, which are freed before it
+    grad_weight = empty_like(weight) if need_weight else None
     n_counted = int((targets != ignore_index).sum())
     size = rows_at_once(n_rows, n_classes)
     logits = empty(size, n_classes)
@@ -420,7 +429,7 @@ def _norm(
     eps: float,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sum, its norm in a dtype, and mean and 1/σ of each row, fp32 `[2, N]`."""
+    """Return the sum, its norm in `dtype`, and mean and 1/σ of each row, fp32 `[2, N]`."""
     x = x.contiguous()
     total, y = x, empty(*x.shape, dtype=dtype)
     if residual is not None:
@@ -436,7 +445,7 @@ def _norm(
 def _norm_again(
     total: Tensor, stats: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return the norm `[N, C]` once more."""
+    """Recompute the norm `[N, C]` from the sum and its row statistics."""
     y = empty(*total.shape, dtype=dtype)
     _C.norm_apply(total, weight, bias, stats[0], stats[1], y, torch.get_num_threads())
     return _rows(y)
@@ -451,9 +460,9 @@ def _norm_backward(
     has_bias: bool,
     need: Sequence[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of the sum, with `grad_total` in it, and of weight and bias.
+    """Return the gradients of the sum (including `grad_total`), the weight and the bias.
 
-    need: whether weight and bias need theirs.
+    need: whether the weight and the bias require gradients.
     """
     grad_x = empty_like(total)
     grad_weight = empty_like(weight) if need[0] else None
@@ -467,15 +476,15 @@ def _norm_backward(
 
 
 def _bf16() -> bool:
-    """Whether products are to be bf16, of tensors that fit."""
+    """Return whether products are computed in bf16, given tensors accepted by `fits`."""
     return torch.is_autocast_enabled("cpu")
 
 
 def _rows(x: Tensor) -> Tensor:
-    """View `[..., C]` as a matrix `[N, C]` whose rows have no gaps."""
+    """Return `[..., C]` as a contiguous matrix `[N, C]`."""
     return x.reshape(prod(x.shape[:-1]), x.size(-1)).contiguous()
 
 
 def _packed(*tensors: Any) -> list[Any]:
-    """Return tensors without gaps, copies where they have some, and None for None."""
+    """Return contiguous tensors, copied only if necessary; None stays None."""
     return [t if t is None else t.contiguous() for t in tensors]

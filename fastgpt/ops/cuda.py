@@ -1,7 +1,7 @@
-"""What `ops="auto"` computes with on CUDA: the Triton kernels, but where PyTorch's are faster.
+"""The backend of `ops="auto"` on CUDA: the Triton kernels, except where PyTorch is faster.
 
-Where that is was measured on an H200 (benchmarks/results/gpu-h200.md). `ops="triton"` is the
-kernels and nothing else.
+The exceptions were measured on an H200 (benchmarks/results/gpu-h200.md). `ops="triton"` always uses
+the kernels.
 """
 
 import torch
@@ -20,13 +20,13 @@ from fastgpt.ops.triton import norm_linear as norm_linear
 from fastgpt.ops.triton import norm_mlp as norm_mlp
 from fastgpt.ops.triton import tied_embedding as tied_embedding
 
-LONG = 4096  # positions from which cuDNN's attention is ahead, on an H100 or H200
+LONG = 4096  # sequence length from which cuDNN's attention is faster on an H100 or H200
 
 
 def causal_attention(
     qkv: Tensor, n_head: int, dropout_p: float = 0.0, seed: int | None = None
 ) -> Tensor:
-    """`reference.causal_attention`, by PyTorch in full fp32 and over very long rows."""
+    """`reference.causal_attention`, using PyTorch for full fp32 and for very long sequences."""
     is_long = qkv.size(1) >= LONG
     if dropout_p == 0.0 and _pytorch_is_faster(qkv.dtype, is_long, qkv.device):
         return native.causal_attention(qkv, n_head)
@@ -39,5 +39,5 @@ def _pytorch_is_faster(dtype: torch.dtype, is_long: bool, device: torch.device) 
     return is_long and capability(device) == 90
 
 
-# A compiler takes the answer as a constant: it cannot trace the questions.
+# torch.compile cannot trace these queries of the device, so it treats the result as a constant.
 _pytorch_is_faster._dynamo_marked_constant = True  # type: ignore[attr-defined]

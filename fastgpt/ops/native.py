@@ -1,4 +1,7 @@
-"""The operations on PyTorch's own fused operators, and on C++ loops for fp32 on a CPU."""
+"""The operations on PyTorch's own fused operators, or on the C++ loops of `fastgpt.ops.cpu`.
+
+The C++ loops are used where `cpu.fits` accepts the tensors.
+"""
 
 from typing import Any
 
@@ -13,14 +16,14 @@ from fastgpt.utils.extension import _C
 
 
 def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.tied_embedding`; on a CPU the rows' gradient is added to the head's."""
+    """`reference.tied_embedding`; on a CPU the head's and the lookup's gradients share a tensor."""
     if cpu.fits(weight):
         return cpu.tied_embedding(ids, weight)
     return F.embedding(ids, weight), weight
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
-    """`reference.layer_norm` as one loop, or one `torch.nn.functional.layer_norm`."""
+    """`reference.layer_norm` as one C++ loop, or as `torch.nn.functional.layer_norm`."""
     if cpu.fits(x, weight, bias):
         return cpu.add_layer_norm(x, None, weight, bias, eps)[1]
     return F.layer_norm(x, weight.shape, weight, bias, eps)
@@ -29,7 +32,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """`reference.add_layer_norm` as one loop; PyTorch has no fused form of it."""
+    """`reference.add_layer_norm` as one C++ loop; PyTorch has no fused form of it."""
     if cpu.fits(x, residual, weight, bias) and x.shape == residual.shape:
         return cpu.add_layer_norm(x, residual, weight, bias, eps)
     total = x + residual
@@ -39,9 +42,9 @@ def add_layer_norm(
 def causal_attention(
     qkv: Tensor, n_head: int, dropout_p: float = 0.0, seed: int | None = None
 ) -> Tensor:
-    """`reference.causal_attention` as one `scaled_dot_product_attention`, or as loops on a CPU.
+    """`reference.causal_attention` as `scaled_dot_product_attention`, or as C++ loops on a CPU.
 
-    A `seed` with dropout costs a save and restore of torch's generators.
+    With dropout, a `seed` requires saving and restoring the state of torch's generators.
     """
     if seed is not None and dropout_p > 0.0:
         devices = [qkv.device] if qkv.is_cuda else []
@@ -57,9 +60,10 @@ def causal_attention(
 def cached_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, end: int | None = None
 ) -> Tensor:
-    """`reference.cached_attention` as one `scaled_dot_product_attention` over the filled part.
+    """`reference.cached_attention` as `scaled_dot_product_attention` over the filled positions.
 
-    Over the whole of a cache on a GPU, unless `end` is given: the host does not wait to be told.
+    On a GPU without `end`, it covers the whole cache instead, because reading `lengths` would
+    synchronize with the host.
     """
     n_new, filled = q.size(2), end or k_cache.size(2)
     if end is None and lengths.device.type == "cpu":
@@ -69,15 +73,16 @@ def cached_attention(
     if end is not None and n_new in (1, end):  # no mask to build
         return F.scaled_dot_product_attention(q, k, v, is_causal=n_new > 1)
     mask = cache_mask(n_new, filled, lengths)
-    readable = mask[:, :, -1, :, None]  # [B, 1, S, 1]: a shorter row's tail may hold anything
+    # [B, 1, S, 1]: unfilled positions may hold NaN, which a masked weight of 0 would not remove
+    readable = mask[:, :, -1, :, None]
     k, v = k.where(readable, 0.0), v.where(readable, 0.0)
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """`reference.gelu` as one `torch.nn.functional.gelu`; fp32 on a CPU has a loop of its own.
+    """`reference.gelu` as `torch.nn.functional.gelu`, or as a C++ loop for fp32 on a CPU.
 
-    PyTorch's vectorised tanh makes this form three times as slow as the one with erf.
+    With PyTorch's vectorised tanh this form is three times as slow as the exact form with erf.
     """
     if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
         y: Tensor = torch.ops.fastgpt.cpu_gelu(x)
@@ -86,14 +91,14 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`reference.linear`, by the fastest product that there is."""
+    """`reference.linear`, by the fastest available matrix product."""
     if cpu.fits(weight, bias, branch=x):
         return cpu.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`reference.linear_gelu`, the bias added by the matrix product."""
+    """`reference.linear_gelu`; the matrix product adds the bias."""
     return gelu(linear(x, weight, bias))
 
 
@@ -106,7 +111,7 @@ def norm_linear(
     bias: Tensor | None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.norm_linear`; on a CPU the backward computes the norm again."""
+    """`reference.norm_linear`; on a CPU the backward pass recomputes the norm."""
     if cpu.fits(x, residual, norm_weight, norm_bias, weight, bias):
         return cpu.norm_linear(x, residual, norm_weight, norm_bias, weight, bias, eps)
     total, normed = _maybe_add_layer_norm(x, residual, norm_weight, norm_bias, eps)
@@ -124,7 +129,7 @@ def norm_mlp(
     bias_out: Tensor | None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.norm_mlp`; on a CPU the backward computes norm and GELU again."""
+    """`reference.norm_mlp`; on a CPU the backward pass recomputes the norm and GELU."""
     mlp = (weight_in, bias_in, weight_out, bias_out)
     if cpu.fits(x, residual, norm_weight, norm_bias, *mlp):
         return cpu.norm_mlp(x, residual, norm_weight, norm_bias, *mlp, eps)
@@ -135,7 +140,7 @@ def norm_mlp(
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100
 ) -> Tensor:
-    """`reference.linear_cross_entropy`, never holding more than `MAX_LOGITS` logits at once."""
+    """`reference.linear_cross_entropy`, holding at most `MAX_LOGITS` logits (or a row) at once."""
     x, targets = x.flatten(0, -2), targets.flatten()
     if cpu.fits(x, weight):
         return cpu.linear_cross_entropy(x, weight, targets, ignore_index)
@@ -143,10 +148,10 @@ def linear_cross_entropy(
         logits = F.linear(x, weight)
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(wide), targets, ignore_index=ignore_index)
-    if torch.is_autocast_enabled(x.device.type):  # cast out here, where autograd sees it
+    if torch.is_autocast_enabled(x.device.type):  # cast outside the function: autograd tracks it
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    wanted = torch.is_grad_enabled()  # inside the function it is always off
+    wanted = torch.is_grad_enabled()  # always off inside the forward of an autograd function
     loss: Tensor = _ChunkedLinearCrossEntropy.apply(x, weight, targets, ignore_index, wanted)
     return loss
 
@@ -160,7 +165,7 @@ def _maybe_add_layer_norm(
 
 
 def _cpu_gelu(x: Tensor) -> Tensor:
-    """GELU by csrc/training/gelu.cpp, on PyTorch's own threads; x: fp32, any strides."""
+    """GELU by csrc/training/gelu.cpp with PyTorch's number of threads; x: fp32, any strides."""
     x = x.contiguous()
     y = torch.empty_like(x)
     _C.gelu_forward(x.numpy(), y.numpy(), torch.get_num_threads())
@@ -175,17 +180,17 @@ def _cpu_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _define_cpu_gelu() -> torch.library.Library:
-    """Make `torch.ops.fastgpt.cpu_gelu`, which autograd and tracing know.
+    """Define `torch.ops.fastgpt.cpu_gelu`, with support for autograd and tracing.
 
-    Piece by piece: `torch.library.custom_op`, which does it all, loads two seconds' worth of
-    compiler with the first call, and most who write with a model on a CPU never compile.
+    `torch.library.custom_op` would do this in one call, but its first use loads the compiler, which
+    takes two seconds and is rarely needed when generating text on a CPU.
     """
     library = torch.library.Library("fastgpt", "DEF")
     library.define("cpu_gelu(Tensor x) -> Tensor")
     library.define("cpu_gelu_backward(Tensor grad, Tensor x) -> Tensor")
     library.impl("cpu_gelu", _cpu_gelu, "CPU")
     library.impl("cpu_gelu_backward", _cpu_gelu_backward, "CPU")
-    for name in ("cpu_gelu", "cpu_gelu_backward"):  # as the last argument, x, but contiguous
+    for name in ("cpu_gelu", "cpu_gelu_backward"):  # the shape of x, the last argument; contiguous
         torch.library.register_fake(
             f"fastgpt::{name}", lambda *args: args[-1].new_empty(args[-1].shape), lib=library
         )
@@ -198,17 +203,17 @@ def _define_cpu_gelu() -> torch.library.Library:
     return library
 
 
-_LIBRARY = _define_cpu_gelu()  # the operator lives as long as this does
+_LIBRARY = _define_cpu_gelu()  # the operators exist as long as this object
 
-MAX_LOGITS = 2**25  # 128 MB in fp32: large enough for full-speed products, small beside a model
+MAX_LOGITS = 2**25  # 128 MB in fp32: enough for full-speed products, small compared to a model
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
-    """Loss and gradients a chunk of rows at a time, so that a chunk's logits are made only once.
+    """Loss and gradients by chunks of rows, computing the logits of each chunk only once.
 
-    The gradient of the loss is known up to one factor as soon as the logits are, so the forward
-    computes it too and the backward only scales it (as in Wijmans et al. 2024, arXiv:2411.09009,
-    and Liger Kernel, arXiv:2410.10989).
+    Given the logits, the gradient of the loss is known up to a scalar factor. The forward pass
+    therefore computes the gradients too, and the backward pass only scales them (as in Wijmans et
+    al. 2024, arXiv:2411.09009, and Liger Kernel, arXiv:2410.10989).
     """
 
     @staticmethod
@@ -251,7 +256,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
 
 def _logits_gradient(logits: Tensor, targets: Tensor, counted: Tensor, n_counted: Tensor) -> Tensor:
-    """d(mean loss)/d(logits) = (softmax − one-hot) / count, zero in the rows that do not count."""
+    """Return d(mean loss)/d(logits) = (softmax − one-hot) / count, zero in rows not counted."""
     grad = logits.softmax(-1)
     index = targets.where(counted, 0)[:, None]
     grad.scatter_add_(-1, index, torch.full_like(index, -1, dtype=grad.dtype))

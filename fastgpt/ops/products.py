@@ -1,10 +1,11 @@
 """The matrix products of a layer and of its gradients, on a CPU.
 
-They multiply in fp32 or in bf16; sums are fp32 always. In bf16 the operands may be fp32 or bf16,
-and rounding the former is part of the product. Two ways to each product in fp32: this package's
-own, which does GELU and the bias on its way, where the processor makes it the faster one, and
-PyTorch's; in bf16 there is the own one alone. No autograd here: see `fastgpt.ops.cpu`. Matrices are
-`[rows, columns]`; a layer's weight is `[out, in]`, as in `nn.Linear`.
+Products multiply in fp32 or bf16 and always accumulate in fp32. In bf16, operands may be fp32 or
+bf16; the product rounds fp32 operands while reading them. In fp32, each product has two
+implementations: this package's own GEMM, which fuses GELU and the bias and is used on processors
+where it is faster, and PyTorch's. In bf16, only the own GEMM is used. Nothing here supports
+autograd; see `fastgpt.ops.cpu` for that. Matrices are `[rows, columns]`; a layer's weight is
+`[out, in]`, as in `nn.Linear`.
 """
 
 import functools
@@ -16,16 +17,16 @@ from torch import Tensor
 from fastgpt.utils.extension import _C
 from fastgpt.utils.host_memory import empty, empty_like
 
-FEWEST_ROWS = 16  # with fewer, a product reads its weight once, whoever does it
+FEWEST_ROWS = 16  # with fewer rows, reading the weight dominates and the own GEMM has no advantage
 
 
 def own_in_bf16() -> bool:
-    """Whether the own product is the fast way to multiply in bf16 on this processor."""
+    """Return whether the own GEMM is the fast way to multiply in bf16 on this processor."""
     return _own_is_faster(True)
 
 
 def dtype_of(bf16: bool) -> torch.dtype:
-    """Return the dtype that products round their operands to."""
+    """Return the dtype in which products multiply."""
     return torch.bfloat16 if bf16 else torch.float32
 
 
@@ -36,7 +37,7 @@ def linear(
     bf16: bool,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return ``x @ weight.T + bias`` in a dtype."""
+    """Return ``x @ weight.T + bias`` in `dtype`."""
     if not _own(x, bf16):
         return torch.nn.functional.linear(x, weight, bias)
     y = empty(x.size(0), weight.size(0), dtype=dtype)
@@ -61,7 +62,7 @@ def linear_gelu(
 def input_gradient(
     grad: Tensor, weight: Tensor, bf16: bool, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Return the gradient of `x` in a dtype, given that of ``x @ weight.T``."""
+    """Return the gradient of `x` in `dtype`, given the gradient of ``x @ weight.T``."""
     if not _own(grad, bf16):
         return _theirs(grad, weight)
     grad_x = empty(grad.size(0), weight.size(1), dtype=dtype)
@@ -70,7 +71,7 @@ def input_gradient(
 
 
 def gelu_input_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bf16: bool) -> Tensor:
-    """Return the gradient of `pre`, given that of ``gelu(pre) @ weight.T``."""
+    """Return the gradient of `pre`, given the gradient of ``gelu(pre) @ weight.T``."""
     grad_pre = empty_like(pre)
     if _own(grad, bf16):
         _gemm(grad, weight, grad_pre, gelu_grad=pre, bf16=bf16)
@@ -84,9 +85,9 @@ def gelu_input_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bf16: bool) -
 def weight_gradient(
     grad: Tensor, x: Tensor, with_bias: bool, bf16: bool, *, of_gelu: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of weight and bias, fp32, given that of ``x @ weight.T + bias``.
+    """Return the fp32 gradients of weight and bias, given that of ``x @ weight.T + bias``.
 
-    of_gelu: the layer's input was ``gelu(x)``.
+    of_gelu: the input of the layer was ``gelu(x)``, which is recomputed here.
     """
     if not _own(grad, bf16):
         if of_gelu:
@@ -107,7 +108,7 @@ def weight_gradient(
 
 
 def weight_gradient_into(grad: Tensor, x: Tensor, total: Tensor, add: bool, bf16: bool) -> None:
-    """Write a part of the batch's gradient of a weight into `total`, fp32, or add it."""
+    """Write the weight gradient of a part of the batch to `total` (fp32), or add it if `add`."""
     if _own(grad, bf16):
         _gemm(grad, x, total, transpose_a=True, accumulate=add, bf16=bf16)
     else:
@@ -115,7 +116,7 @@ def weight_gradient_into(grad: Tensor, x: Tensor, total: Tensor, add: bool, bf16
 
 
 def linear_into(x: Tensor, weight: Tensor, y: Tensor, bf16: bool) -> None:
-    """Write ``x @ weight.T`` into `y`."""
+    """Write ``x @ weight.T`` to `y`."""
     if _own(x, bf16):
         _gemm(x, weight, y, transpose_b=True, bf16=bf16)
     else:
@@ -123,7 +124,7 @@ def linear_into(x: Tensor, weight: Tensor, y: Tensor, bf16: bool) -> None:
 
 
 def _theirs(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply in fp32, also in a backward that somebody has put under autocast."""
+    """Multiply with PyTorch in fp32, even if the backward pass runs under autocast."""
     with torch.autocast("cpu", enabled=False):
         return left @ right
 

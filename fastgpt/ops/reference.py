@@ -1,7 +1,7 @@
-"""The operations as formulas, in plain PyTorch: what every other backend must compute.
+"""Reference implementations of the operations in plain PyTorch, which define their results.
 
-Clear before fast. Half-precision inputs are computed in fp32 and rounded once at the end; fp32 and
-fp64 stay as they are. Gradients come from autograd.
+The code favours clarity over speed. Half-precision inputs are computed in fp32 and rounded once at
+the end; fp32 and fp64 are computed in their own precision. Gradients come from autograd.
 """
 
 import math
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of a table that `ids` name, and the table, which is also the head's matrix.
+    """Return the rows `ids` of an embedding, and its weight for use as the matrix of the head.
 
-    ids: int64 `[...]`, weight: `[V, C]`; returns `[..., C]` and `weight`. Who uses the returned
-    table for the head lets the gradients of both uses be one.
+    ids: int64 `[...]`, weight: `[V, C]`; returns `[..., C]` and `weight`. Using the returned weight
+    in the head allows a backend to compute the gradients of both uses in one tensor.
     """
     return F.embedding(ids, weight), weight
 
@@ -45,8 +45,9 @@ def causal_attention(
 ) -> Tensor:
     """Multi-head causal self-attention (Vaswani et al. 2017, arXiv:1706.03762).
 
-    qkv: `[B, T, 3C]`, queries, keys and values side by side; returns `[B, T, C]`. Probabilities are
-    dropped with `dropout_p`; `seed` fixes which ones (None: torch's default generator decides).
+    qkv: `[B, T, 3C]`, queries, keys and values concatenated; returns `[B, T, C]`. Attention
+    probabilities are dropped with probability `dropout_p`. seed: the seed of the dropout mask
+    (None: torch's default generator is used).
     """
     q, k, v = split_heads(qkv, n_head)  # 3 × [B, H, T, D]
     weights = attention_weights(q, k)  # [B, H, T, T]
@@ -58,17 +59,17 @@ def causal_attention(
 def cached_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, end: int | None = None
 ) -> Tensor:
-    """Attention of the newest T positions against a key/value cache that already holds them.
+    """Attention of the newest T positions over a key/value cache that already contains them.
 
     q: `[B, H, T, D]`; k_cache, v_cache: `[B, H, S, D]`; lengths: int64 `[B]`, the filled positions
-    of each row, the T new ones included. Returns `[B, H, T, D]`. What the cache holds past a row's
-    length counts for nothing, whatever it is. end: the length of all rows, if the caller knows that
-    it is the same: some backends then need not look.
+    of each row, including the T new ones. Returns `[B, H, T, D]`. Cache entries beyond a row's
+    length are ignored, whatever their values. end: the common length of all rows, if the host knows
+    that they are equal; it saves some backends reading `lengths`.
     """
     visible = cache_mask(q.size(2), k_cache.size(2), lengths)  # [B, 1, T, S]
     scores = _widen(q) @ _widen(k_cache).mT / math.sqrt(q.size(-1))
     weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
-    readable = visible[:, :, -1, :, None]  # [B, 1, S, 1]: 0 × garbage may be NaN
+    readable = visible[:, :, -1, :, None]  # [B, 1, S, 1]: 0 × an unfilled value may be NaN
     return (weights @ _widen(v_cache).where(readable, 0.0)).to(q.dtype)
 
 
@@ -101,9 +102,9 @@ def norm_linear(
     bias: Tensor | None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``s = x + residual`` and ``linear(layer_norm(s))``: what goes into attention.
+    """Return ``s = x + residual`` and ``linear(layer_norm(s))``, the projection for attention.
 
-    x, residual: `[..., C]`; without a residual s is x. weight: `[M, C]`; returns `[..., C]` and
+    x, residual: `[..., C]`; without a residual, s is x. weight: `[M, C]`; returns `[..., C]` and
     `[..., M]`.
     """
     total = x if residual is None else x + residual
@@ -121,9 +122,9 @@ def norm_mlp(
     bias_out: Tensor | None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``s = x + residual`` and what GPT-2's MLP makes of its norm, both `[..., C]`.
+    """Return ``s = x + residual`` and GPT-2's MLP of ``layer_norm(s)``, both `[..., C]`.
 
-    weight_in: `[F, C]`, weight_out: `[C, F]`; without a residual s is x.
+    weight_in: `[F, C]`, weight_out: `[C, F]`; without a residual, s is x.
     """
     total = x if residual is None else x + residual
     normed = layer_norm(total, norm_weight, norm_bias, eps)
@@ -136,7 +137,7 @@ def linear_cross_entropy(
     """Mean cross-entropy of the logits ``x @ weight.T`` against `targets`.
 
     x: `[..., C]`, weight: `[V, C]`, targets: int64 `[...]`. Positions whose target is
-    `ignore_index` do not count; with none left the loss is NaN, as in PyTorch's `cross_entropy`.
+    `ignore_index` are ignored; if none remain the loss is NaN, as in PyTorch's `cross_entropy`.
     """
     logits = _widen(x.flatten(0, -2) @ weight.T)  # [N, V]
     targets = targets.flatten()
@@ -154,19 +155,25 @@ def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def merge_heads(y: Tensor) -> Tensor:
-    """Put `[B, H, T, D]` back together as `[B, T, C]`."""
+    """Merge the heads of `[B, H, T, D]` into `[B, T, C]`."""
     return y.transpose(1, 2).flatten(2)
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """Causal attention probabilities `[B, H, T, T]` of queries and keys `[B, H, T, D]`, in fp32."""
+    """Return the causal attention probabilities `[B, H, T, T]` of `q` and `k` `[B, H, T, D]`.
+
+    Half-precision inputs give fp32 probabilities.
+    """
     scores = _widen(q) @ _widen(k).mT / math.sqrt(q.size(-1))
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(future, -math.inf).softmax(-1)
 
 
 def cache_mask(n_new: int, n_cache: int, lengths: Tensor) -> Tensor:
-    """Which of `n_cache` positions each of the `n_new` newest may see: bool `[B, 1, T, S]`."""
+    """Return the attention mask of the `n_new` newest positions over `n_cache` cached ones.
+
+    The mask is bool `[B, 1, T, S]`, True where a position may attend.
+    """
     device = lengths.device
     position = torch.arange(n_new, device=device) - n_new + lengths[:, None]  # [B, T]
     return (torch.arange(n_cache, device=device) <= position[..., None])[:, None]

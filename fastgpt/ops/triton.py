@@ -1,13 +1,13 @@
-"""The operations on the Triton kernels of `fastgpt.kernels`: for CUDA.
+"""The operations on the Triton kernels of `fastgpt.kernels`, for CUDA.
 
-Each is a `torch.library` operator that autograd and `torch.compile` know, without a
-synchronisation of the host, so that a whole training step can be recorded into a CUDA graph. What
-the kernels cannot do raises ValueError; nothing is handed to another backend in silence. Without a
-GPU they run in Triton's interpreter, slowly, where TRITON_INTERPRET=1 was set before Triton's first
-import.
+Each operation is a `torch.library` operator with support for autograd and `torch.compile`. None
+synchronizes with the host, so that a whole training step can be captured in a CUDA graph. Inputs
+that the kernels do not support raise ValueError; there is no silent fallback to another backend.
+Without a GPU the kernels run, slowly, in Triton's interpreter if TRITON_INTERPRET=1 is set before
+Triton is first imported.
 
-Under autocast results come in its dtype, also those of the norms, which PyTorch's own hands on in
-fp32 for the next matrix product to round.
+Under autocast, results have autocast's dtype. This includes the norms, whose results PyTorch's own
+operators return in fp32 and round in the next matrix product.
 """
 
 import sys
@@ -30,12 +30,12 @@ from fastgpt.kernels.layer_norm import (
     layer_norm_forward,
 )
 
-_LIBRARY = torch.library.Library("fastgpt", "FRAGMENT")  # operators live as long as this does
+_LIBRARY = torch.library.Library("fastgpt", "FRAGMENT")  # operators exist as long as this object
 _OPERATORS = torch.ops.fastgpt
 
 
 def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.tied_embedding`: PyTorch's own."""
+    """`reference.tied_embedding` by PyTorch's own operator."""
     return F.embedding(ids, weight), weight
 
 
@@ -57,11 +57,11 @@ def add_layer_norm(
 def causal_attention(
     qkv: Tensor, n_head: int, dropout_p: float = 0.0, seed: int | None = None
 ) -> Tensor:
-    """`reference.causal_attention` without ever storing a score (Dao 2023, arXiv:2307.08691).
+    """`reference.causal_attention` without materialising the scores (Dao 2023, arXiv:2307.08691).
 
-    Heads of up to 128 numbers. With the same `seed` the same probabilities are dropped, though not
-    those that other backends drop. A call without one that is recorded into a CUDA graph drops
-    others at each replay.
+    Head dimensions up to 128. The same `seed` gives the same dropout mask, which differs from those
+    of other backends. A call without a seed that is captured in a CUDA graph draws a new mask at
+    each replay.
     """
     drawn = _seed(qkv.device, seed) if dropout_p > 0.0 else None
     y: Tensor = _OPERATORS.causal_attention(qkv, n_head, dropout_p, drawn)[0]
@@ -71,7 +71,7 @@ def causal_attention(
 def cached_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, end: int | None = None
 ) -> Tensor:
-    """`reference.cached_attention`, the keys split over the GPU's processors. No gradients."""
+    """`reference.cached_attention` with the keys split over the GPU's SMs; has no gradients."""
     if torch.is_autocast_enabled(q.device.type):  # the cache has the dtype of the weights
         q = q.to(k_cache.dtype)
     y: Tensor = _OPERATORS.cached_attention(q, k_cache, v_cache, lengths)
@@ -79,20 +79,20 @@ def cached_attention(
 
 
 def gelu(x: Tensor) -> Tensor:
-    """`reference.gelu`; the backward computes it again, so that nothing but `x` is kept."""
+    """`reference.gelu`; only `x` is saved for the backward pass."""
     y: Tensor = _OPERATORS.gelu(x, None)
     return y
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`reference.linear`: cuBLAS's."""
+    """`reference.linear` by cuBLAS."""
     return F.linear(x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`reference.linear_gelu`: the matrix product is cuBLAS's, bias and GELU are one kernel.
+    """`reference.linear_gelu`: cuBLAS computes the product, one kernel adds the bias and GELU.
 
-    Its backward has the bias's gradient with no pass of its own.
+    Its backward kernel also computes the gradient of the bias, without a separate pass.
     """
     y: Tensor = _OPERATORS.gelu(F.linear(x, weight), bias)
     return y
@@ -107,7 +107,7 @@ def norm_linear(
     bias: Tensor | None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.norm_linear`: the norm's kernel, then cuBLAS."""
+    """`reference.norm_linear`: the LayerNorm kernel, then cuBLAS."""
     total, normed = _norm(x, residual, norm_weight, norm_bias, eps)
     return total, F.linear(normed, weight, bias)
 
@@ -123,7 +123,7 @@ def norm_mlp(
     bias_out: Tensor | None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.norm_mlp`: the norm's and GELU's kernels between cuBLAS's products."""
+    """`reference.norm_mlp`: the LayerNorm and GELU kernels, with cuBLAS for the products."""
     total, normed = _norm(x, residual, norm_weight, norm_bias, eps)
     return total, F.linear(linear_gelu(normed, weight_in, bias_in), weight_out, bias_out)
 
@@ -131,11 +131,11 @@ def norm_mlp(
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100
 ) -> Tensor:
-    """`reference.linear_cross_entropy`, a chunk of the logits at a time.
+    """`reference.linear_cross_entropy`, one chunk of the logits at a time.
 
-    The forward has the gradients as soon as it has the logits, up to one factor, with which the
-    backward multiplies them (as in Liger Kernel, arXiv:2410.10989). A target outside `[0, V)` that
-    is not `ignore_index` makes the loss NaN.
+    The forward pass also computes the gradients, up to a scalar factor that the backward pass
+    multiplies them by (as in Liger Kernel, arXiv:2410.10989). A target outside `[0, V)` that is not
+    `ignore_index` makes the loss NaN.
     """
     wanted = torch.is_grad_enabled()
     loss: Tensor = _OPERATORS.linear_cross_entropy(
@@ -166,7 +166,7 @@ def _result_dtype(x: Tensor, unless_autocast: torch.dtype | None = None) -> torc
 
 
 def _seed(device: torch.device, seed: int | None) -> Tensor:
-    """Put a seed on the device, a new one of its generator unless given; int64 `[1]`."""
+    """Return a seed on the device, int64 `[1]`; None draws one with the device's generator."""
     if seed is None:
         return torch.randint(2**63 - 1, (1,), device=device)
     return torch.full((1,), seed, dtype=torch.int64, device=device)
@@ -174,8 +174,9 @@ def _seed(device: torch.device, seed: int | None) -> Tensor:
 
 # --- the operators -----------------------------------------------------------------------------
 #
-# Piece by piece: `torch.library.custom_op`, which does it all, adds to the time of every call. An
-# operator returns no input and no None, so what is not needed comes back as an empty tensor.
+# Operators are defined with low-level functions because `torch.library.custom_op` adds overhead to
+# every call. An operator may not return one of its inputs or None, so results that are not needed
+# are returned as empty tensors.
 
 
 def _define(
@@ -185,10 +186,14 @@ def _define(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> None:
-    """Make `torch.ops.fastgpt.NAME` of a schema, a function, its shapes and its gradient."""
+    """Define `torch.ops.fastgpt.NAME` from a schema.
+
+    compute: the implementation. fake: returns empty tensors of the result's shapes, for tracing.
+    setup_context, backward: the autograd formula, if there is one.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    for key in ("CUDA", "CPU"):  # the launchers say what is missing on a CPU
+    for key in ("CUDA", "CPU"):  # on a CPU, the launchers raise an error that explains what to do
         _LIBRARY.impl(name, compute, key)
     torch.library.register_fake(f"fastgpt::{name}", _announced(name, fake), lib=_LIBRARY)
     if backward is not None:
@@ -198,15 +203,15 @@ def _define(
 
 
 def _announced(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Let inductor expect an operator when it is traced, before it is met while compiling.
+    """Add an operator to inductor's list of known fallbacks when it is traced.
 
-    PyTorch 2.11 writes out whatever leads to an operator that it meets for the first time, for a
-    log that nobody reads. For the loss, behind a dozen blocks, that takes longer than anyone waits.
+    For an operator that is not in the list, PyTorch 2.11 formats a log message with the whole
+    expression that leads to it. For the loss, after a dozen blocks, that takes extremely long.
     """
 
     @wraps(fake)
     def announce(*args: Any) -> Any:
-        inductor = sys.modules.get("torch._inductor.lowering")  # there if it compiles
+        inductor = sys.modules.get("torch._inductor.lowering")  # loaded if inductor is used
         expected: set[str] = getattr(inductor, "FALLBACK_ALLOW_LIST", set())
         expected.add(f"fastgpt::{name}")
         return fake(*args)
@@ -215,13 +220,17 @@ def _announced(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse second derivatives, of which what the kernels compute would have none in silence."""
+    """Wrap a backward function to raise ValueError for second derivatives.
+
+    The kernels' gradients are not differentiable; without the check, second derivatives would
+    silently be missing.
+    """
 
     def checked(ctx: Any, *grads: Tensor | None) -> Any:
-        if torch.is_grad_enabled():  # in a backward it is so with create_graph=True alone
+        if torch.is_grad_enabled():  # in a backward pass, only with create_graph=True
             raise ValueError(
-                f"{name}: the kernels' gradients have no gradients of their own (create_graph=True "
-                'asks for them); use ops="reference" for those'
+                f"{name}: the kernels do not support second derivatives (create_graph=True); use "
+                'ops="reference" for those'
             )
         return backward(ctx, *grads)
 
@@ -233,7 +242,7 @@ def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _statistics(x: Tensor) -> Tensor:
-    """Return an empty tensor for one number a row, in the precision that it is computed in."""
+    """Return an empty tensor for one number per row, in the dtype of the computation."""
     return x.new_empty(x.shape[:-1].numel(), dtype=wide_dtype(x.dtype))
 
 
@@ -433,7 +442,7 @@ def _grad_linear_cross_entropy(ctx: Any, grad: Tensor | None, *unused: None) -> 
     if grad is None:
         return (None,) * 6
     n_counted, *sums = ctx.saved_tensors
-    factor = grad / n_counted.clamp(min=1)  # with nothing to count the gradients are zero
+    factor = grad / n_counted.clamp(min=1)  # without counted targets the gradients are zero
     grads = (
         None if dtype is None else torch.mul(total, factor, out=_contiguous_like(total, dtype))
         for total, dtype in zip(sums, ctx.dtypes, strict=True)

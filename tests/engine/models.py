@@ -1,4 +1,4 @@
-"""Small models whose choices show a wrong context, and what an engine is held against."""
+"""Small models for tests of the engine, and a reference of its rounding."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ DTYPES = ["float32", "bfloat16", "int8", "int4"]
 
 
 def random_model(config: GPTConfig, seed: int = 1, std: float = 0.3) -> GPT:
-    """Far from uniform, so that the likeliest token leads the next one clearly."""
+    """Return a model far from uniform, so that the most likely token has a clear margin."""
     torch.manual_seed(seed)
     model = GPT(config, ops="native")
     with torch.no_grad():
@@ -31,7 +31,7 @@ def prompt(batch: int = 2, time: int = 5, vocab_size: int = 61, seed: int = 3) -
 
 
 def round_inputs(x: Tensor, dtype: str, group: int) -> Tensor:
-    """Return what a product's inputs are rounded to, float64."""
+    """Return the rounded inputs of a product in float64."""
     if dtype == "float32":
         return x.double()
     if dtype == "bfloat16":
@@ -46,7 +46,7 @@ def round_inputs(x: Tensor, dtype: str, group: int) -> Tensor:
 
 @torch.no_grad()
 def emulated_logits(model: GPT, dtype: str, group: int, ids: Tensor) -> Tensor:
-    """Return the logits `[B, T, V]` of the network with an engine's roundings, sums in float64."""
+    """Return the logits `[B, T, V]` with the engine's rounding, but sums in float64."""
 
     def rounded(name: str) -> Tensor:
         weight = weights[name]
@@ -69,7 +69,7 @@ def emulated_logits(model: GPT, dtype: str, group: int, ids: Tensor) -> Tensor:
     for i in range(model.config.n_layer):
         qkv = linear(f"h.{i}.attn.c_attn.weight", norm(f"h.{i}.ln_1", x))
         q, k, v = split_heads(qkv, model.config.n_head)
-        if dtype != "float32":  # as the cache keeps them
+        if dtype != "float32":  # the dtype of the key/value cache
             k, v = k.bfloat16().float(), v.bfloat16().float()
         y = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
         x = x + linear(f"h.{i}.attn.c_proj.weight", merge_heads(y).float())

@@ -1,4 +1,4 @@
-"""Text that an engine writes, against its twin in PyTorch."""
+"""Generation by the engine, compared to its PyTorch reference implementation."""
 
 import gc
 import os
@@ -35,7 +35,7 @@ def engine(model: GPT) -> Engine:
 
 
 def test_greedy_text_is_the_twins() -> None:
-    """Twenty prompts of other lengths and a hundred tokens each, past the context of 64."""
+    """Twenty prompts of different lengths, and a hundred tokens each, beyond the context of 64."""
     model = random_model(GPTConfig(300, 64, 3, 4, 64), std=0.25)
     engine = Engine(model, "float32", 2)
     for i in range(20):
@@ -51,10 +51,10 @@ def test_greedy_text_is_the_twins() -> None:
 def test_greedy_text_is_that_of_the_roundings_it_says_it_makes(
     dtype: Any, near: float, tied: bool
 ) -> None:
-    """But where two logits are nearly equal: a rounding that falls the other way decides there."""
+    """Except where two logits are nearly equal and the rounding error decides."""
     model = random_model(GPTConfig(300, 256, 3, 4, 64, tie_weights=tied), std=0.2)
     ids = Engine(model, dtype, 2, group=32).generate(prompt(20, 8, 300), 200, temperature=0)
-    logits = emulated_logits(model, dtype, 32, ids[:, :-1])[:, 7:]  # behind the prompts
+    logits = emulated_logits(model, dtype, 32, ids[:, :-1])[:, 7:]  # after the prompts
     written = logits.gather(2, ids[:, 8:, None])[..., 0]
     behind = (logits.amax(-1) - written) / logits.std()
     assert behind.max() < near
@@ -81,14 +81,14 @@ SAMPLINGS: list[dict[str, Any]] = [
 def test_sampled_text_is_the_twins(
     model: GPT, engine: Engine, time: int, sampling: dict[str, Any]
 ) -> None:
-    """From inside the context to far past it."""
+    """From inside the context to far beyond it."""
     ids = prompt(3, time)
     expected = generate(model, ids, 40, seed=5, **sampling)
     assert torch.equal(engine.generate(ids, 40, seed=5, **sampling), expected)
 
 
 def test_sampling_from_a_large_vocabulary_is_the_twins() -> None:
-    """Where candidates are looked for in blocks and put in order a few at a time."""
+    """Candidates are then searched in blocks and sorted a few at a time."""
     model = random_model(GPTConfig(50257, 16, 1, 2, 32), std=0.02)
     engine = Engine(model, "float32", 1)
     ids = prompt(2, 3, 50257)
@@ -100,7 +100,7 @@ def test_sampling_from_a_large_vocabulary_is_the_twins() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_cache_changes_nothing(model: GPT, dtype: str, threads: int) -> None:
-    """Each token against all of its window read anew."""
+    """Compare each token to a recomputation of its whole window."""
     engine = Engine(model, dtype, threads)
     ids = engine.generate(prompt(2, 3), 60, temperature=0)
     for length in range(3, 63):
@@ -141,7 +141,7 @@ def test_prompts_of_different_lengths_are_read_as_if_alone(engine: Engine) -> No
 
 
 def test_a_prompt_longer_than_a_pass_takes_at_once() -> None:
-    """512 tokens are computed together, and rows may be cut."""
+    """A pass computes 512 tokens at once, and rows may be split between passes."""
     model = random_model(GPTConfig(61, 700, 2, 2, 32))
     ids = prompt(3, 650)
     engine = Engine(model, "float32", 2)
@@ -215,7 +215,7 @@ def test_ctrl_c_stops_within_a_token(engine: Engine) -> None:
         if len(seen) == 3:
             signal.raise_signal(signal.SIGINT)
 
-    # A shell that starts a command in the background has it ignore Ctrl-C.
+    # A shell makes commands that it starts in the background ignore SIGINT.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -227,7 +227,7 @@ def test_ctrl_c_stops_within_a_token(engine: Engine) -> None:
 
 
 def test_python_runs_while_a_step_is_computed() -> None:
-    """Another thread counts on; with the lock held, it could not before the text is written."""
+    """Another thread keeps counting, which it could not while generation holds the GIL."""
     engine = Engine(random_model(GPTConfig(61, 512, 4, 4, 256)), "float32", 1)
     ids = prompt(4, 512)
     counted, over = 0, threading.Event()
@@ -296,7 +296,7 @@ assert torch.equal(engines[0].generate(prompt(), 5, seed=1), expected)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_engines_work_in_a_forked_process() -> None:
-    """Two: threads that one starts there may get the handles of those that the other had."""
+    """Two engines, because threads started after the fork may reuse handles from before it."""
     run_alone(FORK)
 
 
@@ -351,7 +351,7 @@ def run_alone(script: str) -> None:
 
 
 def test_as_many_tokens_as_can_be_counted() -> None:
-    """The most that 64 bits hold, and a prompt's length with them."""
+    """The largest count that fits 64 bits together with the length of a prompt."""
     model = random_model(GPTConfig(61, 256, 1, 2, 32))
     ids = prompt(1, 5)
     text = Engine(model, "float32", 1).stream(ids, 2**64 - 1, temperature=0)
@@ -378,7 +378,7 @@ def test_as_many_tokens_as_can_be_counted() -> None:
 )
 def test_invalid_settings_are_rejected(engine: Engine, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        engine.stream(prompt(), **{"max_new_tokens": 3, **wrong})  # not even iterated
+        engine.stream(prompt(), **{"max_new_tokens": 3, **wrong})  # raises without being iterated
 
 
 @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ def test_the_settings_are_those_of_the_dataclass() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_from_a_file_as_from_the_model_that_it_holds(tmp_path: Path, dtype: Any) -> None:
-    """Also where the vocabulary is padded, and matrices lie the other way round in the file."""
+    """Also if the vocabulary is padded, and if the file stores matrices transposed."""
     saved = random_model(GPTConfig(70, 16, 2, 2, 32, tie_weights=False))
     characters = CharTokenizer([chr(0x100 + i) for i in range(61)])
     saved.save_pretrained(tmp_path / "model", characters)
@@ -493,13 +493,13 @@ def test_prompts_of_any_lengths_and_their_logprobs_as_pytorch_does(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("time", [1, 15, 16, 40])
 def test_texts_of_one_prompt_are_those_of_its_copies(model: GPT, dtype: Any, time: int) -> None:
-    """Whose prompt is read for each: keys, values and logits are the first one's, bit for bit."""
+    """The shared prompt is processed once; keys, values and logits are bitwise those of copies."""
     engine = Engine(model, dtype, 2)
     ids = prompt(2, time, model.config.vocab_size)
     expected = generate(engine, ids.repeat_interleave(3, 0), 20, seed=8)
     assert torch.equal(generate(engine, ids, 20, n=3, seed=8), expected)
     writing = engine.writing(list(ids), 20, Sampler(), 8, 3)
-    writing.end(3)  # before anything is read
+    writing.end(3)  # before anything is processed
     steps = [writing.step() for _ in range(20)]
     others = [0, 1, 2, 4, 5]
     assert torch.equal(torch.stack(steps, 1)[others], expected[others, time:])

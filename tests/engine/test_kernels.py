@@ -1,4 +1,4 @@
-"""Each product of each instruction set against float64, and whole networks of odd shapes."""
+"""Products of every instruction set compared to float64, and whole networks of odd shapes."""
 
 import platform
 
@@ -14,7 +14,7 @@ SHAPES = [(61, 48), (32, 64), (33, 80), (31, 100), (96, 33), (1, 1), (65, 300)]
 
 
 def one_matrix(weight: torch.Tensor, dtype: str, code: str, group: int = 64) -> Engine:
-    """An engine whose token embedding is that matrix."""
+    """Return an engine whose token embedding is the given matrix."""
     rows, columns = weight.shape
     model = random_model(GPTConfig(rows, 4, 1, 1, columns))
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_products_of_four_bits(code: str, group: int, width: int, rows: int) -> 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("code", CODES)
 def test_extreme_inputs_and_weights_do_not_overflow(code: str, dtype: str) -> None:
-    """All of the largest integers at once: where 16 bits hold a sum, it must fit."""
+    """Sums of the largest integers must fit wherever they are accumulated in 16 bits."""
     weight = torch.ones(64, 256)
     weight[::2] = -1
     x = torch.ones(2, 256)
@@ -97,7 +97,7 @@ def test_rows_do_not_depend_on_others(code: str, dtype: str) -> None:
 
 
 NETWORKS = [
-    GPTConfig(61, 24, 2, 3, 48),  # 16 to a head
+    GPTConfig(61, 24, 2, 3, 48),  # head dimension 16
     GPTConfig(61, 70, 2, 2, 80),  # 40
     GPTConfig(33, 20, 1, 4, 100),  # 25
     GPTConfig(17, 130, 1, 1, 128),  # 128
@@ -120,7 +120,7 @@ def test_networks_in_float32(config: GPTConfig, code: str, threads: int) -> None
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("config", NETWORKS, ids=lambda c: f"{c.n_embd}-{c.n_head}")
 def test_all_codes_agree(config: GPTConfig, dtype: str) -> None:
-    """They differ in the order of sums alone."""
+    """Instruction sets differ only in the order of summation."""
     model = random_model(config, std=0.2)
     ids = prompt(1, config.block_size, config.vocab_size)
     first, *others = (Engine(model, dtype, 1, code=code).logits(ids) for code in CODES)

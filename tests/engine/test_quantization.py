@@ -1,4 +1,4 @@
-"""Rounded weights, and files of them."""
+"""Quantized weights and their files."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_eight_bits_round_to_the_nearest(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("group", [32, 64])
 @pytest.mark.parametrize("shape", [(5, 64), (3, 100), (40, 33), (1, 1)])
 def test_four_bits_beat_the_plain_scale(shape: tuple[int, int], group: int) -> None:
-    """The plain one maps the weight of largest size to -8."""
+    """The plain scale maps the weight of largest magnitude to -8."""
     weight = torch.randn(shape)
     integers, scales = quantize(weight, 4, group)
     assert torch.equal(scales, scales.bfloat16().float())

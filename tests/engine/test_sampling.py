@@ -1,4 +1,4 @@
-"""Penalties, min-p and draws against a twin in plain Python."""
+"""Penalties, min-p and random draws compared to a reference in plain Python."""
 
 import math
 from typing import Any
@@ -25,7 +25,7 @@ def engine(model: GPT) -> Engine:
 
 
 def choose(logits: list[float], text: list[int], n_prompt: int, s: Sampler, u: float) -> int:
-    """The token that the documented steps lead to, in float64."""
+    """Return the token chosen by the documented steps, computed in float64."""
     logits = list(logits)
     for token in set(text):
         penalty = s.repetition_penalty
@@ -53,7 +53,7 @@ def choose(logits: list[float], text: list[int], n_prompt: int, s: Sampler, u: f
 
 
 def follow(model: GPT, ids: torch.Tensor, new: int, sampling: Sampler, seed: int) -> list[int]:
-    """What the twin writes, reading all of the text for each token."""
+    """Return the reference's tokens, recomputing the whole text for each token."""
     text, generator = ids.tolist(), torch.Generator().manual_seed(seed)
     for _ in range(new):
         logits = model(torch.tensor([text]))[0, -1].tolist()

@@ -1,4 +1,4 @@
-"""Questions in the published formats, made for the tests, and a model that has seen some."""
+"""Synthetic questions in the published formats, and a model trained on some of them."""
 
 import json
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ ENDS = ["and then goes home.", "until it is clean.", "[step] with a red rope  ."
 
 
 def hellaswag_items(n: int = 40) -> list[dict[str, object]]:
-    """Questions with what makes the format hard: brackets, titles, doubled spaces, empty ctx_b."""
+    """Return questions with difficult input: brackets, titles, double spaces and empty ctx_b."""
     items = []
     for i in range(n):
         person, deed = PEOPLE[i % len(PEOPLE)], DEEDS[i % len(DEEDS)]
@@ -40,7 +40,7 @@ def hellaswag_items(n: int = 40) -> list[dict[str, object]]:
 
 
 def lambada_items(n: int = 40) -> list[dict[str, str]]:
-    """Passages of which a model that knows the others can guess the last word now and then."""
+    """Return passages whose last word a model trained on the others can sometimes predict."""
     return [
         {
             "text": f'{PEOPLE[i % 8]} {DEEDS[i % 5]} and says: "I {DEEDS[i % 5]}".\nSo it was '
@@ -56,7 +56,7 @@ def write_lines(path: Path, items: Iterable[object]) -> Path:
 
 
 def taught_model(block_size: int = 64) -> tuple[GPT, Tokenizer]:
-    """A tiny model that was shown the passages for a second: its answers are not all alike."""
+    """Return a tiny model trained briefly on the passages, so that its answers vary."""
     torch.manual_seed(0)
     texts = [item["text"] for item in lambada_items()]
     tokenizer = Tokenizer.train(texts, 330)

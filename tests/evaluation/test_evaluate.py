@@ -1,4 +1,4 @@
-"""Measuring a model on a text: what is counted, and the command that does it."""
+"""Evaluation of a model on a text: what is counted, and the `evaluate` command."""
 
 import gzip
 import json
@@ -72,13 +72,13 @@ def test_the_first_character_does_not_count_where_there_is_none() -> None:
     tokenizer = CharTokenizer("aé—\n")
     scores = evaluate_text(small_model(tokenizer), tokenizer, "éa—a")
     assert scores.n_tokens == 3
-    assert scores.n_bytes == 1 + 3 + 1  # not the two of the first é
+    assert scores.n_bytes == 1 + 3 + 1  # without the two bytes of the first é
     with pytest.raises(UsageError, match="the text has 1 token, and its tokenizer no"):
         evaluate_text(small_model(tokenizer), tokenizer, "a")
 
 
 def says(tokenizer: BaseTokenizer, probabilities: dict[str, float]) -> GPT:
-    """A model to which each token has the same probability everywhere; others share the rest."""
+    """Return a model with fixed token probabilities; the other tokens share the rest equally."""
     config = GPTConfig(tokenizer.vocab_size, 16, n_layer=1, n_head=1, n_embd=8, tie_weights=False)
     model, size = GPT(config).eval(), tokenizer.vocab_size
     others = (1 - sum(probabilities.values())) / max(1, size - len(probabilities))
@@ -92,7 +92,7 @@ def says(tokenizer: BaseTokenizer, probabilities: dict[str, float]) -> GPT:
 
 
 def test_bits_per_byte_are_equal_where_models_of_other_tokens_say_the_same() -> None:
-    """Letters of probability 1/2, and pairs of letters of 1/4: a bit a byte both."""
+    """Letters of probability 1/2 and pairs of letters of probability 1/4 are both one bit/byte."""
     text = "aabb" * 40
     letters, pairs = CharTokenizer("ab"), Tokenizer.train([text], 259)
     assert {pairs.token_bytes(i) for i in pairs.encode(text)} == {b"aa", b"bb"}
@@ -225,7 +225,7 @@ def test_a_run_is_measured_on_its_own_validation_part(trained: Path, capfd) -> N
     assert found["tokens"] == int(0.2 * 47 * 120) - 1  # all characters but the first
     assert found["data"].startswith("the validation part of ")
     assert (found["context"], found["stride"], found["dtype"]) == (16, 16, "float32")
-    # Training leaves out what does not fill a last window, and nothing else.
+    # Training only leaves out the tokens that do not fill a last window.
     evaluated = map(json.loads, (trained / "metrics.jsonl").read_text().splitlines())
     best = min(line["val_loss"] for line in evaluated if "val_loss" in line)
     assert_close(found["loss"], best, rtol=2e-3, atol=0)
@@ -293,14 +293,14 @@ def test_tasks(tmp_path: Path, capfd) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["none/at/all"], "none/at/all is not there; give a run folder"),
+        (["none/at/all"], "none/at/all does not exist; give a run folder"),
         (["RUN", "--data", "none.txt"], "none.txt cannot be read: No such file"),
         (["RUN", "--data", "empty.txt"], "empty.txt is empty: there is nothing to score"),
         (["RUN", "--data", "latin1.txt"], "is not UTF-8: byte 0xe9 at offset 3"),
         (["RUN", "--data", "cafe.txt"], "cafe.txt: character 'é' (U+00E9) at position 3"),
         (["RUN", "--data", "one.txt"], "one.txt has 1 token, and its tokenizer no"),
-        (["RUN", "--data", "."], ". is a folder, but no prepared one"),
-        (["RUN", "--context", "17"], "context must be from 1 to 16, the model's own, not 17"),
+        (["RUN", "--data", "."], ". is not a prepared folder"),
+        (["RUN", "--context", "17"], "context must be from 1 to the model's 16, not 17"),
         (["RUN", "--stride", "0"], "stride must be from 1 to the context of 16, not 0"),
         (["RUN", "--batch-size", "0"], "batch_size must be at least 1, not 0"),
         (["RUN", "--max-tokens", "0"], "max_tokens must be at least 1, not 0"),
@@ -349,7 +349,7 @@ def test_a_text_that_changed_since_the_run_is_refused(trained: Path, capfd) -> N
 def test_a_model_without_a_text_of_its_own_needs_one(tmp_path: Path, capfd) -> None:
     small_model(GPT2).save_pretrained(tmp_path / "hf", GPT2)
     assert run(evaluate.main, tmp_path / "hf", "--device", "cpu") == 2
-    assert "is no run, which would know its text: name one with --data" in capfd.readouterr().err
+    assert "is not a run folder, so it has no default text: give --data" in capfd.readouterr().err
 
 
 def test_a_loss_that_is_no_number_is_null_in_json(tmp_path: Path, capfd) -> None:

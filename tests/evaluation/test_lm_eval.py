@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness with a fastgpt model, against ours and Hugging Face's."""
+"""lm-evaluation-harness with a fastgpt model, compared to fastgpt's tasks and to Hugging Face."""
 
 import json
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def test_without_the_harness_it_says_how_to_get_it(monkeypatch, capfd) -> None:
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, GPT, Tokenizer]]:
-    """A folder with a model, questions and the harness's tasks for them, without a network."""
+    """Return a folder with a model, questions and offline harness tasks for them."""
     folder = tmp_path_factory.mktemp("harness")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(folder / "cache"))
@@ -62,7 +62,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, GPT
 
 
 def write_tasks(folder: Path) -> None:
-    """Have the harness's own tasks read our files; and two tasks that ask for the rest."""
+    """Write harness tasks that read local files, and two tasks for the other request types."""
     from lm_eval import tasks
 
     theirs = Path(tasks.__file__).parent
@@ -86,12 +86,12 @@ def write_tasks(folder: Path) -> None:
             "training_split": None,
             f"{split}_split": split,
         }
-        text = json.dumps(task)  # which is YAML, too
+        text = json.dumps(task)  # JSON is valid YAML
         (folder / "tasks" / f"{name}.yaml").write_text(text)
 
 
 def ask_harness(folder: Path, kind: str, **args: Any) -> dict[str, Any]:
-    """Return the harness's figures by task, and what the model answered."""
+    """Return the harness's metrics by task, and the model's answers."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -129,7 +129,7 @@ def test_the_harness_finds_the_same_with_our_model_as_we_do(
 
 
 def rolling(model: GPT, tokenizer: Tokenizer, text: str) -> float:
-    """ln p of a text: in windows that do not overlap, but each with all the context it can have."""
+    """Return ln p of a text in disjoint windows, each with as much context as possible."""
     size, ids = model.config.block_size, tokenizer.encode(text)
     assert len(ids) > size
     row = [tokenizer.start_token, *ids]  # ids[i] is row[i + 1]

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens: the window, and sums that must be those of a naive loop."""
+"""Log-likelihoods: the sliding window, and sums compared to a naive loop."""
 
 import math
 from pathlib import Path
@@ -29,7 +29,7 @@ def model() -> GPT:
     config = GPTConfig(VOCAB, CONTEXT, n_layer=2, n_head=2, n_embd=16, dropout=0.3)
     model = GPT(config)
     with torch.no_grad():
-        for parameter in model.parameters():  # as peaked as a trained one
+        for parameter in model.parameters():  # distributions as peaked as a trained model's
             parameter.mul_(6).add_(torch.randn_like(parameter) * 0.05)
     return model
 
@@ -40,7 +40,7 @@ def tokens() -> np.ndarray:
 
 
 def truth(model: GPT, before: list[int], token: int) -> tuple[float, bool]:
-    """ln p of one token after others, in float64 by the formulas; and whether it is likeliest."""
+    """Return ln p of a token in float64 by the reference formulas, and whether it is greedy."""
     twin = GPT(model.config, "reference").double().eval()
     twin.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -49,10 +49,10 @@ def truth(model: GPT, before: list[int], token: int) -> tuple[float, bool]:
 
 
 def naive(model: GPT, row: list[int], context: int, stride: int) -> float:
-    """The sum of -ln p, token by token, each from what the documentation says it is scored from."""
+    """Return the sum of -ln p, computed per token from the documented context."""
     nats = 0.0
     for i in range(1, len(row)):
-        # The first window whose end reaches the token: its tokens before it are what is seen.
+        # The first window that reaches the token: the model sees its tokens before it.
         k = 0 if i <= context else math.ceil((i - context) / stride)
         nats -= truth(model, row[k * stride : i], row[i])[0]
     return nats
@@ -86,7 +86,7 @@ def test_each_token_is_scored_once_from_what_is_promised(
     for number, (start, first, stop) in enumerate(windows(n_tokens, context, stride)):
         assert start == number * stride
         assert 0 <= start <= first < stop <= start + context
-        for position in range(first, stop):  # what stands behind it is scored
+        for position in range(first, stop):  # the token after it is scored
             seen = position - start + 1
             assert seen == position + 1 if number == 0 else context - stride < seen <= context
         scored += range(first + 1, stop + 1)
@@ -166,7 +166,7 @@ def test_no_more_logits_are_held_than_the_scored_positions_need(
         return plain(self, hidden, targets)
 
     monkeypatch.setattr(GPT, "loss", counted)
-    monkeypatch.setattr(GPT, "logits", None)  # is never asked for all of them
+    monkeypatch.setattr(GPT, "logits", None)  # all logits are never computed
     perplexity(model, tokens, batch_size=2, stride=3)
     assert sizes[0] == (12 + 3, 16)
     assert set(sizes[1:-1]) == {(6, 16)}
@@ -191,8 +191,8 @@ def test_progress_is_told_of_every_token(model: GPT, tokens: np.ndarray) -> None
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"context": 13}, "context must be from 1 to 12, the model's own, not 13"),
-        ({"context": 0}, "context must be from 1 to 12"),
+        ({"context": 13}, "context must be from 1 to the model's 12, not 13"),
+        ({"context": 0}, "context must be from 1 to the model's 12"),
         ({"stride": 13}, "stride must be from 1 to the context of 12, not 13"),
         ({"stride": 0}, "stride must be from 1"),
         ({"context": 4, "stride": 5}, "the context of 4, not 5"),
@@ -233,7 +233,7 @@ def test_continuations_are_scored_as_by_a_naive_loop(model: GPT, batch_size: int
     assert sum(told) == len(pairs)
     for (context, continuation), answer in zip(pairs, found, strict=True):
         row = [*context, *continuation]
-        begin = max(0, len(row) - 1 - CONTEXT)  # what does not fit is cut off at the left
+        begin = max(0, len(row) - 1 - CONTEXT)  # truncated on the left
         each = [truth(model, row[begin:i], row[i]) for i in range(len(context), len(row))]
         assert_close(answer.total, sum(total for total, _ in each), rtol=1e-5, atol=1e-5)
         assert answer.greedy == all(likeliest for _, likeliest in each)

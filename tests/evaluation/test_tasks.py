@@ -1,4 +1,4 @@
-"""HellaSwag and LAMBADA: what is read, what is scored, and files that are not what they must be."""
+"""HellaSwag and LAMBADA: reading, scoring and invalid files."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ def test_a_question_is_cleaned_as_in_the_harness(tmp_path: Path) -> None:
         "label": 3,
     }
     (question,) = hellaswag.read(write_lines(tmp_path / "q.jsonl", [item]))
-    # Two of three spaces in a row become one, once: so the harness does, and models were measured.
+    # Like the harness, replace double spaces once: three spaces become two.
     assert question == Question(
         "Baking:  How to bake. Heat the oven.  Wait. Then she",
         (" opens it.", "a b", "goes on.", "é"),
@@ -124,7 +124,7 @@ def test_the_hubs_tables_are_read_too(tmp_path: Path) -> None:
     ("context", "continuation", "expected"),
     [
         ("a dog", " ran", ("a dog", " ran")),
-        ("a dog ", "ran", ("a dog", " ran")),  # the space is the word's
+        ("a dog ", "ran", ("a dog", " ran")),  # the space belongs to the word
         ("a dog\n\n", "ran", ("a dog", "\n\nran")),
         ("", " ran", ("<|endoftext|>", " ran")),
         ("  ", "ran", ("<|endoftext|>", "  ran")),
@@ -153,21 +153,21 @@ GOOD = hellaswag_items(1)[0]
     ("task", "line", "message"),
     [
         ("hellaswag", '{"ctx_a" 1}', "line 2, column 10: Expecting ':'"),
-        ("hellaswag", "[1]", "line 2: holds no object with a field 'ctx_a', but [1]"),
+        ("hellaswag", "[1]", "line 2: expected an object with a field 'ctx_a', not [1]"),
         ("hellaswag", {**GOOD, "ctx_a": None}, "line 2: has no field 'ctx_a'"),
         ("hellaswag", {"text": "a b"}, "line 2: has no field 'ctx_a'"),
-        ("hellaswag", {**GOOD, "label": ""}, "line 2: has no label; give the validation part"),
-        ("hellaswag", {**GOOD, "label": 4}, "line 2: label 4 is not one from 0 to 3"),
-        ("hellaswag", {**GOOD, "label": True}, "line 2: label True is not one"),
-        ("hellaswag", {**GOOD, "label": "x"}, "line 2: label 'x' is not one"),
+        ("hellaswag", {**GOOD, "label": ""}, "line 2: has no label; use the validation part"),
+        ("hellaswag", {**GOOD, "label": 4}, "line 2: label 4 is not in 0 to 3"),
+        ("hellaswag", {**GOOD, "label": True}, "line 2: label True is not in 0 to 3"),
+        ("hellaswag", {**GOOD, "label": "x"}, "line 2: label 'x' is not in 0 to 3"),
         ("hellaswag", {**GOOD, "endings": "abcd"}, "line 2: 'endings' must be a list of texts"),
         ("hellaswag", {**GOOD, "endings": ["a", 3]}, "line 2: 'endings' must be"),
         ("hellaswag", {**GOOD, "endings": []}, "line 2: 'endings' must be"),
-        ("hellaswag", {**GOOD, "endings": ["a", "[b]"]}, "line 2: an ending is empty but for"),
-        ("lambada", {"text": "word"}, "line 2: 'word' does not end in a space and a word"),
+        ("hellaswag", {**GOOD, "endings": ["a", "[b]"]}, "line 2: an ending has only white space"),
+        ("lambada", {"text": "word"}, "line 2: 'word' does not end with a text, a space"),
         ("lambada", {"text": " word"}, "line 2: ' word' does not end"),
         ("lambada", {"text": "a word "}, "line 2: 'a word ' does not end"),
-        ("lambada", {"text": 5}, "line 2: 'text' holds 5, where a text must be"),
+        ("lambada", {"text": 5}, "line 2: 'text' holds 5, expected a text"),
         ("lambada", GOOD, "line 2: has no field 'text'"),
     ],
 )
@@ -190,9 +190,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9 noir\n")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a b"}\n' * 99)[:-20])
     for name, message in {
-        "empty.jsonl": "is empty: it holds no questions",
+        "empty.jsonl": "is empty: it contains no questions",
         "latin1.txt": "is not UTF-8: byte 0xe9 at offset 3",
-        "cut.jsonl.gz": "is not a whole gzip file",
+        "cut.jsonl.gz": "is not a complete gzip file",
         "none.jsonl": "cannot be read: No such file",
     }.items():
         with pytest.raises(UsageError, match=message):

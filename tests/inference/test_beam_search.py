@@ -1,4 +1,4 @@
-"""Beam search against transformers' and against looking at every text there is."""
+"""Beam search compared to transformers and to exhaustive search."""
 
 import itertools
 import math
@@ -84,13 +84,13 @@ def test_no_new_tokens_are_one_empty_text(length_penalty: float) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_new_tokens": 28}, "5 tokens of prompt and 28 new ones exceed"),
+        ({"max_new_tokens": 28}, "5 prompt tokens and 28 new tokens exceed"),
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, not -1"),
         ({"n_beams": 0}, r"n must be from 1 to n_beams \(0\), not 1"),
         ({"n": 5}, r"n must be from 1 to n_beams \(4\), not 5"),
         ({"ids": torch.tensor([37])}, "token id 37 is outside"),
         ({"ids": torch.tensor([], dtype=torch.int64)}, "at least one token"),
-        ({"ids": torch.tensor([0.5])}, "token ids must be whole numbers, not torch.float32"),
+        ({"ids": torch.tensor([0.5])}, "token ids must be integers, not torch.float32"),
         ({"ids": torch.zeros(2, 3, dtype=torch.int64)}, "takes one prompt, not 2"),
     ],
 )

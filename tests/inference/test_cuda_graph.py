@@ -1,7 +1,7 @@
-"""Steps recorded once and replayed. A tape stands for the CUDA graph where there is no GPU.
+"""Captured and replayed generation steps. Without a GPU, a tape emulates the CUDA graph.
 
-It is as blind as a graph: it keeps which operators ran on which memory, and nothing of Python. What
-would make the host look at a number, or bring one from it, it refuses, as a graph's recording does.
+Like a graph, the tape records only which operators ran on which memory, and nothing of the Python
+code. Operators that transfer values between host and device raise an error, as in a capture.
 """
 
 import gc
@@ -35,7 +35,7 @@ OF_THE_HOST = (
 
 
 class Watch(TorchDispatchMode):
-    """Refuses what has the host wait for a GPU."""
+    """Raises an error for operators that synchronize the host with a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func not in OF_THE_HOST, f"{func} makes the host wait"
@@ -43,13 +43,13 @@ class Watch(TorchDispatchMode):
 
 
 class Tape(Watch):
-    """Records operators, then undoes what they did: a graph's recording runs nothing."""
+    """Records operators, then undoes their effects, because a capture does not execute anything."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
         self.before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
-        self.kept: list[Any] = []  # or else new tensors would take their addresses
+        self.kept: list[Any] = []  # keeps them alive: new tensors would reuse their addresses
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -73,7 +73,7 @@ class Tape(Watch):
             inputs = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
             again = func(*args, **kwargs)
             for old, new in zip(_tensors(out), _tensors(again), strict=True):
-                if old.untyped_storage().data_ptr() not in inputs:  # no view, not in place
+                if old.untyped_storage().data_ptr() not in inputs:  # neither a view nor in place
                     old.copy_(new)
 
 
@@ -96,7 +96,7 @@ def record_on_tape(function: Callable[[], Any]) -> Callable[[], Any]:
 
 @pytest.fixture
 def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Make every step a tape's; the list tells how many tapes there were."""
+    """Replace CUDA graphs by tapes; the returned list has one entry per recording."""
     found: list[Any] = []
 
     def record(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
@@ -130,7 +130,7 @@ SETTINGS: list[dict[str, Any]] = [
 def test_replayed_steps_write_the_same(
     model: GPT, recordings: list[Any], sampling: dict[str, Any], n: int
 ) -> None:
-    """Past the context, where windows slide at different times between the replays."""
+    """Also beyond the context, where windows slide at different times between the replays."""
     found = complete(model, PROMPTS, 90, n=n, seed=4, **sampling)
     assert len(recordings) == 1
     twin = complete(model, PROMPTS, 90, n=n, seed=4, use_cache=False, **sampling)
@@ -155,7 +155,7 @@ def test_replayed_steps_fill_rows_that_have_ended(model: GPT, recordings: list[A
 def test_what_has_been_written_leaves_nothing_for_the_collector(
     model: GPT, recordings: list[Any]
 ) -> None:
-    """On a GPU that would be a cache and a graph."""
+    """A reference cycle would keep the cache and the graph in GPU memory."""
     writing = Writing(model, [torch.tensor([1])], 30, Sampler(), 1)
     while writing.step() is not None:
         pass
@@ -188,7 +188,7 @@ def test_the_kernels_steps_replay(model: GPT, recordings: list[Any]) -> None:
 def test_the_host_waits_for_no_step(
     model: GPT, recordings: list[Any], sampling: dict[str, Any]
 ) -> None:
-    """Of a step between two windows and two lots of random numbers."""
+    """A step without a window move or a new block of random numbers does not synchronize."""
     sampler = Sampler(**sampling)
     writing = Writing(model, [torch.tensor([1, 2]), torch.tensor([3])], 28, sampler, 1)
     for _ in range(4):

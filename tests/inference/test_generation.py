@@ -1,4 +1,4 @@
-"""Sampling, the cache and the sliding window."""
+"""Generation: sampling, the key/value cache and the sliding window."""
 
 import math
 
@@ -16,7 +16,7 @@ from fastgpt.inference.kv_cache import KVCache, window_start
 def model() -> GPT:
     torch.manual_seed(1)
     model = GPT(GPTConfig(61, 16, 2, 2, 32))
-    with torch.no_grad():  # far from uniform, so that a wrong context shows in the choice
+    with torch.no_grad():  # far from uniform, so that a wrong context changes the chosen token
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
     return model.eval()
@@ -30,7 +30,7 @@ def prompt(batch: int = 2, time: int = 5) -> torch.Tensor:
 @pytest.mark.parametrize("time", [1, 5, 16, 17, 50])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_cache_changes_nothing(model: GPT, backend: str, time: int, temperature: float) -> None:
-    """From inside the context to far past it, against reading everything anew (fault 62)."""
+    """From inside the context to far beyond it, compared to recomputing the whole window."""
     model.use_ops(backend)
     sampling = {"temperature": temperature, "seed": 5}
     cached = generate(model, prompt(time=time), 40, **sampling)
@@ -58,7 +58,7 @@ def test_the_window_slides_by_half_a_context(length: int, block_size: int) -> No
 
 
 def test_three_lines_of_a_familiar_program() -> None:
-    """The calls that a reader of other GPT-2 projects knows, as they stand there."""
+    """The calls known from other GPT-2 projects work unchanged."""
     import fastgpt
 
     tokenizer = fastgpt.Tokenizer.gpt2()
@@ -70,7 +70,7 @@ def test_three_lines_of_a_familiar_program() -> None:
     assert generated.shape == (1, 104)
 
 
-def test_fault_63_a_seed_gives_the_same_text_in_any_batch(model: GPT) -> None:
+def test_a_seed_gives_the_same_text_in_any_batch(model: GPT) -> None:
     ids = prompt(4)
     whole = generate(model, ids, 12, seed=[7, 8, 9, 10])
     assert torch.equal(whole, generate(model, ids, 12, seed=7))
@@ -102,12 +102,12 @@ def test_fault_63_a_seed_gives_the_same_text_in_any_batch(model: GPT) -> None:
         ({"seed": -1}, r"a seed must be from 0 to 2\^63 - 1, not -1"),
     ],
 )
-def test_fault_60_wrong_settings_are_refused_before_anything_is_computed(
+def test_invalid_settings_are_rejected_before_any_computation(
     model: GPT, wrong: dict[str, float], message: str
 ) -> None:
     settings = {"max_new_tokens": 3, **wrong}
     with pytest.raises(ValueError, match=message):
-        stream(model, prompt(), **settings)  # not even iterated
+        stream(model, prompt(), **settings)  # raises without being iterated
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_writing_leaves_the_model_as_it_was(model: GPT) -> None:
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     ids = generate(model, prompt(), 3)
-    model(ids[:, :-1], ids[:, 1:]).backward()  # what was written can be trained on
+    model(ids[:, :-1], ids[:, 1:]).backward()  # generated ids can be used for training
     model.zero_grad()
     model.eval()
 
@@ -181,7 +181,7 @@ def test_tokens_come_one_by_one(model: GPT) -> None:
 
 
 def prompts() -> list[torch.Tensor]:
-    """From one token to far past the context of 16, in no order."""
+    """Return prompts of one token to far beyond the context of 16, in no particular order."""
     generator = torch.Generator().manual_seed(9)
     return [torch.randint(61, (n,), generator=generator) for n in (5, 1, 16, 17, 40, 2, 9)]
 
@@ -189,10 +189,10 @@ def prompts() -> list[torch.Tensor]:
 @pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_fault_63_prompts_of_any_lengths_write_what_they_would_alone(
+def test_prompts_of_different_lengths_generate_as_they_do_alone(
     model: GPT, backend: str, use_cache: bool, temperature: float
 ) -> None:
-    """Each slides its window at another time."""
+    """Their windows slide at different times."""
     model.use_ops(backend)
     sampling = {"temperature": temperature, "use_cache": use_cache}
     together = complete(model, prompts(), 30, seed=4, **sampling)

@@ -1,4 +1,4 @@
-"""What is kept of a distribution, the draw, and the penalties."""
+"""Sampling: filters of the distribution, random draws and penalties."""
 
 import math
 
@@ -92,7 +92,7 @@ def test_all_together_as_transformers_do(
     expected = theirs(torch.zeros(3, 1, dtype=torch.int64), logits).softmax(-1)
     ours = Sampler(temperature, k, p, m).probabilities(logits)
     kept = (ours > 0) == (expected > 0)
-    # a sum that meets top_p to the last bit may be rounded to either side of it
+    # a sum that equals top_p exactly may be rounded to either side of it
     assert kept.sum() >= kept.numel() - 1
     if kept.all():
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
@@ -151,5 +151,5 @@ def test_the_coldest_temperature_is_greedy(model: GPT) -> None:
 def test_ids_and_seeds_of_other_kinds(model: GPT) -> None:
     expected = generate(model, prompt(), 9, seed=3)
     assert torch.equal(generate(model, prompt().int(), 9, seed=np.int64(3)), expected)
-    with pytest.raises(ValueError, match=r"token ids must be whole numbers, not torch\.float32"):
+    with pytest.raises(ValueError, match=r"token ids must be integers, not torch\.float32"):
         generate(model, prompt().float(), 9)

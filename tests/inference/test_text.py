@@ -1,4 +1,4 @@
-"""Writing in text: stop strings, pieces, prompts of different lengths."""
+"""Text generation: stop strings, streaming, prompts of different lengths."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def model() -> GPT:
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 def test_a_text_ends_before_the_first_stop_string(text: str, stop: list[str]) -> None:
     ends = [at for s in stop if (at := text.find(s)) >= 0]
-    # Of two that overlap, the one that is complete first is found first.
+    # Of two overlapping stop strings, the one that is complete first ends the text.
     complete = min((text.find(s) + len(s) for s in stop if s in text), default=None)
     seen = text[:complete]
     expected = text[: min(seen.find(s) for s in stop if s in seen)] if ends else text
@@ -77,10 +77,10 @@ def test_end_of_text_ends_it_and_begins_it() -> None:
     assert list(stream_text(model, tokenizer, "abc", 9, temperature=0)) == []
 
 
-def test_fault_36_and_wrong_stops(model: GPT) -> None:
+def test_unknown_characters_and_invalid_stops_are_rejected(model: GPT) -> None:
     with pytest.raises(ValueError, match="character 'x'"):
         write(model, CHARS, ["ax"], 3)
     assert write(model, CHARS, ["ax"], 3, errors="ignore")[0][0].prompt == "ax"
     for stop in ([""], "ab"):
-        with pytest.raises(ValueError, match="stop must be a list of strings"):
+        with pytest.raises(ValueError, match="stop must be a list of non-empty strings"):
             stream_text(model, CHARS, "a", 3, stop=stop)

@@ -1,4 +1,4 @@
-"""Writes tensor bundles, right ones and wrong ones: whatever is asked for, with right checksums."""
+"""Writer of valid and invalid tensor bundles, always with correct checksums."""
 
 import struct
 from collections.abc import Mapping, Sequence
@@ -47,12 +47,12 @@ def entry(
 
 
 def number(field: int, value: int) -> bytes:
-    """Return a field that holds a number."""
+    """Return an integer field."""
     return varint(8 * field) + varint(value)
 
 
 def part(field: int, content: bytes) -> bytes:
-    """Return a field that holds bytes."""
+    """Return a field of bytes."""
     return varint(8 * field + 2) + varint(len(content)) + content
 
 
@@ -63,14 +63,14 @@ def varint(value: int) -> bytes:
 
 
 def table(entries: Mapping[bytes, bytes], compression: int = 0) -> bytes:
-    """Return a table of one data block, keys as they come."""
+    """Return a table of one data block, with keys in the given order."""
     return table_of_blocks(
         [block([(0, key, value) for key, value in entries.items()])], compression
     )
 
 
 def block(entries: Sequence[tuple[int, bytes, bytes]]) -> bytes:
-    """Return a block. Entries: how much the key shares with the last one, its rest, the value."""
+    """Return a block of entries: length of the shared prefix, rest of the key, value."""
     content = b"".join(
         varint(shared) + varint(len(rest)) + varint(len(value)) + rest + value
         for shared, rest, value in entries
@@ -79,7 +79,7 @@ def block(entries: Sequence[tuple[int, bytes, bytes]]) -> bytes:
 
 
 def table_of_blocks(blocks: Sequence[bytes], compression: int = 0) -> bytes:
-    """Return a table of those data blocks."""
+    """Return a table of the given data blocks."""
     content, handles = b"", []
     for data in blocks:
         handles.append(varint(len(content)) + varint(len(data)))
@@ -88,7 +88,7 @@ def table_of_blocks(blocks: Sequence[bytes], compression: int = 0) -> bytes:
 
 
 def table_of_handles(content: bytes, handles: Sequence[bytes]) -> bytes:
-    """Return a table whose index block says that the data blocks are there in `content`."""
+    """Return a table whose index block has the given locations of data blocks in `content`."""
     index = block([(0, b"%08d" % i, handle) for i, handle in enumerate(handles)])
     places = varint(len(content)) + varint(8)
     content += sealed(block([]))
@@ -98,7 +98,7 @@ def table_of_handles(content: bytes, handles: Sequence[bytes]) -> bytes:
 
 
 def sealed(data: bytes, compression: int = 0) -> bytes:
-    """Return a block with what follows it in the file."""
+    """Return a block followed by its compression type and checksum."""
     data += bytes([compression])
     return data + struct.pack("<I", masked(_C.crc32c(data)))
 

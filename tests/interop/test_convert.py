@@ -1,4 +1,4 @@
-"""`python -m fastgpt.convert`, and other projects' models at `python -m fastgpt.generate`."""
+"""`python -m fastgpt.convert`, and other projects' models in `python -m fastgpt.generate`."""
 
 from pathlib import Path
 
@@ -25,14 +25,14 @@ def test_a_run_for_transformers(trained: Path, tmp_path: Path, capfd) -> None:
     out = tmp_path / "out"
     assert run(convert.main, str(trained), "--to", "hf", "--out", str(out)) == 0
     printed = capfd.readouterr().out
-    assert "read back, it is equal" in printed
+    assert "read back: identical" in printed
     assert f"AutoModelForCausalLM.from_pretrained('{out}')" in printed
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     ours, tokenizer = load(trained)
     ids = torch.tensor([AutoTokenizer.from_pretrained(out)("ROMEO:")["input_ids"]])
     assert ids.tolist() == [tokenizer.encode("ROMEO:")]
     torch.testing.assert_close(model(ids).logits, ours(ids), rtol=0, atol=1e-4)
-    # and as a source: the same text as from the run itself
+    # used as a source, it generates the same text as the run
     texts = []
     for source in (trained, out):
         assert run(generate.main, str(source), "--seed", "3", "--max-new-tokens", "30") == 0
@@ -41,7 +41,7 @@ def test_a_run_for_transformers(trained: Path, tmp_path: Path, capfd) -> None:
     assert run(convert.main, str(out), "--to", "hf", "--out", str(tmp_path / "again")) == 0
     capfd.readouterr()
     assert run(convert.main, str(trained), "--to", "hf", "--out", str(out)) == 2
-    assert "is there already; give another --out" in capfd.readouterr().err
+    assert "already exists; give another --out" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("precision", ["f32", "f16", "bf16", "q8_0"])
@@ -52,7 +52,7 @@ def test_a_run_for_llama_cpp(trained: Path, tmp_path: Path, precision: str, capf
     out, options = tmp_path / "model.gguf", ["--to", "gguf", "--precision", precision]
     assert run(convert.main, str(wide), *options, "--out", str(out)) == 0
     printed = capfd.readouterr().out
-    assert "read back, it is equal" in printed
+    assert "read back: identical" in printed
     assert f"llama-cli -m {out}" in printed
     model, tokenizer = load(out)
     assert tokenizer == load(wide)[1]

@@ -1,5 +1,7 @@
-"""CRC-32C: both ways of computing it, against the standard's examples, a bit at a time, and zlib's
-idea of a running checksum."""
+"""CRC-32C: both implementations against the standard's examples and a bitwise computation.
+
+The running checksum has the interface of zlib's.
+"""
 
 import threading
 
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastgpt import _C
 
-STREAM = 4096  # what csrc/common/crc32c.cpp gives each of its three streams
+STREAM = 4096  # bytes per stream of the three streams in csrc/common/crc32c.cpp
 
 # RFC 3720, B.4; the last is the check value of the catalogue of parametrised CRC algorithms.
 KNOWN = {
@@ -109,7 +111,7 @@ def test_leaves_the_lock_of_python_to_others() -> None:
     while not done.wait(0.001):
         turns += 1
     thread.join()
-    assert turns > 20  # with the lock held, one turn for each call at most
+    assert turns > 20  # if the GIL were held, at most one turn per call
 
 
 def _bit_by_bit(data: bytes, initial: int) -> int:

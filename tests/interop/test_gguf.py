@@ -1,4 +1,4 @@
-"""GGUF files: every number and every key as llama.cpp needs it, read back by the package `gguf`."""
+"""GGUF files: all values and keys that llama.cpp needs, read back with the package `gguf`."""
 
 import contextlib
 import itertools
@@ -94,7 +94,7 @@ def test_every_tensor_is_there_to_the_bit(bias: bool, tie_weights: bool, tmp_pat
 def test_matrices_may_be_smaller(
     precision: exported.Precision, file_type: int, worst: float, tmp_path: Path
 ) -> None:
-    """Each number is as near as the type allows: to its own size, or to its block's largest."""
+    """The error of each value is within the type's limit, relative to the value or its block."""
     model = random_model()
     reader = write(tmp_path, model, CharTokenizer(CHARACTERS), precision)
     assert keys(reader)["general.file_type"] == file_type
@@ -130,9 +130,9 @@ def test_the_shape_and_the_settings_are_the_models(tmp_path: Path) -> None:
 
 
 def letters() -> dict[str, int]:
-    """Return the byte of each letter that GPT-2's vocabulary writes bytes as.
+    """Return the byte of each character in the byte encoding of GPT-2's vocabulary.
 
-    By its own definition: what prints stands for itself, the others follow each other from U+0100.
+    Printable bytes are their own characters; the others are numbered from U+0100 on.
     """
     prints = [b for b in range(256) if chr(b).isprintable() and not chr(b).isspace() and b != 0xAD]
     others = [b for b in range(256) if b not in prints]
@@ -140,7 +140,7 @@ def letters() -> dict[str, int]:
 
 
 def encode_by(found: dict[str, Any], text: str) -> list[int]:
-    """Encode one word with the tokens and merges of a file, in the slowest and plainest way."""
+    """Encode one word with the tokens and merges of a file by a naive algorithm."""
     byte_letters = {byte: letter for letter, byte in letters().items()}
     parts = [byte_letters[byte] for byte in text.encode()]
     ranks = {tuple(m.split(" ")): i for i, m in enumerate(found["tokenizer.ggml.merges"])}
@@ -186,13 +186,13 @@ def test_gpt2s_own_vocabulary(tmp_path: Path) -> None:
 
 
 def test_single_characters_are_rwkvs_tokens(tmp_path: Path) -> None:
-    """Written as its vocabulary is, and by the same rules, undone here: a backslash escapes."""
+    """Tokens are escaped with backslashes as in RWKV's vocabulary, and unescaped here."""
     config = replace(CONFIG, vocab_size=len(CHARACTERS) + 2)
     found = keys(write(tmp_path, random_model(config), CharTokenizer(CHARACTERS)))
     tokens = found["tokenizer.ggml.tokens"]
     unescaped = [token.encode().decode("unicode_escape") for token in tokens]
     assert "".join(unescaped[: len(CHARACTERS)]) == CHARACTERS
-    # No text in UTF-8 begins like a row that stands for no character.
+    # No UTF-8 text begins like the token of an unused row.
     assert [ord(name[0]) for name in unescaped[len(CHARACTERS) :]] == [0xFF, 0xFF]
     assert found["tokenizer.ggml.token_type"] == [1] * len(CHARACTERS) + [5, 5]
     assert found["tokenizer.ggml.model"] == "rwkv"
@@ -200,7 +200,7 @@ def test_single_characters_are_rwkvs_tokens(tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[BaseTokenizer | None, dict[str, Any], str]] = [
-    (None, {}, "needs the model's tokenizer"),
+    (None, {}, "requires the model's tokenizer"),
     (CharTokenizer(CHARACTERS + "yz"), {}, "14 ids, the model only 12"),
     (CharTokenizer("aé"), {}, "no tokenizer for single characters such as 'é'"),
     (Tokenizer.train(["aa aa"], 257, special_tokens=[]), {"vocab_size": 257}, "at token 11"),
@@ -222,7 +222,7 @@ def test_what_llama_cpp_cannot_hold_is_not_written(
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"mine")
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         exported.write(GPT(CONFIG), path, CharTokenizer(CHARACTERS))
     assert path.read_bytes() == b"mine"
 
@@ -284,7 +284,7 @@ def test_other_types_are_read(precision: exported.Precision, tmp_path: Path) -> 
         ({"general.architecture": "llama"}, "architecture 'llama', not 'gpt2'"),
         ({"gpt2.block_count": 3}, "h.2.ln_1.weight is missing"),
         ({"gpt2.attention.head_count": 5}, "32 is not a multiple of 5"),
-        ({"tokenizer.ggml.model": "llama"}, "of the kind .'llama', None. is not read"),
+        ({"tokenizer.ggml.model": "llama"}, "of the kind .'llama', None. is not supported"),
     ],
 )
 def test_what_is_no_gpt2_is_refused(
@@ -318,7 +318,7 @@ def test_damaged_files_are_refused_or_read(
         if flip // 8 < len(content):
             content[flip // 8] ^= 1 << flip % 8
     (tmp_path / "model.gguf").write_bytes(content)
-    with contextlib.suppress(UsageError):  # and nothing else
+    with contextlib.suppress(UsageError):  # no other exception is allowed
         load(tmp_path / "model.gguf")
 
 
@@ -329,20 +329,20 @@ def test_a_damaged_length_does_not_keep_the_reader_busy(whole: bytes, tmp_path: 
     assert struct.unpack_from("<Q", content, at) == (12,)
     struct.pack_into("<Q", content, at, 2**60)
     (tmp_path / "model.gguf").write_bytes(content)
-    with pytest.raises(UsageError, match="within its keys"):
+    with pytest.raises(UsageError, match="inside its keys"):
         load(tmp_path / "model.gguf")
 
 
 # --- llama.cpp itself, where it is installed ---------------------------------------------------
 
-# Its GELU and its cache of keys and values are in half precision. Eight bits: 1/254 of a block's
-# largest weight, times what adds up over a few layers.
+# llama.cpp's GELU and key/value cache have half precision. For q8_0, the error is 1/254 of a
+# block's largest weight, times an accumulation over a few layers.
 CLOSE = {"f32": 0.01, "f16": 0.01, "bf16": 0.1, "q8_0": 0.3}
 
 
 @pytest.fixture(scope="module", params=["byte pairs", "characters"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train a small model on the packaged text, so well that it writes words."""
+    """Train a small model on the packaged text until it generates words."""
     pytest.importorskip("llama_cpp")
     folder = tmp_path_factory.mktemp("trained")
     recipe = Recipe(n_layer=2, n_head=2, n_embd=64, block_size=128, max_steps=400, lr=3e-3)
@@ -367,7 +367,7 @@ def test_llama_cpp_computes_and_writes_the_same(
     llama = llama_cpp.Llama(str(path), n_ctx=128, logits_all=True, verbose=False, n_threads=1)
     for text in texts(checkout, ascii_only=isinstance(tokenizer, CharTokenizer)):
         ids = tokenizer.encode(text, errors="ignore")
-        text = tokenizer.decode(ids)  # what a vocabulary of characters has of it
+        text = tokenizer.decode(ids)  # the text without characters that are not in the vocabulary
         assert llama.tokenize(text.encode(), add_bos=False, special=False) == ids, text
         assert llama.detokenize(ids) == text.encode()
 
@@ -383,13 +383,13 @@ def test_llama_cpp_computes_and_writes_the_same(
     llama.eval(prompt)
     for token_id in written[len(prompt) :]:
         row = llama.scores[llama.n_tokens - 1]
-        # the same greedy text; where another token is as good, within what the type can tell
+        # the same greedy text, except for tokens of equal logits within the type's precision
         assert row.max() - row[token_id] <= (0 if precision == "f32" else CLOSE[precision])
         llama.eval([token_id])
 
 
 def texts(checkout: Path, *, ascii_only: bool) -> list[str]:
-    """Return texts of every kind, the first one as the model was trained on."""
+    """Return diverse texts; the first is like the model's training data."""
     play = (checkout / "fastgpt" / "assets" / "tinyshakespeare.txt").read_text(encoding="utf-8")
     found = [play[at : at + 400] for at in range(0, 400_000, 20_000)]
     found += ["  a  b   c\n\n\n d e ", "it's we're I'LL don't '  's", " ", "\n", "-- a:b;c"]

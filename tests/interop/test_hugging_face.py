@@ -1,4 +1,4 @@
-"""Hugging Face's folders in and out, against transformers itself."""
+"""Import and export of Hugging Face folders, compared to transformers."""
 
 import json
 import shutil
@@ -14,8 +14,8 @@ from fastgpt.interop import load
 from fastgpt.utils.errors import UsageError
 
 SMALL = {"vocab_size": 301, "n_positions": 40, "n_embd": 48, "n_layer": 3, "n_head": 4}
-# The four released shapes: layers, heads, width. The larger ones with few of their 24 to 48 layers,
-# which are all alike, because whole they need gigabytes and minutes.
+# The four released shapes: layers, heads, width. The larger ones have only a few of their 24 to 48
+# layers, which are identical in shape; complete models would take gigabytes and minutes.
 SHAPES = {
     "124M": (12, 12, 768),
     "355M": (3, 16, 1024),
@@ -30,7 +30,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def theirs(noise: float = 0.1, **settings) -> GPT2LMHeadModel:
-    """Make a GPT-2 of transformers with `noise` on all its weights, for a mistake to show."""
+    """Return a GPT-2 of transformers with `noise` on all weights, to expose mistakes."""
     ends = {"bos_token_id": None, "eos_token_id": None}
     model = GPT2LMHeadModel(GPT2Config(**{**SMALL, **ends, **settings})).eval()
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_other_types_become_fp32(tmp_path: Path, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_pickled_weights_come_without_code(tmp_path: Path, legacy: bool) -> None:
-    """Old folders: names without a prefix, masks among the tensors, and a pickle (fault 18)."""
+    """Old folders have names without a prefix, mask tensors and a pickle."""
     model = theirs()
     model.config.save_pretrained(tmp_path)
     weights = {name.removeprefix("transformer."): t for name, t in model.state_dict().items()}
@@ -85,7 +85,7 @@ def test_pickled_weights_come_without_code(tmp_path: Path, legacy: bool) -> None
 
     marker = tmp_path / "ran"
     torch.save({"wte.weight": Malicious(marker)}, path)
-    with pytest.raises(UsageError, match=r"pytorch_model\.bin holds more than tensors"):
+    with pytest.raises(UsageError, match=r"pytorch_model\.bin contains more than tensors"):
         GPT.from_pretrained(tmp_path)
     assert not marker.exists()
     path.write_bytes(path.read_bytes()[:-100])
@@ -116,7 +116,7 @@ def test_out_and_in_again(tmp_path: Path, tied: bool, bias: bool) -> None:
     for name, tensor in again.state_dict().items():
         expected = ours.state_dict().get(name, torch.zeros_like(tensor))
         assert torch.equal(tensor, expected), name
-    with pytest.raises(UsageError, match=r"holds a config\.json already"):
+    with pytest.raises(UsageError, match=r"already contains config\.json"):
         ours.save_pretrained(tmp_path / "out")
 
 
@@ -179,7 +179,7 @@ def test_padded_rows_are_left_out_beside_a_tokenizer(tmp_path: Path) -> None:
     assert torch.equal(cropped(text), model(text)[..., :50257])
     small = GPT(GPTConfig(300, 8, 1, 1, 8))
     small.save_pretrained(tmp_path / "small", Tokenizer.gpt2())
-    with pytest.raises(UsageError, match="tokenizer has 50,257 ids, and its model only 300"):
+    with pytest.raises(UsageError, match="tokenizer has 50,257 ids, but its model only 300"):
         load(tmp_path / "small")
 
 
@@ -192,7 +192,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_fault_16_every_difference_is_listed(folder: Path) -> None:
+def test_every_mismatched_tensor_is_listed(folder: Path) -> None:
     path = folder / "model.safetensors"
     weights = load_file(path)
     weights["transformer.h.0.ln_1.weight"] = torch.zeros(47)
@@ -202,7 +202,7 @@ def test_fault_16_every_difference_is_listed(folder: Path) -> None:
         GPT.from_pretrained(folder)
     for part in (
         "h.0.ln_1.weight is [47] instead of [48]",
-        "h.1.surplus is not the model's",
+        "h.1.surplus is not in the model",
         "h.1.attn.c_attn.bias is missing",
     ):
         assert part in str(info.value)
@@ -211,7 +211,7 @@ def test_fault_16_every_difference_is_listed(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'; only 'gpt2' is read"),
+        ({"model_type": "llama"}, "model_type is 'llama'; only 'gpt2' is supported"),
         ({"activation_function": "relu"}, "activation_function = 'relu' is not supported"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         ({"n_inner": 100}, "n_inner = 100 is not supported"),
@@ -230,7 +230,7 @@ def test_settings_that_would_compute_something_else(folder: Path, changes, messa
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000])
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "index"])
-def test_fault_5_what_is_no_json(tmp_path: Path, file: str, content: bytes) -> None:
+def test_malformed_files_are_rejected(tmp_path: Path, file: str, content: bytes) -> None:
     theirs().save_pretrained(tmp_path, max_shard_size="60KB" if file == "index" else "1GB")
     name = "model.safetensors.index.json" if file == "index" else file
     (tmp_path / name).write_bytes(content)
@@ -251,7 +251,7 @@ def test_faults_1_and_4_a_part_cut_short_or_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["../model.safetensors", "/etc/passwd", "..", "", 3])
-def test_fault_6_an_index_that_points_elsewhere(tmp_path: Path, place) -> None:
+def test_an_index_that_points_outside_the_folder_is_rejected(tmp_path: Path, place) -> None:
     inside = tmp_path / "inside"
     theirs().save_pretrained(inside, max_shard_size="60KB")
     shutil.copy(next(inside.glob("model-00001*")), tmp_path / "model.safetensors")
@@ -267,14 +267,14 @@ def test_nothing_and_the_unknown(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(UsageError, match="give a run folder of fastgpt; or"):
             GPT.from_pretrained(path)
-    with pytest.raises(UsageError, match="gpt2-xxl is no file or folder here") as info:
+    with pytest.raises(UsageError, match="gpt2-xxl is not a local file or folder") as info:
         GPT.from_pretrained("gpt2-xxl")
     assert "save config.json, model.safetensors" in str(info.value)
-    for name in ("./gpt2", "gpt2/", "/no/gpt2"):  # never the hub's, whatever is not here
-        with pytest.raises(UsageError, match="gpt2 is not there; give a run folder"):
+    for name in ("./gpt2", "gpt2/", "/no/gpt2"):  # local paths are never looked up on the Hub
+        with pytest.raises(UsageError, match="gpt2 does not exist; give a run folder"):
             GPT.from_pretrained(name)
 
 
 def test_a_tokenizer_that_is_not_known(folder: Path) -> None:
-    with pytest.raises(UsageError, match="does not say what its 301 token ids stand for"):
+    with pytest.raises(UsageError, match="has no tokenizer for its 301 token ids"):
         load(folder)

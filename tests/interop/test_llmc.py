@@ -1,4 +1,4 @@
-"""llm.c's model files: read to the bit, refused when their header does not fit them."""
+"""llm.c model files: exact values, and errors if the header does not match the file."""
 
 import contextlib
 import struct
@@ -36,7 +36,7 @@ def random_model(config: GPTConfig = CONFIG) -> GPT:
 
 
 def file_of(model: GPT, version: int = 3, padded: int = PADDED, magic: int = 20240326) -> bytes:
-    """Return what llm.c writes of a model (`write_model` in its train_gpt2.py)."""
+    """Return the file that llm.c writes for a model (`write_model` in its train_gpt2.py)."""
     config, weights = model.config, model.state_dict()
     header = np.zeros(256, "<i4")
     header[:8] = [
@@ -81,7 +81,7 @@ def test_another_size_needs_a_tokenizer_beside_it(tmp_path: Path) -> None:
     tokenizer = Tokenizer.train(["one text of a few words"], 260)
     path = tmp_path / "model.bin"
     path.write_bytes(file_of(random_model(replace(CONFIG, vocab_size=260)), 3, 384))
-    with pytest.raises(NoTokenizerError, match="what its 260 token ids stand for"):
+    with pytest.raises(NoTokenizerError, match="has no tokenizer for its 260 token ids"):
         load(path)
     tokenizer.save(tmp_path)
     assert load(path)[1] == tokenizer
@@ -91,12 +91,12 @@ def test_another_size_needs_a_tokenizer_beside_it(tmp_path: Path) -> None:
 def test_its_other_files_are_told_apart(magic: int, tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     path.write_bytes(file_of(random_model(), magic=magic))
-    with pytest.raises(UsageError, match=f"magic {magic}. is no model of llm.c, but "):
+    with pytest.raises(UsageError, match=f"magic {magic}. is not a model of llm.c, but "):
         open_source(path)
 
 
 def with_header(**changes: int) -> bytes:
-    """Return a file of which some numbers of the header, by their place, are others."""
+    """Return a file with changed integers of the header, given by their position."""
     content = bytearray(file_of(random_model()))
     for place, value in changes.items():
         struct.pack_into("<i", content, 4 * int(place.removeprefix("at_")), value)
@@ -104,10 +104,10 @@ def with_header(**changes: int) -> bytes:
 
 
 REFUSED = [
-    (with_header()[:1000], "only 1,000 bytes: it was cut off in its header"),
+    (with_header()[:1000], "only 1,000 bytes: its header is truncated"),
     (with_header()[:-1], "has 15,839 bytes, but its header says 15,840"),
     (with_header() + b"x", "has 15,841 bytes, but its header says 15,840"),
-    (with_header(at_1=1), "version 1 of llm.c's models"),
+    (with_header(at_1=1), "version 1 of llm.c's model format"),
     (with_header(at_2=7), "its header says 15,872"),
     (with_header(at_3=0), "header is damaged"),
     (with_header(at_3=129), "header is damaged"),
@@ -136,7 +136,7 @@ def test_damaged_headers_are_refused_or_read(size: int, flips: list[int], tmp_pa
             content[flip // 8] ^= 1 << flip % 8
     path = tmp_path / "model.bin"
     path.write_bytes(content)
-    with contextlib.suppress(UsageError):  # and nothing else
+    with contextlib.suppress(UsageError):  # no other exception is allowed
         GPT.from_pretrained(path)
 
 
@@ -145,5 +145,5 @@ def test_a_file_that_shrinks_while_it_is_open_is_refused(tmp_path: Path) -> None
     path.write_bytes(with_header())
     source = open_source(path)
     path.write_bytes(with_header()[:9000])
-    with pytest.raises(UsageError, match="too early: it was cut off"):
+    with pytest.raises(UsageError, match="is truncated: "):
         source.load_model()

@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoints: read as its train.py saves them, written as its programs load them."""
+"""nanoGPT checkpoints: import of files from its train.py, export for its scripts."""
 
 import contextlib
 import os
@@ -38,7 +38,7 @@ def random_model(config: GPTConfig = CONFIG) -> GPT:
 
 
 def checkpoint(model: GPT, prefix: str = "", *, masks: bool = False) -> dict[str, Any]:
-    """Return what train.py saves after some steps, of a model that may be compiled."""
+    """Return a checkpoint as train.py saves it after some steps; prefix: of a wrapped model."""
     config, weights = model.config, dict[str, Tensor]()
     for name, parameter in model.state_dict().items():
         weights[f"{prefix}transformer.{name}"] = parameter
@@ -120,7 +120,7 @@ def test_characters_are_found_beside_or_in_the_data(place: str, tmp_path: Path) 
     (tmp_path / place).write_bytes(meta())
     assert load(folder)[1] == CharTokenizer(CHARACTERS)
     (tmp_path / place).unlink()
-    with pytest.raises(NoTokenizerError, match=r"put the meta.pkl of its data beside it"):
+    with pytest.raises(NoTokenizerError, match=r"put the meta.pkl of its data next to it"):
         load(folder)
 
 
@@ -151,7 +151,7 @@ def test_padded_rows_of_gpt2s_vocabulary_are_left_out(tmp_path: Path) -> None:
     assert torch.equal(model.wte.weight, whole.wte.weight[:50257])
 
 
-def test_fault_18_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
+def test_code_in_a_pickled_checkpoint_is_not_executed(tmp_path: Path) -> None:
     class Malicious:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.system, (f"touch {tmp_path / 'ran'}",)
@@ -159,15 +159,15 @@ def test_fault_18_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
     for name in ("model", "config"):
         content = {**checkpoint(random_model()), name: Malicious()}
         folder = save(tmp_path / name, content)
-        with pytest.raises(UsageError, match="a pickle can run any code"):
+        with pytest.raises(UsageError, match="a pickle can execute any code"):
             GPT.from_pretrained(folder)
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "ckpt.pt").write_bytes(pickle.dumps(Malicious(), protocol=2))
-    with pytest.raises(UsageError, match="a pickle can run any code"):
+    with pytest.raises(UsageError, match="a pickle can execute any code"):
         GPT.from_pretrained(tmp_path / "plain")
     save(tmp_path / "meta", checkpoint(random_model()))
     (tmp_path / "meta" / "meta.pkl").write_bytes(pickle.dumps(Malicious()))
-    with pytest.raises(UsageError, match="none of it was run"):
+    with pytest.raises(UsageError, match="no code in it was run"):
         load(tmp_path / "meta")
     assert not (tmp_path / "ran").exists()
 
@@ -179,20 +179,20 @@ def changed(part: str, **changes: Any) -> dict[str, Any]:
 
 
 REFUSED = [
-    ([1, 2], "no checkpoint of nanoGPT"),
-    ({"model": {}}, "no checkpoint of nanoGPT"),
-    ({"model": {}, "model_args": 3}, "no dict of settings"),
-    ({"model": [1], "model_args": {}}, "vocab_size must be a whole number, not None"),
+    ([1, 2], "is not a nanoGPT checkpoint"),
+    ({"model": {}}, "is not a nanoGPT checkpoint"),
+    ({"model": {}, "model_args": 3}, "not a dict of settings"),
+    ({"model": [1], "model_args": {}}, "vocab_size must be an integer, not None"),
     (changed("model_args", n_layer=10**12), "28 tensors are too few for 1,000,000,000,000 layers"),
-    (changed("model_args", n_layer=2.0), "n_layer must be a whole number, not 2.0"),
-    (changed("model_args", n_layer=True), "n_layer must be a whole number, not True"),
+    (changed("model_args", n_layer=2.0), "n_layer must be an integer, not 2.0"),
+    (changed("model_args", n_layer=True), "n_layer must be an integer, not True"),
     (changed("model_args", n_embd=10**15), r"wte.weight is \[10, 8\] instead of"),
     (changed("model_args", n_head=3), "8 is not a multiple of 3"),
     (changed("model_args", dropout="x"), "ckpt.pt: "),
-    (changed("model_args", bias=False), "h.0.ln_1.bias is not the model's"),
-    (changed("model", other=torch.zeros(1)), "other is not the model's"),
-    (changed("model", other=3), "other is no plain tensor"),
-    (changed("model", **{"lm_head.weight": torch.zeros(10, 8)}), "made by a changed nanoGPT"),
+    (changed("model_args", bias=False), "h.0.ln_1.bias is not in the model"),
+    (changed("model", other=torch.zeros(1)), "other is not in the model"),
+    (changed("model", other=3), "other is not a plain tensor"),
+    (changed("model", **{"lm_head.weight": torch.zeros(10, 8)}), "made by a modified nanoGPT"),
 ]
 
 
@@ -220,7 +220,7 @@ def test_damaged_files_are_refused_or_read(
         for place in data.draw(st.lists(st.integers(0, len(saved) - 1), max_size=4)):
             content[place] ^= 1 << data.draw(st.integers(0, 7))
     (tmp_path / "ckpt.pt").write_bytes(content)
-    with contextlib.suppress(UsageError):  # and nothing else
+    with contextlib.suppress(UsageError):  # no other exception is allowed
         GPT.from_pretrained(tmp_path)
 
 
@@ -238,7 +238,7 @@ def test_what_is_written_is_read_back_to_the_bit(bias: bool, tmp_path: Path) -> 
 
 
 class Theirs(nn.Module):
-    """The parameters of nanoGPT's model, by its names, without what it computes."""
+    """The parameters of nanoGPT's model under its names, without the computation."""
 
     def __init__(self, n_layer: int, n_embd: int, block_size: int, vocab_size: int, bias: bool):
         super().__init__()
@@ -269,7 +269,7 @@ class Theirs(nn.Module):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_what_is_written_resumes_as_nanogpt_does(bias: bool, tmp_path: Path) -> None:
-    """Its sample.py needs the weights and `config`, its train.py also the optimizer's state."""
+    """sample.py needs the weights and `config`; train.py also needs the optimizer's state."""
     model = random_model(replace(CONFIG, bias=bias))
     nanogpt.write(model, tmp_path / "out", CharTokenizer(CHARACTERS))
     content = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
@@ -283,7 +283,7 @@ def test_what_is_written_resumes_as_nanogpt_does(bias: bool, tmp_path: Path) -> 
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     assert not optimizer.state
     assert (content["iter_num"], content["best_val_loss"]) == (0, 1e9)
-    # From its own folder, in which there is `data`, sample.py opens this:
+    # sample.py, run in nanoGPT's folder with its `data`, opens this path:
     (tmp_path / "data").mkdir()
     found = tmp_path / "data" / content["config"]["dataset"] / "meta.pkl"
     assert pickle.loads(found.read_bytes())["itos"] == dict(enumerate(CHARACTERS))
@@ -300,8 +300,8 @@ def test_with_gpt2s_tokenizer_no_characters_are_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tie_weights": False}, "no head of its own"),
-        ({"layer_norm_eps": 1e-6}, "layer_norm_eps = 1e-05; this model's is 1e-06"),
+        ({"tie_weights": False}, "does not support an untied head"),
+        ({"layer_norm_eps": 1e-6}, "layer_norm_eps = 1e-05; this model has 1e-06"),
     ],
 )
 def test_what_nanogpt_cannot_hold_is_not_written(
@@ -314,7 +314,7 @@ def test_what_nanogpt_cannot_hold_is_not_written(
 
 def test_other_tokenizers_are_not_written(tmp_path: Path) -> None:
     tokenizer = Tokenizer.train(["some text, some more text"], 260)
-    with pytest.raises(UsageError, match="other words for the same ids"):
+    with pytest.raises(UsageError, match="decode the same ids to other text"):
         nanogpt.write(GPT(replace(CONFIG, vocab_size=260)), tmp_path / "out", tokenizer)
     assert not (tmp_path / "out").exists()
 
@@ -322,6 +322,6 @@ def test_other_tokenizers_are_not_written(tmp_path: Path) -> None:
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     save(tmp_path, checkpoint(random_model()))
     before = (tmp_path / "ckpt.pt").read_bytes()
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         nanogpt.write(random_model(), tmp_path)
     assert (tmp_path / "ckpt.pt").read_bytes() == before

@@ -1,4 +1,4 @@
-"""Checkpoints that TensorFlow wrote, and what damage and malice make of such files."""
+"""Checkpoints written by TensorFlow, and damaged or malicious files."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def test_reads_each_dtype_and_shape_to_the_bit() -> None:
 
 def test_reads_an_index_of_several_blocks() -> None:
     bundle = TensorBundle(WRITTEN / "many" / "model.ckpt")
-    assert bundle.index_path.stat().st_size > 256 << 10  # where TensorFlow ends a block
+    assert bundle.index_path.stat().st_size > 256 << 10  # TensorFlow's block size
     expected = many_values()
     assert sorted(bundle.entries) == sorted(expected)
     for name, value in expected.items():
@@ -56,7 +56,7 @@ def test_each_tensor_owns_its_memory(tmp_path: Path) -> None:
     assert first.untyped_storage().nbytes() == bundle.entries["model/wte"].size
     first.zero_()
     (tmp_path / DATA).write_bytes(b"")
-    with pytest.raises(CheckpointError, match="was cut off in tensor 'model/wte'"):
+    with pytest.raises(CheckpointError, match="is truncated in tensor 'model/wte'"):
         bundle.read("model/wte")
     assert np.array_equal(
         TensorBundle(WRITTEN / "openai" / "model.ckpt").read("model/wte").numpy(),
@@ -114,7 +114,7 @@ def test_each_flipped_bit_of_the_data_is_refused(tmp_path: Path) -> None:
             if entry.offset <= bit // 8 < entry.offset + entry.size
         ]
         assert len(hit) == 1
-        with pytest.raises(CheckpointError, match=f"{DATA} does not have the checksum .*{hit[0]}"):
+        with pytest.raises(CheckpointError, match=f"{DATA} does not match the checksum .*{hit[0]}"):
             bundle.read(hit[0])
 
 
@@ -156,7 +156,7 @@ def test_a_file_of_another_kind_is_refused_with_both_magic_numbers(tmp_path: Pat
         TensorBundle(tmp_path / "model.ckpt")
 
 
-# Entries for a data file of eight bytes, whose masked checksum is not looked at before reading.
+# Entries for a data file of eight bytes, whose checksum is only verified when reading it.
 GOOD = entry(FLOAT, [2], size=8)
 REFUSED = {
     "no shards": (b"", "says 0 data files"),
@@ -166,8 +166,8 @@ REFUSED = {
     "field": (HEADER + number(9, 1), "field 9 of type 0"),
     "wire type": (part(1, b"a"), "field 1 of type 2"),
     "group": (HEADER + b"\x0b" * 50, "field 1 of type 3"),
-    "twice": (HEADER + HEADER, "field 1 is there twice"),
-    "cut short": (HEADER + part(3, b"abcdef")[:-2], "6 bytes are announced where 4"),
+    "twice": (HEADER + HEADER, "field 1 occurs twice"),
+    "cut short": (HEADER + part(3, b"abcdef")[:-2], "expected 6 more bytes, but only 4"),
     "endless number": (b"\x08" + b"\xff" * 20, "more than 64 bits"),
     "number of 65 bits": (b"\x08" + b"\xff" * 9 + b"\x02", "more than 64 bits"),
     **{
@@ -178,11 +178,11 @@ REFUSED = {
             ("future type", entry(1 << 40, [2], size=8), "its type 1099511627776"),
             ("size", entry(FLOAT, [3], size=8), r"float32 of shape \[3\] takes 12 bytes, not 8"),
             ("negative size", entry(FLOAT, [2], size=-8), "takes 8 bytes, not -8"),
-            ("negative shape", entry(FLOAT, [-1, -2], size=8), "not known, or impossible"),
-            ("huge shape", entry(FLOAT, [1 << 62, 4], size=8), "not known, or impossible"),
-            ("huge and empty", entry(FLOAT, [0, 1 << 62, 4]), "not known, or impossible"),
+            ("negative shape", entry(FLOAT, [-1, -2], size=8), "unknown or impossible"),
+            ("huge shape", entry(FLOAT, [1 << 62, 4], size=8), "unknown or impossible"),
+            ("huge and empty", entry(FLOAT, [0, 1 << 62, 4]), "unknown or impossible"),
             ("rank", entry(FLOAT, [1] * 65, size=4), "65 dimensions"),
-            ("unknown rank", number(1, 1) + part(2, number(3, 1)), "not known, or impossible"),
+            ("unknown rank", number(1, 1) + part(2, number(3, 1)), "unknown or impossible"),
             ("two shapes", number(1, 1) + part(2, b"") * 2, "several shapes"),
             ("shard", entry(FLOAT, [2], shard=1, size=8), "data file 1 of 1"),
             ("negative shard", entry(FLOAT, [2], shard=-1, size=8), "data file -1 of 1"),
@@ -194,7 +194,7 @@ REFUSED = {
     "beyond the file": ({b"": HEADER, b"x": entry(FLOAT, [2], offset=1, size=8)}, "ends at 9"),
     "far beyond": ({b"": HEADER, b"x": entry(FLOAT, [1 << 50], size=1 << 52)}, "8 bytes, but"),
     "end wraps": ({b"": HEADER, b"x": entry(FLOAT, [2], offset=2**63 - 1, size=8)}, "ends at"),
-    "no header": ({b"x": GOOD}, "first entry is no header"),
+    "no header": ({b"x": GOOD}, "first entry is not a header"),
     "slices themselves": ({b"": HEADER, b"\0x": GOOD}, "in slices"),
     "order": ({b"": HEADER, b"y": GOOD, b"x": GOOD}, "not in order: b'x' after b'y'"),
     "name": ({b"": HEADER, b"\xff": GOOD}, "not UTF-8"),
@@ -227,7 +227,7 @@ TABLES = {
     "offsets": (writer.table_of_blocks([struct.pack("<I", 1 << 30)]), "no room for 1,073,741,824"),
     "sharing": (
         writer.table_of_blocks([writer.block([(0, b"", HEADER), (5, b"x", GOOD)])]),
-        "shares 5 bytes with one of 0",
+        "shares 5 bytes with a key of 0",
     ),
     "same block again": (
         writer.table_of_handles(SEALED, [writer.varint(0) + writer.varint(len(BLOCK))] * 2),
@@ -235,12 +235,15 @@ TABLES = {
     ),
     "beyond the end": (
         writer.table_of_handles(SEALED, [writer.varint(0) + writer.varint(1 << 60)]),
-        "would reach beyond the end",
+        "extends beyond the end",
     ),
-    "half a handle": (writer.table_of_handles(SEALED, [b"\0"]), "1 bytes are announced where 0"),
+    "half a handle": (
+        writer.table_of_handles(SEALED, [b"\0"]),
+        "expected 1 more bytes, but only 0",
+    ),
     "more than a handle": (
         writer.table_of_handles(SEALED, [writer.varint(0) + writer.varint(len(BLOCK)) + b"\0"]),
-        "more than the places",
+        "more than the locations",
     ),
     "too large": (bytes((16 << 20) + 1), "more than 16,777,216 bytes"),
 }
@@ -254,10 +257,10 @@ def test_refuses_a_table_with_right_checksums_too(tmp_path: Path, name: str) -> 
 
 
 def test_few_bytes_cannot_become_many_names(tmp_path: Path) -> None:
-    """Each name of a hundred thousand shares a long beginning with the one before."""
+    """Each of 100,000 names shares a long prefix with the previous one."""
     rest = [(100_000, b"%05d" % i, GOOD) for i in range(50_000)]
     content = writer.block([(0, b"", HEADER), (0, b"x" * 100_000, GOOD), *rest])
-    with pytest.raises(CheckpointError, match="a key of 100,000 bytes"):
+    with pytest.raises(CheckpointError, match="a key has 100,000 bytes"):
         TensorBundle(_bundle(tmp_path, writer.table_of_blocks([content])))
 
 
@@ -265,7 +268,7 @@ def test_few_bytes_cannot_become_many_names(tmp_path: Path) -> None:
 def test_any_bytes_are_refused(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, end: bool
 ) -> None:
-    """`end`: with the right magic number."""
+    """`end` adds the correct magic number."""
     content = data.ljust(40, b"\0") + struct.pack("<Q", 0xDB4775248B80FB57) if end else data
     with pytest.raises(CheckpointError):
         TensorBundle(_bundle(_folder(tmp_path_factory), content))
@@ -308,7 +311,7 @@ def test_any_messages_are_read_or_refused(
         try:
             assert bundle.read(name).shape == found.shape
         except CheckpointError as error:
-            assert "does not have the checksum" in str(error)  # noqa: PT017
+            assert "does not match the checksum" in str(error)  # noqa: PT017
 
 
 @given(st.data())
@@ -341,7 +344,7 @@ def _small(folder: Path) -> Path:
 
 
 def _bundle(folder: Path, index: bytes) -> Path:
-    """Write an index beside eight bytes of data."""
+    """Write an index and a data file of eight bytes."""
     (folder / INDEX).write_bytes(index)
     (folder / DATA).write_bytes(bytes(8))
     return folder / "model.ckpt"
@@ -354,7 +357,7 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _flipped_in_turn(path: Path) -> Iterator[int]:
-    """Flip each bit of a file in place, and back, and yield which."""
+    """Flip each bit of a file in place, yield its position, and flip it back."""
     good = path.read_bytes()
     with path.open("r+b", buffering=0) as file:
         for bit in range(8 * len(good)):

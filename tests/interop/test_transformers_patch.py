@@ -1,4 +1,4 @@
-"""fastgpt's operators inside transformers' GPT-2."""
+"""fastgpt's operators in transformers' GPT-2."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ SIZES = {"vocab_size": 61, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_hea
 
 
 def build(cls=GPT2LMHeadModel, **config):
-    """A small GPT-2 far from its initialisation, so that every part of it shows in the result."""
+    """Return a small GPT-2 far from its initialisation, so that every part affects the result."""
     torch.manual_seed(1)
     usual = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     usual |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -48,7 +48,7 @@ def gradients(model):
 
 
 def fused_attention(model, monkeypatch):
-    """Count the calls of the operator, which say whether it or transformers' attention ran."""
+    """Count the calls of fastgpt's attention, to tell it from transformers' own."""
     calls = []
     backend = ops.get(model.transformer.h[0].fastgpt_ops)
     original = backend.causal_attention
@@ -69,7 +69,7 @@ def test_the_same_logits_and_hidden_states(backend, use_cache, monkeypatch):
     for ours, theirs in zip(actual.hidden_states, expected.hidden_states, strict=True):
         close(ours, theirs)
     assert len(calls) == 2
-    if use_cache:  # what was read is continued
+    if use_cache:  # continue from the cache
         cache = "cache" if "cache" in actual else "past_key_values"  # until transformers 5.23
         more = {cache: actual[cache], "use_cache": True}
         after = fast(ids(3, 4), **more).logits
@@ -205,7 +205,7 @@ def test_gradient_checkpointing(use_reentrant):
     for m in (model, fast):
         m.train()
         m(ids(), labels=ids(), use_cache=False).loss.backward()
-    assert len(runs) == 2  # once more in the backward
+    assert len(runs) == 2  # once more in the backward pass
     expected = gradients(model)
     for name, grad in gradients(fast).items():
         close(grad, expected[name])
@@ -217,7 +217,7 @@ def test_dropout_in_training_only():
     fast.train()
     with_dropout = [fast(ids(), labels=ids()).loss for _ in range(2)]
     assert with_dropout[0] != with_dropout[1]
-    for block in fast.transformer.h:  # of attention's probabilities alone
+    for block in fast.transformer.h:  # dropout of the attention probabilities only
         block.attn.resid_dropout.p = block.mlp.dropout.p = 0.0
     assert fast(ids(), labels=ids()).loss != fast(ids(), labels=ids()).loss
 
@@ -290,7 +290,7 @@ def test_copies_pickles_and_saved_models(tmp_path):
     twin = copy.deepcopy(fast)
     assert torch.equal(twin(ids()).logits, expected)
     fastgpt.unpatch(twin)
-    assert torch.equal(fast(ids()).logits, expected)  # a copy is a model of its own
+    assert torch.equal(fast(ids()).logits, expected)  # a copy is independent
     assert torch.equal(twin(ids()).logits, model(ids()).logits)
     file = io.BytesIO()
     torch.save(fastgpt.patch(build()), file)
@@ -341,7 +341,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="not patched: there is nothing to undo"):
         fastgpt.unpatch(model)
     fastgpt.patch(model)
-    with pytest.raises(ValueError, match="patched already"):
+    with pytest.raises(ValueError, match="already patched"):
         fastgpt.patch(model)
 
 
@@ -353,6 +353,6 @@ def test_transformers_is_loaded_by_patching_alone():
 def test_a_missing_or_old_transformers_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.models.gpt2", None)
     monkeypatch.delitem(sys.modules, "fastgpt.interop.transformers_modules", raising=False)
-    monkeypatch.delattr(fastgpt, "patched_gpt2", raising=False)
+    monkeypatch.delattr(fastgpt.interop, "transformers_modules", raising=False)
     with pytest.raises(ImportError, match="pip install 'transformers>=5'"):
         fastgpt.patch(build())

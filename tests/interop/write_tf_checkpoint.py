@@ -1,9 +1,9 @@
-"""Writes the checkpoints in tests/assets/tf-checkpoints, with TensorFlow itself.
+"""Write the checkpoints in tests/assets/tf-checkpoints with TensorFlow.
 
     pip install tensorflow-cpu==2.21.0
     python tests/interop/write_tf_checkpoint.py tests/assets/tf-checkpoints
 
-What is in them, the tests compute again from the same seeds: `values` needs NumPy alone.
+The tests recompute the values from the same seeds; `values` only needs NumPy.
 """
 
 import json
@@ -20,7 +20,7 @@ DTYPES = (
     *("uint8", "uint16", "uint32", "uint64", "bool", "complex64", "complex128"),
 )
 SHAPES = ((), (1,), (5,), (0, 3), (2, 3, 4), (33, 7))
-# A block of the index ends after 256 KB: names that are long, and share little with the one before.
+# An index block has 256 KB; long names with short common prefixes fill several blocks.
 N_MANY, LONG = 1100, "/of/a/scope/in/a/scope/in/a/scope" * 8
 
 
@@ -47,7 +47,7 @@ def gpt2_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def gpt2_values(seed: int) -> dict[str, np.ndarray]:
-    """Return values for them, of such sizes that the logits are neither tiny nor huge."""
+    """Return values for these variables, scaled to give logits of moderate size."""
     random = np.random.RandomState(seed)
     return {
         name: (random.standard_normal(shape) * 0.3 + name.endswith("/g")).astype(np.float32)
@@ -56,7 +56,7 @@ def gpt2_values(seed: int) -> dict[str, np.ndarray]:
 
 
 def values(shape: tuple[int, ...], dtype: str, seed: int) -> np.ndarray:
-    """Return an array of any dtype; bfloat16 as the upper halves of float32, in uint16."""
+    """Return an array of any dtype; bfloat16 is the upper half of float32 as uint16."""
     random = np.random.RandomState(seed)
     if dtype.startswith("complex"):
         real = random.standard_normal((*shape, 2))
@@ -83,15 +83,15 @@ def typed_values() -> dict[str, tuple[str, np.ndarray]]:
 
 
 def many_values() -> dict[str, np.ndarray]:
-    """Return so many small tensors that the index has several data blocks."""
+    """Return enough small tensors for an index of several data blocks."""
     return {f"{i * 7919 % N_MANY:04}{LONG}": np.int32([i, i * i]) for i in range(N_MANY)}
 
 
 def main(folder: Path) -> None:
-    """Write all of them."""
+    """Write all checkpoints."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    os.chdir(folder)  # with relative paths, `checkpoint` does not say where that was
+    os.chdir(folder)  # relative paths keep this machine's path out of `checkpoint`
     as_openai(Path("openai"))
     as_gpt2_simple(Path("gpt-2-simple"))
     with_optimizer(Path("with-optimizer"))
@@ -103,13 +103,13 @@ def main(folder: Path) -> None:
 
 
 def as_openai(folder: Path) -> None:
-    """Write what OpenAI's folders hold, but for the tokenizer, which is the package's."""
+    """Write the content of OpenAI's folders, except for the tokenizer, which is in the package."""
     save(folder / "model.ckpt", lambda: variables(gpt2_values(0)), write_state=True)
     (folder / "hparams.json").write_text(json.dumps(HPARAMS))
 
 
 def as_gpt2_simple(folder: Path) -> None:
-    """Write two checkpoints of a run, of which `checkpoint` names the second."""
+    """Write two checkpoints of a run; the `checkpoint` file names the second."""
     session, saver = start(lambda: variables(gpt2_values(1)))
     for step, seed in ((100, 1), (1000, 2)):
         values = gpt2_values(seed)
@@ -120,7 +120,7 @@ def as_gpt2_simple(folder: Path) -> None:
 
 
 def with_optimizer(folder: Path) -> None:
-    """Write all variables of a run, Adam's among them, as a Saver does by default."""
+    """Write all variables of a run, including Adam's, as a Saver does by default."""
 
     def training() -> None:
         trained = variables(gpt2_values(3))
@@ -132,12 +132,12 @@ def with_optimizer(folder: Path) -> None:
 
 
 def variables(values: dict[str, np.ndarray]) -> list[object]:
-    """Make a variable of each value."""
+    """Create a variable for each value."""
     return [tf.get_variable(name, initializer=value) for name, value in values.items()]
 
 
 def typed_variables() -> None:
-    """Make one of each dtype and shape."""
+    """Create a variable of each dtype and shape."""
     for name, (dtype, value) in typed_values().items():
         if dtype == "bfloat16":
             tf.get_variable(name, initializer=tf.bitcast(value, tf.bfloat16))
@@ -146,14 +146,14 @@ def typed_variables() -> None:
 
 
 def variables_on_two_devices() -> None:
-    """Make the model's variables on two devices in turn."""
+    """Create the model's variables alternately on two devices."""
     for i, (name, value) in enumerate(gpt2_values(4).items()):
         with tf.device(f"/cpu:{i % 2}"):
             tf.get_variable(name, initializer=value)
 
 
 def sliced_variable() -> None:
-    """Make one variable in three slices."""
+    """Create a variable in three slices."""
     tf.get_variable(
         "table",
         (9, 2),
@@ -163,13 +163,13 @@ def sliced_variable() -> None:
 
 
 def string_variable() -> None:
-    """Make a variable of a string beside one of a number."""
+    """Create a string variable and a numeric one."""
     tf.get_variable("words", initializer=np.array([b"a", b"bc"], object), dtype=tf.string)
     tf.get_variable("number", initializer=np.float32(1))
 
 
 def start(make: object, **options: object) -> tuple[object, object]:
-    """Return a session in which the variables have their values, and a Saver for them."""
+    """Return a session with initialised variables, and a Saver for them."""
     tf.reset_default_graph()
     make()
     session = tf.Session(config=tf.ConfigProto(device_count={"CPU": 2}))
@@ -178,7 +178,7 @@ def start(make: object, **options: object) -> tuple[object, object]:
 
 
 def save(prefix: Path, make: object, write_state: bool = False, **options: object) -> None:
-    """Write a checkpoint of the variables that `make` makes, and its name into `checkpoint`."""
+    """Save a checkpoint of the variables created by `make`, and its name in `checkpoint`."""
     session, saver = start(make, **options)
     prefix.parent.mkdir(parents=True)
     saver.save(session, str(prefix), write_meta_graph=False, write_state=write_state)

@@ -1,4 +1,4 @@
-"""The compiled matrix product against float64, in every form and with every kind of code."""
+"""The compiled matrix product compared to float64, for all options and instruction sets."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ FORMS = list(itertools.product((False, True), (False, True), (False, True)))
 EPSILON = torch.finfo(torch.float32).eps
 A, B, C = torch.zeros(4, 3), torch.zeros(3, 5), torch.zeros(4, 5)
 
-# Around the sizes of panels, tiles, blocks and chunks, and GPT-2's own odd ones.
+# Sizes around those of panels, tiles, blocks and chunks, and GPT-2's odd ones.
 SHAPES = [
     (1, 1, 1), (5, 7, 3), (6, 16, 8), (7, 17, 9), (96, 768, 256), (97, 769, 257), (191, 65, 255),
     (65, 128, 768), (12, 33, 514), (100, 2000, 1030), (13, 200, 4200), (30, 4111, 300),
@@ -40,7 +40,7 @@ SHAPES = [
 
 
 def operand(rows: int, columns: int, transposed: bool, padding: int = 0) -> Tensor:
-    """Random numbers, stored as they are or transposed, in rows with `padding` between them."""
+    """Return a random matrix, stored directly or transposed, with `padding` between the rows."""
     shape = (columns, rows) if transposed else (rows, columns)
     return torch.randn(shape[0], shape[1] + padding)[:, : shape[1]]
 
@@ -50,7 +50,7 @@ def product(a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> Tenso
 
 
 def error_bound(a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> Tensor:
-    """What rounding may do to each element, whatever the order of its terms; mostly far less."""
+    """Return an upper bound of the rounding error of each element, for any order of summation."""
     depth = a.size(0) if transpose_a else a.size(1)
     sizes = product(a.double().abs(), b.double().abs(), transpose_a, transpose_b)
     return sizes * EPSILON * (math.sqrt(depth) + 3)
@@ -174,7 +174,7 @@ def test_gradient_of_gelu(m: int, n: int, k: int, code: str) -> None:
 def test_gradient_of_a_weight_and_a_bias(
     m: int, n: int, k: int, accumulate: bool, code: str
 ) -> None:
-    """The gradient of gelu(pre) · Wᵀ + bias, W [m, n], gelu computed again on the way."""
+    """The gradient of gelu(pre) · Wᵀ + bias, W [m, n], with GELU recomputed in the product."""
     grad, pre = torch.randn(k, m), torch.randn(k, n)
     c, sums = torch.randn(m, n), torch.randn(m)
     truth = grad.double().T @ F.gelu(pre.double(), approximate="tanh")
@@ -202,7 +202,7 @@ def test_row_sums_of_a_matrix_as_it_is() -> None:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """What a product in bf16 makes of an operand, in fp64."""
+    """Return an operand rounded as by a bf16 product, in fp64."""
     return x.to(torch.bfloat16).double()
 
 
@@ -210,7 +210,7 @@ def check_bf16(
     m: int, n: int, k: int, form: tuple[bool, bool, bool], dtypes: tuple[torch.dtype, ...],
     code: str, padding: int = 0,
 ) -> None:  # fmt: skip
-    """Against fp64 on rounded operands: only sums in fp32 and the result may round further."""
+    """Compare to fp64 on rounded operands: only fp32 sums and the result may round further."""
     transpose_a, transpose_b, accumulate = form
     a = operand(m, k, transpose_a, padding).to(dtypes[0])
     b = operand(k, n, transpose_b, padding).to(dtypes[1])
@@ -307,7 +307,7 @@ def test_gradient_of_gelu_in_bf16(
 def test_gelu_and_sums_of_operands_in_bf16(
     m: int, n: int, k: int, transpose_b: bool, dtype: torch.dtype, code: str
 ) -> None:
-    """gelu is taken of what is there, in fp32, and rounded then; sums are of rounded numbers."""
+    """GELU is computed in fp32 from the stored values and then rounded; sums add rounded values."""
     grad, pre = torch.randn(k, m).to(dtype), operand(k, n, transpose_b).to(dtype)
     c, sums = torch.empty(m, n), torch.empty(m)
     of_gelu = rounded(F.gelu(pre.double(), approximate="tanh").float())
@@ -317,7 +317,7 @@ def test_gelu_and_sums_of_operands_in_bf16(
         transpose_a=True, transpose_b=transpose_b, gelu_b=True, row_sums=sums, threads=2,
         code=code,
     )  # fmt: skip
-    # A gelu in fp32 may fall on the other side between two numbers of bf16: of 3, say, times 3.
+    # GELU in fp32 may round to the neighbouring bf16 value; the factor 3 allows for that.
     torch.testing.assert_close(c.double(), truth, rtol=1e-3, atol=3 * 3 * 2**-7)
     torch.testing.assert_close(sums.double(), rounded(grad).sum(0), rtol=1e-5, atol=1e-4)
 
@@ -336,7 +336,7 @@ def test_threads_change_no_bit_in_bf16(dtype: torch.dtype, code: str) -> None:
 
 
 def test_rounding_to_bf16_is_pytorchs() -> None:
-    """Ties, what overflows, infinities and NaN: by a product with 1, of sums in fp32."""
+    """Ties, overflow, infinities and NaN, tested with a product with 1 and fp32 sums."""
     bits = torch.arange(0x3F7FFFF0, 0x3F818010, 8).int()
     x = torch.cat([bits.view(torch.float32), torch.tensor([3.4e38, -3.4e38, math.inf, math.nan])])
     for code in BF16_CODES:
@@ -455,7 +455,7 @@ def test_calls_from_two_threads_at_once() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_works_in_a_forked_process() -> None:
-    """On one thread, as PyTorch itself: the others of OpenMP's team are not copied by a fork."""
+    """On one thread, like PyTorch: a fork does not copy the other threads of OpenMP's team."""
     a, b, truth = torch.randn(90, 300), torch.randn(300, 400), torch.empty(90, 400)
     _C.gemm(a, b, truth, threads=2)
     child = os.fork()

@@ -1,6 +1,6 @@
-"""The loops of a CPU with products in bfloat16, against float64 and beside PyTorch's autocast.
+"""The C++ CPU loops with bfloat16 products, compared to float64 and to PyTorch's autocast.
 
-On a processor without bfloat16 units they run here on the portable code.
+On a processor without bfloat16 units, these tests use the portable code.
 """
 
 import copy
@@ -20,7 +20,7 @@ Step = Callable[..., Tensor | tuple[Tensor, ...]]
 
 @contextmanager
 def loops(wanted: bool) -> Iterator[None]:
-    """Run native operations under autocast, on the loops or on PyTorch's operators."""
+    """Run native operations under autocast, with the C++ loops or with PyTorch's operators."""
     before = products._own_is_faster
     products._own_is_faster = lambda bf16: wanted if bf16 else before(False)
     try:
@@ -41,7 +41,7 @@ def run(step: Step, inputs: list[Tensor], weights: list[Tensor]) -> list[Tensor]
 
 
 def assert_at_most_twice_as_far(name: str, inputs: list[Tensor], *rest: object) -> None:
-    """FlashAttention's rule, for results and for gradients: ours against PyTorch's in bf16."""
+    """Assert that errors are at most twice PyTorch's bf16 errors (FlashAttention's criterion)."""
     of = lambda module: lambda *some: getattr(module, name)(*some, *rest)  # noqa: E731
     exact = of(reference)(*(x.double() for x in inputs))
     weights = [torch.randn_like(r) for r in (exact if isinstance(exact, tuple) else (exact,))]
@@ -100,7 +100,7 @@ def test_the_loss(max_logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_later_position_changes_no_earlier_one() -> None:
-    """To the bit, forward; and no gradient reaches a later one."""
+    """Results are bitwise equal, and no gradient flows to a later position."""
     qkv = torch.randn(1, 200, 3 * 32).to(BF16)
     other = qkv.clone()
     other[:, 101:] = torch.randn(1, 99, 96)
@@ -136,7 +136,7 @@ def gradients(model: GPT, ids: Tensor, targets: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_whole_model(bias: bool, threads: int) -> None:
-    """No further from fp64 than autocast is, and the same bits on any number of threads."""
+    """As close to fp64 as autocast, and bitwise equal for any number of threads."""
     config = GPTConfig(97, 40, 2, 3, 48, bias=bias)
     model = GPT(config, "native")
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_a_whole_model(bias: bool, threads: int) -> None:
 
 
 def test_a_gradient_that_is_not_finite_is_seen() -> None:
-    """In the bf16 products of the backward, too, NaN and infinity stay what they are."""
+    """NaN and infinity also propagate through the bf16 products of the backward pass."""
     x = torch.randn(20, 24).to(BF16).requires_grad_()
     weight, bias = layer(24, 19)
     with loops(True):
@@ -204,7 +204,7 @@ def test_empty_batches() -> None:
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_attention_to_nan_is_nan(sign: float, dtype: torch.dtype) -> None:
-    """Of either sign: what is not a number must not leave without a trace."""
+    """NaN of either sign must propagate to the result."""
     qkv = torch.randn(1, 8, 48).to(dtype)
     qkv[0, 3, 16] = torch.tensor(torch.nan).copysign(torch.tensor(sign))  # of one key
     y = cpu.causal_attention(qkv, 1)

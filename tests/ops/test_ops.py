@@ -1,4 +1,4 @@
-"""Each backend against the reference in float64, results and gradients."""
+"""Results and gradients of each backend compared to the reference in float64."""
 
 import math
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def backend(request: pytest.FixtureRequest) -> ModuleType:
 
 
 def assert_like_float64(name: str, backend: ModuleType, *args: object) -> None:
-    """Hold an operation's result and gradients in fp32 against the reference's in fp64."""
+    """Compare an operation's result and gradients in fp32 to the reference's in fp64."""
     narrow = [_leaf(a, torch.float32) for a in args]
     wide = [_leaf(a, torch.float64) for a in args]
     ours, truth = getattr(backend, name)(*narrow), getattr(reference, name)(*wide)
@@ -45,7 +45,7 @@ def assert_like_float64(name: str, backend: ModuleType, *args: object) -> None:
 
 
 def assert_close_of_size(ours: Tensor, truth: Tensor) -> None:
-    """As close as the tensor's largest numbers allow: a sum over many rows may nearly cancel."""
+    """Compare relative to the tensor's largest values, as sums over many rows may nearly cancel."""
     size = max(1.0, float(truth.abs().max())) if truth.numel() else 1.0
     torch.testing.assert_close(ours, truth, rtol=TOLERANCE["rtol"], atol=TOLERANCE["atol"] * size)
 
@@ -96,7 +96,7 @@ def test_causal_attention_is_the_formula_per_head_and_position() -> None:
 
 
 def test_gradients_with_stride_zero(backend: ModuleType) -> None:
-    """`.sum().backward()` hands every operation a gradient whose strides are all 0."""
+    """`.sum().backward()` gives every operation a gradient whose strides are all 0."""
     qkv = torch.randn(2, 9, 48, requires_grad=True)
     backend.causal_attention(qkv, 2).sum().backward()
     wide = qkv.detach().double().requires_grad_()
@@ -132,7 +132,7 @@ def test_attention_dropout_is_a_function_of_its_seed(backend: ModuleType) -> Non
 
 def test_attention_dropout_keeps_the_mean(backend: ModuleType) -> None:
     qkv = torch.randn(1, 6, 3 * 8).double()
-    # The interpreter takes 40 ms for each; the mask itself is looked at in tests/kernels.
+    # The interpreter takes 40 ms for each; the mask itself is tested in tests/kernels.
     n_runs = 3000 if backend in (reference, native) else 300
     runs = torch.stack([backend.causal_attention(qkv, 2, 0.3, seed=s) for s in range(n_runs)])
     expected = reference.causal_attention(qkv, 2)
@@ -143,7 +143,7 @@ def test_attention_dropout_keeps_the_mean(backend: ModuleType) -> None:
 @pytest.mark.parametrize("lengths", [[9, 9], [9, 4], [3, 12], [1, 1]])
 @pytest.mark.parametrize("n_new", [1, 3])
 def test_cached_attention(backend: ModuleType, lengths: list[int], n_new: int) -> None:
-    """Rows of any length; what lies behind a row's length is never read, not even NaN."""
+    """Rows of any length; positions beyond a row's length are ignored, even if they are NaN."""
     lengths = [max(length, n_new) for length in lengths]
     k, v = torch.randn(2, 2, 3, 12, 8).double()
     q = torch.randn(2, 3, n_new, 8).double()
@@ -165,7 +165,7 @@ def test_linear_gelu(backend: ModuleType, bias: bool) -> None:
 
 
 def mlp_arguments(shape: tuple[int, ...], bias: bool, residual: bool) -> list[Tensor | None]:
-    """What `norm_mlp` takes but for eps: an MLP from C to 3C + 1 and back."""
+    """Return the arguments of `norm_mlp` except eps: an MLP from C to 3C + 1 and back."""
     width = shape[-1]
     hidden = 3 * width + 1
     biases = (torch.randn(width), torch.randn(hidden), torch.randn(width)) if bias else (None,) * 3
@@ -207,7 +207,7 @@ def test_norm_mlp(backend: ModuleType, shape: tuple[int, ...], bias: bool, resid
 
 @pytest.mark.parametrize("name", ["norm_linear", "norm_mlp", "add_layer_norm"])
 def test_only_what_is_used_has_a_gradient(backend: ModuleType, name: str) -> None:
-    """The sum without the rest, the rest without the sum, and weights that are frozen."""
+    """The sum alone, the other result alone, and frozen weights."""
     n_arguments = {"norm_linear": 6, "norm_mlp": 8, "add_layer_norm": 4}[name]
     arguments = mlp_arguments((4, 5, 24), True, True)[:n_arguments]
     for used in (0, 1):
@@ -235,7 +235,7 @@ def test_layers_with_gradients_of_stride_zero(backend: ModuleType) -> None:
 
 
 def test_layers_of_any_stride(backend: ModuleType) -> None:
-    """Inputs and weights that are views: transposed, every other one, shared over the batch."""
+    """Inputs and weights that are views: transposed, strided, or expanded over the batch."""
     x, residual = torch.randn(24, 9, 2).permute(2, 1, 0), torch.randn(9, 24).expand(2, 9, 24)
     weight, bias = torch.randn(24, 30).T, torch.randn(60)[::2]
     norm = torch.randn(48)[::2]
@@ -252,7 +252,7 @@ def test_layers_of_any_stride(backend: ModuleType) -> None:
 
 
 def test_the_threads_change_no_bit() -> None:
-    """Of results and gradients, or a run that is resumed elsewhere would be another one."""
+    """Results and gradients do not depend on the thread count, so resumed runs are reproducible."""
     arguments = mlp_arguments((3, 70, 96), True, True)
     head, targets = torch.randn(501, 96), torch.randint(501, (3, 70))
     results = []
@@ -268,7 +268,7 @@ def test_the_threads_change_no_bit() -> None:
             results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
     finally:
         torch.set_num_threads(before)
-    if _C.gemm_is_faster(bf16=False):  # MKL's own products need not be so
+    if _C.gemm_is_faster(bf16=False):  # MKL's products need not have this property
         for some in results[1:]:
             assert all(map(torch.equal, results[0], some))
 
@@ -292,7 +292,7 @@ def test_layers_can_be_traced() -> None:
 
 
 def test_layers_under_autocast_are_in_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "own_in_bf16", lambda: False)  # whose stream stays fp32
+    monkeypatch.setattr(products, "own_in_bf16", lambda: False)  # the residual stream stays fp32
     arguments = mlp_arguments((2, 6, 16), True, True)
     exact = reference.norm_mlp(*(a.double() for a in arguments))
     with torch.autocast("cpu", torch.bfloat16):
@@ -342,7 +342,7 @@ def test_gelu_takes_nan_along(backend: ModuleType) -> None:
 
 @pytest.mark.parametrize("size", [100, 32_768, 100_003])
 def test_gelu_on_several_threads_is_the_same(size: int) -> None:
-    """Each thread does its own part, also of a size that does not divide evenly."""
+    """Also for sizes that do not divide evenly between the threads."""
     x, grad = torch.randn(2, size).numpy() * 3
     results = []
     for threads in (1, 2, 3, 7):
@@ -398,7 +398,7 @@ def test_half_precision_is_at_most_twice_as_far_as_plain_pytorch(
 
 @pytest.fixture(params=[2**25, 1, 40, 65 * 4])
 def max_logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the chunked loss take everything at once, a row at a time, and some rows at a time."""
+    """Run the chunked loss in one chunk, one row at a time, and several rows at a time."""
     monkeypatch.setattr(native, "MAX_LOGITS", request.param)
     monkeypatch.setattr(cpu, "MAX_LOGITS", request.param)
 
@@ -427,7 +427,7 @@ def test_linear_cross_entropy_with_nothing_to_count_is_nan(backend: ModuleType) 
 
 @pytest.mark.usefixtures("max_logits")
 def test_the_losss_gradient_can_be_asked_for_twice(backend: ModuleType) -> None:
-    """And is scaled by what comes after the loss each time; what was handed out stays as it is."""
+    """Each is scaled by the gradient of the loss; gradients returned earlier do not change."""
     x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
     loss = backend.linear_cross_entropy(x, weight, torch.arange(6)) * 3.0
     first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
@@ -451,7 +451,7 @@ def test_a_target_that_is_no_class_is_refused() -> None:
 
 
 def test_loss_of_extreme_logits(backend: ModuleType) -> None:
-    """Far apart, they overflow nothing; the likelier class takes all."""
+    """Logits far apart do not overflow; the largest has probability 1."""
     x = torch.tensor([[1e4], [-1e4], [300.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.5]])
     loss = backend.linear_cross_entropy(x, weight, torch.tensor([0, 1, 2]))
@@ -471,7 +471,7 @@ def test_linear_cross_entropy_gradcheck(backend: ModuleType) -> None:
 
 
 def test_chunked_loss_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same numbers as PyTorch's own path under autocast, which rounds in the same places."""
+    """Equal to PyTorch's own computation under autocast, which rounds at the same points."""
     x, weight = torch.randn(32, 16), torch.randn(65, 16)
     targets = torch.randint(65, (32,))
     results = []
@@ -500,7 +500,7 @@ def test_backends_agree_on_any_shape(
 
 
 def test_every_backend_has_each_operation(backend: ModuleType) -> None:
-    """With the arguments of the reference, which is the one that documents them."""
+    """With the arguments of the reference, which documents them."""
     names = ("layer_norm", "add_layer_norm", "causal_attention", "cached_attention")
     layers = ("linear", "linear_gelu", "norm_linear", "norm_mlp", "linear_cross_entropy")
     for name in (*names, "gelu", *layers):
@@ -514,7 +514,7 @@ def test_an_unknown_backend_is_refused() -> None:
 
 
 def test_auto_takes_the_kernels_where_they_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU that is new enough, with a Triton that works; else a warning says why not."""
+    """On a GPU that is new enough and with a working Triton; otherwise it warns with the reason."""
     has_kernels, gpu = ops._has_kernels.__wrapped__, torch.device("cuda", 1)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
@@ -522,7 +522,7 @@ def test_auto_takes_the_kernels_where_they_can_run(monkeypatch: pytest.MonkeyPat
     assert has_kernels(gpu)
     assert not has_kernels(torch.device("cpu"))
     monkeypatch.setattr(ops, "_fault_of_triton", lambda: "there is a fault")
-    with pytest.warns(UserWarning, match="on this GPU instead of fastgpt's kernels: there is a fault"):
+    with pytest.warns(UserWarning, match="instead of fastgpt's kernels: there is a fault"):
         assert not has_kernels(gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not has_kernels(gpu)
@@ -562,7 +562,7 @@ def test_faults_of_triton_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _inputs_of(name: str) -> list[Any]:
-    """Return arguments for an operation, tensors of a size at which the fast products work."""
+    """Return arguments of an operation, large enough for the fast products to be used."""
     x, residual, norm = torch.randn(4, 8, 16), torch.randn(4, 8, 16), torch.randn(2, 16)
     weight, bias, back = torch.randn(32, 16), torch.randn(32), torch.randn(16, 32)
     known: dict[str, list[Any]] = {
@@ -595,7 +595,7 @@ def test_what_is_frozen_has_no_gradient_and_changes_no_other(name: str, data: An
 def assert_same_gradients(
     operation: Callable[..., Any], inputs: list[Any], wanted: list[bool]
 ) -> None:
-    """Hold the gradients of some inputs against those where all have one."""
+    """Compare the gradients of some inputs to those computed when all inputs require them."""
     found = []
     for needs in ([True] * len(inputs), wanted):
         leaves = [

@@ -1,7 +1,7 @@
 """The Triton kernels as PyTorch operators: autograd, tracing, compiling, autocast, a CUDA graph.
 
-What the kernels compute is held against float64 in tests/kernels; here is what makes operators of
-them. In the interpreter, so with tiny shapes; on a GPU the same tests compile them.
+The results of the kernels are compared to float64 in tests/kernels; these tests cover the operator
+layer. Shapes are tiny because the kernels run in the interpreter; on a GPU they are compiled.
 """
 
 import math
@@ -68,13 +68,13 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_pytorch_knows_the_operator(call: str) -> None:
-    """Schema, autograd, fake shapes and strides, and AOT dispatch: all that opcheck looks at."""
+    """Run opcheck: schema, autograd, fake shapes and strides, and AOT dispatch."""
     operator = getattr(OPERATORS, call.split(" ")[0].split(",")[0]).default
     opcheck(operator, CALLS[call]())
 
 
 def losses(config: GPTConfig, backend: str, steps: int, compiled: bool = False) -> list[float]:
-    """Train a small model on data that can be learned, and return the losses."""
+    """Train a small model on learnable data, and return the losses."""
     torch.manual_seed(1)
     model: Any = GPT(config, ops=backend).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -94,7 +94,7 @@ CONFIG = GPTConfig(vocab_size=17, block_size=8, n_layer=1, n_head=2, n_embd=32)
 
 
 def test_training_is_the_same_with_every_backend() -> None:
-    """20 steps: the losses differ by rounding, which grows with the steps."""
+    """Over 20 steps, the losses differ by rounding errors, which grow with the steps."""
     truth = losses(CONFIG, "reference", 20)
     assert truth[-1] < truth[0] / 3
     for backend in ("native", "triton"):
@@ -111,7 +111,7 @@ def test_a_model_compiles_as_one_graph(dropout: float) -> None:
 
 
 def test_inductor_expects_what_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch 2.11 would take forever over the loss of a deep model, and say nothing."""
+    """Otherwise PyTorch 2.11 takes extremely long to compile the loss of a deep model."""
     inductor = types.SimpleNamespace(FALLBACK_ALLOW_LIST=set())
     monkeypatch.setitem(sys.modules, "torch._inductor.lowering", inductor)
     OPERATORS.gelu(torch.empty(3, device="meta"), None)
@@ -119,7 +119,7 @@ def test_inductor_expects_what_is_traced(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_under_autocast_results_are_of_its_dtype() -> None:
-    """The norms too, unlike PyTorch's; the residual stream and the weights' gradients stay fp32."""
+    """Including norms, unlike PyTorch; the residual stream and weight gradients stay fp32."""
     x, residual, weight = randn(2, 24, dtype=torch.float16), randn(2, 24), randn(24)
     with torch.autocast(DEVICE.type, torch.float16):
         total, y = triton.add_layer_norm(x, residual, weight, None)
@@ -134,7 +134,7 @@ def test_under_autocast_results_are_of_its_dtype() -> None:
 
 
 def test_generates_under_autocast() -> None:
-    """The cache holds fp32, as the weights do, and queries come in autocast's dtype."""
+    """The cache is fp32 like the weights, but queries have autocast's dtype."""
     model = GPT(CONFIG, ops="triton").to(DEVICE).eval()
     ids = torch.arange(6, device=DEVICE).view(2, 3)
     with torch.autocast(DEVICE.type, torch.float16):
@@ -155,7 +155,7 @@ def test_autocast_leaves_float64_alone() -> None:
 
 @pytest.mark.parametrize("call", [call for call in CALLS if "cached" not in call])
 def test_refuses_second_derivatives(call: str) -> None:
-    """They would come out as zeros, or without a part, and nothing would say so."""
+    """Otherwise they would silently be zero or incomplete."""
     args = CALLS[call]()
     result = getattr(OPERATORS, call.split(" ")[0].split(",")[0])(*args)
     first = result if isinstance(result, Tensor) else result[0]
@@ -176,7 +176,7 @@ def test_a_seed_fixes_what_is_dropped() -> None:
 
 
 def test_only_what_is_used_has_a_gradient() -> None:
-    """The sum without its norm, the norm without its sum, and a head that is frozen."""
+    """The sum without its norm, the norm without its sum, and a frozen head."""
     x, residual, weight = randn(3, 24), randn(3, 24), randn(24)
     total, _ = triton.add_layer_norm(x, residual, weight, None)
     total.sum().backward()
@@ -204,7 +204,7 @@ def test_the_losss_gradient_is_scaled_by_what_comes_after() -> None:
 def test_auto_takes_the_faster_attention(
     dtype: torch.dtype, tf32: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In full fp32, and over thousands of positions, that is PyTorch's."""
+    """PyTorch's attention is faster in full fp32 and for thousands of positions."""
     monkeypatch.setattr(cuda, "multiplies_in_tf32", lambda: tf32)
     monkeypatch.setattr(cuda, "LONG", 6)
     for n_time in (5, 6):
@@ -215,7 +215,7 @@ def test_auto_takes_the_faster_attention(
 
 
 def is_kernel(out: Tensor) -> bool:
-    """Whether a result comes from our operator, by the class of its node in the autograd graph."""
+    """Return whether fastgpt's operator made a result, by the class of its autograd node."""
     return "causal_attention" in type(out.grad_fn).__name__
 
 
