@@ -76,7 +76,7 @@ def convert(source: str | Path, to: Kind, out: Path, precision: Precision = "f32
     except NoTokenizerError as error:
         model, tokenizer = open_source(source).load_model(), None
         notes.append(f"without a tokenizer: {error}")
-    refuse_unequal(out, _write(model, tokenizer, to, out, precision), model, tokenizer, precision)
+    check_written(out, _write(model, tokenizer, to, out, precision), model, tokenizer, precision)
     found = (
         "identical" if precision == "f32" else f"identical up to the rounding error of {precision}"
     )
@@ -99,7 +99,7 @@ def _write(
     return hugging_face.read(out)
 
 
-def refuse_unequal(
+def check_written(
     path: Path,
     written: Foreign,
     model: GPT,

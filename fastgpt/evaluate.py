@@ -69,7 +69,7 @@ class Options:
 def main(args: Sequence[str]) -> None:
     """Evaluate the model and print the results."""
     options = tyro.cli(Options, args=args, prog="python -m fastgpt.evaluate")
-    _refuse_contradictions(options)
+    _check_option_combinations(options)
     found = evaluate(options)
     print(json.dumps(_finite(found)) if options.json else describe(found))
 
@@ -116,7 +116,7 @@ def describe(found: dict[str, Any]) -> str:
 # --- helpers ---------------------------------------------------------------------------------
 
 
-def _refuse_contradictions(options: Options) -> None:
+def _check_option_combinations(options: Options) -> None:
     """Raise UsageError for options that do not apply to the task or contradict each other."""
     names = ("limit",) if options.task == "text" else ("part", "context", "stride", "max_tokens")
     for name in names:

@@ -17,7 +17,7 @@ from fastgpt.utils.errors import UsageError
 
 if TYPE_CHECKING:
     from fastgpt.inference.engine import Engine
-    from fastgpt.inference.text import Written
+    from fastgpt.inference.text import GeneratedText
     from fastgpt.model import GPT
     from fastgpt.tokenizer import BaseTokenizer
 
@@ -161,14 +161,14 @@ def _write(
     model: GPT | Engine, tokenizer: BaseTokenizer, prompts: list[str], options: Options
 ) -> None:
     """Generate and print all texts, one batch of prompts at a time."""
-    from fastgpt.inference.text import write
+    from fastgpt.inference.text import generate_texts
 
     began, n_tokens = time.perf_counter(), 0
     for first in range(0, len(prompts), options.batch_size):
         batch = prompts[first : first + options.batch_size]
         seed = None if options.seed is None else options.seed + first * options.n
         settings: dict[str, Any] = {"n": options.n, "seed": seed, **_settings(options)}
-        for texts in write(model, tokenizer, batch, options.max_new_tokens, **settings):
+        for texts in generate_texts(model, tokenizer, batch, options.max_new_tokens, **settings):
             for text in texts:
                 n_tokens += len(text.completion.ids)
                 print(_as_json(text) if options.json else f"{text.prompt}{text.text}\n", flush=True)
@@ -182,7 +182,7 @@ def _settings(options: Options) -> dict[str, Any]:
     return {**settings, "stop": options.stop}
 
 
-def _as_json(written: Written) -> str:
+def _as_json(written: GeneratedText) -> str:
     completion = written.completion
     return json.dumps(
         {

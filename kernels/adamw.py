@@ -56,7 +56,7 @@ class Tensors:
     """Whether all addresses and sizes are multiples of 16, which allows 128-bit accesses."""
 
 
-def tensors_of_a_step(
+def make_tensor_tables(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -97,7 +97,7 @@ def adamw(tensors: Tensors, hyper: Tensor, max_norm: float = float("inf")) -> Te
     counts remain unchanged.
 
     Args:
-        tensors: the result of `tensors_of_a_step`.
+        tensors: the result of `make_tensor_tables`.
         hyper: fp64 `[n, 5]` on the device, the values of `HYPER` for each parameter.
         max_norm: maximum norm of the gradients.
 

@@ -30,9 +30,9 @@ from fastgpt.kernels.common import (
     capability,
     check_devices,
     check_tensors,
-    multiplies_in_tf32,
+    compute_dtype,
     on_device,
-    wide_dtype,
+    uses_tf32,
     widen,
 )
 
@@ -40,7 +40,7 @@ LARGEST_HEAD = 128
 
 # Offsets inside a block of at most 128 rows are int32: tensors with row strides of this or more
 # are copied.
-LARGEST_STRIDE = 2**23
+MAX_ROW_STRIDE = 2**23
 
 # Triton specializes integer arguments that are multiples of 16. With such strides it can prove that
 # rows are aligned and uses 128-bit loads.
@@ -158,11 +158,11 @@ COMMON = {
     ("fp16", "ieee", 64, False, False),
     ("fp32", "ieee", 64, False, False),
 }
-DELTA_FORM = {"BLOCK_M": 32, "num_warps": 4, "enable_fp_fusion": True}
+DELTA_CONFIG = {"BLOCK_M": 32, "num_warps": 4, "enable_fp_fusion": True}
 
 # Arguments whose values vary between calls. They are not specialized: specialization on 1 and on
 # multiples of 16 would compile each kernel several times and gain nothing.
-CHANGING = ["n_time", "n_head", "n_heads", "group", "scale_dim", "threshold"]
+UNSPECIALIZED = ["n_time", "n_head", "n_heads", "group", "scale_dim", "threshold"]
 
 
 def causal_attention_forward(
@@ -186,10 +186,10 @@ def causal_attention_forward(
         ValueError: for unsupported inputs.
     """
     head_dim = _check(qkv, n_head, dropout_p, seed)
-    qkv = _readable(qkv, head_dim)
+    qkv = _aligned_layout(qkv, head_dim)
     n_batch, n_time, width = qkv.shape
     out = qkv.new_empty(n_batch, n_time, width // 3)
-    lse = qkv.new_empty(n_batch, n_head, n_time, dtype=wide_dtype(qkv.dtype))
+    lse = qkv.new_empty(n_batch, n_head, n_time, dtype=compute_dtype(qkv.dtype))
     arguments = qkv, n_head, head_dim, dropout_p, seed
     _launch(_attention_forward, "forward", *arguments, out_ptr=out, lse_ptr=lse)
     return _unpad(out, head_dim), lse
@@ -221,7 +221,7 @@ def causal_attention_backward(
     """
     head_dim = _check(qkv, n_head, dropout_p, seed)
     _check_saved(grad_out, qkv, out, lse, n_head)
-    qkv, grad_out = _readable(qkv, head_dim), _readable(grad_out, head_dim)
+    qkv, grad_out = _aligned_layout(qkv, head_dim), _aligned_layout(grad_out, head_dim)
     grad_qkv = qkv.new_empty(qkv.shape)
     shared: dict[str, Any] = {
         "grad_out_ptr": grad_out,
@@ -229,7 +229,7 @@ def causal_attention_backward(
         "stride_gb": grad_out.stride(0),
         "stride_gt": grad_out.stride(1),
     }
-    saved = {"out_ptr": _readable(out, head_dim).contiguous()}
+    saved = {"out_ptr": _aligned_layout(out, head_dim).contiguous()}
     given = {"lse_ptr": lse.contiguous(), "grad_qkv_ptr": grad_qkv}
     arguments = qkv, n_head, head_dim, dropout_p, seed
     if deterministic:  # the first kernel also stores delta, which the second one reads
@@ -237,7 +237,7 @@ def causal_attention_backward(
         _launch(_attention_backward_kv, "kv", *arguments, **shared, **given, grad_q_ptr=None)
     else:
         sums = qkv.new_zeros(grad_out.shape, dtype=lse.dtype)
-        _run(_attention_delta, qkv, n_head, **shared, **saved, **DELTA_FORM)
+        _run(_attention_delta, qkv, n_head, **shared, **saved, **DELTA_CONFIG)
         _launch(_attention_backward_kv, "sums", *arguments, **shared, **given, grad_q_ptr=sums)
         # The kernel accumulates unscaled gradients in fp32; scale, round and store them.
         torch.mul(sums, head_dim**-0.5, out=grad_qkv[..., : sums.size(2)])
@@ -260,16 +260,16 @@ def variants(capability: int) -> Iterator[Variant]:
             ("kv", _attention_backward_kv),
             ("sums", _attention_backward_kv),
         ):
-            form = _form(kind, capability, *case)
+            form = _launch_config(kind, capability, *case)
             yield _variant(kernel, form | {"DIM": dim}, **types, sums=kind == "sums")
         if precision == "ieee" and not dropout:  # the kernel depends on neither
-            yield _variant(_attention_delta, DELTA_FORM | {"DIM": dim}, **types, sums=False)
+            yield _variant(_attention_delta, DELTA_CONFIG | {"DIM": dim}, **types, sums=False)
 
 
 def _cases() -> Iterator[tuple[str, str, int, bool, bool]]:
     """Yield (dtype, precision, padded head dim, whether it is padded, whether there is dropout)."""
-    # `_readable` pads head dims to multiples of 16. Those that need further padding to a power of
-    # two are thus above 32: tiles 16 and 32 wide are never padded.
+    # `_aligned_layout` pads head dims to multiples of 16. Those that need further padding to a
+    # power of two are thus above 32: tiles 16 and 32 wide are never padded.
     every = [(16, False), (32, False), (64, False), (64, True), (128, False), (128, True)]
     forms = {"bf16": every, "fp16": every[2::2], "fp32": every[::2]}
     for dtype, dims in forms.items():
@@ -303,7 +303,7 @@ def _variant(
         {name: value for name, value in values.items() if name in names},
         {name: form[name] for name in form if name.islower()},
         matrix=kernel is not _attention_delta,
-        unaligned=tuple(name for name in names if name in CHANGING),
+        unaligned=tuple(name for name in names if name in UNSPECIALIZED),
         common=common,
     )
 
@@ -321,9 +321,9 @@ def _launch(
     """Launch one of the kernels that compute scores, with the configuration from the tables."""
     dim = _tile_dim(head_dim)
     dropout = dropout_p > 0.0
-    precision = "tf32" if multiplies_in_tf32() else "ieee"
+    precision = "tf32" if uses_tf32() else "ieee"
     case = DTYPES[qkv.dtype], precision, dim, dim != qkv.size(2) // 3 // n_head, dropout
-    form = _form(kind, capability(qkv.device), *case)
+    form = _launch_config(kind, capability(qkv.device), *case)
     bytes_a_head = 2 * qkv.size(1) * head_dim * qkv.element_size()
     arguments |= {
         "qkv_ptr": qkv,
@@ -358,7 +358,7 @@ def _run(kernel: triton.JITFunction, qkv: Tensor, n_head: int, **arguments: Any)
         )
 
 
-def _form(
+def _launch_config(
     kind: str, capability: int, dtype: str, precision: str, dim: int, padded: bool, dropout: bool
 ) -> dict[str, Any]:
     """Return the block sizes, the precision and the launch options of a kernel."""
@@ -395,7 +395,7 @@ def _threshold(dropout_p: float) -> int:
     return min(round(dropout_p * 2**32), 2**32 - 1) - 2**31
 
 
-def _readable(x: Tensor, head_dim: int) -> Tensor:
+def _aligned_layout(x: Tensor, head_dim: int) -> Tensor:
     """Return `x`, `[B, T, heads]`, in a layout whose rows the kernels can load 128 bits at a time.
 
     Head dims that are not multiples of 16 are padded with zeros. Unaligned layouts (a slice at an
@@ -405,13 +405,13 @@ def _readable(x: Tensor, head_dim: int) -> Tensor:
         x = torch.nn.functional.pad(x.unflatten(2, (-1, head_dim)), (0, -head_dim % ALIGNED))
         return x.flatten(2)
     aligned = all(n % ALIGNED == 0 for n in (x.stride(0), x.stride(1), x.data_ptr()))
-    if x.stride(2) == 1 and aligned and x.stride(1) < LARGEST_STRIDE:
+    if x.stride(2) == 1 and aligned and x.stride(1) < MAX_ROW_STRIDE:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def _unpad(x: Tensor, head_dim: int) -> Tensor:
-    """Undo the padding of `_readable`."""
+    """Undo the padding of `_aligned_layout`."""
     if head_dim % ALIGNED == 0:
         return x
     padded = triton.cdiv(head_dim, ALIGNED) * ALIGNED
@@ -459,7 +459,7 @@ def _check_saved(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head
     expected = {
         "grad_out": (grad_out, (n_batch, n_time, width), qkv.dtype),
         "out": (out, (n_batch, n_time, width), qkv.dtype),
-        "lse": (lse, (n_batch, n_head, n_time), wide_dtype(qkv.dtype)),
+        "lse": (lse, (n_batch, n_head, n_time), compute_dtype(qkv.dtype)),
     }
     for what, (tensor, shape, dtype) in expected.items():
         if tensor.shape != shape or tensor.dtype != dtype:
@@ -472,7 +472,7 @@ def _check_saved(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head
 # ---- forward -------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_forward(
     qkv_ptr,
     out_ptr,
@@ -523,7 +523,7 @@ def _attention_forward(
             if MASKED:
                 past = _past(first, key, BLOCK_M, BLOCK_N, False)
                 scores = tl.where(past, scores, float("-inf"))
-            p, decay, maximum = _exponentials(scores, maximum, scale, q.dtype)
+            p, decay, maximum = _online_softmax_step(scores, maximum, scale, q.dtype)
             total = total * decay + tl.sum(p, 1)  # dropout does not change the normalization
             if DROPOUT:
                 kept = _kept(seed, head, first, key, threshold, BLOCK_M, BLOCK_N, False)
@@ -531,9 +531,9 @@ def _attention_forward(
             acc *= decay[:, None]
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
-    if q.dtype != tl.bfloat16:  # for bf16, `_exponentials` returns a scaled maximum
+    if q.dtype != tl.bfloat16:  # for bf16, `_online_softmax_step` returns a scaled maximum
         maximum *= scale
-    _store_numbers(lse_ptr, maximum + tl.log2(total), head, first, n_time, BLOCK_M)
+    _store_row_values(lse_ptr, maximum + tl.log2(total), head, first, n_time, BLOCK_M)
     if DROPOUT:
         acc *= _growth(threshold, scale.dtype)
     out_ptr += _start(head, first, n_time, n_head, head_dim, 1, DIM, PADDED)
@@ -550,7 +550,7 @@ def _attention_forward(
 # delta 0: their P is 1, but their dO, dO Vᵀ and delta are 0, so they contribute nothing.
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_backward_q(
     qkv_ptr,
     out_ptr,
@@ -599,7 +599,7 @@ def _attention_backward_q(
         DIM,
         PADDED,
     )
-    lse = _load_numbers(lse_ptr, head, first, n_time, BLOCK_M, True)
+    lse = _load_row_values(lse_ptr, head, first, n_time, BLOCK_M, True)
     scale = _scale(scale_dim, delta.dtype)
     growth = _growth(threshold, delta.dtype)
     seed = tl.load(seed_ptr) if DROPOUT else 0
@@ -618,7 +618,7 @@ def _attention_backward_q(
             if MASKED:
                 past = _past(first, key, BLOCK_M, BLOCK_N, False)
                 scores = tl.where(past, scores, float("-inf"))
-            p = _probabilities(scores, lse[:, None], LOG2_E * scale, q.dtype)
+            p = _recompute_probabilities(scores, lse[:, None], LOG2_E * scale, q.dtype)
             grad_p = tl.dot(grad, v.T, input_precision=PRECISION, out_dtype=scale.dtype)
             if DROPOUT:
                 kept = _kept(seed, head, first, key, threshold, BLOCK_M, BLOCK_N, False)
@@ -631,7 +631,7 @@ def _attention_backward_q(
     _store(grad_qkv_ptr, grad_q * scale, width, n_rows, head_dim, BLOCK_M, DIM, PADDED)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_delta(
     out_ptr,
     grad_out_ptr,
@@ -666,7 +666,7 @@ def _attention_delta(
     )
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_backward_kv(
     qkv_ptr,
     grad_out_ptr,
@@ -728,15 +728,15 @@ def _attention_backward_kv(
             n_left = n_time - query
             q = _load(q_ptr, stride_t, n_left, head_dim, BLOCK_M, DIM, PART != 1, PADDED)
             grad = _load(grad_out_ptr, stride_gt, n_left, head_dim, BLOCK_M, DIM, PART != 1, PADDED)
-            lse = _load_numbers(lse_ptr, head, query, n_time, BLOCK_M, PART != 1)
-            delta = _load_numbers(delta_ptr, head, query, n_time, BLOCK_M, PART != 1)
+            lse = _load_row_values(lse_ptr, head, query, n_time, BLOCK_M, PART != 1)
+            delta = _load_row_values(delta_ptr, head, query, n_time, BLOCK_M, PART != 1)
             q_ptr += BLOCK_M * stride_t
             grad_out_ptr += BLOCK_M * stride_gt
             scores = tl.dot(k, q.T, input_precision=PRECISION, out_dtype=scale.dtype)
             if PART == 0:
                 past = _past(query, first, BLOCK_M, BLOCK_N, True)
                 scores = tl.where(past, scores, float("-inf"))
-            p = _probabilities(scores, lse[None, :], LOG2_E * scale, q.dtype)
+            p = _recompute_probabilities(scores, lse[None, :], LOG2_E * scale, q.dtype)
             grad_p = tl.dot(v, grad.T, input_precision=PRECISION, out_dtype=scale.dtype)
             dropped = p
             if DROPOUT:
@@ -775,7 +775,7 @@ def _scale(scale_dim, dtype: tl.constexpr):
 
 
 @triton.jit
-def _exponentials(scores, maximum, scale, dtype: tl.constexpr):
+def _online_softmax_step(scores, maximum, scale, dtype: tl.constexpr):
     """Perform one step of the online softmax on a block of scores.
 
     Returns the exponentials 2^(scaled scores - maximum); the factor that rescales sums relative to
@@ -797,7 +797,7 @@ def _exponentials(scores, maximum, scale, dtype: tl.constexpr):
 
 
 @triton.jit
-def _probabilities(scores, lse, scale, dtype: tl.constexpr):
+def _recompute_probabilities(scores, lse, scale, dtype: tl.constexpr):
     """Recompute the softmax probabilities from the logarithm of the sum of exponentials."""
     power = scores * scale - lse
     # The exact value is at most 0, but if lse is in the millions its rounding error can make the
@@ -829,7 +829,7 @@ def _gradient(
     out_ptr += _start(head, row, n_time, n_head, head_dim, 1, DIM, PADDED)
     out = _load(out_ptr, n_head * head_dim, n_time - row, head_dim, ROWS, DIM, True, PADDED)
     delta = tl.sum(widen(grad) * widen(out), 1)
-    _store_numbers(delta_ptr, delta, head, row, n_time, ROWS)
+    _store_row_values(delta_ptr, delta, head, row, n_time, ROWS)
     return grad, delta
 
 
@@ -1007,7 +1007,7 @@ def _inside(
 
 
 @triton.jit
-def _load_numbers(pointer, head, row, n_time, ROWS: tl.constexpr, BOUNDED: tl.constexpr):
+def _load_row_values(pointer, head, row, n_time, ROWS: tl.constexpr, BOUNDED: tl.constexpr):
     """Load one number for each row of a block from [B, H, T]."""
     rows = row + tl.arange(0, ROWS)
     pointer += head.to(tl.int64) * n_time
@@ -1019,7 +1019,7 @@ def _load_numbers(pointer, head, row, n_time, ROWS: tl.constexpr, BOUNDED: tl.co
 
 
 @triton.jit
-def _store_numbers(pointer, numbers, head, row, n_time, ROWS: tl.constexpr):
+def _store_row_values(pointer, numbers, head, row, n_time, ROWS: tl.constexpr):
     """Store one number for each row of a block in [B, H, T]."""
     rows = row + tl.arange(0, ROWS)
     tl.store(pointer + head.to(tl.int64) * n_time + rows, numbers, mask=rows < n_time)

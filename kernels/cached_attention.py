@@ -30,10 +30,10 @@ from fastgpt.kernels.common import (
     Variant,
     check_devices,
     check_tensors,
-    multiplies_in_tf32,
-    n_processors,
+    compute_dtype,
+    n_multiprocessors,
     on_device,
-    wide_dtype,
+    uses_tf32,
     widen,
 )
 
@@ -88,7 +88,7 @@ def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
     # their sums of exponentials [n_rows, n_splits].
     if n_splits > 1:
         size = n_rows * n_splits * (head_dim + 1)
-        partial = q.new_empty(size, dtype=wide_dtype(q.dtype))
+        partial = q.new_empty(size, dtype=compute_dtype(q.dtype))
     with on_device(q):
         plan.kernel[(n_blocks * n_splits,)](
             *(q, k_cache, v_cache, lengths, partial),
@@ -100,7 +100,7 @@ def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
         )
         if n_splits > 1:
             sizes = (n_head, n_new, head_dim, n_rows, n_splits)
-            plan = _combine_plan(_head_block(head_dim))
+            plan = _combine_plan(_padded_head_dim(head_dim))
             _combine[(n_rows,)](partial, out, *sizes, **plan.tile, **plan.options)
     return out
 
@@ -148,7 +148,7 @@ def _attend_one(
     d = tl.arange(0, BLOCK_D)
     inside = d < head_dim
     q = widen(tl.load(q_ptr + b * q_b + h * q_h + d, mask=inside, other=0.0))
-    q *= _to_powers_of_two(head_dim, q.dtype)
+    q *= _log2_scale(head_dim, q.dtype)
     n = first + tl.arange(0, BLOCK_N)
     k_ptrs = k_ptr + b * k_b + h * k_h + n.to(tl.int64)[:, None] * k_n + d[None, :]
     v_ptrs = v_ptr + b * v_b + h * v_h + n.to(tl.int64)[:, None] * v_n + d[None, :]
@@ -224,7 +224,7 @@ def _attend_tile(
     step_k, step_v = tl.cast(BLOCK_N, tl.int64) * k_n, tl.cast(BLOCK_N, tl.int64) * v_n
     q = tl.load(q_ptrs, mask=(t < n_new)[:, None] & inside[None, :], other=0.0)
     wide: tl.constexpr = tl.float64 if q.dtype == tl.float64 else tl.float32
-    scale = _to_powers_of_two(head_dim, wide)
+    scale = _log2_scale(head_dim, wide)
 
     top = tl.full((BLOCK_M,), float("-inf"), wide)
     total = tl.zeros((BLOCK_M,), wide)
@@ -312,7 +312,7 @@ def _finite(top):
 
 
 @triton.jit
-def _to_powers_of_two(head_dim, dtype: tl.constexpr):
+def _log2_scale(head_dim, dtype: tl.constexpr):
     """Return the factor from dot products to exponents of two: log2(e) / sqrt(head_dim)."""
     return LOG2_E / tl.sqrt(tl.cast(head_dim, dtype))
 
@@ -327,7 +327,7 @@ class _Plan(NamedTuple):
 
 def _plan(dtype: torch.dtype, n_new: int, head_dim: int) -> _Plan:
     """Return the launch configuration for `n_new` queries per row: the smallest fitting tile."""
-    plans = _plans(DTYPES[dtype], _head_block(head_dim), multiplies_in_tf32())
+    plans = _plans(DTYPES[dtype], _padded_head_dim(head_dim), uses_tf32())
     return next((plan for plan in plans if n_new <= plan.tile["BLOCK_M"]), plans[-1])
 
 
@@ -379,11 +379,11 @@ def _n_splits(device: torch.device, n_new: int, n_blocks: int, n_tiles: int) -> 
     n_blocks: number of programs without a split. n_tiles: number of tiles of keys in a full cache.
     """
     wanted = ONE_PER_PROCESSOR if n_new == 1 else TILES_PER_PROCESSOR
-    enough = triton.cdiv(wanted * n_processors(device), n_blocks)
+    enough = triton.cdiv(wanted * n_multiprocessors(device), n_blocks)
     return min(enough, n_tiles, MAX_SPLITS)
 
 
-def _head_block(head_dim: int) -> int:
+def _padded_head_dim(head_dim: int) -> int:
     return next(block for block in HEAD_BLOCKS if head_dim <= block)
 
 

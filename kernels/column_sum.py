@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.common import DTYPES, Variant, check_tensors, n_processors, on_device
+from fastgpt.kernels.common import DTYPES, Variant, check_tensors, n_multiprocessors, on_device
 
 # Rows × columns that a program reads in one iteration: 16 elements per thread in four 128-bit
 # loads. Narrow tiles give more programs; their 64 bytes of a row are still read efficiently.
@@ -32,7 +32,7 @@ def add_up(partials: Tensor, dtype: torch.dtype) -> list[Tensor]:
     if width == 0:  # CUDA rejects empty grids
         return sums
     first, second = sums if n_sums == 2 else (*sums, None)
-    enough = 4 * n_processors(partials.device) * NARROW["COLUMNS"]
+    enough = 4 * n_multiprocessors(partials.device) * NARROW["COLUMNS"]
     tile = NARROW if n_sums * width <= enough else WIDE
     with on_device(partials):
         _add_up[(triton.cdiv(width, tile["COLUMNS"]), n_sums)](

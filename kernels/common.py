@@ -117,7 +117,7 @@ def capability(device: torch.device) -> int:
     return 90 if device.type == "cpu" else _capability(device)
 
 
-def n_processors(device: torch.device) -> int:
+def n_multiprocessors(device: torch.device) -> int:
     """Return the number of multiprocessors of a GPU.
 
     In the interpreter it is 3, so that tests of small tensors also run persistent kernels for more
@@ -126,12 +126,12 @@ def n_processors(device: torch.device) -> int:
     return 3 if device.type == "cpu" else _n_processors(device)
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of computations on `dtype`: fp64 for fp64, else fp32 (see `widen`)."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def multiplies_in_tf32() -> bool:
+def uses_tf32() -> bool:
     """Return whether PyTorch is configured to multiply fp32 matrices in TF32."""
     # `allow_tf32` raises an error if the program has set the newer option, `fp32_precision`.
     return torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -23,8 +23,8 @@ from fastgpt.kernels.common import (
     Variant,
     check_devices,
     check_tensors,
+    compute_dtype,
     on_device,
-    wide_dtype,
     widen,
 )
 
@@ -81,7 +81,7 @@ def linear_cross_entropy_forward(
     weight = _padded(weight, n_padded, x.dtype)
     targets = targets.contiguous()  # a few bytes a row
 
-    wide = wide_dtype(x.dtype)
+    wide = compute_dtype(x.dtype)
     losses = x.new_empty(n_rows, dtype=wide)
     logits = x.new_empty(rows, n_padded)
     grad_x = x.new_empty(x.shape, dtype=wide) if need_x else None
@@ -106,7 +106,7 @@ def linear_cross_entropy_forward(
 def variants(capability: int) -> Iterator[Variant]:
     """Yield the configurations that the launcher can launch on a GPU of a compute capability."""
     for dtype, name in DTYPES.items():
-        wide = DTYPES[wide_dtype(dtype)]
+        wide = DTYPES[compute_dtype(dtype)]
         signature = {
             "logits_ptr": f"*{name}",
             "targets_ptr": "*i64",
@@ -163,7 +163,7 @@ def _cross_entropy(
         # Read the target's logit before the reductions, which synchronize the warps: later another
         # warp may have overwritten it with its gradient.
         chosen = widen(tl.load(logits_ptr + column, mask=column >= 0, other=0.0))
-        largest, total = _largest_and_total(logits_ptr, columns, n_vocab, n_padded, LANES, WIDTH)
+        largest, total = _max_and_sum_exp(logits_ptr, columns, n_vocab, n_padded, LANES, WIDTH)
         # An invalid target makes the loss and the gradient of the row NaN.
         total = tl.where(column >= 0, total, float("nan"))
         log2_total = tl.log2(total)
@@ -173,7 +173,7 @@ def _cross_entropy(
             full = n_vocab // (LANES * WIDTH) * (LANES * WIDTH)
             # The second pass runs backwards: the end of the row was read last and is most likely
             # still in the cache.
-            x = _load_rest(logits_ptr + full, columns, n_vocab - full, n_padded - full)
+            x = _load_last_block(logits_ptr + full, columns, n_vocab - full, n_padded - full)
             p = tl.exp2((x - largest) * LOG2_E - log2_total)  # 0 in the padding, where x is -inf
             gradient = tl.where(columns == column - full, at_target, p * SCALE)
             _store(logits_ptr + full + columns, gradient, columns < n_padded - full)
@@ -186,7 +186,7 @@ def _cross_entropy(
 
 
 @triton.jit
-def _largest_and_total(
+def _max_and_sum_exp(
     logits_ptr, columns, n_vocab, n_padded, LANES: tl.constexpr, WIDTH: tl.constexpr
 ):
     """Return the largest logit of a row and the sum of exp(logit - largest).
@@ -204,7 +204,7 @@ def _largest_and_total(
     for start in range(0, full, LANES * WIDTH):
         x = widen(tl.load(logits_ptr + start + columns))
         largest, total = _accumulate(x, largest, total)
-    x = _load_rest(logits_ptr + full, columns, n_vocab - full, n_padded - full)
+    x = _load_last_block(logits_ptr + full, columns, n_vocab - full, n_padded - full)
     largest, total = _accumulate(x, largest, total)
     overall = tl.max(largest)
     return overall, tl.sum(total * tl.exp2((largest - overall) * LOG2_E))
@@ -221,7 +221,7 @@ def _accumulate(x, largest, total):
 
 
 @triton.jit
-def _load_rest(logits_ptr, columns, n_vocab, n_padded):
+def _load_last_block(logits_ptr, columns, n_vocab, n_padded):
     """Load the last, partial block of columns, with -inf in the padding."""
     # n_padded is a multiple of 16 and thus of WIDTH: its mask is uniform within each 128-bit load,
     # unlike a mask of n_vocab. The padding is excluded after the load.

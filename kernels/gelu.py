@@ -23,7 +23,7 @@ from fastgpt.kernels.common import (
     LOG2_E,
     Variant,
     check_tensors,
-    n_processors,
+    n_multiprocessors,
     on_device,
     widen,
 )
@@ -257,7 +257,7 @@ def _n_programs(x: Tensor, tile: dict[str, int]) -> int:
     if x.numel() == 0:
         return 0
     width = x.size(-1)
-    wanted = PROGRAMS * n_processors(x.device) // triton.cdiv(width, tile["COLUMNS"])
+    wanted = PROGRAMS * n_multiprocessors(x.device) // triton.cdiv(width, tile["COLUMNS"])
     return min(max(1, wanted), triton.cdiv(x.numel() // width, tile["ROWS"]))
 
 

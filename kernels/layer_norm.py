@@ -25,9 +25,9 @@ from fastgpt.kernels.common import (
     Variant,
     capability,
     check_tensors,
-    n_processors,
+    compute_dtype,
+    n_multiprocessors,
     on_device,
-    wide_dtype,
     widen,
 )
 
@@ -130,9 +130,9 @@ def layer_norm_backward(
     grad_x = None if x_dtype in (None, total.dtype) else torch.empty_like(total, dtype=x_dtype)
 
     n_rows, width = mean.numel(), weight.numel()
-    n_bytes = _widest(grad_y, grad_total, total)
+    n_bytes = _max_element_size(grad_y, grad_total, total)
     shape = backward_shape(width, n_bytes, capability(total.device))
-    resident = n_processors(total.device) * shape.programs
+    resident = n_multiprocessors(total.device) * shape.programs
     n_programs = min(triton.cdiv(n_rows, shape.rows), resident)
     partials = torch.empty(1 + has_bias, n_programs, width, dtype=mean.dtype, device=total.device)
     if n_programs:  # CUDA rejects empty grids
@@ -416,7 +416,7 @@ def _vector(pointer, width, BLOCK: tl.constexpr):
     return widen(tl.load(pointer + columns, mask=columns < width, other=0.0))
 
 
-def _widest(*tensors: Tensor | None) -> int:
+def _max_element_size(*tensors: Tensor | None) -> int:
     """Return the largest element size, in bytes, of the tensors that are not None."""
     return max(tensor.element_size() for tensor in tensors if tensor is not None)
 
@@ -434,7 +434,9 @@ def _forward(
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     width = weight.numel()
     n_rows = x.shape[:-1].numel()
-    mean, rstd = (torch.empty(n_rows, dtype=wide_dtype(x.dtype), device=x.device) for _ in range(2))
+    mean, rstd = (
+        torch.empty(n_rows, dtype=compute_dtype(x.dtype), device=x.device) for _ in range(2)
+    )
     if n_rows:  # CUDA rejects empty grids
         shape = forward_shape(width)
         tensors = (x, residual, weight, bias, total, y, mean, rstd)
@@ -489,7 +491,7 @@ def _check_gradients(
     dtypes = {tensor.dtype for tensor in (*given, total, weight, mean, rstd)}
     _check_dtypes(operation, {*dtypes, x_dtype} - {None})
     _check_width(operation, total, weight, None)
-    kept, n_rows = wide_dtype(total.dtype), total.shape[:-1].numel()
+    kept, n_rows = compute_dtype(total.dtype), total.shape[:-1].numel()
     for name, tensor in {"mean": mean, "rstd": rstd}.items():
         if tensor.shape != (n_rows,) or tensor.dtype != kept or not tensor.is_contiguous():
             raise ValueError(

@@ -218,7 +218,7 @@ def test_the_number_of_its_parameters(targets: Any) -> None:
 def test_the_estimate_of_its_memory(
     config: GPTConfig, lora: Lora, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastgpt.training.memory_estimate._by_loops", lambda setup: False)
+    monkeypatch.setattr("fastgpt.training.memory_estimate._uses_cpu_loops", lambda setup: False)
     needed = estimate(config, 4, lora=lora, **settings)
 
     def prepared(*args: Any) -> GPT:

@@ -40,7 +40,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state per parameter
 _NONE_YET = "it has none yet (if it is not training now: delete the folder, and train again)"
 
 
-class Shaped(Protocol):
+class HasShape(Protocol):
     """Anything with a shape: a tensor, or a tensor in a file that has not been read yet."""
 
     @property
@@ -98,7 +98,7 @@ class Checkpoint:
         if self.lora is not None:
             tensors = merged(tensors, self.lora)
         expected = meta_weights(self.config)
-        refuse_differences(self.path / (EMA if ema else MODEL), tensors, expected)
+        check_matching(self.path / (EMA if ema else MODEL), tensors, expected)
         return tensors
 
     @torch.no_grad()
@@ -120,10 +120,10 @@ class Checkpoint:
             optimizer state differ. In this case nothing is changed.
         """
         weights, state = self.model_tensors(), self.optimizer_tensors()
-        refuse_differences(self.path / MODEL, weights, model.state_dict())
+        check_matching(self.path / MODEL, weights, model.state_dict())
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         if self.step:  # there is no optimizer state before the first step
-            refuse_differences(self.path / OPTIMIZER, state, _expected_state(names, optimizer))
+            check_matching(self.path / OPTIMIZER, state, _expected_state(names, optimizer))
         for p, name in names.items():
             p.copy_(part(weights[name], p))
             if f"{name}.{MOMENTS[0]}" not in state:  # the parameter is frozen or not trained yet
@@ -183,7 +183,7 @@ def find_checkpoint(
     Raises: CheckpointError if there is none, so that a damaged run is never silently restarted.
     """
     problems: list[str] = []
-    found = _first_good(run, which, weights_only, problems)
+    found = _first_valid(run, which, weights_only, problems)
     if found is None:
         what = "; ".join(problems) or _NONE_YET
         raise CheckpointError(f"{run}: no usable checkpoint: {what}")
@@ -306,7 +306,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _first_good(
+def _first_valid(
     run: Path, which: str, weights_only: bool, problems: list[str]
 ) -> Checkpoint | None:
     """Return the first undamaged checkpoint, newest or best first.
@@ -387,8 +387,8 @@ def _expected_state(
     }
 
 
-def refuse_differences(
-    path: Path, found: Mapping[str, Shaped], expected: Mapping[str, Shaped]
+def check_matching(
+    path: Path, found: Mapping[str, HasShape], expected: Mapping[str, HasShape]
 ) -> None:
     """Raise CheckpointError that lists all tensors that are missing, unexpected or misshapen."""
     differences = [f"{name} is missing" for name in expected if name not in found]

@@ -128,7 +128,7 @@ class Checkpointer:
         self._failure: tuple[Path, BaseException] | None = None
         self._given_up = threading.Event()
         _make_writable(self._folder)
-        _sweep(self._folder)
+        _clean_up(self._folder)
 
     def save(self, state: TrainingState) -> None:
         """Copy `state` and start writing it as the newest checkpoint of the run.
@@ -140,7 +140,7 @@ class Checkpointer:
         """
         self.wait()
         self._given_up.clear()
-        _refuse_not_finite(state)
+        _check_finite(state)
         target = self._folder / f"step-{state.step:08d}"
         if _is_large_on_a_cpu(state):
             self._write(target, _manifest(state), state.files)
@@ -205,7 +205,7 @@ class Checkpointer:
     ) -> None:
         """Write one checkpoint from the copies; the target of the thread."""
         try:
-            _step_back()
+            _lower_thread_priority()
             if copied is not None:
                 copied.synchronize()
             files = {name: copy.tensors for name, copy in self._copies.items()}
@@ -224,17 +224,17 @@ class Checkpointer:
                 write_json(folder / MANIFEST, manifest)
                 self._go_on()
             _prune(target, self._keep)
-        except _GivenUp:
+        except _Aborted:
             pass
         except Exception as error:
             self._failure = (target, error)
 
     def _go_on(self) -> None:
         if self._given_up.is_set():
-            raise _GivenUp
+            raise _Aborted
 
 
-class _GivenUp(Exception):  # noqa: N818 (not an error: requested by the user)
+class _Aborted(Exception):  # noqa: N818 (not an error: requested by the user)
     """Raised in the writing thread when the save was aborted."""
 
 
@@ -258,7 +258,7 @@ def _manifest(state: TrainingState) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _refuse_not_finite(state: TrainingState) -> None:
+def _check_finite(state: TrainingState) -> None:
     """Raise CheckpointError if any value is NaN or infinite.
 
     The fast path computes the norm of all tensors, which is bound by memory bandwidth. As the norm
@@ -304,7 +304,7 @@ def _make_writable(folder: Path) -> None:
         ) from None
 
 
-def _sweep(folder: Path) -> None:
+def _clean_up(folder: Path) -> None:
     """Delete the leftovers of an interrupted save, and restore a checkpoint that it had renamed."""
     for leftover in folder.glob(".*"):
         replaced = leftover.with_name(leftover.name.removeprefix(".old-"))
@@ -365,7 +365,7 @@ def _delete(path: Path) -> None:
         shutil.rmtree(hidden)
 
 
-def _step_back() -> None:
+def _lower_thread_priority() -> None:
     """Lower the priority of this thread: a training step waits for its slowest thread."""
     if sys.platform == "linux":  # priorities are per thread there
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

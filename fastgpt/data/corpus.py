@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.data.documents import split_documents
-from fastgpt.data.external import is_foreign, read_foreign
+from fastgpt.data.external import is_external, read_external
 from fastgpt.data.pipeline import META
 from fastgpt.data.pipeline import prepare as prepare
 from fastgpt.data.shards import Shard, read_shards, verify_shard
@@ -118,8 +118,8 @@ def load_corpus(
             "validation part (use --val of python -m fastgpt.prepare)"
         )
     folder = Path(data)
-    if not (folder / META).is_file() and is_foreign(folder):
-        corpus = _load_foreign(folder, sha256, check)
+    if not (folder / META).is_file() and is_external(folder):
+        corpus = _load_external(folder, sha256, check)
     else:
         corpus = _load_prepared(folder, sha256, check)
     if sha256 not in (None, corpus.sha256):
@@ -209,12 +209,12 @@ def _load_prepared(folder: Path, sha256: str | None, check: bool) -> Corpus:
     train, val = (read_shards(folder / name, tokenizer) for name in ("train", "val"))
     digest = hashlib.sha256(b"".join(shard.header.pack() for shard in [*train, *val])).hexdigest()
     if check and sha256 in (None, digest):
-        _look_through([*train, *val], hashed=sha256 is not None)
+        _verify_shards([*train, *val], hashed=sha256 is not None)
     ids = [joined([shard.ids for shard in part]) for part in (train, val)]
     return Corpus(ids[0], ids[1], tokenizer, digest)
 
 
-def _look_through(shards: Sequence[Shard], hashed: bool) -> None:
+def _verify_shards(shards: Sequence[Shard], hashed: bool) -> None:
     """Check all ids and, if `hashed`, the SHA-256 of each shard. Each thread checks one file."""
     look: Callable[[Shard], None] = verify_shard if hashed else lambda s: check_ids(s.id_file)
     with _progress([shard.id_file for shard in shards]) as bar:
@@ -222,9 +222,9 @@ def _look_through(shards: Sequence[Shard], hashed: bool) -> None:
             bar.advance(shard.id_file.n_bytes)
 
 
-def _load_foreign(folder: Path, sha256: str | None, check: bool) -> Corpus:
+def _load_external(folder: Path, sha256: str | None, check: bool) -> Corpus:
     """Open the token files of another project."""
-    found = read_foreign(folder)
+    found = read_external(folder)
     files = [*found.train, *found.val]
     digest = sha256 or ""
     if check:

@@ -20,7 +20,11 @@ from fastgpt.utils.text_files import Advance, open_counted, read_blocks
 
 Piece: TypeAlias = tuple[str, bool]
 
-IN_FOLDERS = (".txt", ".jsonl", ".parquet")  # not .json, which often contains other data than texts
+TEXT_SUFFIXES = (
+    ".txt",
+    ".jsonl",
+    ".parquet",
+)  # not .json, which often contains other data than texts
 
 # Matches up to the last position between a printable ASCII character and ASCII white space. Such
 # white space always starts a new piece of GPT-2's pattern, and no match before it depends on what
@@ -39,9 +43,9 @@ def find_sources(inputs: Iterable[str | Path]) -> list[Path]:
     sources: list[Path] = []
     for path in map(Path, inputs):
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if _kind(p) in IN_FOLDERS and p.is_file())
+            found = sorted(p for p in path.rglob("*") if _kind(p) in TEXT_SUFFIXES and p.is_file())
             if not found:
-                raise UsageError(f"folder {path} contains no *{', *'.join(IN_FOLDERS)} file")
+                raise UsageError(f"folder {path} contains no *{', *'.join(TEXT_SUFFIXES)} file")
             sources += found
         elif path.exists():
             sources.append(path)

@@ -35,7 +35,7 @@ _NAME = re.compile(r"(?:(.+)_)?(train|val)(?:_(\d+))?\.bin")
 
 
 @dataclass(frozen=True)
-class ForeignTokens:
+class ExternalTokens:
     """The token files of a nanoGPT or llm.c folder, in order, and their tokenizer."""
 
     train: list[IdFile]
@@ -43,12 +43,12 @@ class ForeignTokens:
     tokenizer: BaseTokenizer
 
 
-def is_foreign(folder: Path) -> bool:
+def is_external(folder: Path) -> bool:
     """Return whether a folder contains files named like token files of nanoGPT or llm.c."""
     return any(_NAME.fullmatch(path.name) for path in folder.glob("*.bin"))
 
 
-def read_foreign(folder: Path) -> ForeignTokens:
+def read_external(folder: Path) -> ExternalTokens:
     """Find the token files of a folder and check their headers and sizes, but not their ids.
 
     Raises: UsageError that names the file, the problem and a solution.
@@ -69,7 +69,7 @@ def read_foreign(folder: Path) -> ForeignTokens:
                 "with GPT-2's vocabulary instead: python -m fastgpt.prepare"
             )
         parts = {part: [_open_plain(path, size) for path in paths] for part, paths in files.items()}
-    return ForeignTokens(parts["train"], parts["val"], tokenizer)
+    return ExternalTokens(parts["train"], parts["val"], tokenizer)
 
 
 def read_meta(path: Path) -> CharTokenizer:
@@ -88,8 +88,8 @@ def read_meta(path: Path) -> CharTokenizer:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        meta = _NoCode(io.BytesIO(content)).load()
-    except _RefusedError as error:
+        meta = _PlainUnpickler(io.BytesIO(content)).load()
+    except _UnsafePickleError as error:
         raise UsageError(f"{path} was rejected: {error}; no code in it was run") from None
     except Exception as error:  # a damaged pickle can raise any exception
         raise UsageError(f"{path} is damaged: {error!r:.100}") from None
@@ -102,20 +102,20 @@ def read_meta(path: Path) -> CharTokenizer:
         ) from None
 
 
-class _RefusedError(Exception):
+class _UnsafePickleError(Exception):
     """Raised for a pickle that refers to a function, a class or an external object."""
 
 
-class _NoCode(pickle.Unpickler):
+class _PlainUnpickler(pickle.Unpickler):
     """An unpickler that loads plain values only."""
 
     def find_class(self, module_name: str, global_name: str) -> NoReturn:
-        raise _RefusedError(
+        raise _UnsafePickleError(
             f"it refers to {module_name}.{global_name}, and could run arbitrary code"
         )
 
     def persistent_load(self, pid: Any) -> NoReturn:
-        raise _RefusedError("it refers to an external object")
+        raise _UnsafePickleError("it refers to an external object")
 
 
 def _characters(meta: Any) -> list[str]:

@@ -42,7 +42,7 @@ from fastgpt.utils.threads import map_in_order
 META = "meta.json"
 # Validation documents are selected pseudo-randomly. If fewer than this many are expected, the last
 # part of the whole text is used for validation instead.
-ENOUGH_DRAWN = 10
+MIN_VALIDATION_DOCUMENTS = 10
 _DRAW_KEY = 0x76616C  # "val"
 _BATCH_CHARACTERS = 1 << 22
 _EOT = END_OF_TEXT
@@ -112,14 +112,14 @@ def prepare(
     Raises: UsageError; no files are left behind in this case.
     """
     folder = Path(out)
-    _refuse_bad_arguments(val_fraction, tokens_per_shard, threads)
+    _check_options(val_fraction, tokens_per_shard, threads)
     if train_vocab is not None and tokenizer != "gpt2":
         raise UsageError("give --tokenizer or --train-vocab, not both")
-    _refuse_to_overwrite(folder, overwrite)
-    reading = _Reading(_listed(inputs), field, progress)
+    _check_output_folder(folder, overwrite)
+    reading = _DocumentReader(_as_list(inputs), field, progress)
     if not reading.sources:
         raise UsageError("nothing to prepare: pass at least one text file or folder of text files")
-    val_reading = _Reading(_listed(val), field, progress)
+    val_reading = _DocumentReader(_as_list(val), field, progress)
     chosen = _choose_tokenizer(tokenizer, train_vocab, reading)
     try:
         with _written_beside(folder) as beside:
@@ -128,10 +128,10 @@ def prepare(
                 ShardWriter(beside / "train", chosen, tokens_per_shard) as train_writer,
                 ShardWriter(beside / "val", chosen, tokens_per_shard) as val_writer,
             ):
-                sinks = {"train": _Sink(train_writer), "val": _Sink(val_writer)}
+                sinks = {"train": _PartWriter(train_writer), "val": _PartWriter(val_writer)}
                 for batch in map_in_order(partial(_encode, chosen), _batches(split), threads):
                     sinks[batch.split].take(batch)
-                _refuse_empty(sinks, None if val_reading.sources else val_fraction)
+                _check_not_empty(sinks, None if val_reading.sources else val_fraction)
             prepared = Prepared(folder, chosen, sinks["train"].part(), sinks["val"].part())
             chosen.save(beside / "tokenizer.json")
             _write_meta(beside / META, prepared, reading, val_reading, val_fraction)
@@ -140,7 +140,7 @@ def prepare(
     return prepared
 
 
-class _Reading:
+class _DocumentReader:
     """Reads the documents of all sources; can be read several times."""
 
     def __init__(self, inputs: Sequence[str | Path], field: str, progress: bool) -> None:
@@ -178,7 +178,7 @@ class _Reading:
 
 
 def _choose_tokenizer(
-    tokenizer: str | Path | BaseTokenizer, train_vocab: int | None, reading: _Reading
+    tokenizer: str | Path | BaseTokenizer, train_vocab: int | None, reading: _DocumentReader
 ) -> BaseTokenizer:
     if train_vocab is not None:
         try:
@@ -200,19 +200,21 @@ def _choose_tokenizer(
     return tokenizer
 
 
-def _listed(inputs: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+def _as_list(inputs: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
     return [inputs] if isinstance(inputs, str | Path) else inputs
 
 
 def _parts(
-    reading: _Reading, val_reading: _Reading, val_fraction: float
+    reading: _DocumentReader, val_reading: _DocumentReader, val_fraction: float
 ) -> Generator[tuple[str, Piece], None, None]:
     """Yield each piece with its part, "train" or "val". The caller must close the generator.
 
     Separate validation texts are read first, so that errors in them are reported early.
     """
     if not val_reading.sources:
-        n_characters = reading.survey(most_documents=math.ceil(ENOUGH_DRAWN / val_fraction))
+        n_characters = reading.survey(
+            most_documents=math.ceil(MIN_VALIDATION_DOCUMENTS / val_fraction)
+        )
         with closing(reading.pieces("tokenizing")) as pieces:
             yield from _split(pieces, val_fraction, n_characters)
         return
@@ -230,7 +232,7 @@ def _split(
     documents are selected pseudo-randomly.
     """
     if n_characters is None:
-        yield from _split_by_lot(pieces, val_fraction)
+        yield from _split_randomly(pieces, val_fraction)
         return
     left = n_characters - int(n_characters * val_fraction)  # for training
     split = "train"
@@ -242,8 +244,8 @@ def _split(
         yield split, (text, ends)
 
 
-def _split_by_lot(pieces: Iterator[Piece], val_fraction: float) -> Iterator[tuple[str, Piece]]:
-    lots = _lots(val_fraction)
+def _split_randomly(pieces: Iterator[Piece], val_fraction: float) -> Iterator[tuple[str, Piece]]:
+    lots = _random_parts(val_fraction)
     split = ""
     for piece in pieces:
         split = split or next(lots)
@@ -252,7 +254,7 @@ def _split_by_lot(pieces: Iterator[Piece], val_fraction: float) -> Iterator[tupl
             split = ""
 
 
-def _lots(val_fraction: float) -> Iterator[str]:
+def _random_parts(val_fraction: float) -> Iterator[str]:
     """Yield the part of document 0, of document 1, and so on; it depends on the index alone."""
     limit = np.uint64(val_fraction * 2.0**64)  # hashes are uniform: this share is below the limit
     for first in count(0, 4096):
@@ -302,7 +304,7 @@ def _encode(tokenizer: BaseTokenizer, batch: tuple[str, list[Piece]]) -> _Batch:
     return _Batch(split, ids, ends, len(text.encode(errors="replace")))
 
 
-class _Sink:
+class _PartWriter:
     """Writes the batches of one part and counts them."""
 
     def __init__(self, writer: ShardWriter) -> None:
@@ -328,7 +330,7 @@ class _Sink:
         return Part(writer.n_tokens, writer.n_documents, self._n_bytes, len(writer.paths))
 
 
-def _refuse_bad_arguments(val_fraction: float, tokens_per_shard: int, threads: int | None) -> None:
+def _check_options(val_fraction: float, tokens_per_shard: int, threads: int | None) -> None:
     if not 0.0 < val_fraction < 1.0:
         raise UsageError(f"val_fraction must be between 0 and 1, not {val_fraction}")
     if tokens_per_shard < 1:
@@ -337,7 +339,7 @@ def _refuse_bad_arguments(val_fraction: float, tokens_per_shard: int, threads: i
         raise UsageError(f"threads must be at least 1, not {threads}")
 
 
-def _refuse_to_overwrite(folder: Path, overwrite: bool) -> None:
+def _check_output_folder(folder: Path, overwrite: bool) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / META).is_file():
@@ -349,7 +351,7 @@ def _refuse_to_overwrite(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _refuse_empty(sinks: dict[str, _Sink], val_fraction: float | None) -> None:
+def _check_not_empty(sinks: dict[str, _PartWriter], val_fraction: float | None) -> None:
     for name, sink in sinks.items():
         if sink.writer.n_tokens:
             continue
@@ -363,7 +365,11 @@ def _refuse_empty(sinks: dict[str, _Sink], val_fraction: float | None) -> None:
 
 
 def _write_meta(
-    path: Path, prepared: Prepared, reading: _Reading, val_reading: _Reading, val_fraction: float
+    path: Path,
+    prepared: Prepared,
+    reading: _DocumentReader,
+    val_reading: _DocumentReader,
+    val_fraction: float,
 ) -> None:
     tokenizer = prepared.tokenizer
     has_val = bool(val_reading.sources)

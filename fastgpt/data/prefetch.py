@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 AHEAD = 4  # micro-batches
 
 
-class Feeder:
+class MicroBatchLoader:
     """An iterator over micro-batches `(inputs, targets)`, int64 `[count, block_size]` on `device`.
 
     Args:
@@ -44,7 +44,7 @@ class Feeder:
         if ahead is None:
             ahead = AHEAD if self._device.type == "cuda" else 0
         pairs = (batches.pair(first, count) for first, count in plan)
-        self._ahead = Ahead(pairs, ahead) if ahead else None
+        self._ahead = Prefetcher(pairs, ahead) if ahead else None
         self._pairs: Iterator[Tensor] = self._ahead or pairs
 
     def __iter__(self) -> Self:
@@ -74,7 +74,7 @@ class Feeder:
             self._ahead.close()
 
 
-class Ahead(Generic[Item]):
+class Prefetcher(Generic[Item]):
     """An iterator over `items` that evaluates up to `most` of them in advance, in a thread."""
 
     def __init__(self, items: Iterable[Item], most: int) -> None:

@@ -18,10 +18,10 @@ Result = TypeVar("Result")
 WARM_UP = 2  # calls before the capture, in which kernels compile and libraries allocate memory
 WORTH = 16  # calls that a capture must replace: it takes about as long as this many
 
-_one_at_a_time = threading.Lock()  # CUDA allows one capture at a time in a process
+_capture_lock = threading.Lock()  # CUDA allows one capture at a time in a process
 
 
-class Replayed(Generic[Result]):
+class GraphRunner(Generic[Result]):
     """Run a function without arguments a few times, then capture it and replay the graph.
 
     After the capture, every call returns the same tensors, with the values of the latest call. The
@@ -50,7 +50,7 @@ def record(function: Callable[[], Result], device: torch.device) -> Callable[[],
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     with (
-        _one_at_a_time,
+        _capture_lock,
         torch.cuda.device(device),
         # "thread_local": other threads, such as a data loader, may still copy to the GPU
         torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
@@ -65,7 +65,7 @@ def record(function: Callable[[], Result], device: torch.device) -> Callable[[],
     return replay
 
 
-def can_record(model: nn.Module) -> bool:
+def can_capture(model: nn.Module) -> bool:
     """Return whether a step of the model consists of launches on a single GPU only.
 
     This is not the case in a process group, where weights may have to be gathered, or under

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.inference import quantization
-from fastgpt.inference.sampling import Sampler, Sampling, check_prompts, seeds_of
+from fastgpt.inference.sampling import Sampler, Sampling, check_prompts, expand_seeds
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.utils.extension import _C
 
@@ -54,7 +54,7 @@ class Engine:
     ) -> None:
         threads = _checked(threads)
         tensors = {name: tensor.detach for name, tensor in model.state_dict().items()}
-        weights = quantization.Rounded(model.config, tensors, dtype, group, threads)
+        weights = quantization.QuantizedWeights(model.config, tensors, dtype, group, threads)
         self._start(model.config, dtype, group, threads, code, weights)
 
     @property
@@ -88,7 +88,7 @@ class Engine:
         threads = _checked(threads)
         config, tensors, tokenizer = open_weights(source, checkpoint)
         read = {name: tensor.read for name, tensor in tensors.items()}
-        weights = quantization.Rounded(config, read, dtype, group, threads)
+        weights = quantization.QuantizedWeights(config, read, dtype, group, threads)
         return cls._of(config, dtype, group, threads, code, weights), tokenizer
 
     def save(self, path: str | Path) -> None:
@@ -176,10 +176,10 @@ class Engine:
         sampler: Sampler,
         seed: Seed = None,
         n: int = 1,
-    ) -> "EngineWriting":
+    ) -> "EngineSession":
         """Start generating n continuations of each prompt; prompts may have different lengths."""
         begun = self._begin(prompts, max_new_tokens, sampler, seed, None, n, with_logprobs=True)
-        return EngineWriting(begun)
+        return EngineSession(begun)
 
     @classmethod
     def _of(
@@ -243,14 +243,14 @@ class Engine:
         # an id outside the vocabulary never occurs, so it cannot end a row
         stop = stop_token if stop_token is not None and 0 <= stop_token < size else None
         max_new_tokens = min(max_new_tokens, MOST)
-        ids, seeds = [prompt.tolist() for prompt in prompts], seeds_of(seed, len(prompts) * n)
+        ids, seeds = [prompt.tolist() for prompt in prompts], expand_seeds(seed, len(prompts) * n)
         return self._core.generation(ids, n, max_new_tokens, settings, seeds, stop, with_logprobs)
 
 
-class EngineWriting:
+class EngineSession:
     """A generation session of an engine.
 
-    It has the interface of `fastgpt.inference.generation.Writing`, the session of a `GPT`.
+    Its interface is that of `fastgpt.inference.generation.GenerationSession`, the one of a `GPT`.
     """
 
     def __init__(self, generation: _C.Generation) -> None:

@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fastgpt.inference.cuda_graph import Replayed, can_record
-from fastgpt.inference.engine import Engine, EngineWriting
+from fastgpt.inference.cuda_graph import GraphRunner, can_capture
+from fastgpt.inference.engine import Engine, EngineSession
 from fastgpt.inference.kv_cache import Reader, StepCache, evaluating
 from fastgpt.inference.sampling import (
-    Draws,
+    RandomStreams,
     Sampler,
     Sampling,
     TokenCounts,
     check_prompts,
-    seeds_of,
+    expand_seeds,
 )
 from fastgpt.model import GPT
 
@@ -128,7 +128,7 @@ def complete(
     writing = (
         model.writing(rows, max_new_tokens, sampler, seed, n)
         if isinstance(model, Engine)
-        else Writing(model, rows, max_new_tokens, sampler, seed, n, use_cache)
+        else GenerationSession(model, rows, max_new_tokens, sampler, seed, n, use_cache)
     )
     for _, (tokens, logprobs) in arrivals(_steps(writing, with_logprobs=True)):
         drawn = zip(completions, tokens, logprobs, strict=True)
@@ -146,7 +146,7 @@ def complete(
     return [completions[first : first + n] for first in range(0, len(completions), n)]
 
 
-class Writing:
+class GenerationSession:
     """A generation session: the tokens of all rows, the key/value cache and the sampling state.
 
     prompts: int64 `[T_i]`, at least one token each; each prompt has n consecutive rows.
@@ -176,16 +176,16 @@ class Writing:
         self.model, self.sampler, self.left = model, sampler, max_new_tokens
         self.stop_token = stop_token
         self.lengths = [len(row) for row in rows]
-        self.counts = TokenCounts(rows, model.config.vocab_size) if sampler.penalises else None
+        self.counts = TokenCounts(rows, model.config.vocab_size) if sampler.uses_penalties else None
         longest = max(self.lengths) + max_new_tokens
         self.reader = Reader(model, len(rows), use_cache, copies=n, capacity=longest)
         self.history = pad_sequence(rows, batch_first=True)  # [R, capacity], grown as needed
         self.ends = torch.tensor(self.lengths, device=model.device)  # where the next tokens are put
-        self._draws = Draws(seeds_of(seed, len(rows)), model.device)
+        self._draws = RandomStreams(expand_seeds(seed, len(rows)), model.device)
         self._uniform = torch.zeros(len(rows), device=model.device)
         self._tokens = torch.zeros_like(self.ends)  # the latest token of each row
         self._ended = torch.zeros_like(self.ends, dtype=torch.bool)
-        self._replayed = Replayed[Tensor](model.device)
+        self._replayed = GraphRunner[Tensor](model.device)
         self._replays: bool | None = None  # set in the first step, when autocast is on or off
 
     @torch.no_grad()
@@ -197,10 +197,10 @@ class Writing:
         if self.sampler.draws:
             self._uniform.copy_(self._draws.next())
         if self._replays is None:
-            self._replays = self.reader.cache is not None and can_record(self.model)
-        if self._replays and self.reader.has_all_but_last(self.lengths):
+            self._replays = self.reader.cache is not None and can_capture(self.model)
+        if self._replays and self.reader.only_last_is_new(self.lengths):
             self._logits = self._replayed(self._next, self.left)
-            self.reader.count_one_more()
+            self.reader.increment_lengths()
         else:
             logits = self.reader.logits(self.history, self.lengths)
             if logits.device.type == "cpu" and not bool(logits.isfinite().all()):
@@ -252,9 +252,9 @@ def arrivals(steps: Iterator[Tensor]) -> Iterator[tuple[Tensor, list[Any]]]:
     computes one step ahead while the host processes the values. If the consumer stops, at most one
     step was computed in vain.
     """
-    waiting: tuple[Tensor, _Landing] | None = None
+    waiting: tuple[Tensor, _HostCopy] | None = None
     for tensor in steps:
-        landing = _Landing(tensor)
+        landing = _HostCopy(tensor)
         if not tensor.is_cuda:
             yield tensor, landing.numbers()
             continue
@@ -265,7 +265,7 @@ def arrivals(steps: Iterator[Tensor]) -> Iterator[tuple[Tensor, list[Any]]]:
         yield waiting[0], waiting[1].numbers()
 
 
-class _Landing:
+class _HostCopy:
     """An asynchronous copy of a tensor to the host."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -302,12 +302,16 @@ def _stream(
     if isinstance(model, Engine):
         return model.stream(ids, max_new_tokens, n=n, seed=seed, stop_token=stop_token, **sampling)
     sampler = Sampler(**sampling)
-    writing = Writing(model, list(ids), max_new_tokens, sampler, seed, n, use_cache, stop_token)
+    writing = GenerationSession(
+        model, list(ids), max_new_tokens, sampler, seed, n, use_cache, stop_token
+    )
     steps = _steps(writing)
     return steps if stop_token is None else _until_all_end(steps, stop_token)
 
 
-def _steps(writing: "Writing | EngineWriting", with_logprobs: bool = False) -> Iterator[Tensor]:
+def _steps(
+    writing: "GenerationSession | EngineSession", with_logprobs: bool = False
+) -> Iterator[Tensor]:
     """Yield the tokens `[R]` of each step, or tokens and log-probabilities as one fp32 `[2, R]`.
 
     fp32 represents token ids exactly up to 2^24.

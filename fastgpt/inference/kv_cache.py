@@ -154,12 +154,12 @@ class Reader:
         with evaluating(self.model):
             return self.model.logits(self._last_hidden(history, lengths))
 
-    def has_all_but_last(self, lengths: Sequence[int]) -> bool:
+    def only_last_is_new(self, lengths: Sequence[int]) -> bool:
         """Return whether only the last token of each row is not cached: no window has moved."""
         starts = [window_start(length, self.model.config.block_size) for length in lengths]
         return self.cache is not None and starts == self.starts
 
-    def count_one_more(self) -> None:
+    def increment_lengths(self) -> None:
         """Update `held` after a step that processed one token per row through a `StepCache`."""
         assert self.cache is not None
         self.cache.held = [length + 1 for length in self.cache.held]

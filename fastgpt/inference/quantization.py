@@ -62,7 +62,7 @@ def weight_names(config: GPTConfig) -> Names:
     return Names(matrices, vectors)
 
 
-class Rounded(Mapping[str, "Weight"]):
+class QuantizedWeights(Mapping[str, "Weight"]):
     """A lazy mapping of a model's weights, converted for an engine when they are accessed.
 
     Matrices are in fp32 (which the engine rounds further for ``"bfloat16"``) or pairs of integers

@@ -9,7 +9,9 @@ from typing import SupportsIndex, TypedDict
 import torch
 from torch import Tensor
 
-COLDEST = 1e-30  # lower temperatures are treated as 0: fp32 logits cannot be divided by them
+MIN_TEMPERATURE = (
+    1e-30  # lower temperatures are treated as 0: fp32 logits cannot be divided by them
+)
 
 
 class Sampling(TypedDict, total=False):
@@ -70,7 +72,7 @@ class Sampler:
                 raise ValueError(f"{name} must be from -2 to 2, not {getattr(self, name)}")
 
     @property
-    def penalises(self) -> bool:
+    def uses_penalties(self) -> bool:
         """Whether any penalty is on, so that token counts are needed."""
         return self.repetition_penalty != 1.0 or bool(
             self.presence_penalty or self.frequency_penalty
@@ -79,7 +81,7 @@ class Sampler:
     @property
     def draws(self) -> bool:
         """Whether sampling is random, rather than greedy."""
-        return self.temperature >= COLDEST
+        return self.temperature >= MIN_TEMPERATURE
 
     def draw(
         self,
@@ -92,7 +94,7 @@ class Sampler:
         uniform: fp32 `[B]` in [0, 1), a random number for each row; not used at temperature 0.
         counts: the tokens of each row, required for penalties. Does not synchronize with the host.
         """
-        if counts is not None and self.penalises:
+        if counts is not None and self.uses_penalties:
             logits = self._penalised(logits.float(), counts)
         if not self.draws:
             return logits.argmax(-1)
@@ -126,7 +128,7 @@ class Sampler:
         return logits - self.presence_penalty * (counts.written > 0)
 
 
-class Draws:
+class RandomStreams:
     """Random numbers for a batch; each row has its own generator, initialised with its seed.
 
     Numbers are drawn on the CPU, which makes them the same on every machine, and in blocks of
@@ -172,7 +174,7 @@ class TokenCounts:
         self.written.scatter_add_(1, tokens[:, None], torch.ones_like(self.written[:, :1]))
 
 
-def seeds_of(seed: int | Sequence[int] | None, n_rows: int) -> list[int]:
+def expand_seeds(seed: int | Sequence[int] | None, n_rows: int) -> list[int]:
     """Return one seed per row: `seed + row`, or the entries of a list.
 
     None draws fresh seeds. Raises ValueError for seeds outside [0, 2^63), or if the number of seeds

@@ -1,4 +1,4 @@
-"""Text generation with a model and its tokenizer: `write` for whole texts, `stream_text` to stream.
+"""Text generation with a model and its tokenizer: `generate_texts` and `stream_text`.
 
 An empty prompt starts from the tokenizer's `start_token`: `<|endoftext|>`, if it has one. If the
 model generates `<|endoftext|>`, the text ends before it.
@@ -18,7 +18,7 @@ from fastgpt.tokenizer import BaseTokenizer, StreamDecoder
 
 
 @dataclass(frozen=True)
-class Written:
+class GeneratedText:
     """The generated continuation of a prompt.
 
     text: the continuation without the prompt. completion: its tokens, which include those of a stop
@@ -30,7 +30,7 @@ class Written:
     completion: Completion
 
 
-def write(
+def generate_texts(
     model: GPT | Engine,
     tokenizer: BaseTokenizer,
     prompts: Sequence[str],
@@ -41,7 +41,7 @@ def write(
     seed: int | Sequence[int] | None = None,
     errors: Literal["strict", "ignore"] = "strict",
     **sampling: Unpack[Sampling],
-) -> list[list[Written]]:
+) -> list[list[GeneratedText]]:
     """Continue a batch of prompts; return n texts for each.
 
     stop: strings that end a text; they are not part of it. errors: "ignore" drops characters of a
@@ -64,7 +64,7 @@ def write(
     )
     found = (text.finish() for text in texts)
     return [
-        [Written(prompt, next(found), completion) for completion in of_prompt]
+        [GeneratedText(prompt, next(found), completion) for completion in of_prompt]
         for prompt, of_prompt in zip(prompts, completions, strict=True)
     ]
 
@@ -82,8 +82,8 @@ def stream_text(
 ) -> "TextStream":
     """Return an iterator over the continuation of a prompt while it is generated.
 
-    The arguments are those of `write`. Invalid arguments raise ValueError immediately, not when
-    iteration starts.
+    The arguments are those of `generate_texts`. Invalid arguments raise ValueError immediately,
+    not when iteration starts.
     """
     text = _Text(tokenizer, stop)
     # on the model's device, so that `arrivals` copies the tokens to the host asynchronously

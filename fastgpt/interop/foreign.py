@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.checkpoint.load import refuse_differences
+from fastgpt.checkpoint.load import check_matching
 from fastgpt.model import GPT, GPTConfig, meta_model, meta_weights
 from fastgpt.tokenizer import BaseTokenizer, Tokenizer, load_tokenizer
 from fastgpt.utils.errors import UsageError
@@ -67,8 +67,8 @@ class Foreign:
 
     def open_tensors(self) -> Mapping[str, LazyTensor]:
         """Return the lazily read tensors; UsageError lists those that do not fit the model."""
-        _refuse_sizes(self.path, self.config, self.tensors)
-        refuse_differences(self.path, self.tensors, meta_weights(self.config))
+        _check_sizes(self.path, self.config, self.tensors)
+        check_matching(self.path, self.tensors, meta_weights(self.config))
         return self.tensors
 
 
@@ -88,7 +88,7 @@ def count_layers(names: Iterable[str]) -> int:
     return len({name.split(".")[1] for name in names if name.startswith("h.")})
 
 
-def tokenizer_beside(folder: Path, vocab_size: int) -> BaseTokenizer:
+def find_tokenizer(folder: Path, vocab_size: int) -> BaseTokenizer:
     """Return the tokenizer in `folder`; without one, GPT-2's if `vocab_size` matches it.
 
     Raises: NoTokenizerError if neither applies.
@@ -107,7 +107,7 @@ def tokenizer_beside(folder: Path, vocab_size: int) -> BaseTokenizer:
         raise NoTokenizerError(str(error)) from None
 
 
-def _refuse_sizes(path: Path, config: GPTConfig, tensors: Mapping[str, LazyTensor]) -> None:
+def _check_sizes(path: Path, config: GPTConfig, tensors: Mapping[str, LazyTensor]) -> None:
     """Raise UsageError if tensors contradict the config, before a model of absurd size is built."""
     stated = {
         "wte.weight": (config.vocab_size, config.n_embd),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastgpt.checkpoint.load import read_json, write_json
 from fastgpt.checkpoint.tensor_file import stored_tensors, write_tensors
-from fastgpt.interop.foreign import Foreign, LazyTensor, make_config, tokenizer_beside
+from fastgpt.interop.foreign import Foreign, LazyTensor, find_tokenizer, make_config
 from fastgpt.interop.pickled import lazy, unpickle
 from fastgpt.interop.tokenizer_files import TOKENIZER_FILES, write_tokenizer
 from fastgpt.model import GPT, GPTConfig
@@ -49,7 +49,7 @@ def read(path: Path) -> Foreign:
     """Open a transformers folder; UsageError names an invalid file or unsupported setting."""
     config = _read_config(path / CONFIG)
     tensors = _ours(_open_weights(path), config)
-    return Foreign(path, config, tensors, partial(tokenizer_beside, path, config.vocab_size))
+    return Foreign(path, config, tensors, partial(find_tokenizer, path, config.vocab_size))
 
 
 def write(model: GPT, folder: Path, tokenizer: BaseTokenizer | None = None) -> None:

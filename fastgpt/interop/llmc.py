@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from fastgpt.checkpoint.tensor_file import StoredTensor
-from fastgpt.interop.foreign import Foreign, LazyTensor, make_config, tokenizer_beside
+from fastgpt.interop.foreign import Foreign, LazyTensor, find_tokenizer, make_config
 from fastgpt.model import GPTConfig
 from fastgpt.utils.errors import UsageError
 
@@ -66,7 +66,7 @@ def read(path: Path) -> Foreign:
         n_embd=header.n_embd,
     )
     tensors = _tensors(path, header, config)
-    return Foreign(path, config, tensors, partial(tokenizer_beside, path.parent, config.vocab_size))
+    return Foreign(path, config, tensors, partial(find_tokenizer, path.parent, config.vocab_size))
 
 
 def _read_header(path: Path) -> _Header:

@@ -21,8 +21,8 @@ from fastgpt.interop.foreign import (
     Foreign,
     LazyTensor,
     count_layers,
+    find_tokenizer,
     make_config,
-    tokenizer_beside,
 )
 from fastgpt.interop.pickled import lazy, named_tensors, unpickle
 from fastgpt.model import GPTConfig
@@ -59,7 +59,7 @@ def read(path: Path) -> Foreign:
         if not name.endswith(_MASK)
     }
     config = _config(file, tensors)
-    return Foreign(file, config, tensors, partial(tokenizer_beside, file.parent, config.vocab_size))
+    return Foreign(file, config, tensors, partial(find_tokenizer, file.parent, config.vocab_size))
 
 
 def _config(file: Path, tensors: Mapping[str, LazyTensor]) -> GPTConfig:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgpt.data.external import read_meta
 from fastgpt.interop.foreign import Foreign, LazyTensor, NoTokenizerError, make_config
-from fastgpt.interop.pickled import lazy, mentions, named_tensors, unpickle
+from fastgpt.interop.pickled import lazy, named_tensors, pickle_contains, unpickle
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from fastgpt.utils.errors import UsageError
@@ -40,7 +40,7 @@ def recognises(path: Path) -> bool:
         return (path / CHECKPOINT).is_file() and not (path / "config.json").exists()
     if not path.is_file() or path.suffix != ".pt":
         return False
-    return path.name == CHECKPOINT or mentions(path, "model_args")
+    return path.name == CHECKPOINT or pickle_contains(path, "model_args")
 
 
 def read(path: Path) -> Foreign:
@@ -69,7 +69,7 @@ def write(model: GPT, folder: Path, tokenizer: BaseTokenizer | None = None) -> N
     for name in (CHECKPOINT, META):
         if (folder / name).exists():
             raise UsageError(f"{folder / name} already exists; give another folder")
-    _refuse_config(model.config)
+    _check_config(model.config)
     has_characters = _has_characters(tokenizer)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def _characters(meta: Path, vocab_size: int) -> CharTokenizer:
 # --- export ----------------------------------------------------------------------------------
 
 
-def _refuse_config(config: GPTConfig) -> None:
+def _check_config(config: GPTConfig) -> None:
     if not config.tie_weights:
         raise UsageError("nanoGPT does not support an untied head (tie_weights = False)")
     if config.layer_norm_eps != _EPS:

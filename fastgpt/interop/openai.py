@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.checkpoint.load import CheckpointError, read_json
-from fastgpt.interop.foreign import Foreign, LazyTensor, tokenizer_beside
+from fastgpt.interop.foreign import Foreign, LazyTensor, find_tokenizer
 from fastgpt.interop.tensor_bundle import TensorBundle
 from fastgpt.model import GPTConfig
 
@@ -61,7 +61,7 @@ def read(path: Path) -> Foreign:
         for name in bundle.entries
         if not _is_of_training(name, bundle)
     }
-    return Foreign(path, config, tensors, partial(tokenizer_beside, path, config.vocab_size))
+    return Foreign(path, config, tensors, partial(find_tokenizer, path, config.vocab_size))
 
 
 def _find_checkpoint(folder: Path) -> Path:

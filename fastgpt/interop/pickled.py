@@ -49,7 +49,7 @@ def named_tensors(path: Path, content: Any) -> dict[str, Tensor]:
     return content
 
 
-def mentions(path: Path, word: str) -> bool:
+def pickle_contains(path: Path, word: str) -> bool:
     """Return whether a word occurs in the pickle of a `torch.save` file, without loading it."""
     try:
         with zipfile.ZipFile(path) as archive:

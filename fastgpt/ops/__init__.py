@@ -90,7 +90,7 @@ def _has_kernels(device: torch.device) -> bool:
         return False
     if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return False
-    if fault := _fault_of_triton():
+    if fault := _triton_error():
         warnings.warn(
             f"using PyTorch's own operators on this GPU instead of fastgpt's kernels: {fault}",
             stacklevel=2,
@@ -99,7 +99,7 @@ def _has_kernels(device: torch.device) -> bool:
     return True
 
 
-def _fault_of_triton() -> str | None:
+def _triton_error() -> str | None:
     """Return the reason why Triton cannot launch kernels on this machine; None if it can."""
     if find_spec("triton") is None:
         return "Triton is not installed; on Linux: pip install triton"

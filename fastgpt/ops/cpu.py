@@ -268,7 +268,7 @@ class _NormLinear(torch.autograd.Function):
         grad_y, bf16 = _rows(grad_y), ctx.bf16
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
-            normed = _norm_again(total, stats, norm_weight, norm_bias, dtype_of(bf16))
+            normed = _recompute_norm(total, stats, norm_weight, norm_bias, dtype_of(bf16))
             grad_weight, grad_bias = products.weight_gradient(grad_y, normed, has_bias, bf16)
             del normed
         grad_normed = products.input_gradient(grad_y, weight, bf16)
@@ -325,7 +325,7 @@ class _NormMlp(torch.autograd.Function):
             )
         grad_pre = products.gelu_input_gradient(grad_y, weight_out, pre, bf16)
         if need[4] or need[5]:
-            normed = _norm_again(total, stats, norm_weight, norm_bias, dtype_of(bf16))
+            normed = _recompute_norm(total, stats, norm_weight, norm_bias, dtype_of(bf16))
             grad_weight_in, grad_bias_in = products.weight_gradient(
                 grad_pre, normed, has_bias_in, bf16
             )
@@ -442,7 +442,7 @@ def _norm(
     return total, y, stats
 
 
-def _norm_again(
+def _recompute_norm(
     total: Tensor, stats: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Recompute the norm `[N, C]` from the sum and its row statistics."""

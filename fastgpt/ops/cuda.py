@@ -7,7 +7,7 @@ the kernels.
 import torch
 from torch import Tensor
 
-from fastgpt.kernels.common import capability, multiplies_in_tf32
+from fastgpt.kernels.common import capability, uses_tf32
 from fastgpt.ops import native, triton
 from fastgpt.ops.triton import add_layer_norm as add_layer_norm
 from fastgpt.ops.triton import cached_attention as cached_attention
@@ -35,7 +35,7 @@ def causal_attention(
 
 def _pytorch_is_faster(dtype: torch.dtype, is_long: bool, device: torch.device) -> bool:
     if dtype == torch.float32:
-        return not multiplies_in_tf32()
+        return not uses_tf32()
     return is_long and capability(device) == 90
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastgpt.kernels.attention import causal_attention_backward, causal_attention_forward
 from fastgpt.kernels.cached_attention import cached_attention as cached_attention_forward
-from fastgpt.kernels.common import wide_dtype
+from fastgpt.kernels.common import compute_dtype
 from fastgpt.kernels.cross_entropy import linear_cross_entropy_forward
 from fastgpt.kernels.gelu import gelu_backward, gelu_forward
 from fastgpt.kernels.layer_norm import (
@@ -243,7 +243,7 @@ def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
 
 def _statistics(x: Tensor) -> Tensor:
     """Return an empty tensor for one number per row, in the dtype of the computation."""
-    return x.new_empty(x.shape[:-1].numel(), dtype=wide_dtype(x.dtype))
+    return x.new_empty(x.shape[:-1].numel(), dtype=compute_dtype(x.dtype))
 
 
 def _contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -361,7 +361,7 @@ def _fake_causal_attention(
     batch, time, width = qkv.shape
     return (
         qkv.new_empty(batch, time, width // 3),
-        qkv.new_empty(batch, n_head, time, dtype=wide_dtype(qkv.dtype)),
+        qkv.new_empty(batch, n_head, time, dtype=compute_dtype(qkv.dtype)),
     )
 
 
@@ -420,7 +420,7 @@ def _linear_cross_entropy(
 def _fake_linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = wide_dtype(x.dtype)
+    wide = compute_dtype(x.dtype)
     return (
         x.new_empty((), dtype=wide),
         targets.new_empty(()),

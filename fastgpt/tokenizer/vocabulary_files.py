@@ -85,7 +85,9 @@ def read_hugging_face(path: Path, data: dict[str, Any]) -> Vocabulary:
         byte-level BPE with GPT-2's pre-tokenization.
     """
     with naming(path):
-        _refuse_unsupported({**data, "pre_tokenizer": _one_step(data.get("pre_tokenizer"))})
+        _check_supported(
+            {**data, "pre_tokenizer": _simplify_pre_tokenizer(data.get("pre_tokenizer"))}
+        )
         specials = _added_tokens(data)
         ids = _check_ids(_item(data, "model.vocab"), specials)
         return _build(ids, _merge_rows(_item(data, "model.merges"), ids), specials.keys())
@@ -243,7 +245,7 @@ def _added_tokens(data: dict[str, Any]) -> dict[str, int]:
     return added
 
 
-def _one_step(pre_tokenizer: Any) -> Any:
+def _simplify_pre_tokenizer(pre_tokenizer: Any) -> Any:
     """Return the single ByteLevel pre-tokenizer that is equivalent to a Sequence, if there is one.
 
     That is the case for a Sequence of one ByteLevel, and for a Split with GPT-2's pattern followed
@@ -272,7 +274,7 @@ def _splits_as_gpt2(step: Any) -> bool:
     )
 
 
-def _refuse_unsupported(data: dict[str, Any]) -> None:
+def _check_supported(data: dict[str, Any]) -> None:
     """Raise ValueError for settings with which the ids would differ from fastgpt's."""
     supported: dict[str, tuple[Any, ...]] = {
         "truncation": (None,),

@@ -12,7 +12,7 @@ from torch import nn
 from fastgpt.training.distributed import World
 
 
-def compiled_or_not(
+def compile_or_fallback(
     module: nn.Module, trial: Callable[[nn.Module], None], world: World
 ) -> tuple[nn.Module, str]:
     """Return `module` compiled, or unchanged if that fails in any process, and a status message.
@@ -37,7 +37,7 @@ def compiled_or_not(
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
-    if not any(world.agree(bool(reason))):
+    if not any(world.all_reduce_max(bool(reason))):
         return compiled, "compiled by torch.compile"
     where = reason or "in another process"
     return module, f"warning: torch.compile failed, training continues without it: {where}"

@@ -22,7 +22,7 @@ from fastgpt.model import GPT
 from fastgpt.utils.errors import UsageError
 
 TIMEOUT = timedelta(minutes=30)  # one process may tokenize or evaluate while the others wait
-PUT_DOWN_SECONDS = 0.2  # see `World.close`
+GLOO_RELEASE_SECONDS = 0.2  # see `World.close`
 
 
 class World:
@@ -67,9 +67,9 @@ class World:
             self._started = False
             # A gloo thread releases the last message slightly after it was delivered, and acquires
             # the GIL for that. If the interpreter is finalizing by then, the process is aborted.
-            time.sleep(PUT_DOWN_SECONDS)
+            time.sleep(GLOO_RELEASE_SECONDS)
 
-    def agree(self, *numbers: int) -> list[int]:
+    def all_reduce_max(self, *numbers: int) -> list[int]:
         """Return the maximum of each number over the processes. All processes must call it."""
         if self.size == 1:
             return list(numbers)
@@ -77,7 +77,7 @@ class World:
         dist.all_reduce(together, dist.ReduceOp.MAX)
         return [int(number) for number in together]
 
-    def sums(self, *numbers: float) -> list[float]:
+    def all_reduce_sum(self, *numbers: float) -> list[float]:
         """Return the sum of each number over the processes, in fp64. All processes must call it."""
         if self.size == 1:
             return list(numbers)
@@ -85,7 +85,7 @@ class World:
         dist.all_reduce(together)
         return [float(number) for number in together]
 
-    def tell(self, thing: Any) -> Any:
+    def broadcast_object(self, thing: Any) -> Any:
         """Broadcast an object from the main process and return it. All processes must call it.
 
         The argument is ignored in the other processes.
@@ -96,7 +96,7 @@ class World:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
-    def share(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Broadcast tensors from the main process, in place. All processes must call it."""
         if self.size > 1:
             for tensor in tensors:
@@ -118,14 +118,14 @@ class World:
                 error = raised
         else:
             yield False
-        told = self.tell(None if error is None else _as_message(error))
+        message = self.broadcast_object(None if error is None else _as_message(error))
         if error is not None:
             raise error
-        if told is not None:
-            raise UsageError(told)
+        if message is not None:
+            raise UsageError(message)
 
 
-def share_out(sequences: int, micro_batch: int, world: World) -> list[tuple[int, int]]:
+def split_step(sequences: int, micro_batch: int, world: World) -> list[tuple[int, int]]:
     """Return the micro-batches of this process in a step, as (first sequence, count) pairs.
 
     The `sequences` of a step are split equally between the processes, and each part into
@@ -191,7 +191,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
-def part_like(tensor: Tensor, example: Any) -> Tensor:
+def shard_like(tensor: Tensor, example: Any) -> Tensor:
     """Shard a full tensor with the mesh and placements of `example`.
 
     The tensor is returned unchanged if `example` is not sharded, and if it is a scalar.

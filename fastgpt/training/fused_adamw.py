@@ -83,9 +83,9 @@ class FusedAdamW(torch.optim.AdamW):
         if not params:
             return
         states = [self._state(p) for p in params]
-        grads = [_laid_out_as(p, p.grad) for p in params if p.grad is not None]
+        grads = [_with_layout_of(p, p.grad) for p in params if p.grad is not None]
         max_norm = float("inf") if self.max_norm is None else self.max_norm
-        step = self._step_on_cpu if _uses_loops(params[0]) else self._step_of_kernels
+        step = self._step_on_cpu if _uses_cpp(params[0]) else self._step_of_kernels
         self.grad_norm = step(groups, params, grads, states, max_norm)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class FusedAdamW(torch.optim.AdamW):
         if step.device != param.device or step.dtype != torch.float32:  # AdamW may have it on a CPU
             state["step"] = step.to(param.device, torch.float32)
         for name in ("exp_avg", "exp_avg_sq"):  # loading may have changed the strides
-            state[name] = _laid_out_as(param, state[name])
+            state[name] = _with_layout_of(param, state[name])
         return state
 
     def _find(
@@ -170,12 +170,12 @@ class FusedAdamW(torch.optim.AdamW):
         rows = (params, grads, *moments)
         made_for = tuple(tensor.data_ptr() for row in rows for tensor in row)
         if self._tensors is None or made_for != self._made_for:
-            _refuse_while_recording(params[0], "one of its tensors has moved since the last step")
+            _check_not_capturing(params[0], "one of its tensors has moved since the last step")
             # The first n addresses are the parameters': if these are unchanged, the sizes are too,
             # and only the addresses are copied to the device.
             n, n_before = len(params), len(self._made_for) // len(rows)
             same = n == n_before and made_for[:n] == self._made_for[:n]
-            self._tensors = adamw.tensors_of_a_step(*rows, before=self._tensors if same else None)
+            self._tensors = adamw.make_tensor_tables(*rows, before=self._tensors if same else None)
             self._made_for = made_for
         return self._tensors
 
@@ -188,7 +188,7 @@ class FusedAdamW(torch.optim.AdamW):
         values = tuple(_rates_of(group) for group in self.param_groups)
         values = tuple(v for v, group in zip(values, groups, strict=True) for _ in group)
         if self._hyper is None or values != self._hyper_values:
-            _refuse_while_recording(param, "a hyperparameter that is not a tensor has changed")
+            _check_not_capturing(param, "a hyperparameter that is not a tensor has changed")
             self._hyper = adamw.to_device(torch.tensor(values, dtype=torch.float64), param.device)
             self._hyper_values = values
         done = 0
@@ -221,7 +221,7 @@ def _check_dtypes(params: list[Tensor]) -> None:
             raise ValueError(f"FusedAdamW: parameters must be torch.float32, not {param.dtype}")
 
 
-def _laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
+def _with_layout_of(param: Tensor, tensor: Tensor) -> Tensor:
     """Return `tensor` if it has the strides and dtype of `param`, else a copy that has.
 
     Raises:
@@ -238,7 +238,7 @@ def _laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
     return copy.copy_(tensor)
 
 
-def _uses_loops(param: Tensor) -> bool:
+def _uses_cpp(param: Tensor) -> bool:
     """Whether to use the C++ implementation (tests override it to run the Triton interpreter)."""
     return param.is_cpu
 
@@ -247,7 +247,7 @@ def _recording(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _refuse_while_recording(tensor: Tensor, why: str) -> None:
+def _check_not_capturing(tensor: Tensor, why: str) -> None:
     if _recording(tensor):
         raise RuntimeError(
             f"FusedAdamW: this step cannot be captured in a CUDA graph, because {why}: run a step "

@@ -33,7 +33,9 @@ class Origin:
     weights: Mapping[str, Tensor] | None = None
 
 
-def begin_from(recipe: Recipe, world: World, given: Collection[str]) -> tuple[Recipe, Origin, str]:
+def initialize_from(
+    recipe: Recipe, world: World, given: Collection[str]
+) -> tuple[Recipe, Origin, str]:
     """Load the pretrained model `recipe.init`. All processes must call it.
 
     Args:
@@ -53,7 +55,7 @@ def begin_from(recipe: Recipe, world: World, given: Collection[str]) -> tuple[Re
     with world.only_main() as main:
         if main:
             opened = load(source)
-    config, tokenizer = world.tell(opened and (opened[0].config, opened[1]))
+    config, tokenizer = world.broadcast_object(opened and (opened[0].config, opened[1]))
     recipe = _settle(recipe, config, tokenizer, given)
     weights: dict[str, Tensor] = {}
     if opened is not None:

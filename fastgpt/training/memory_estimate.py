@@ -304,7 +304,7 @@ def _estimate(setup: Setup) -> MemoryEstimate:
     model = _Parameters.of(setup.config, setup.lora)
     e = setup.dtype.itemsize
     # Autocast's copies of the weights, kept until the end of the backward. The loops make none.
-    casts = model.products * e if e < FP32 and not _by_loops(setup) else 0
+    casts = model.products * e if e < FP32 and not _uses_cpu_loops(setup) else 0
     share = setup.world_size if setup.fsdp else 1
     weights = _split(model.total, share) * FP32
     if setup.fsdp:  # gathered parameters: two blocks at a time, and the tables throughout
@@ -340,11 +340,11 @@ def _moments(
     early = setup.world_size > 1 or setup.sequences > setup.micro_batch
     before = all_gradients if early else 0
     waiting = table if early or config.tie_weights else 0
-    tied_twice = config.tie_weights and not _by_loops(setup)
+    tied_twice = config.tie_weights and not _uses_cpu_loops(setup)
 
     full = n * _kept_by_block(setup)
     kept = n * config.n_embd * (FP32 + e) if setup.recompute else full
-    of_norm = FP32 if _by_loops(setup) else e
+    of_norm = FP32 if _uses_cpu_loops(setup) else e
     ends = n * config.n_embd * (FP32 + of_norm)  # the input and output of the final norm
     if config.dropout:
         ends += n * config.n_embd * _mask_bytes(setup)
@@ -388,7 +388,7 @@ def _kept_by_block(setup: Setup) -> int:
     if setup.backend == "reference":
         return _kept_by_reference(setup)
     kept = width * (2 * FP32 + 14 * e) + 2 * 2 * FP32 + heads * FP32
-    if _by_loops(setup):  # recompute the outputs of the norms (2C) and of GELU (4C)
+    if _uses_cpu_loops(setup):  # recompute the outputs of the norms (2C) and of GELU (4C)
         kept -= 6 * width * e
     if setup.lora:
         kept += _kept_by_lora(setup, setup.lora)
@@ -412,7 +412,7 @@ def _kept_by_lora(setup: Setup, lora: Lora) -> int:
     width, e = setup.config.n_embd, setup.dtype.itemsize
     n_layers = 2 * lora.of_attention + 2 * lora.of_mlp
     kept = n_layers * lora.rank * e
-    if _by_loops(setup):
+    if _uses_cpu_loops(setup):
         kept += width * (lora.of_attention + 5 * lora.of_mlp) * e
         if e < FP32:  # the input of GELU is saved in fp32
             kept += width * 4 * lora.of_mlp * (FP32 - e)
@@ -442,7 +442,7 @@ def _kept_by_reference(setup: Setup) -> int:
     return kept
 
 
-def _by_loops(setup: Setup) -> bool:
+def _uses_cpu_loops(setup: Setup) -> bool:
     """Whether the C++ loops of `fastgpt.ops.cpu` are used."""
     own_bf16 = setup.dtype == torch.bfloat16 and products.own_in_bf16()
     can = setup.dtype == torch.float32 or own_bf16
@@ -462,7 +462,7 @@ def _backward_of_mlp(setup: Setup) -> int:
     """
     e = setup.dtype.itemsize
     incoming = FP32  # the gradient of the residual stream
-    if _by_loops(setup) or e < FP32:
+    if _uses_cpu_loops(setup) or e < FP32:
         incoming += e  # the recomputed output of the norm, or the gradient rounded for the branch
     return setup.config.n_embd * (incoming + 4 * e - FP32 - e)
 
@@ -475,7 +475,7 @@ def _loss(setup: Setup, n: int) -> tuple[int, int]:
     if setup.backend == "reference":
         return n * vocab * (2 * FP32 + e % FP32), n * vocab * 5 * FP32
     trained = 0 if setup.lora else vocab  # rows of the head
-    if _by_loops(setup):  # one chunk of logits; the forward already computes the gradients
+    if _uses_cpu_loops(setup):  # one chunk of logits; the forward already computes the gradients
         return (cpu.rows_at_once(n, vocab) * vocab + (n + trained) * width) * FP32, 0
     if n * vocab <= MAX_LOGITS:
         # Forward: logits (in the dtype, then in fp32) and log-probabilities. Backward: in addition

@@ -45,7 +45,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def cut_metrics(path: Path, step: int) -> dict[str, Any]:
+def truncate_metrics(path: Path, step: int) -> dict[str, Any]:
     """Remove the records after `step`, which a resumed run will write again.
 
     The file is replaced atomically, so that a crash loses nothing.

@@ -24,7 +24,7 @@ FIXED_SETTINGS = (
 )
 
 
-def refuse_occupied(recipe: Recipe) -> None:
+def check_unoccupied(recipe: Recipe) -> None:
     """Raise UsageError if the folder of a new run (`recipe.out`) exists and is not empty."""
     run = Path(recipe.out or "")
     if not recipe.out or not run.exists():
@@ -41,7 +41,7 @@ def new_run_folder(recipe: Recipe, name: str) -> Path:
     Raises:
         UsageError: If the folder is not empty or cannot be created.
     """
-    refuse_occupied(recipe)
+    check_unoccupied(recipe)
     run = Path(recipe.out) if recipe.out else _unused(f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def find_data(run: Path, recipe: Recipe) -> dict[str, str | None]:
     return found
 
 
-def refuse_changes(before: Recipe, after: Recipe) -> None:
+def check_resume_settings(before: Recipe, after: Recipe) -> None:
     """Raise CheckpointError if a resume would change the model, the data split or its order."""
     names = list(FIXED_SETTINGS)
     if before.batch_size * before.grad_accum != after.batch_size * after.grad_accum:
@@ -121,7 +121,7 @@ def refuse_changes(before: Recipe, after: Recipe) -> None:
         raise CheckpointError(f"cannot resume with changes: {', '.join(changed)}")
 
 
-def refuse_end_before(step: int, after: Recipe) -> None:
+def check_max_steps(step: int, after: Recipe) -> None:
     """Raise CheckpointError if the run is already past the last step, `max_steps`."""
     if after.max_steps < step:
         raise CheckpointError(f"the run is already at step {step:,}: raise --max-steps above it")

@@ -8,7 +8,7 @@ EVALUATIONS = 20  # per run, by default
 MOST_EVALUATIONS = 100  # per run, where one evaluation per epoch would be more
 
 
-def settle_length(recipe: Recipe, n_windows: int) -> tuple[Recipe, str | None]:
+def resolve_length(recipe: Recipe, n_windows: int) -> tuple[Recipe, str | None]:
     """Replace `epochs` and an `eval_interval` of 0 by numbers of steps.
 
     Args:

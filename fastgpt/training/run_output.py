@@ -16,13 +16,13 @@ from fastgpt.model import GPTConfig
 from fastgpt.tokenizer import BaseTokenizer
 from fastgpt.training.distributed import World, restarted_by
 from fastgpt.training.loggers import Loggers, open_loggers
-from fastgpt.training.metrics import cut_metrics
+from fastgpt.training.metrics import truncate_metrics
 from fastgpt.training.recipes import Recipe
 from fastgpt.training.run_folder import (
+    check_unoccupied,
     describe_run,
     interrupted_run,
     new_run_folder,
-    refuse_occupied,
     writing,
 )
 
@@ -53,14 +53,14 @@ class RunWriter:
             return None
         with self._world.only_main() as main:
             run = interrupted_run(before, recipe) if main else None
-        told: Path | None = self._world.tell(run)
-        return told
+        shared: Path | None = self._world.broadcast_object(run)
+        return shared
 
-    def refuse_occupied(self, recipe: Recipe) -> None:
+    def check_unoccupied(self, recipe: Recipe) -> None:
         """Raise UsageError if the folder of a new run (`recipe.out`) exists and is not empty."""
         with self._world.only_main() as main:
             if main:
-                refuse_occupied(recipe)
+                check_unoccupied(recipe)
 
     def begin(self, name: str, recipe: Recipe, config: GPTConfig, tokenizer: BaseTokenizer) -> None:
         """Create and lock the folder of a new run, and write its tokenizer and `config.json`."""
@@ -72,7 +72,7 @@ class RunWriter:
                 with writing(run):
                     tokenizer.save(run / "tokenizer.json")
                     describe_run(run, name, recipe, config)
-        self.path = self._world.tell(run)
+        self.path = self._world.broadcast_object(run)
 
     def take(self, run: Path, keep: int, notes: list[str]) -> Checkpoint:
         """Lock an existing run, and return its newest valid checkpoint as found by rank 0.
@@ -84,7 +84,7 @@ class RunWriter:
             if main:
                 self._own(run, keep)
                 found = find_checkpoint(run, report=notes.append)
-        path = self._world.tell(found and found.path)
+        path = self._world.broadcast_object(found and found.path)
         return found or open_checkpoint(path)
 
     def go_on(self, name: str, recipe: Recipe, config: GPTConfig, step: int) -> None:
@@ -93,7 +93,7 @@ class RunWriter:
             if main:
                 with writing(self.path):
                     describe_run(self.path, name, recipe, config)
-                    cut_metrics(self.path / "metrics.jsonl", step)
+                    truncate_metrics(self.path / "metrics.jsonl", step)
 
     def _own(self, run: Path, keep: int) -> None:
         """Lock the folder for this process, before anything in it is read or changed."""

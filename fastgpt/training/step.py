@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from fastgpt import ops
 from fastgpt.checkpoint.load import Checkpoint
 from fastgpt.data.corpus import Batches, Corpus, load_corpus, mix, validation_windows
-from fastgpt.data.prefetch import Feeder
+from fastgpt.data.prefetch import MicroBatchLoader
 from fastgpt.lora import Lora, add_lora
 from fastgpt.model import GPT, GPTConfig, meta_model
-from fastgpt.training.compile import compiled_or_not
-from fastgpt.training.distributed import World, accumulating, part_like, share_out, whole, wrap
-from fastgpt.training.initialization import Origin, begin_from
+from fastgpt.training.compile import compile_or_fallback
+from fastgpt.training.distributed import World, accumulating, shard_like, split_step, whole, wrap
+from fastgpt.training.initialization import Origin, initialize_from
 from fastgpt.training.memory_estimate import (
     MemoryEstimate,
     available,
@@ -34,7 +34,7 @@ from fastgpt.training.memory_estimate import (
 )
 from fastgpt.training.optimizer import Updater, learning_rate
 from fastgpt.training.recipes import Recipe
-from fastgpt.training.run_length import settle_length
+from fastgpt.training.run_length import resolve_length
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.host_memory import give_back, keep_freed_memory
 from fastgpt.utils.precision import Precision, choose_precision, fastest
@@ -82,19 +82,19 @@ class Learner:
         self._precisions = choose_precision(recipe.dtype, device)
         self.precision = self._precisions[0]
         if origin is None and recipe.init is not None:
-            recipe, origin, note = begin_from(recipe, world, given)
+            recipe, origin, note = initialize_from(recipe, world, given)
             self.notes.append(note)
         self.corpus = _load(recipe, world, origin)
         self.config = origin.config if origin else _model_config(recipe, self.corpus)
-        self.lora = _lora_of(recipe)
+        self.lora = _lora_config(recipe)
         self.backend = _backend_name(recipe.ops, device, self.config)
         self.batches = Batches(self.corpus.train, recipe.block_size, recipe.seed)
         self.val_starts = validation_windows(self.corpus.val, recipe.block_size, recipe.eval_tokens)
-        self.recipe, length = settle_length(recipe, self.batches.n_windows)
+        self.recipe, length = resolve_length(recipe, self.batches.n_windows)
         self.notes += filter(None, [length])
         torch.manual_seed(recipe.seed)
         self.free = available(device)
-        with self.enough_memory():
+        with self.explain_memory_errors():
             self._make_model(origin.weights if origin else None)
         self._spread()
 
@@ -110,14 +110,14 @@ class Learner:
 
     # --- a step --------------------------------------------------------------------------------
 
-    def feeder(self, first: int) -> Feeder:
+    def feeder(self, first: int) -> MicroBatchLoader:
         """Return an iterator over this process's micro-batches, starting at step `first`."""
         plan = (
             (step * self.sequences + at, count)
             for step in range(first, self.recipe.max_steps)
             for at, count in self.share
         )
-        return Feeder(self.batches, plan, self.device)
+        return MicroBatchLoader(self.batches, plan, self.device)
 
     def step(self, number: int, feed: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Run optimizer step `number` (from 0) with the next micro-batches of `feed`.
@@ -184,12 +184,12 @@ class Learner:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load the weights, their average and the optimizer state from a checkpoint."""
-        with self.enough_memory():
-            checkpoint.restore(self.model, self.updater.optimizer, part_like)
+        with self.explain_memory_errors():
+            checkpoint.restore(self.model, self.updater.optimizer, shard_like)
             if self.updater.average:
                 saved = checkpoint.model_tensors(ema=True)
                 for name, average in self.updater.average.items():
-                    average.copy_(part_like(saved[name], average))
+                    average.copy_(shard_like(saved[name], average))
         self.updater.restore_extra(checkpoint.extra)
 
     def extra_state(self) -> dict[str, Any]:
@@ -199,7 +199,7 @@ class Learner:
 
     # --- memory --------------------------------------------------------------------------------
 
-    def enough_memory(self) -> AbstractContextManager[None]:
+    def explain_memory_errors(self) -> AbstractContextManager[None]:
         """Return a context manager that turns out-of-memory errors into helpful UsageErrors."""
         return explain_out_of_memory(self.memory(), self.free)
 
@@ -237,7 +237,7 @@ class Learner:
         if self.lora:
             add_lora(self.model, self.lora)
         if weights is not None:
-            self.world.share(self.model.parameters())
+            self.world.broadcast_tensors(self.model.parameters())
         self.model.recompute = self.recipe.recompute
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -248,16 +248,16 @@ class Learner:
         Also chooses the precision and the batch size if the recipe leaves them open, and adds a
         warning to `notes` if a step may not fit into memory.
         """
-        with self.enough_memory():
+        with self.explain_memory_errors():
             self.module = wrap(self.model, self.world, self.recipe.parallel)
             self._choose_precision()
             self.updater = Updater(self.model, self.recipe, self.precision.dtype)
             if self.recipe.find_batch:  # before compiling, which runs a step with the batch size
                 self._find_batch()
-            if _wants_compile(self.recipe.compile, self.device):
-                self.module, note = compiled_or_not(self.module, self._trial, self.world)
+            if _should_compile(self.recipe.compile, self.device):
+                self.module, note = compile_or_fallback(self.module, self._trial, self.world)
                 self.notes.append(note)
-        self.share = share_out(self.sequences, self.recipe.batch_size, self.world)
+        self.share = split_step(self.sequences, self.recipe.batch_size, self.world)
         if warning := check_fits(self.memory(), self.free):
             self.notes.append(f"warning: {warning}")
 
@@ -268,7 +268,7 @@ class Learner:
         batch = min(self.recipe.batch_size, max(1, TRIAL_TOKENS // self.recipe.block_size))
         found = fastest(self._precisions, lambda tried: self._trial(self.module, batch, tried))
         give_back()  # release the memory that the other precision needed
-        self.precision = self.world.tell(found)
+        self.precision = self.world.broadcast_object(found)
         changes: dict[str, Any] = {"dtype": self.precision.name}
         self.recipe = replace(self.recipe, **changes)
 
@@ -281,7 +281,9 @@ class Learner:
         found = batches(self.sequences, most)
         if self.device.type == "cuda" and self.recipe.parallel == "ddp":
             found = [find_batch(lambda size: self._trial(self.model, size), found)]
-        batch = -self.world.agree(-found[0])[0]  # the minimum over the processes (agree: maximum)
+        batch = -self.world.all_reduce_max(-found[0])[
+            0
+        ]  # the minimum over the processes (all_reduce_max: maximum)
         accum = self.sequences // batch
         self.recipe = replace(self.recipe, batch_size=batch, grad_accum=accum, find_batch=False)
         self.notes.append(f"largest micro-batch: --batch-size {batch} --grad-accum {accum}")
@@ -315,7 +317,7 @@ def _load(recipe: Recipe, world: World, origin: Origin | None) -> Corpus:
     sha256 = origin.data_sha256 if origin else None
     with world.only_main() as main:
         corpus = load(tokenizer=tokenizer, sha256=sha256) if main else None
-    tokenizer, sha256 = world.tell(corpus and (corpus.tokenizer, corpus.sha256))
+    tokenizer, sha256 = world.broadcast_object(corpus and (corpus.tokenizer, corpus.sha256))
     return corpus or load(tokenizer=tokenizer, sha256=sha256, check=False)
 
 
@@ -343,11 +345,11 @@ def _backend_name(name: str, device: torch.device, config: GPTConfig) -> str:
         raise UsageError(str(error)) from None
 
 
-def _wants_compile(wish: str, device: torch.device) -> bool:
+def _should_compile(wish: str, device: torch.device) -> bool:
     return wish == "yes" or (wish == "auto" and device.type == "cuda")
 
 
-def _lora_of(recipe: Recipe) -> Lora | None:
+def _lora_config(recipe: Recipe) -> Lora | None:
     """Return the LoRA configuration of a recipe, None without LoRA."""
     if not recipe.lora_rank:
         return None

@@ -20,7 +20,7 @@ import torch
 
 from fastgpt.checkpoint.load import Checkpoint, find_checkpoint, load_run_tokenizer, resolve_run
 from fastgpt.checkpoint.save import TrainingState
-from fastgpt.data.prefetch import Feeder
+from fastgpt.data.prefetch import MicroBatchLoader
 from fastgpt.model import GPT
 from fastgpt.tokenizer import CharTokenizer
 from fastgpt.training.distributed import World
@@ -31,10 +31,10 @@ from fastgpt.training.memory_estimate import gigabytes, used
 from fastgpt.training.nonfinite import SkippedUpdates
 from fastgpt.training.recipes import Recipe
 from fastgpt.training.run_folder import (
+    check_max_steps,
+    check_resume_settings,
     find_data,
     read_run,
-    refuse_changes,
-    refuse_end_before,
     writing,
 )
 from fastgpt.training.run_output import RunWriter
@@ -42,11 +42,11 @@ from fastgpt.training.step import Learner
 from fastgpt.training.throughput import device_peak, flops_per_token
 from fastgpt.training.validation import (
     averaged,
+    format_loss,
+    generate_sample,
     mean_loss,
     perplexity,
-    told,
-    whole_model,
-    write_sample,
+    unsharded_model,
 )
 from fastgpt.utils.device import find_device
 from fastgpt.utils.errors import UsageError
@@ -72,20 +72,20 @@ class Result:
     @property
     def losses(self) -> str:
         """A one-line summary of the validation losses."""
-        best = self._told(self.best_val_loss)
+        best = self._format(self.best_val_loss)
         if self.val_loss_before is None:
             return f"best validation loss {best} at step {self.best_step:,}"
-        before = self._told(self.val_loss_before)
+        before = self._format(self.val_loss_before)
         if not self.best_step:
             return f"validation loss before: {before}; no evaluation improved on it"
         return f"validation loss before: {before}; after: {best} at step {self.best_step:,}"
 
-    def _told(self, loss: float) -> str:
-        return told(loss, self.shows_perplexity)
+    def _format(self, loss: float) -> str:
+        return format_loss(loss, self.shows_perplexity)
 
 
 @dataclass
-class Standing:
+class RunState:
     """The progress of a run, saved in each checkpoint next to the tensors."""
 
     step: int = 0
@@ -150,7 +150,7 @@ class Trainer:
                 stack.enter_context(self.writer.opened(self.recipe, self.step))
                 progress = stack.enter_context(self._progress())
                 self._feed = stack.enter_context(self._feeder())
-                stack.enter_context(self.learner.enough_memory())
+                stack.enter_context(self.learner.explain_memory_errors())
                 self._train(progress, stop)
                 self.standing.seconds = progress.seconds()
             return self._finish()
@@ -200,7 +200,7 @@ class Trainer:
     @contextlib.contextmanager
     def _joined(self, recipe: Recipe) -> Iterator[None]:
         """Select the device and join the process group; close everything if the block raises."""
-        self.standing, self._evaluated = Standing(), False
+        self.standing, self._evaluated = RunState(), False
         self._skipped = SkippedUpdates()
         self._notes: list[str] = []
         self.world = World()
@@ -216,7 +216,7 @@ class Trainer:
 
     def _begin(self, recipe: Recipe, name: str, given: Collection[str]) -> None:
         """Start a new run."""
-        self.writer.refuse_occupied(recipe)  # fail before reading the data
+        self.writer.check_unoccupied(recipe)  # fail before reading the data
         self.learner = Learner(recipe, self.device, self.world, given=given)
         self._notes += self.learner.notes
         tokenizer = self.learner.corpus.tokenizer
@@ -227,21 +227,21 @@ class Trainer:
         name, before = read_run(run)
         recipe = replace(before, **{**find_data(run, before), **changes})
         checkpoint = self.writer.take(run, recipe.keep, self._notes)
-        refuse_changes(before, recipe)
+        check_resume_settings(before, recipe)
         tokenizer = load_run_tokenizer(run, checkpoint)
         config = replace(checkpoint.config, dropout=recipe.dropout)
         origin = Origin(tokenizer, config, checkpoint.data_sha256)
         self.learner = Learner(recipe, self.device, self.world, origin)
-        refuse_end_before(checkpoint.step, self.recipe)
+        check_max_steps(checkpoint.step, self.recipe)
         self._notes += self.learner.notes
         self.learner.restore(checkpoint)
-        self._stand_at(checkpoint)
+        self._restore_run_state(checkpoint)
         self.writer.go_on(name, self.recipe, self.learner.config, self.step)
 
-    def _stand_at(self, checkpoint: Checkpoint) -> None:
+    def _restore_run_state(self, checkpoint: Checkpoint) -> None:
         """Restore the progress from a checkpoint; fields that it does not have stay as they are."""
         standing = {key: checkpoint.extra.get(key, v) for key, v in asdict(self.standing).items()}
-        self.standing = Standing(**{**standing, "step": checkpoint.step})
+        self.standing = RunState(**{**standing, "step": checkpoint.step})
         self._notes.append(f"resumed at step {self.step:,}")
         self._evaluated = checkpoint.val_loss is not None
 
@@ -257,9 +257,9 @@ class Trainer:
         while not self._finished():
             self._step()
             progress.stepped(self.step, self.step_tokens)
-            self._tell_skipped(progress, self._skipped.known())
+            self._report_skipped(progress, self._skipped.known())
             # All processes must take the same branches below, which contain collective calls.
-            requested, due = self.world.agree(stop.requested, progress.due())
+            requested, due = self.world.all_reduce_max(stop.requested, progress.due())
             if due:
                 self._log(progress)
             if requested and not self._last_step():
@@ -280,7 +280,7 @@ class Trainer:
         if self.device.type == "cpu":  # reading the counter does not synchronize with a device
             self._check_skipped()
 
-    def _feeder(self) -> Feeder:
+    def _feeder(self) -> MicroBatchLoader:
         """Return an iterator over this process's micro-batches, starting at the current step."""
         return self.learner.feeder(self.step)
 
@@ -291,7 +291,7 @@ class Trainer:
                 f"{skipped} updates in a row skipped because of non-finite gradients"
             )
 
-    def _tell_skipped(self, progress: Progress, begun: list[tuple[int, float]]) -> None:
+    def _report_skipped(self, progress: Progress, begun: list[tuple[int, float]]) -> None:
         """Report skipped updates, once per streak.
 
         Not with float16, where skipped updates are expected whenever the loss scale is too high.
@@ -302,10 +302,10 @@ class Trainer:
 
     def _log(self, progress: Progress) -> None:
         """Show and record the loss, learning rate and gradient norm of the last step."""
-        loss = self.world.sums(self.loss.item())[0] / self.world.size
+        loss = self.world.all_reduce_sum(self.loss.item())[0] / self.world.size
         lr, norm = self.learner.lr, self.norm.item()
         self._check_skipped()
-        self._tell_skipped(progress, self._skipped.look())
+        self._report_skipped(progress, self._skipped.look())
         progress.show(loss, lr, norm)
         self._record(loss=loss, lr=lr, grad_norm=norm, **progress.figures())
 
@@ -330,9 +330,11 @@ class Trainer:
             if not math.isfinite(val_loss):
                 raise self._diverged(f"validation loss {val_loss}")
             if self.step:
-                progress.evaluated(told(val_loss, self._shows_perplexity))
+                progress.evaluated(format_loss(val_loss, self._shows_perplexity))
             else:
-                progress.say(f"before: validation loss {told(val_loss, self._shows_perplexity)}")
+                progress.say(
+                    f"before: validation loss {format_loss(val_loss, self._shows_perplexity)}"
+                )
                 self.standing.val_loss_before = val_loss
             self.standing.evaluated(val_loss)
             self.standing.seconds = progress.seconds()
@@ -377,7 +379,7 @@ class Trainer:
     def _show_sample(self, progress: Progress) -> None:
         """Print a sample of the current model without changing the state of the training."""
         with progress.paused(), averaged(self.learner), torch.random.fork_rng():
-            model = whole_model(self.learner)
+            model = unsharded_model(self.learner)
             if self.world.is_main:
                 text = self._sample(model)
                 progress.say(f"--- sample at step {self.step:,}\n{text}\n---")
@@ -385,7 +387,9 @@ class Trainer:
 
     def _sample(self, model: GPT) -> str:
         recipe = self.recipe
-        return write_sample(model, self.learner.corpus.tokenizer, recipe.sample_tokens, recipe.seed)
+        return generate_sample(
+            model, self.learner.corpus.tokenizer, recipe.sample_tokens, recipe.seed
+        )
 
     def _finish(self) -> Result:
         """Plot the loss curve, generate a sample with the best weights, and return the result."""
@@ -393,8 +397,8 @@ class Trainer:
         with self.world.only_main() as main:
             if main:
                 result = self._finish_alone()
-        told: Result = self.world.tell(result)
-        return told
+        shared: Result = self.world.broadcast_object(result)
+        return shared
 
     def _finish_alone(self) -> Result:
         """Do the work of `_finish`; for the main process only."""

@@ -52,7 +52,7 @@ def mean_loss(learner: Learner) -> float:
             total += loss.item() * len(here)
     learner.model.train()
     settle(learner.model)
-    return world.sums(total)[0] / len(starts)
+    return world.all_reduce_sum(total)[0] / len(starts)
 
 
 def perplexity(loss: float) -> float:
@@ -60,12 +60,12 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < MOST_EXPONENT else math.inf
 
 
-def told(loss: float, with_perplexity: bool) -> str:
+def format_loss(loss: float, with_perplexity: bool) -> str:
     """Format a validation loss, optionally with its perplexity."""
     return f"{loss:.4f}" + (f", perplexity {perplexity(loss):,.1f}" if with_perplexity else "")
 
 
-def whole_model(learner: Learner) -> GPT:
+def unsharded_model(learner: Learner) -> GPT:
     """Return the model, or with FSDP an unsharded copy of it with the LoRA weights merged."""
     if learner.recipe.parallel != "fsdp" or learner.world.size == 1:
         return learner.model
@@ -77,7 +77,7 @@ def whole_model(learner: Learner) -> GPT:
     return model
 
 
-def write_sample(model: GPT, tokenizer: BaseTokenizer, n_tokens: int, seed: int) -> str:
+def generate_sample(model: GPT, tokenizer: BaseTokenizer, n_tokens: int, seed: int) -> str:
     """Generate a text of `n_tokens` tokens with an unsharded model; for a single process."""
     start = torch.tensor([[tokenizer.start_token]], device=model.device)
     ids = generate(model, start, n_tokens, temperature=0.8, seed=seed)

@@ -106,10 +106,10 @@ class _Watcher:
             number = received[0]
             if number in SIGNALS and request.insists():
                 self._read.settimeout(GRACE_SECONDS)
-                self._end_unless_closed(128 + number)
+                self._exit_unless_closed(128 + number)
                 return
 
-    def _end_unless_closed(self, exit_code: int) -> None:
+    def _exit_unless_closed(self, exit_code: int) -> None:
         try:
             while self._read.recv(1):  # ignore further signals until it is closed
                 pass

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastgpt.data.corpus import Batches
-from fastgpt.data.prefetch import Ahead, Feeder
+from fastgpt.data.prefetch import MicroBatchLoader, Prefetcher
 from fastgpt.utils.errors import UsageError
 
 PLAN = [(0, 3), (3, 3), (40, 1), (4090, 12)]
@@ -40,7 +40,7 @@ def endless() -> Iterator[tuple[int, int]]:
 
 @pytest.mark.parametrize("ahead", [0, 1, 3, None])
 def test_what_the_plan_says_in_its_order(batches: Batches, ahead: int | None) -> None:
-    with Feeder(batches, PLAN, "cpu", ahead) as feeder:
+    with MicroBatchLoader(batches, PLAN, "cpu", ahead) as feeder:
         for (first, count), (inputs, targets) in zip(PLAN, feeder, strict=True):
             expected = batches.samples(first, count)
             assert torch.equal(inputs, expected[0])
@@ -51,9 +51,9 @@ def test_what_the_plan_says_in_its_order(batches: Batches, ahead: int | None) ->
 
 
 def test_no_thread_on_a_cpu_unless_asked_for(batches: Batches) -> None:
-    with Feeder(batches, PLAN, "cpu"):
+    with MicroBatchLoader(batches, PLAN, "cpu"):
         assert threads() == 0
-    with Feeder(batches, PLAN, "cpu", ahead=2):
+    with MicroBatchLoader(batches, PLAN, "cpu", ahead=2):
         assert threads() == 1
 
 
@@ -66,7 +66,7 @@ def test_only_a_few_ahead() -> None:
             taken += 1
             yield taken
 
-    ahead = Ahead(items(), 3)
+    ahead = Prefetcher(items(), 3)
     for i in range(1, 20):
         deadline = time.monotonic() + 10
         while taken < i + 2 and time.monotonic() < deadline:
@@ -87,12 +87,12 @@ def test_an_error_comes_where_it_belongs(batches: Batches, ahead: int) -> None:
         yield 1, 1
         raise UsageError("the plan broke")
 
-    with Feeder(batches, plan_that_breaks(), "cpu", ahead) as feeder:
+    with MicroBatchLoader(batches, plan_that_breaks(), "cpu", ahead) as feeder:
         assert len([*itertools.islice(feeder, 2)]) == 2
         with pytest.raises(UsageError, match="the plan broke") as info:
             next(feeder)
         assert "plan_that_breaks" in "".join(traceback.format_exception(info.value))
-    with Feeder(batches, [(0, 1), (-1, 1)], "cpu", ahead) as feeder:
+    with MicroBatchLoader(batches, [(0, 1), (-1, 1)], "cpu", ahead) as feeder:
         next(feeder)
         with pytest.raises(ValueError, match="first must be >= 0 and count >= 1"):
             next(feeder)
@@ -102,7 +102,7 @@ def test_an_error_comes_where_it_belongs(batches: Batches, ahead: int) -> None:
 def test_closing_early_does_not_hang(batches: Batches, taken: int) -> None:
     """Close while the thread waits for room or still works."""
     for pause in (0, 0.01):
-        with Feeder(batches, endless(), "cpu", 2) as feeder:
+        with MicroBatchLoader(batches, endless(), "cpu", 2) as feeder:
             for _ in range(taken):
                 next(feeder)
             time.sleep(pause)
@@ -110,7 +110,7 @@ def test_closing_early_does_not_hang(batches: Batches, taken: int) -> None:
 
 def test_the_consumer_raises(batches: Batches) -> None:
     def consume() -> None:
-        with Feeder(batches, endless(), "cpu", 2) as feeder:
+        with MicroBatchLoader(batches, endless(), "cpu", 2) as feeder:
             next(feeder)
             raise MemoryError
 
@@ -129,7 +129,7 @@ def test_ctrl_c_while_waiting() -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    ahead = Ahead(slow(), 2)
+    ahead = Prefetcher(slow(), 2)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.05)
         with pytest.raises(KeyboardInterrupt):
@@ -149,7 +149,7 @@ def test_what_was_prepared_is_let_go() -> None:
         def __del__(self) -> None:
             alive[0] -= 1
 
-    ahead = Ahead(iter(Item, None), 3)
+    ahead = Prefetcher(iter(Item, None), 3)
     next(ahead)
     ahead.close()
     del ahead
@@ -160,7 +160,7 @@ def test_what_was_prepared_is_let_go() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_nothing_is_overwritten_before_it_is_copied(batches: Batches) -> None:
     plan = [(i * 5, 5) for i in range(300)]
-    with Feeder(batches, plan, "cuda") as feeder:
+    with MicroBatchLoader(batches, plan, "cuda") as feeder:
         torch.cuda._sleep(200_000_000)  # delays the copies
         got = list(feeder)
     for (first, count), (inputs, targets) in zip(plan, got, strict=True):

@@ -18,7 +18,7 @@ from fastgpt.inference.engine import Engine
 from fastgpt.inference.generation import complete, generate, stream
 from fastgpt.inference.kv_cache import window_start
 from fastgpt.inference.sampling import Sampler
-from fastgpt.inference.text import stream_text, write
+from fastgpt.inference.text import generate_texts, stream_text
 from fastgpt.interop import load
 from fastgpt.utils.errors import UsageError
 from tests.engine.models import DTYPES, emulated_logits, prompt, random_model, small_model
@@ -512,7 +512,7 @@ def test_text_as_from_pytorch(model: GPT) -> None:
     assert list(streams[0]) == list(streams[1])
     stop = [characters.decode([5]), characters.decode([9])]
     whole = [
-        write(m, characters, [text, characters.decode([7])], 40, seed=6, stop=stop, n=2)
+        generate_texts(m, characters, [text, characters.decode([7])], 40, seed=6, stop=stop, n=2)
         for m in (model, engine)
     ]
     assert [[w.text for w in row] for row in whole[0]] == [

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 from fastgpt import GPT, GPTConfig
 from fastgpt.inference import cuda_graph as replay
 from fastgpt.inference import generation
-from fastgpt.inference.generation import Writing, complete, generate
+from fastgpt.inference.generation import GenerationSession, complete, generate
 from fastgpt.inference.kv_cache import KVCache, StepCache
 from fastgpt.inference.sampling import Sampler
 from tests.backends import INTERPRETED
@@ -103,7 +103,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.append(function.__name__)
         return record_on_tape(function)
 
-    monkeypatch.setattr(generation, "can_record", lambda model: True)
+    monkeypatch.setattr(generation, "can_capture", lambda model: True)
     monkeypatch.setattr(replay, "record", record)
     return found
 
@@ -156,7 +156,7 @@ def test_what_has_been_written_leaves_nothing_for_the_collector(
     model: GPT, recordings: list[Any]
 ) -> None:
     """A reference cycle would keep the cache and the graph in GPU memory."""
-    writing = Writing(model, [torch.tensor([1])], 30, Sampler(), 1)
+    writing = GenerationSession(model, [torch.tensor([1])], 30, Sampler(), 1)
     while writing.step() is not None:
         pass
     assert recordings == ["_next"]
@@ -190,7 +190,7 @@ def test_the_host_waits_for_no_step(
 ) -> None:
     """A step without a window move or a new block of random numbers does not synchronize."""
     sampler = Sampler(**sampling)
-    writing = Writing(model, [torch.tensor([1, 2]), torch.tensor([3])], 28, sampler, 1)
+    writing = GenerationSession(model, [torch.tensor([1, 2]), torch.tensor([3])], 28, sampler, 1)
     for _ in range(4):
         writing.step()
     with Watch():

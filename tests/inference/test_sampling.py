@@ -18,7 +18,7 @@ from transformers import (
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.inference.generation import generate
-from fastgpt.inference.sampling import Draws, Sampler, TokenCounts
+from fastgpt.inference.sampling import RandomStreams, Sampler, TokenCounts
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def prompt() -> torch.Tensor:
 
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([[0.0, 1.0, -math.inf, 2.0, 0.5]]).expand(20_000, 5)
-    uniform = Draws(range(len(logits)), logits.device).next()
+    uniform = RandomStreams(range(len(logits)), logits.device).next()
     sampler = Sampler(temperature=0.7)
     counts = torch.bincount(sampler.draw(logits, uniform), minlength=5).double()
     expected = (logits[0].double() / 0.7).softmax(-1)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt import GPT, CharTokenizer, GPTConfig, Tokenizer
-from fastgpt.inference.text import TextStream, _Text, stream_text, write
+from fastgpt.inference.text import TextStream, _Text, generate_texts, stream_text
 
 CHARS = CharTokenizer("abc\n")
 
@@ -50,17 +50,19 @@ def test_characters_come_whole() -> None:
 
 def test_write_and_stream_are_the_same_text(model: GPT) -> None:
     prompts = ["a", "", "abcabcabcabcabcabcabcabc", "b\n"]
-    whole = write(model, CHARS, prompts, 40, seed=5)
+    whole = generate_texts(model, CHARS, prompts, 40, seed=5)
     for row, prompt in enumerate(prompts):
         streamed = "".join(stream_text(model, CHARS, prompt, 40, seed=5 + row))
         assert whole[row][0].text == streamed
         assert whole[row][0].prompt == prompt
         assert len(streamed) == 40
-    stopped = write(model, CHARS, prompts, 40, seed=5, stop=["ab", "c\n"], n=2)
+    stopped = generate_texts(model, CHARS, prompts, 40, seed=5, stop=["ab", "c\n"], n=2)
     for row, texts in enumerate(stopped):
         assert len(texts) == 2
         assert not any("ab" in text.text or "c\n" in text.text for text in texts)
-        first = write(model, CHARS, [prompts[row]], 40, seed=5 + 2 * row, stop=["ab", "c\n"])
+        first = generate_texts(
+            model, CHARS, [prompts[row]], 40, seed=5 + 2 * row, stop=["ab", "c\n"]
+        )
         assert first[0][0].text == texts[0].text
         assert first[0][0].completion.ids == texts[0].completion.ids
 
@@ -72,15 +74,15 @@ def test_end_of_text_ends_it_and_begins_it() -> None:
         model.lm_head.weight.zero_()
         model.ln_f.bias.fill_(1.0)
         model.lm_head.weight[257] = 1.0  # always <|endoftext|>
-    ((written,),) = write(model, tokenizer, [""], 9, temperature=0)
+    ((written,),) = generate_texts(model, tokenizer, [""], 9, temperature=0)
     assert (written.text, written.completion.ids, written.completion.finish) == ("", [], "stop")
     assert list(stream_text(model, tokenizer, "abc", 9, temperature=0)) == []
 
 
 def test_unknown_characters_and_invalid_stops_are_rejected(model: GPT) -> None:
     with pytest.raises(ValueError, match="character 'x'"):
-        write(model, CHARS, ["ax"], 3)
-    assert write(model, CHARS, ["ax"], 3, errors="ignore")[0][0].prompt == "ax"
+        generate_texts(model, CHARS, ["ax"], 3)
+    assert generate_texts(model, CHARS, ["ax"], 3, errors="ignore")[0][0].prompt == "ax"
     for stop in ([""], "ab"):
         with pytest.raises(ValueError, match="stop must be a list of non-empty strings"):
             stream_text(model, CHARS, "a", 3, stop=stop)

@@ -79,7 +79,7 @@ def test_rounding_is_no_excuse_for_another_number(tmp_path: Path) -> None:
         weight = model.h[0].mlp.c_fc.weight
         weight[3, 4] += 0.02 * weight[3].abs().max()
     with pytest.raises(UsageError, match=r"h\.0\.mlp\.c_fc\.weight differs"):
-        convert.refuse_unequal(
+        convert.check_written(
             tmp_path / "x.gguf", gguf.read(tmp_path / "x.gguf"), model, tokenizer, "q8_0"
         )
 
@@ -95,10 +95,10 @@ def test_what_was_not_written_as_it_should_be_is_told(tmp_path: Path) -> None:
     model = GPT(GPTConfig(3, 8, 1, 1, 8, bias=False))
     tokenizer = CharTokenizer("abc")
     model.save_pretrained(tmp_path / "x", tokenizer)
-    convert.refuse_unequal(tmp_path / "x", hugging_face.read(tmp_path / "x"), model, tokenizer)
+    convert.check_written(tmp_path / "x", hugging_face.read(tmp_path / "x"), model, tokenizer)
     other = GPT(GPTConfig(3, 8, 1, 2, 8))
     with pytest.raises(UsageError) as info:
-        convert.refuse_unequal(
+        convert.check_written(
             tmp_path / "x", hugging_face.read(tmp_path / "x"), other, CharTokenizer("abd")
         )
     for part in ("h.0.mlp.c_fc.weight differs", "the settings are", "the tokenizer differs"):

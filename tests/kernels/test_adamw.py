@@ -24,7 +24,7 @@ OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
 def implementation(request, monkeypatch):
     """Without a GPU, test both the kernels, in Triton's interpreter, and the CPU implementation."""
     loops = request.param == "loops"
-    monkeypatch.setattr(fused_adamw, "_uses_loops", lambda param: loops)
+    monkeypatch.setattr(fused_adamw, "_uses_cpp", lambda param: loops)
     return request.param
 
 
@@ -281,8 +281,10 @@ def test_rate_as_a_tensor(device):
 @pytest.mark.usefixtures("_kernels_alone")
 def test_addresses_are_told_again_only_when_one_has_changed(device, monkeypatch):
     told = []
-    real = adamw.tensors_of_a_step
-    monkeypatch.setattr(adamw, "tensors_of_a_step", lambda *a, **b: told.append(1) or real(*a, **b))
+    real = adamw.make_tensor_tables
+    monkeypatch.setattr(
+        adamw, "make_tensor_tables", lambda *a, **b: told.append(1) or real(*a, **b)
+    )
     params = make_params([(3, 5), (7,)], device)
     plain = copies(params, torch.float32)
     optimizer, twin = FusedAdamW(params), torch.optim.AdamW(plain)
@@ -340,7 +342,7 @@ def test_optimizer_refuses_what_it_does_not_support(device):
 def test_launcher_refuses_what_it_does_not_support(device):
     param = torch.zeros(3, 4, device=device)
     step = torch.zeros((), device=device)
-    tensors_of = adamw.tensors_of_a_step
+    tensors_of = adamw.make_tensor_tables
     with pytest.raises(ValueError, match=r"the same length, .* not \[1, 1, 1, 1, 0\]"):
         tensors_of([param], [param], [param], [param], [])
     with pytest.raises(ValueError, match=r"the same length, .* not \[0, 0, 0, 0, 0\]"):

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from fastgpt.kernels import cached_attention as kernels
 from fastgpt.kernels.cached_attention import cached_attention
 from fastgpt.ops import reference
-from tests.kernels.truth import DTYPES, HAS_GPU, assert_as_good_as_plain, need_gpu_memory
+from tests.kernels.truth import DTYPES, HAS_GPU, assert_as_good_as_plain, require_gpu_memory
 
 
 def plain(q, k, v, lengths):
@@ -87,7 +87,7 @@ def test_splits_change_only_the_rounding(n_new, device, monkeypatch):
 
 
 def test_splits_fill_the_gpu(monkeypatch):
-    monkeypatch.setattr(kernels, "n_processors", lambda device: 132)  # an H200
+    monkeypatch.setattr(kernels, "n_multiprocessors", lambda device: 132)  # an H200
 
     def n_splits(batch, n_head, n_cache, n_new=1):
         plan = kernels._plan(torch.bfloat16, n_new, 64)
@@ -218,7 +218,7 @@ def test_refuses_what_it_does_not_support(device):
 
 
 def test_more_elements_than_int32_counts():
-    need_gpu_memory(17)
+    require_gpu_memory(17)
     k = torch.zeros(3, 12, 2**20, 64, dtype=torch.bfloat16, device="cuda")
     k[2, 11, -1] = 1.0
     q = torch.full((3, 12, 1, 64), 100.0, dtype=torch.bfloat16, device="cuda")

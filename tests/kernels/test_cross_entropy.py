@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from fastgpt.kernels import cross_entropy
 from fastgpt.kernels.cross_entropy import linear_cross_entropy_forward
 from fastgpt.ops import reference
-from tests.kernels.truth import DTYPES, HAS_GPU, assert_as_good_as_plain, need_gpu_memory
+from tests.kernels.truth import DTYPES, HAS_GPU, assert_as_good_as_plain, require_gpu_memory
 
 VOCABULARIES = [1, 2, 65, 127, 128, 129, 1000, 1024]  # 1024: no partial block of columns
 
@@ -312,7 +312,7 @@ def test_refuses_what_it_does_not_support(device):
 
 
 def test_more_logits_than_int32_counts():
-    need_gpu_memory(9)
+    require_gpu_memory(9)
     n_rows, n_vocab = 43_000, 50_257
     x, weight, targets = draw(n_rows, n_vocab, width=64, dtype=torch.float16, device="cuda")
     once = linear_cross_entropy_forward(x, weight, targets, chunk=n_rows)

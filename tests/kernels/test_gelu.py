@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 from fastgpt.kernels import gelu
 from fastgpt.ops import reference
-from tests.kernels.truth import DTYPES, HAS_GPU, assert_as_good_as_plain, need_gpu_memory
+from tests.kernels.truth import DTYPES, HAS_GPU, assert_as_good_as_plain, require_gpu_memory
 
 SIZES = [0, 1, 63, 64, 65, 1000, 4097]
 
@@ -190,7 +190,7 @@ def test_refuses_what_it_does_not_support(device):
 
 
 def test_more_elements_than_int32_counts():
-    need_gpu_memory(13)
+    require_gpu_memory(13)
     x = torch.zeros(2**31 + 5, dtype=torch.float16, device="cuda")
     x[-5:] = 1.0
     y = gelu.gelu_forward(x)
@@ -200,7 +200,7 @@ def test_more_elements_than_int32_counts():
 
 
 def test_more_elements_than_int32_counts_with_a_bias():
-    need_gpu_memory(18)
+    require_gpu_memory(18)
     x = torch.zeros(2**31 // 1024 + 3, 1024, dtype=torch.float16, device="cuda")
     x[-3:] = 1.0
     bias = torch.zeros(1024, device="cuda")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 from fastgpt.kernels import layer_norm
 from fastgpt.ops import reference
-from tests.kernels.truth import DTYPES, HAS_GPU, assert_as_good_as_plain, error, need_gpu_memory
+from tests.kernels.truth import DTYPES, HAS_GPU, assert_as_good_as_plain, error, require_gpu_memory
 
 EPS = 1e-5
 SHAPES = [(1, 1), (1, 3), (5, 7), (3, 129), (2, 5, 768), (4, 1000), (2, 1600), (2, 8192)]
@@ -316,7 +316,7 @@ def test_backward_refuses_what_does_not_belong_together(device):
 
 
 def test_more_elements_than_int32_counts():
-    need_gpu_memory(18)
+    require_gpu_memory(18)
     x = torch.zeros(2**31 // 1024 + 3, 1024, dtype=torch.float16, device="cuda")
     x[-3:, ::2] = 1.0
     weight = torch.ones(1024, device="cuda")

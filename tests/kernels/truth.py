@@ -35,7 +35,7 @@ def error(actual: Tensor, true: Tensor) -> float:
     return (actual.double() - true.double()).abs().max().item()
 
 
-def need_gpu_memory(gigabytes: float) -> None:
+def require_gpu_memory(gigabytes: float) -> None:
     """Skip the test unless a GPU has this much free memory."""
     if not HAS_GPU:
         pytest.skip("needs a GPU")

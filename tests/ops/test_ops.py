@@ -518,10 +518,10 @@ def test_auto_takes_the_kernels_where_they_can_run(monkeypatch: pytest.MonkeyPat
     has_kernels, gpu = ops._has_kernels.__wrapped__, torch.device("cuda", 1)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(ops, "_fault_of_triton", lambda: None)
+    monkeypatch.setattr(ops, "_triton_error", lambda: None)
     assert has_kernels(gpu)
     assert not has_kernels(torch.device("cpu"))
-    monkeypatch.setattr(ops, "_fault_of_triton", lambda: "there is a fault")
+    monkeypatch.setattr(ops, "_triton_error", lambda: "there is a fault")
     with pytest.warns(UserWarning, match="instead of fastgpt's kernels: there is a fault"):
         assert not has_kernels(gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -551,14 +551,14 @@ def test_auto_takes_the_kernels_for_models_that_they_can_do(
 
 def test_faults_of_triton_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "find_spec", lambda name: None)
-    assert "pip install triton" in str(ops._fault_of_triton())
+    assert "pip install triton" in str(ops._triton_error())
     monkeypatch.setattr(ops, "find_spec", lambda name: name)
 
     def fail(name: str) -> None:
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(ops, "import_module", fail)
-    assert "RuntimeError: Failed to find C compiler" in str(ops._fault_of_triton())
+    assert "RuntimeError: Failed to find C compiler" in str(ops._triton_error())
 
 
 def _inputs_of(name: str) -> list[Any]:

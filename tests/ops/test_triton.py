@@ -205,7 +205,7 @@ def test_auto_takes_the_faster_attention(
     dtype: torch.dtype, tf32: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PyTorch's attention is faster in full fp32 and for thousands of positions."""
-    monkeypatch.setattr(cuda, "multiplies_in_tf32", lambda: tf32)
+    monkeypatch.setattr(cuda, "uses_tf32", lambda: tf32)
     monkeypatch.setattr(cuda, "LONG", 6)
     for n_time in (5, 6):
         qkv = randn(1, n_time, 96, dtype=dtype)

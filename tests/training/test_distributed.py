@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from fastgpt import Recipe, Trainer
 from fastgpt.checkpoint.load import find_checkpoint
-from fastgpt.training.distributed import World, share_out
+from fastgpt.training.distributed import World, split_step
 from fastgpt.utils.errors import UsageError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
@@ -253,7 +253,7 @@ def test_a_step_is_shared_out_completely(
     for rank in range(processes):
         world = World()
         world.size, world.rank = processes, rank
-        for first, count in share_out(processes * per_process, micro_batch, world):
+        for first, count in split_step(processes * per_process, micro_batch, world):
             assert 1 <= count <= micro_batch
             taken += range(first, first + count)
     assert taken == list(range(processes * per_process))
@@ -263,4 +263,4 @@ def test_a_step_that_cannot_be_shared_equally_is_refused() -> None:
     world = World()
     world.size = 8
     with pytest.raises(UsageError, match=r"12 sequences per step .* between 8 processes"):
-        share_out(12, 12, world)
+        split_step(12, 12, world)

@@ -218,12 +218,12 @@ def test_losses_before_and_after_are_told(source: Path, text: Path, tmp_path, ca
     best = min(losses, key=lambda step: losses[step])
     assert best > 0
 
-    def told(step: int) -> str:
+    def message(step: int) -> str:
         assert perplexities[step] == pytest.approx(math.exp(losses[step]))
         return f"{losses[step]:.4f}, perplexity {math.exp(losses[step]):.1f}"
 
-    assert f"before: validation loss {told(0)}\n" in out
-    after = f"validation loss before: {told(0)}; after: {told(best)} at step {best}, after "
+    assert f"before: validation loss {message(0)}\n" in out
+    after = f"validation loss before: {message(0)}; after: {message(best)} at step {best}, after "
     assert after in out.splitlines()[-2]
 
 

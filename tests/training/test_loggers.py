@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fastgpt.training.loggers import Logger, Loggers, MetricsFile, check_loggers, open_loggers
-from fastgpt.training.metrics import cut_metrics, read_metrics
+from fastgpt.training.metrics import read_metrics, truncate_metrics
 from fastgpt.utils.errors import UsageError
 
 
@@ -69,7 +69,7 @@ def test_what_is_not_finite_is_strict_json(tmp_path: Path) -> None:
     file.log(1, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.5})
     file.close()
     path.write_text(path.read_text() + '{"step": 1, "loss": NaN}\n')  # as written by old versions
-    cut_metrics(path, 1)
+    truncate_metrics(path, 1)
     for line in path.read_text().splitlines():
         assert json.loads(line, parse_constant=refuse)["loss"] is None
     first = read_metrics(path)[0]
@@ -89,9 +89,9 @@ def test_a_torn_line_does_not_take_the_next_with_it(tmp_path: Path) -> None:
 
 def test_cutting_keeps_what_is_before_and_returns_the_last(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert cut_metrics(path, 5) == {}
+    assert truncate_metrics(path, 5) == {}
     path.write_text("".join(f'{{"step": {s}, "seconds": {s}.5}}\n' for s in (1, 2, 3)) + "[1]\n")
-    assert cut_metrics(path, 2) == {"step": 2, "seconds": 2.5}
+    assert truncate_metrics(path, 2) == {"step": 2, "seconds": 2.5}
     assert [record["step"] for record in read_metrics(path)] == [1, 2]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 

@@ -104,7 +104,7 @@ def measured_peak(
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Estimate for PyTorch's operators, which also run in float32 while tensors are traced."""
-    monkeypatch.setattr(memory, "_by_loops", lambda setup: False)
+    monkeypatch.setattr(memory, "_uses_cpu_loops", lambda setup: False)
 
 
 @pytest.fixture

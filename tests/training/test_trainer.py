@@ -246,9 +246,9 @@ def test_each_streak_of_skipped_updates_is_reported_once(
     trainer = Trainer(replace(tiny, max_steps=8))
     poison(trainer, {1, 2, 5}, monkeypatch)
     trainer.fit()
-    told = [line for line in capsys.readouterr().out.splitlines() if "update skipped" in line]
+    message = [line for line in capsys.readouterr().out.splitlines() if "update skipped" in line]
     norm = "gradient norm nan; update skipped"
-    assert told == [f"step 2: {norm}", f"step 6: {norm}"]
+    assert message == [f"step 2: {norm}", f"step 6: {norm}"]
 
 
 def test_too_many_skipped_updates_in_a_row_stop_the_run(
@@ -414,7 +414,7 @@ def test_a_compiler_that_uses_what_is_deprecated_is_no_matter(
     trainer.close()
 
 
-@pytest.mark.parametrize("where", ["GPT", "Updater", "compiled_or_not"])
+@pytest.mark.parametrize("where", ["GPT", "Updater", "compile_or_fallback"])
 def test_running_out_of_memory_during_setup_is_explained(
     tiny: Recipe, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,7 +437,7 @@ def test_the_batch_is_found_before_it_is_compiled(
         return module, "compiled"
 
     monkeypatch.setattr("fastgpt.training.step.largest_batch", lambda *_: 2)
-    monkeypatch.setattr("fastgpt.training.step.compiled_or_not", compiled)
+    monkeypatch.setattr("fastgpt.training.step.compile_or_fallback", compiled)
     Trainer(replace(tiny, compile="yes", find_batch=True)).close()
     assert sizes == [2]
 
@@ -492,7 +492,7 @@ def test_a_full_disk_outside_of_checkpointing_is_reported(
     (trainer.run / "sample.txt").symlink_to("/dev/full")
     with pytest.raises(UsageError, match=said):
         trainer.fit()
-    monkeypatch.setattr("fastgpt.training.run_output.cut_metrics", full)
+    monkeypatch.setattr("fastgpt.training.run_output.truncate_metrics", full)
     with pytest.raises(UsageError, match=said):
         Trainer.resume(trainer.run)
     monkeypatch.undo()
