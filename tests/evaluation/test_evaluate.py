@@ -184,7 +184,7 @@ def test_characters_never_seen(tmp_path: Path) -> None:
     assert skipped.n_bytes == 6
     (tmp_path / "t.txt").write_text("caf é\nx", encoding="utf-8")
     found = load_text(str(tmp_path / "t.txt"), tokenizer, skip_unknown=True)
-    assert found.name.endswith("t.txt, but 3 bytes of unknown characters")
+    assert found.name.endswith("t.txt, except 3 bytes of unknown characters")
     with pytest.raises(UsageError, match="the text is empty"):
         evaluate_text(model, tokenizer, "é", skip_unknown=True)
 

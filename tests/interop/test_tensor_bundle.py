@@ -198,7 +198,7 @@ REFUSED = {
     "slices themselves": ({b"": HEADER, b"\0x": GOOD}, "in slices"),
     "order": ({b"": HEADER, b"y": GOOD, b"x": GOOD}, "not in order: b'x' after b'y'"),
     "name": ({b"": HEADER, b"\xff": GOOD}, "not UTF-8"),
-    "long name": ({b"": HEADER, b"x" * 1025: GOOD}, "a key of 1,025 bytes"),
+    "long name": ({b"": HEADER, b"x" * 1025: GOOD}, "a key has 1,025 bytes"),
 }
 
 

@@ -351,7 +351,7 @@ def test_rounding_to_bf16_is_pytorchs() -> None:
 
 
 def test_refuses_bf16_where_it_computes_in_fp32() -> None:
-    with pytest.raises(ValueError, match="b must be of float32"):
+    with pytest.raises(ValueError, match="b must be of dtype float32"):
         _C.gemm(A, B.bfloat16(), C)
     with pytest.raises(ValueError, match="c must be of float32 or bfloat16"):
         _C.gemm(A, B, C.half(), bf16=True)
@@ -408,16 +408,16 @@ def test_a_vector_in_a_matrix_may_have_any_stride_along_one() -> None:
         ((A, torch.zeros(5, 3), C), {}, r"b has shape \[5, 3\], not \[3, 5\]"),
         ((A, B, torch.zeros(3, 5)), {}, "c has 3 rows, but the product has 4"),
         ((A[0], B, C), {}, "a must have 2 dimension"),
-        ((A.double(), B, C), {}, "a must be of float32"),
-        ((A.half(), B, C), {}, "a must be of float32"),
+        ((A.double(), B, C), {}, "a must be of dtype float32"),
+        ((A.half(), B, C), {}, "a must be of dtype float32"),
         ((A.to("meta"), B, C), {}, "a must be of dtype float32 and on the CPU"),
         ((A.numpy(), B, C), {}, "a must be a torch.Tensor"),
         ((A, B, A[:1, :1].expand(4, 5)), {}, "c "),
         ((A, B, C), {"bias": torch.zeros(4)}, "bias has 4 elements, not 5"),
         ((A, B, C), {"row_sums": torch.zeros(5)}, "row_sums has 5 elements, not 4"),
         ((A, B, C), {"gelu": True, "pre": torch.zeros(5, 4)}, "pre has shape"),
-        ((A, B, C), {"pre": C}, "needs gelu"),
-        ((A, B, C), {"gelu": True, "gelu_grad": C}, "exclude"),
+        ((A, B, C), {"pre": C}, "requires gelu"),
+        ((A, B, C), {"gelu": True, "gelu_grad": C}, "cannot be combined"),
         ((A, B, C), {"accumulate": True, "gelu": True}, "accumulate"),
         ((A, B, C), {"code": "sse9"}, "code must be"),
     ],
