@@ -353,7 +353,7 @@ def test_rounding_to_bf16_is_pytorchs() -> None:
 def test_refuses_bf16_where_it_computes_in_fp32() -> None:
     with pytest.raises(ValueError, match="b must be of dtype float32"):
         _C.gemm(A, B.bfloat16(), C)
-    with pytest.raises(ValueError, match="c must be of float32 or bfloat16"):
+    with pytest.raises(ValueError, match="c must be of dtype float32 or bfloat16"):
         _C.gemm(A, B, C.half(), bf16=True)
     with pytest.raises(ValueError, match="bf16 requires a bf16 code"):
         _C.gemm(A, B, C, bf16=True, code="portable")
