@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt import tokenizer as fastgpt_tokenizer
-from fastgpt.tokenizer import GPT2_MERGES, Tokenizer
+from fastgpt.tokenizer import Tokenizer
+from fastgpt.tokenizer.bpe import GPT2_MERGES
 
 MANY_SCRIPTS = Path(__file__).parents[1] / "tests" / "assets" / "multilingual.txt"
 CODE_CHARACTERS = 10_000_000

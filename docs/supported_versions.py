@@ -25,14 +25,14 @@ def updated_page() -> str:
 
 
 def table() -> str:
-    """Return the supported pairs of torch and Triton, with their Pythons, as a Markdown table."""
+    """Return the supported pairs of torch and Triton as a Markdown table, and the Pythons."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     tested = settings["tool"]["fastgpt"]["tested"]
-    pythons = tested["python"]
-    lines = ["| torch | Triton, as that torch requires it | Python |", "|---|---|---|"]
+    lines = ["| torch | Triton, as installed with it |", "|---|---|"]
     for torch, triton in tested["torch"].items():
-        lines.append(f"| {torch} | {triton} | {pythons[0]} to {pythons[-1]} |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {torch} | {triton} |")
+    pythons = f"{', '.join(tested['python'][:-1])} and {tested['python'][-1]}"
+    return "\n".join(lines) + f"\n\nPython {pythons}.\n"
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ HALVES_80_PADDED: Table = HALVES_80 | {
     (False, False): HALVES_80[False, False] | {"kv": (32, 128, 8, 3)}
 }
 HALVES_100: Table = HALVES | {
-    (False, True): HALVES[False, True] | {"sums": (32, 64, 4, 2, 255)},
+    (False, True): HALVES[False, True] | {"kv": (32, 64, 4, 2, 255), "sums": (32, 64, 4, 2, 255)},
     (True, False): HALVES[True, False] | {"q": (128, 32, 8, 2), "kv": (32, 128, 8, 2, 255)},
     (True, True): HALVES[True, True] | {"q": (64, 32, 8, 2), "kv": (16, 64, 8, 2)},
 }

@@ -334,7 +334,7 @@ def _plan(dtype: torch.dtype, n_new: int, head_dim: int) -> _Plan:
 def _plans(dtype: str, block_d: int, tf32: bool) -> list[_Plan]:
     """Return the launch configurations, ordered by the number of queries in a tile."""
     if dtype == "fp64":  # used for tests only
-        return [_tile_plan(16, 2048 // block_d, block_d, "ieee", num_warps=4)]
+        return [_tile_plan(16, 2048 // block_d, block_d, "ieee", num_warps=8)]
     # Each of the 128 threads holds 16 elements of keys and 16 of values, in 128-bit loads.
     tile = {"BLOCK_M": 1, "BLOCK_N": 2048 // block_d, "BLOCK_D": block_d, "STAGES": 3}
     one = _Plan(_attend_one, tile, {"num_warps": 4, "enable_fp_fusion": True})
@@ -342,14 +342,23 @@ def _plans(dtype: str, block_d: int, tf32: bool) -> list[_Plan]:
     if dtype == "fp32" and tf32:
         return [one, _tile_plan(64, 32, block_d, "tf32", num_warps)]
     if dtype == "fp32":  # without matrix units, registers limit the size of the tile
-        return [one, _tile_plan(64 if block_d == 64 else 16, 32, block_d, "ieee", num_warps=8)]
+        block_m = 64 if block_d == 64 else 16
+        return [one, _tile_plan(block_m, 32, block_d, "ieee", num_warps=8, registers=128)]
     few = _tile_plan(16, 64, block_d, "ieee", num_warps=4)
     return [one, few, _tile_plan(64, 64, block_d, "ieee", num_warps)]
 
 
-def _tile_plan(block_m: int, block_n: int, block_d: int, precision: str, num_warps: int) -> _Plan:
+def _tile_plan(
+    block_m: int,
+    block_n: int,
+    block_d: int,
+    precision: str,
+    num_warps: int,
+    registers: int = 255,
+) -> _Plan:
     tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "STAGES": 2}
-    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    # Without a limit of registers ptxas may spill one or two for another block per multiprocessor.
+    options = {"num_warps": num_warps, "enable_fp_fusion": True, "maxnreg": registers}
     return _Plan(_attend_tile, tile | {"PRECISION": precision}, options)
 
 

@@ -194,13 +194,13 @@ def backward_shape(width: int, n_bytes: int, capability: int) -> Shape:
     if n_bytes == 8:  # used for gradient checks only: does not spill, but is not tuned
         return Shape(1, block, warps, programs=1)
     if warps > 8:
-        return Shape(8192 // block, block, warps, programs=1)
+        return Shape(MAX_WIDTH // block, block, warps, programs=1)
     if n_bytes == 4 and capability == 90 and block >= 1024 and width % 16 == 0:
         # One row at a time: the fastest of a dozen configurations on an H200; it may spill on
         # other GPUs.
         return Shape(1, block, warps // 2, 32 // warps, 128)
-    resident, registers = (16, 128) if n_bytes == 4 else (20, 96)
-    return Shape(2, block, warps, min(16, resident // warps), registers)
+    rows = 2 if width % 16 == 0 else 1  # accesses of single elements take more registers
+    return Shape(rows, block, warps, 16 // warps, 128)
 
 
 def _n_warps(block: int) -> int:
@@ -359,7 +359,11 @@ def _layer_norm_backward(
         _, offsets, _, inside = _tile(tile, n_rows, width, ROWS, BLOCK)
         grad_y = widen(tl.load(grad_y_ptr + offsets, mask=inside, other=0.0))  # [ROWS, BLOCK]
         total = widen(tl.load(total_ptr + offsets, mask=inside, other=0.0))
-        if grad_total_ptr is not None:  # issued early, so that all loads are in flight together
+        # The loads are issued early, to be in flight together. The widest rows take all registers:
+        # for them, weight is loaded again for each tile, and grad_total where it is added.
+        if BLOCK > 4096:
+            weight = _vector(weight_ptr, width, BLOCK)
+        elif grad_total_ptr is not None:
             grad_total = tl.load(grad_total_ptr + offsets, mask=inside, other=0.0)
         mean = _load_per_row(mean_ptr, tile, n_rows, ROWS)  # [ROWS, 1]
         rstd = _load_per_row(rstd_ptr, tile, n_rows, ROWS)
@@ -376,6 +380,8 @@ def _layer_norm_backward(
         level = tl.sum(grad_normed, axis=1, keep_dims=True) / width
         grad = rstd * (grad_normed - normed * along - level)
         if grad_total_ptr is not None:
+            if BLOCK > 4096:
+                grad_total = tl.load(grad_total_ptr + offsets, mask=inside, other=0.0)
             grad += widen(grad_total)
         tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=inside)
         if grad_x_ptr is not None:

@@ -122,10 +122,10 @@ def test_without_bias(dtype, device):
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 95, 96, 97, 150])
 def test_fewer_and_more_rows_than_the_programs_take_at_once(n_rows, device):
     if not HAS_GPU:  # in the interpreter, 3 multiprocessors × 16 programs × 2 rows
-        shape = layer_norm.backward_shape(20, 4, 90)
+        shape = layer_norm.backward_shape(16, 4, 90)
         assert 3 * shape.programs * shape.rows == 96
-    x, grad_y = (normal(n_rows, 20, device=device) for _ in range(2))
-    check(x, None, *affine(20, torch.float32, device), grad_y)
+    x, grad_y = (normal(n_rows, 16, device=device) for _ in range(2))
+    check(x, None, *affine(16, torch.float32, device), grad_y)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
