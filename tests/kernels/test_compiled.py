@@ -28,7 +28,7 @@ MATRIX_INSTRUCTIONS = {80: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA", "HMMA"}}
 
 @pytest.fixture
 def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """Return the results of a module, from one run for all modules used in this session."""
+    """Return the results of a module; all modules that the selected tests use compile together."""
     module, *options = request.param
     wanted = {item.callspec.params["compiled"] for item in request.session.items if is_one(item)}
     modules = sorted(name for name, *others in wanted if others == options)
