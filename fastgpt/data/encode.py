@@ -9,7 +9,7 @@ from pathlib import Path
 from fastgpt.data.documents import cut_at_pieces
 from fastgpt.data.shards import TOKENS_PER_SHARD, ShardWriter
 from fastgpt.tokenizer import BaseTokenizer
-from fastgpt.tokenizer.bpe import IdArray
+from fastgpt.tokenizer.base import IdArray
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.progress import FileProgress
 from fastgpt.utils.text_files import read_blocks

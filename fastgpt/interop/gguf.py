@@ -212,7 +212,7 @@ def _read_tokenizer(path: Path, keys: Mapping[str, Any]) -> BaseTokenizer:
         if kind == ("rwkv", None):
             return CharTokenizer([_unescape(token) for token in ids])
         if kind == ("gpt2", "gpt-2"):
-            return Tokenizer(*read_hugging_face(path, _as_hugging_face(path, keys, ids, types)))
+            return Tokenizer(*read_hugging_face(_as_hugging_face(path, keys, ids, types)))
     except ValueError as error:
         raise NoTokenizerError(f"{path}: {error}") from None
     raise NoTokenizerError(f"{path}: a tokenizer of the kind {kind} is not supported")

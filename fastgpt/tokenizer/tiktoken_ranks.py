@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT, Vocabulary, naming
+from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT, Vocabulary
 
 
 def read_rank_file(
@@ -30,10 +30,9 @@ def read_rank_file(
 
     Raises: ValueError that names the line with an error, or for invalid ids of special tokens.
     """
-    with naming(path):
-        tokens = _parse(path.read_bytes())
-        rows = _merges(tokens)
-        specials = _number((END_OF_TEXT,) if special_tokens is None else special_tokens, tokens)
+    tokens = _parse(path.read_bytes())
+    rows = _merges(tokens)
+    specials = _number((END_OF_TEXT,) if special_tokens is None else special_tokens, tokens)
     names = [name.encode() for name in sorted(specials, key=specials.__getitem__)]
     return Vocabulary([*tokens, *names], rows, specials)
 

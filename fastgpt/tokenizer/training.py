@@ -8,7 +8,7 @@ from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastgpt.tokenizer.bpe import PathLike, _utf8
+from fastgpt.tokenizer.base import PathLike, to_utf8
 from fastgpt.tokenizer.vocabulary_files import Vocabulary
 from fastgpt.utils.extension import _C
 from fastgpt.utils.text_files import read_blocks
@@ -102,7 +102,7 @@ def _blocks(item: object, block_bytes: int) -> Iterator[bytes]:
         _check_there(item)
         yield from read_blocks(item, block_bytes)
     elif isinstance(item, (str, bytes)):
-        data = _utf8(item)
+        data = to_utf8(item)
         for begin in range(0, len(data), block_bytes):  # Ctrl-C is handled between blocks
             yield data[begin : begin + block_bytes]
     else:

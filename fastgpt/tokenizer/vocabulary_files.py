@@ -32,7 +32,6 @@ GPT2_PATTERNS = (
 )
 # The merges file and its file of ids in the same folder: OpenAI's names, and Hugging Face's names.
 IDS_FILE = {"vocab.bpe": "encoder.json", "merges.txt": "vocab.json"}
-MERGES_FILES = tuple(IDS_FILE)
 
 _PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0x100)} - {0xAD}
 _OTHER = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -41,7 +40,6 @@ LETTER_OF_BYTE = "".join(
     chr(byte if byte in _PRINTABLE else 0x100 + _OTHER.index(byte)) for byte in range(256)
 )
 BYTE_OF_LETTER = codecs.charmap_build(LETTER_OF_BYTE)
-
 
 # A pre-tokenizer of tokenizer.json that splits a text into characters.
 _EACH_CHARACTER = {
@@ -60,16 +58,16 @@ class Vocabulary(NamedTuple):
     special_tokens: dict[str, int]
 
 
-def read_merges(path: Path, ids_path: Path | None = None) -> Vocabulary:
-    """Read ``vocab.bpe`` and, if given, the ``encoder.json`` with the ids of its tokens.
+def read_merges(path: Path) -> Vocabulary:
+    """Read ``vocab.bpe``, and ``encoder.json`` with the ids of its tokens if the folder has it.
 
     Raises: ValueError that names the file and the problem.
     """
-    with naming(path):
+    with prefix_errors(path):
         tokens, merges = _C.parse_merges_file(path.read_bytes())
-    if ids_path is None:
+    if path.name not in IDS_FILE or not (ids_path := path.with_name(IDS_FILE[path.name])).exists():
         return Vocabulary([*tokens, END_OF_TEXT.encode()], merges, {END_OF_TEXT: len(tokens)})
-    with naming(ids_path):
+    with prefix_errors(ids_path):
         ids = _check_ids(read_json(ids_path))
         names = list(map(_letters_of, tokens))
         if unknown := [name for name in names if name not in ids]:
@@ -78,19 +76,16 @@ def read_merges(path: Path, ids_path: Path | None = None) -> Vocabulary:
         return _build(ids, new_ids[merges], ids.keys() - set(names))
 
 
-def read_hugging_face(path: Path, data: dict[str, Any]) -> Vocabulary:
+def read_hugging_face(data: dict[str, Any]) -> Vocabulary:
     """Return the vocabulary of a parsed ``tokenizer.json``.
 
-    Raises: ValueError that names the file and the problem, for example if the tokenizer is not a
-        byte-level BPE with GPT-2's pre-tokenization.
+    Raises: ValueError that names the problem, for example if the tokenizer is not a byte-level BPE
+        with GPT-2's pre-tokenization.
     """
-    with naming(path):
-        _check_supported(
-            {**data, "pre_tokenizer": _simplify_pre_tokenizer(data.get("pre_tokenizer"))}
-        )
-        specials = _added_tokens(data)
-        ids = _check_ids(_item(data, "model.vocab"), specials)
-        return _build(ids, _merge_rows(_item(data, "model.merges"), ids), specials.keys())
+    _check_supported({**data, "pre_tokenizer": _simplify_pre_tokenizer(data.get("pre_tokenizer"))})
+    specials = _added_tokens(data)
+    ids = _check_ids(_item(data, "model.vocab"), specials)
+    return _build(ids, _merge_rows(_item(data, "model.merges"), ids), specials.keys())
 
 
 def to_hugging_face(vocabulary: Vocabulary) -> dict[str, Any]:
@@ -117,13 +112,10 @@ def to_hugging_face(vocabulary: Vocabulary) -> dict[str, Any]:
         "decoder": {**byte_level, "use_regex": True},
         "model": {
             "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
+            **dict.fromkeys(
+                ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+            ),
+            **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
             "vocab": {name: token_id for token_id, name in enumerate(names)},
             "merges": [f"{names[left]} {names[right]}" for left, right, _ in merges.tolist()],
         },
@@ -146,20 +138,31 @@ def characters_to_hugging_face(characters: str) -> dict[str, Any]:
     }
 
 
-def read_characters(path: Path, data: dict[str, Any]) -> str | None:
-    """Return the characters of a character vocabulary in ``tokenizer.json``, in order of their ids.
+def read_characters(data: dict[str, Any]) -> str | None:
+    """Return the characters of a character vocabulary, in the order of their ids.
+
+    data: a parsed ``tokenizer.json``, of :meth:`CharTokenizer.save
+    <fastgpt.tokenizer.CharTokenizer.save>` or :func:`characters_to_hugging_face`.
 
     Returns None for other types of tokenizers.
 
-    Raises: ValueError that names the file and the problem.
+    Raises: ValueError that names the problem.
     """
+    if "type" in data:
+        if data["type"] != "fastgpt-char" or data.get("version") != 1:
+            raise ValueError(
+                f"type {data['type']!r}, version {data.get('version')!r} is not supported: this "
+                "fastgpt reads type 'fastgpt-char', version 1"
+            )
+        if not isinstance(characters := data.get("characters"), str):
+            raise ValueError('"characters" must be a string')
+        return characters
     if _item(data, "model.type") != "WordLevel" or data.get("pre_tokenizer") != _EACH_CHARACTER:
         return None
-    with naming(path):
-        ids = _check_ids(_item(data, "model.vocab"))
-        if long := [name for name in ids if len(name) != 1]:
-            raise ValueError(f"token {long[0]!r} is not a single character")
-        return "".join(sorted(ids, key=ids.__getitem__))
+    ids = _check_ids(_item(data, "model.vocab"))
+    if long := [name for name in ids if len(name) != 1]:
+        raise ValueError(f"token {long[0]!r} is not a single character")
+    return "".join(sorted(ids, key=ids.__getitem__))
 
 
 def to_merges(vocabulary: Vocabulary) -> tuple[str, dict[str, int]]:
@@ -177,8 +180,8 @@ def to_merges(vocabulary: Vocabulary) -> tuple[str, dict[str, int]]:
         line = f"{names[left]} {names[right]}"
         if not {left, right} <= made or merged in made:
             raise ValueError(
-                f"{MERGES_FILES[0]} cannot represent the merge {line!r}: each merge must join "
-                "bytes or tokens of earlier merges into a new token; save it as tokenizer.json"
+                f"vocab.bpe cannot represent the merge {line!r}: each merge must join bytes or "
+                "tokens of earlier merges into a new token; save it as tokenizer.json"
             )
         made.add(merged)
         lines.append(line)
@@ -187,24 +190,23 @@ def to_merges(vocabulary: Vocabulary) -> tuple[str, dict[str, int]]:
     others = set(range(len(tokens))) - made - set(special_tokens.values())
     if others or len(set(names)) != len(names):
         what = f"token {names[min(others)]!r} without a merge" if others else "a repeated name"
-        raise ValueError(f"{MERGES_FILES[0]} cannot represent {what}; save it as tokenizer.json")
+        raise ValueError(f"vocab.bpe cannot represent {what}; save it as tokenizer.json")
     return "\n".join(lines) + "\n", {name: token_id for token_id, name in enumerate(names)}
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; ValueError if it is not valid JSON or not an object."""
-    with naming(path):
-        try:
-            data = json.loads(path.read_bytes())
-        except RecursionError:
-            raise ValueError("brackets nested too deeply") from None
-        if not isinstance(data, dict):
-            raise ValueError(f"the file must contain a JSON object, not {reprlib.repr(data)}")
-        return data
+    try:
+        data = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("brackets nested too deeply") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"the file must contain a JSON object, not {reprlib.repr(data)}")
+    return data
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def prefix_errors(path: Path) -> Iterator[None]:
     """Prefix the message of every ValueError raised in the block with the path."""
     try:
         yield
