@@ -45,18 +45,7 @@ def main(args: Sequence[str]) -> None:
     options = tyro.cli(Options, args=args, prog="python -m fastgpt.prepare")
     from fastgpt.data.pipeline import prepare
 
-    prepared = prepare(
-        options.inputs,
-        options.out,
-        tokenizer=options.tokenizer,
-        train_vocab=options.train_vocab,
-        field=options.field,
-        val=options.val,
-        val_fraction=options.val_fraction,
-        tokens_per_shard=options.tokens_per_shard,
-        threads=options.threads,
-        overwrite=options.overwrite,
-    )
+    prepared = prepare(**vars(options))  # the fields are the arguments of this function
     for name, part in (("training", prepared.train), ("validation", prepared.val)):
         documents = f"{part.documents:,} document{'s' if part.documents != 1 else ''}"
         print(f"{name + ':':<12}{part.tokens:>16,} tokens, {documents}")

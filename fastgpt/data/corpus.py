@@ -10,6 +10,7 @@ import hashlib
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fastgpt.data.documents import split_documents
+from fastgpt.data.encode import encode_pieces
 from fastgpt.data.external import is_external, read_external
 from fastgpt.data.pipeline import META
-from fastgpt.data.pipeline import prepare as prepare
 from fastgpt.data.shards import Shard, read_shards, verify_shard
 from fastgpt.data.token_files import (
     LONG,
@@ -35,7 +36,7 @@ from fastgpt.data.token_files import (
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT
 from fastgpt.utils.errors import UsageError
-from fastgpt.utils.hashing import mix as mix
+from fastgpt.utils.hashing import mix
 from fastgpt.utils.progress import FileProgress
 from fastgpt.utils.text_files import not_utf8
 from fastgpt.utils.threads import map_in_order
@@ -184,15 +185,8 @@ def _encode(tokenizer: BaseTokenizer, text: str) -> Ids:
     """Encode a text, replacing each separator line <|endoftext|> by the id of that token."""
     if tokenizer.eot_token is None or END_OF_TEXT not in text:
         return tokenizer.encode_to_numpy(text)
-    documents = split_documents(text)
-    marked = END_OF_TEXT.join(documents)
-    # The joined text has len(documents) - 1 markers, if no document contains the string itself.
-    # Otherwise it must be encoded as ordinary text there, so each document is encoded on its own.
-    if marked.count(END_OF_TEXT) < len(documents):
-        return tokenizer.encode_to_numpy(marked, allowed_special={END_OF_TEXT})
-    rows = [tokenizer.encode_to_numpy(document) for document in documents]
-    end = np.array([tokenizer.eot_token], rows[0].dtype)
-    return np.concatenate([ids for row in rows for ids in (row, end)][:-1])
+    *ended, last = split_documents(text)
+    return encode_pieces(tokenizer, [*((text, True) for text in ended), (last, False)])[0]
 
 
 def _load_prepared(folder: Path, sha256: str | None, check: bool) -> Corpus:
@@ -216,9 +210,9 @@ def _load_prepared(folder: Path, sha256: str | None, check: bool) -> Corpus:
 
 def _verify_shards(shards: Sequence[Shard], hashed: bool) -> None:
     """Check all ids and, if `hashed`, the SHA-256 of each shard. Each thread checks one file."""
-    look: Callable[[Shard], None] = verify_shard if hashed else lambda s: check_ids(s.id_file)
+    check: Callable[[Shard], None] = verify_shard if hashed else lambda s: check_ids(s.id_file)
     with _progress([shard.id_file for shard in shards]) as bar:
-        for shard, _ in zip(shards, map_in_order(look, shards, None), strict=True):
+        for shard, _ in zip(shards, map_in_order(check, shards, None), strict=True):
             bar.advance(shard.id_file.n_bytes)
 
 
@@ -286,49 +280,22 @@ class Batches:
                 f"{len(tokens) // 2}"
             )
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
-        self._kept = -1, np.zeros(0, np.int64)
 
-    def samples(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return samples `first` to `first + count - 1` as `(inputs, targets)`.
+    def samples(self, first: int, count: int) -> Tensor:
+        """Return samples `first` to `first + count - 1`; see :func:`gather`.
 
-        Both are contiguous int64 CPU tensors `[count, block_size]`. The targets are the inputs
-        shifted by one token.
+        They can be unpacked: ``inputs, targets = batches.samples(0, 8)``.
         """
-        inputs, targets = self.pair(first, count).unbind()
-        return inputs, targets
-
-    def pair(self, first: int, count: int) -> Tensor:
-        """Return inputs and targets as one int64 tensor `[2, count, block_size]`."""
-        return gather_pair(self.tokens, self.starts(first, count), self.block_size)
+        return gather(self.tokens, self.starts(first, count), self.block_size)
 
     def starts(self, first: int, count: int) -> npt.NDArray[np.int64]:
         """Return the positions in the tokens at which these samples start, int64 `[count]`."""
         if first < 0 or count < 1:
             raise ValueError(f"first must be >= 0 and count >= 1, not first={first}, count={count}")
-        numbers = range(first // _CHUNK, (first + count - 1) // _CHUNK + 1)
-        chunks = [self._chunk(number) for number in numbers]
-        starts = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
-        at = first - numbers[0] * _CHUNK
-        return starts[at : at + count]
-
-    def _chunk(self, number: int) -> npt.NDArray[np.int64]:
-        """Return the start positions of a chunk of samples.
-
-        The latest chunk is cached, since consecutive calls usually use the same chunk.
-        """
-        kept = self._kept  # read once: another thread may replace it
-        if kept[0] != number:
-            first = number * _CHUNK
-            sample = np.arange(first, first + _CHUNK, dtype=np.uint64)
-            kept = self._kept = number, self._starts_of(sample)
-        return kept[1]
-
-    def _starts_of(self, sample: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-        epoch, index = np.divmod(sample, np.uint64(self.n_windows))
-        key = mix(self.seed, epoch)
-        offset = mix(key, 0) % np.uint64(self.block_size)
-        window = permute(index, self.n_windows, key)
-        return (offset + window * np.uint64(self.block_size)).astype(np.int64)
+        chunks = range(first // _CHUNK, (first + count - 1) // _CHUNK + 1)
+        starts = [_window_starts(i, self.n_windows, self.block_size, self.seed) for i in chunks]
+        at = first % _CHUNK
+        return np.concatenate(starts)[at : at + count]
 
 
 # Start positions are computed for this many samples at a time. For a single micro-batch, the
@@ -336,14 +303,28 @@ class Batches:
 _CHUNK = 4096
 
 
-def gather(tokens: Tokens, starts: npt.NDArray[np.int64], block_size: int) -> tuple[Tensor, Tensor]:
-    """Return the windows at `starts` as inputs and targets, int64 `[len(starts), block_size]`."""
-    inputs, targets = gather_pair(tokens, starts, block_size).unbind()
-    return inputs, targets
+@lru_cache(maxsize=4)  # consecutive calls usually need the same chunk
+def _window_starts(chunk: int, n_windows: int, block_size: int, seed: int) -> npt.NDArray[np.int64]:
+    """Return the start positions of a chunk of samples, int64 `[_CHUNK]`.
+
+    Sample i is number i % n_windows of epoch i // n_windows. The epoch determines a key, and the
+    key determines the position of the first window (so that the windows of each epoch are cut at
+    other places) and a permutation of the windows.
+    """
+    sample = np.arange(chunk * _CHUNK, (chunk + 1) * _CHUNK, dtype=np.uint64)
+    epoch, index = np.divmod(sample, np.uint64(n_windows))
+    key = mix(seed, epoch)
+    offset = mix(key, 0) % np.uint64(block_size)
+    window = permute(index, n_windows, key)
+    return (offset + window * np.uint64(block_size)).astype(np.int64)
 
 
-def gather_pair(tokens: Tokens, starts: npt.NDArray[np.int64], block_size: int) -> Tensor:
-    """Return what :func:`gather` returns as one int64 tensor `[2, len(starts), block_size]`."""
+def gather(tokens: Tokens, starts: npt.NDArray[np.int64], block_size: int) -> Tensor:
+    """Return the windows at `starts` as one int64 CPU tensor `[2, len(starts), block_size]`.
+
+    Its rows are the inputs and the targets, which are the inputs shifted by one token; unpacking it
+    (``inputs, targets = gather(...)``) gives two contiguous tensors.
+    """
     windows = cut_windows(tokens, starts, block_size + 1)
     pair = np.empty((2, len(starts), block_size), np.int64)
     pair[0], pair[1] = windows[:, :-1], windows[:, 1:]

@@ -20,11 +20,8 @@ from fastgpt.utils.text_files import Advance, open_counted, read_blocks
 
 Piece: TypeAlias = tuple[str, bool]
 
-TEXT_SUFFIXES = (
-    ".txt",
-    ".jsonl",
-    ".parquet",
-)  # not .json, which often contains other data than texts
+# Not .json, which often contains other data than texts.
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 # Matches up to the last position between a printable ASCII character and ASCII white space. Such
 # white space always starts a new piece of GPT-2's pattern, and no match before it depends on what
@@ -35,13 +32,13 @@ _LAST_CUT = re.compile(rb".*[!-=?-~](?=[\t-\r ])", re.DOTALL)
 _MARKER = re.compile(rf"{re.escape(END_OF_TEXT)}(?<![^\n].{{{len(END_OF_TEXT)}}})(?![^\n])")
 
 
-def find_sources(inputs: Iterable[str | Path]) -> list[Path]:
+def find_sources(inputs: str | Path | Iterable[str | Path]) -> list[Path]:
     """Return the given files, and the text files in the given folders sorted by path.
 
     Raises: UsageError for a path that does not exist or a folder without text files.
     """
     sources: list[Path] = []
-    for path in map(Path, inputs):
+    for path in map(Path, [inputs] if isinstance(inputs, str | Path) else inputs):
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if _kind(p) in TEXT_SUFFIXES and p.is_file())
             if not found:

@@ -1,15 +1,19 @@
-"""Encode a text file of any size into token shards, as one document."""
+"""Encode documents into token ids, and a text file of any size into token shards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from fastgpt.data.documents import cut_at_pieces
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgpt.data.documents import Piece, cut_at_pieces
 from fastgpt.data.shards import TOKENS_PER_SHARD, ShardWriter
 from fastgpt.tokenizer import BaseTokenizer
 from fastgpt.tokenizer.base import IdArray
+from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.progress import FileProgress
 from fastgpt.utils.text_files import read_blocks
@@ -58,10 +62,30 @@ def encode_file(
         blocks = _with_offsets(cut_at_pieces(read_blocks(path, advance=bar.advance)))
         encode = partial(_encode_block, tokenizer, path)
         for ids in map_in_order(encode, blocks, threads):
-            writer.append(ids, document_starts=() if writer.n_tokens else (0,))
+            writer.append(ids)
         if not writer.n_tokens:
             raise UsageError(f"data file {path} is empty ({size} bytes)")
     return writer.paths
+
+
+def encode_pieces(
+    tokenizer: BaseTokenizer, pieces: Sequence[Piece]
+) -> tuple[IdArray, NDArray[np.int64]]:
+    """Encode the pieces of documents, with the id of ``<|endoftext|>`` after each document's end.
+
+    The tokenizer must have this token. Where a text contains the string itself, it is ordinary
+    text.
+
+    Returns: ids ``[n]``, and the positions after the ends of documents.
+    """
+    marked = "".join(text + END_OF_TEXT if ends else text for text, ends in pieces)
+    if marked.count(END_OF_TEXT) == sum(ends for _, ends in pieces):
+        # No text contains the string: every occurrence ends a document. One call encodes them all.
+        ids = tokenizer.encode_to_numpy(marked, allowed_special={END_OF_TEXT})
+        return ids, np.flatnonzero(ids == tokenizer.eot_token) + 1
+    eot = tokenizer.encode_to_numpy(END_OF_TEXT, allowed_special={END_OF_TEXT})  # [1]
+    rows = [np.append(tokenizer.encode_to_numpy(text), eot[: int(ends)]) for text, ends in pieces]
+    return np.concatenate(rows), np.cumsum([len(row) for row in rows])[[ends for _, ends in pieces]]
 
 
 def _encode_block(tokenizer: BaseTokenizer, path: Path, block: tuple[int, bytes]) -> IdArray:

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 import fastgpt
 from fastgpt.data.documents import Piece, find_sources, read_documents
+from fastgpt.data.encode import encode_pieces
 from fastgpt.data.shards import TOKENS_PER_SHARD, ShardWriter
 from fastgpt.data.token_files import Ids
 from fastgpt.tokenizer import BaseTokenizer, Tokenizer, load_tokenizer
@@ -36,7 +37,6 @@ from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.hashing import mix
 from fastgpt.utils.progress import FileProgress
-from fastgpt.utils.text_files import Advance
 from fastgpt.utils.threads import map_in_order
 
 META = "meta.json"
@@ -45,7 +45,6 @@ META = "meta.json"
 MIN_VALIDATION_DOCUMENTS = 10
 _DRAW_KEY = 0x76616C  # "val"
 _BATCH_CHARACTERS = 1 << 22
-_EOT = END_OF_TEXT
 
 
 @dataclass(frozen=True)
@@ -116,25 +115,19 @@ def prepare(
     if train_vocab is not None and tokenizer != "gpt2":
         raise UsageError("give --tokenizer or --train-vocab, not both")
     _check_output_folder(folder, overwrite)
-    reading = _DocumentReader(_as_list(inputs), field, progress)
-    if not reading.sources:
+    documents = _DocumentReader(inputs, field, progress)
+    if not documents.sources:
         raise UsageError("nothing to prepare: pass at least one text file or folder of text files")
-    val_reading = _DocumentReader(_as_list(val), field, progress)
-    chosen = _choose_tokenizer(tokenizer, train_vocab, reading)
+    val_documents = _DocumentReader(val, field, progress)
+    chosen = _choose_tokenizer(tokenizer, train_vocab, documents)
     try:
         with _written_beside(folder) as beside:
-            with (
-                closing(_parts(reading, val_reading, val_fraction)) as split,
-                ShardWriter(beside / "train", chosen, tokens_per_shard) as train_writer,
-                ShardWriter(beside / "val", chosen, tokens_per_shard) as val_writer,
-            ):
-                sinks = {"train": _PartWriter(train_writer), "val": _PartWriter(val_writer)}
-                for batch in map_in_order(partial(_encode, chosen), _batches(split), threads):
-                    sinks[batch.split].take(batch)
-                _check_not_empty(sinks, None if val_reading.sources else val_fraction)
-            prepared = Prepared(folder, chosen, sinks["train"].part(), sinks["val"].part())
+            with closing(_parts(documents, val_documents, val_fraction)) as pieces:
+                sizes = _write_shards(beside, chosen, tokens_per_shard, pieces, threads)
+            _check_not_empty(*sizes, None if val_documents.sources else val_fraction)
+            prepared = Prepared(folder, chosen, *sizes)
             chosen.save(beside / "tokenizer.json")
-            _write_meta(beside / META, prepared, reading, val_reading, val_fraction)
+            _write_meta(beside / META, prepared, documents, val_documents, val_fraction)
     except OSError as error:
         raise UsageError(f"{folder} cannot be written: {error.strerror}") from None
     return prepared
@@ -143,49 +136,46 @@ def prepare(
 class _DocumentReader:
     """Reads the documents of all sources; can be read several times."""
 
-    def __init__(self, inputs: Sequence[str | Path], field: str, progress: bool) -> None:
+    def __init__(
+        self, inputs: str | Path | Sequence[str | Path], field: str, progress: bool
+    ) -> None:
         self.sources = find_sources(inputs)
         self._field, self._progress = field, progress
 
-    def pieces(self, what: str) -> Generator[Piece, None, None]:
-        """Yield the pieces of all documents, with a progress bar labelled `what`.
+    def pieces(self, label: str) -> Generator[Piece, None, None]:
+        """Yield the pieces of all documents, with a labelled progress bar.
 
         The caller must close the generator.
         """
         total = sum(path.stat().st_size for path in self.sources)
-        with FileProgress(what, total, self._progress) as bar:
-            yield from self._all(bar.advance)
+        with FileProgress(label, total, self._progress) as bar:
+            for path in self.sources:
+                yield from read_documents(path, self._field, bar.advance)
 
-    def survey(self, most_documents: int) -> int | None:
+    def count_characters(self, max_documents: int) -> int | None:
         """Return the number of characters of all documents.
 
-        If there are at least `most_documents` documents, stop reading there and return None.
+        If there are at least `max_documents` documents, stop reading there and return None.
         """
         n_characters = n_documents = 0
         with closing(self.pieces("counting")) as pieces:
             for text, ends in pieces:
                 n_characters += len(text)
                 n_documents += ends
-                if n_documents >= most_documents:
+                if n_documents >= max_documents:
                     return None
         if not n_characters:
             raise UsageError(f"{', '.join(map(str, self.sources))}: contains no text")
         return n_characters
 
-    def _all(self, advance: Advance) -> Iterator[Piece]:
-        for path in self.sources:
-            yield from read_documents(path, self._field, advance)
-
 
 def _choose_tokenizer(
-    tokenizer: str | Path | BaseTokenizer, train_vocab: int | None, reading: _DocumentReader
+    tokenizer: str | Path | BaseTokenizer, train_vocab: int | None, documents: _DocumentReader
 ) -> BaseTokenizer:
     if train_vocab is not None:
         try:
-            with closing(reading.pieces("training a tokenizer")) as pieces:
-                texts = (text for text, _ in pieces)
-                trained: Tokenizer = Tokenizer.train(texts, train_vocab, special_tokens=(_EOT,))
-                return trained
+            with closing(documents.pieces("training a tokenizer")) as pieces:
+                return Tokenizer.train((text for text, _ in pieces), train_vocab)
         except ValueError as error:
             raise UsageError(str(error)) from None
     if tokenizer == "gpt2":
@@ -196,62 +186,51 @@ def _choose_tokenizer(
         except (OSError, ValueError) as error:
             raise UsageError(f"tokenizer must be gpt2 or a tokenizer file: {error}") from None
     if tokenizer.eot_token is None:
-        raise UsageError(f"{tokenizer!r:.60} has no {_EOT}, which is needed to end each document")
+        raise UsageError(
+            f"{tokenizer!r:.60} has no <|endoftext|>, which is needed to end each document"
+        )
     return tokenizer
 
 
-def _as_list(inputs: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
-    return [inputs] if isinstance(inputs, str | Path) else inputs
-
-
 def _parts(
-    reading: _DocumentReader, val_reading: _DocumentReader, val_fraction: float
+    documents: _DocumentReader, val_documents: _DocumentReader, val_fraction: float
 ) -> Generator[tuple[str, Piece], None, None]:
     """Yield each piece with its part, "train" or "val". The caller must close the generator.
 
     Separate validation texts are read first, so that errors in them are reported early.
     """
-    if not val_reading.sources:
-        n_characters = reading.survey(
-            most_documents=math.ceil(MIN_VALIDATION_DOCUMENTS / val_fraction)
-        )
-        with closing(reading.pieces("tokenizing")) as pieces:
-            yield from _split(pieces, val_fraction, n_characters)
+    if val_documents.sources:
+        for part, reader in (("val", val_documents), ("train", documents)):
+            with closing(reader.pieces("tokenizing")) as pieces:
+                yield from ((part, piece) for piece in pieces)
         return
-    for split, texts in (("val", val_reading), ("train", reading)):
-        with closing(texts.pieces("tokenizing")) as pieces:
-            yield from ((split, piece) for piece in pieces)
+    n_characters = documents.count_characters(math.ceil(MIN_VALIDATION_DOCUMENTS / val_fraction))
+    with closing(documents.pieces("tokenizing")) as pieces:
+        if n_characters is None:
+            yield from _split_randomly(pieces, val_fraction)
+        else:
+            yield from _split_at(pieces, n_characters - int(n_characters * val_fraction))
 
 
-def _split(
-    pieces: Iterator[Piece], val_fraction: float, n_characters: int | None
-) -> Iterator[tuple[str, Piece]]:
-    """Assign each piece to a part, "train" or "val".
-
-    n_characters: length of the whole text, if its last part is used for validation, and None if
-    documents are selected pseudo-randomly.
-    """
-    if n_characters is None:
-        yield from _split_randomly(pieces, val_fraction)
-        return
-    left = n_characters - int(n_characters * val_fraction)  # for training
-    split = "train"
+def _split_at(pieces: Iterable[Piece], n_train: int) -> Iterator[tuple[str, Piece]]:
+    """Assign the first `n_train` characters to "train", and the others to "val"."""
+    part = "train"
     for text, ends in pieces:
-        if split == "train" and len(text) > left:
-            yield "train", (text[:left], False)
-            text, split = text[left:], "val"
-        left -= len(text)
-        yield split, (text, ends)
+        if part == "train" and len(text) > n_train:
+            yield "train", (text[:n_train], False)
+            text, part = text[n_train:], "val"
+        n_train -= len(text)
+        yield part, (text, ends)
 
 
-def _split_randomly(pieces: Iterator[Piece], val_fraction: float) -> Iterator[tuple[str, Piece]]:
-    lots = _random_parts(val_fraction)
-    split = ""
+def _split_randomly(pieces: Iterable[Piece], val_fraction: float) -> Iterator[tuple[str, Piece]]:
+    """Assign each document to a part, pseudo-randomly."""
+    parts = _random_parts(val_fraction)
+    part = next(parts)
     for piece in pieces:
-        split = split or next(lots)
-        yield split, piece
-        if piece[1]:
-            split = ""
+        yield part, piece
+        if piece[1]:  # it ends its document
+            part = next(parts)
 
 
 def _random_parts(val_fraction: float) -> Iterator[str]:
@@ -266,12 +245,12 @@ def _batches(pieces: Iterable[tuple[str, Piece]]) -> Iterator[tuple[str, list[Pi
     """Collect the pieces of each part, in order, into batches large enough for one thread task."""
     held: dict[str, list[Piece]] = {"train": [], "val": []}
     sizes = dict.fromkeys(held, 0)
-    for split, piece in pieces:
-        held[split].append(piece)
-        sizes[split] += len(piece[0]) + len(_EOT)
-        if sizes[split] >= _BATCH_CHARACTERS:
-            yield split, held[split]
-            held[split], sizes[split] = [], 0
+    for part, piece in pieces:
+        held[part].append(piece)
+        sizes[part] += len(piece[0]) + len(END_OF_TEXT)
+        if sizes[part] >= _BATCH_CHARACTERS:
+            yield part, held[part]
+            held[part], sizes[part] = [], 0
     yield from held.items()
 
 
@@ -279,55 +258,39 @@ def _batches(pieces: Iterable[tuple[str, Piece]]) -> Iterator[tuple[str, list[Pi
 class _Batch:
     """Encoded pieces; `ends` are the positions after the <|endoftext|> of each ended document."""
 
-    split: str
+    part: str
     ids: Ids
     ends: NDArray[np.int64]
     n_bytes: int
 
 
 def _encode(tokenizer: BaseTokenizer, batch: tuple[str, list[Piece]]) -> _Batch:
-    """Encode pieces, in one call unless the text itself contains the string <|endoftext|>.
-
-    In that case each piece is encoded separately, so that the string is encoded as ordinary text.
-    """
-    split, pieces = batch
-    text = "".join(text for text, _ in pieces)
-    if _EOT not in text:
-        marked = "".join(text + _EOT if ends else text for text, ends in pieces)
-        ids = tokenizer.encode_to_numpy(marked, allowed_special={_EOT})
-        ends = np.flatnonzero(ids == tokenizer.eot_token) + 1
-    else:
-        rows = [(tokenizer.encode_to_numpy(text), ends) for text, ends in pieces]
-        end = np.array([tokenizer.eot_token], rows[0][0].dtype)
-        ids = np.concatenate([row for ids, ends in rows for row in ([ids, end] if ends else [ids])])
-        ends = np.cumsum([len(ids) + ends for ids, ends in rows])[[ends for _, ends in rows]]
-    return _Batch(split, ids, ends, len(text.encode(errors="replace")))
+    part, pieces = batch
+    n_bytes = sum(len(text.encode(errors="replace")) for text, _ in pieces)
+    return _Batch(part, *encode_pieces(tokenizer, pieces), n_bytes)
 
 
-class _PartWriter:
-    """Writes the batches of one part and counts them."""
-
-    def __init__(self, writer: ShardWriter) -> None:
-        self.writer = writer
-        self._n_bytes = 0
-        self._begins = True  # whether the next id is the first one of a document
-
-    def take(self, batch: _Batch) -> None:
-        """Append a batch."""
-        size = len(batch.ids)
-        if not size:
-            return
-        # A document starts after the end of the previous one. An end at `size` starts a document in
-        # the next batch.
-        starts = np.append(np.zeros(int(self._begins), np.int64), batch.ends)
-        self.writer.append(batch.ids, starts[starts < size])
-        self._n_bytes += batch.n_bytes
-        self._begins = bool((starts[-1:] == size).any())
-
-    def part(self) -> Part:
-        """Return the counts; call it after the writer is closed."""
-        writer = self.writer
-        return Part(writer.n_tokens, writer.n_documents, self._n_bytes, len(writer.paths))
+def _write_shards(
+    folder: Path,
+    tokenizer: BaseTokenizer,
+    tokens_per_shard: int,
+    pieces: Iterable[tuple[str, Piece]],
+    threads: int | None,
+) -> tuple[Part, Part]:
+    """Encode the pieces and write them into shards; return the sizes of both parts."""
+    n_bytes = {"train": 0, "val": 0}
+    with (
+        ShardWriter(folder / "train", tokenizer, tokens_per_shard) as train,
+        ShardWriter(folder / "val", tokenizer, tokens_per_shard) as val,
+    ):
+        writers = {"train": train, "val": val}
+        for batch in map_in_order(partial(_encode, tokenizer), _batches(pieces), threads):
+            writers[batch.part].append(batch.ids, batch.ends)
+            n_bytes[batch.part] += batch.n_bytes
+    return (
+        Part(train.n_tokens, train.n_documents, n_bytes["train"], len(train.paths)),
+        Part(val.n_tokens, val.n_documents, n_bytes["val"], len(val.paths)),
+    )
 
 
 def _check_options(val_fraction: float, tokens_per_shard: int, threads: int | None) -> None:
@@ -351,11 +314,10 @@ def _check_output_folder(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _check_not_empty(sinks: dict[str, _PartWriter], val_fraction: float | None) -> None:
-    for name, sink in sinks.items():
-        if sink.writer.n_tokens:
+def _check_not_empty(train: Part, val: Part, val_fraction: float | None) -> None:
+    for what, part in (("training", train), ("validation", val)):
+        if part.tokens:
             continue
-        what = {"train": "training", "val": "validation"}[name]
         if val_fraction is None:
             raise UsageError(f"the files for {what} contain no text")
         raise UsageError(
@@ -367,12 +329,12 @@ def _check_not_empty(sinks: dict[str, _PartWriter], val_fraction: float | None) 
 def _write_meta(
     path: Path,
     prepared: Prepared,
-    reading: _DocumentReader,
-    val_reading: _DocumentReader,
+    documents: _DocumentReader,
+    val_documents: _DocumentReader,
     val_fraction: float,
 ) -> None:
     tokenizer = prepared.tokenizer
-    has_val = bool(val_reading.sources)
+    has_val = bool(val_documents.sources)
     content = {
         "format": 1,
         "fastgpt": fastgpt.__version__,
@@ -382,22 +344,16 @@ def _write_meta(
         "val": asdict(prepared.val),
         "val_fraction": None if has_val else val_fraction,
         "bytes_per_token": prepared.bytes_per_token,
-        "sources": _described(reading.sources),
-        **({"val_sources": _described(val_reading.sources)} if has_val else {}),
+        "sources": [*map(_describe, documents.sources)],
+        **({"val_sources": [*map(_describe, val_documents.sources)]} if has_val else {}),
     }
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _described(sources: Sequence[Path]) -> list[dict[str, str | int]]:
-    return [
-        {"path": str(source), "bytes": source.stat().st_size, "sha256": _sha256(source)}
-        for source in sources
-    ]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _describe(source: Path) -> dict[str, str | int]:
+    with source.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": str(source), "bytes": source.stat().st_size, "sha256": sha256}
 
 
 @contextmanager

@@ -43,9 +43,9 @@ class MicroBatchLoader:
         self._device = torch.device(device)
         if ahead is None:
             ahead = AHEAD if self._device.type == "cuda" else 0
-        pairs = (batches.pair(first, count) for first, count in plan)
-        self._ahead = Prefetcher(pairs, ahead) if ahead else None
-        self._pairs: Iterator[Tensor] = self._ahead or pairs
+        pairs = (batches.samples(first, count) for first, count in plan)
+        self._prefetcher = Prefetcher(pairs, ahead) if ahead else None
+        self._pairs: Iterator[Tensor] = self._prefetcher or pairs
 
     def __iter__(self) -> Self:
         return self
@@ -70,17 +70,18 @@ class MicroBatchLoader:
 
     def close(self) -> None:
         """End the thread, if there is one, after it has finished its current micro-batch."""
-        if self._ahead is not None:
-            self._ahead.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
 
 
 class Prefetcher(Generic[Item]):
-    """An iterator over `items` that evaluates up to `most` of them in advance, in a thread."""
+    """An iterator over `items` that evaluates up to `ahead` of them in advance, in a thread."""
 
-    def __init__(self, items: Iterable[Item], most: int) -> None:
+    def __init__(self, items: Iterable[Item], ahead: int) -> None:
         self._items = iter(items)
-        self._room = Semaphore(most)  # counts the free places in the queue of results
-        self._results: SimpleQueue[Item | _End] = SimpleQueue()
+        self._room = Semaphore(ahead)  # counts the free places in the queue of results
+        # The results; an exception, StopIteration included, is the last one.
+        self._results: SimpleQueue[Item | BaseException] = SimpleQueue()
         self._closed = False
         # A daemon thread, so that the process can exit even if `close` was not called.
         self._thread = Thread(target=self._run, name="fastgpt-ahead", daemon=True)
@@ -93,9 +94,9 @@ class Prefetcher(Generic[Item]):
         if self._closed:
             raise RuntimeError("the prefetcher is closed")
         result = self._results.get()
-        if isinstance(result, _End):
+        if isinstance(result, BaseException):
             self._results.put(result)  # for further calls
-            raise result.error
+            raise result
         self._room.release()
         return result
 
@@ -111,12 +112,5 @@ class Prefetcher(Generic[Item]):
             try:
                 self._results.put(next(self._items))
             except BaseException as error:  # StopIteration, too, is raised in the caller's thread
-                self._results.put(_End(error))
+                self._results.put(error)
                 return
-
-
-class _End:
-    """Holds the exception that ended the iteration, StopIteration included."""
-
-    def __init__(self, error: BaseException) -> None:
-        self.error = error

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from glob import escape
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
@@ -79,16 +79,16 @@ class Shard:
     document_starts: NDArray[np.uint64]
 
 
-def read_shard(path: Path, tokenizer: BaseTokenizer | None = None, check: bool = False) -> Shard:
+def read_shard(path: Path, tokenizer: BaseTokenizer | None = None) -> Shard:
     """Open a shard. The ids are memory mapped, so they are read from disk when accessed.
+
+    The ids are not checked; see :func:`verify_shard`.
 
     Args:
         path: the file.
         tokenizer: if given, the tokenizer that the ids must have been made with.
-        check: read all ids once to check that they are in the vocabulary.
 
-    Raises: ShardError (UsageError for an id outside the vocabulary) that names the file, the
-        problem and its position.
+    Raises: ShardError that names the file, the problem and its position.
     """
     path = Path(path)
     try:
@@ -111,20 +111,16 @@ def read_shard(path: Path, tokenizer: BaseTokenizer | None = None, check: bool =
         )
     id_file = IdFile(path, HEADER_BYTES, header.n_tokens, header.id_bytes, header.vocab_size)
     starts = IdFile(path, starts_at, header.n_documents, 8, header.n_tokens)
-    if check:
-        check_ids(id_file)
     return Shard(path, header, id_file, id_file.ids(), starts.ids())
 
 
-def read_shards(
-    prefix: Path, tokenizer: BaseTokenizer | None = None, check: bool = False
-) -> list[Shard]:
+def read_shards(prefix: Path, tokenizer: BaseTokenizer | None = None) -> list[Shard]:
     """Open the shards ``PREFIX-00000.bin``, ``PREFIX-00001.bin`` and so on.
 
     Arguments and errors are those of :func:`read_shard`. ShardError is also raised if a shard is
     missing or belongs to another sequence.
     """
-    shards = [read_shard(path, tokenizer, check) for path in _existing(Path(prefix))]
+    shards = [read_shard(path, tokenizer) for path in _existing(Path(prefix))]
     if not shards:
         raise ShardError(f"{_name(Path(prefix), 0)} does not exist")
     count, fingerprint = shards[0].header.count, shards[0].header.fingerprint
@@ -187,23 +183,31 @@ class ShardWriter:
         self._id_bytes = 2 if self._vocab_size <= 1 << 16 else 4
         self._done: list[Header] = []  # of the finished shards
         self._file: IO[bytes] | None = None
+        # Positions, relative to the next id, of document starts that are not appended yet.
+        self._next_start = np.zeros(1, np.int64)
         self.n_tokens = self.n_documents = 0
 
-    def append(self, ids: Ids, document_starts: Sequence[int] | NDArray[np.integer[Any]]) -> None:
-        """Append ids ``[n]``; `document_starts` are positions in them, 0 to n - 1.
+    def append(
+        self, ids: Ids, document_ends: Sequence[int] | NDArray[np.integer[Any]] = ()
+    ) -> None:
+        """Append ids ``[n]``; `document_ends` are the positions in them, 1 to n, after documents.
+
+        The very first id, and the next one after each end, starts a document.
 
         Raises: ValueError for an id outside the vocabulary.
         """
         if ids.size and int(ids.max()) >= self._vocab_size:
             raise ValueError(f"id {ids.max()} is not in this vocabulary of {self._vocab_size}")
-        starts = np.asarray(document_starts, np.int64)
+        starts = np.append(self._next_start, np.asarray(document_ends, np.int64))
+        here = starts < len(ids)
+        starts, self._next_start = starts[here], starts[~here] - len(ids)
         at = 0
         while at < len(ids):
             if self._file is None or self._n_tokens == self._tokens_per_shard:
                 self._begin()
             end = min(len(ids), at + self._tokens_per_shard - self._n_tokens)
-            here = starts[(starts >= at) & (starts < end)]
-            self._starts.append((here - at + self._n_tokens).astype("<u8"))
+            inside = starts[(starts >= at) & (starts < end)]
+            self._starts.append((inside - at + self._n_tokens).astype("<u8"))
             self._write(ids[at:end].astype(f"<u{self._id_bytes}", copy=False).tobytes())
             self._n_tokens += end - at
             at = end
@@ -264,7 +268,7 @@ class ShardWriter:
         if self._file is None:  # no ids were appended: write one empty shard
             self._begin()
         self._end()
-        self._done = [Header(**{**asdict(h), "count": len(self._done)}) for h in self._done]
+        self._done = [replace(header, count=len(self._done)) for header in self._done]
         for header, part in zip(self._done, self._parts(), strict=True):
             with part.open("r+b") as file:
                 file.write(header.pack())
@@ -315,7 +319,4 @@ def _part(prefix: Path, index: int) -> Path:
 
 
 def _existing(prefix: Path) -> list[Path]:
-    pattern = re.compile(re.escape(prefix.name) + r"-\d{5}\.bin")
-    if not prefix.parent.is_dir():
-        return []
-    return sorted(path for path in prefix.parent.iterdir() if pattern.fullmatch(path.name))
+    return sorted(prefix.parent.glob(f"{escape(prefix.name)}-{'[0-9]' * 5}.bin"))

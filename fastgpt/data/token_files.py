@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt.utils.errors import UsageError
+from fastgpt.utils.text_files import Advance
 from fastgpt.utils.threads import map_in_order
 
 Ids = NDArray[np.unsignedinteger[Any]]
-Advance = Callable[[int], None]  # called with the number of bytes just checked
 
 LONG = 1 << 30  # bytes; checking this many takes seconds, so a progress bar is shown
 _PIECE = 1 << 21  # ids checked at once; they are still in the CPU cache when they are hashed

@@ -123,13 +123,11 @@ def _check_there(path: Path) -> None:
 
 def _merge(trainer: _C.BpeTrainer, n_merges: int, min_frequency: int, bar: Progress) -> None:
     task = bar.add_task("merging", total=n_merges, unit="merges")
-    made = 0
-    while made < n_merges:
-        slice_size = min(MERGES_AT_A_TIME, n_merges - made)
-        made_now = trainer.train(slice_size, min_frequency)
-        made += made_now
-        bar.advance(task, made_now)
-        if made_now < slice_size:  # no more pairs to merge
+    for begin in range(0, n_merges, MERGES_AT_A_TIME):
+        wanted = min(MERGES_AT_A_TIME, n_merges - begin)
+        made = trainer.train(wanted, min_frequency)
+        bar.advance(task, made)
+        if made < wanted:  # no more pairs to merge
             break
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt.checkpoint.load import Checkpoint
-from fastgpt.data.corpus import Batches, Corpus, load_corpus, mix, validation_windows
+from fastgpt.data.corpus import Batches, Corpus, load_corpus, validation_windows
 from fastgpt.data.prefetch import MicroBatchLoader
 from fastgpt.lora import Lora, add_lora
 from fastgpt.model import GPT, GPTConfig, meta_model
@@ -36,6 +36,7 @@ from fastgpt.training.optimizer import Updater, learning_rate
 from fastgpt.training.recipes import Recipe
 from fastgpt.training.run_length import resolve_length
 from fastgpt.utils.errors import UsageError
+from fastgpt.utils.hashing import mix
 from fastgpt.utils.host_memory import give_back, keep_freed_memory
 from fastgpt.utils.precision import Precision, choose_precision, fastest
 

@@ -14,13 +14,13 @@ from fastgpt.data.corpus import (
     Batches,
     gather,
     load_corpus,
-    mix,
     permute,
     read_text,
     validation_windows,
 )
 from fastgpt.data.token_files import IdFile
 from fastgpt.utils.errors import UsageError
+from fastgpt.utils.hashing import mix
 
 
 @settings(max_examples=80, deadline=None)
