@@ -51,10 +51,7 @@ def encode_file(
         exist. No shards are written in case of an error.
     """
     path = Path(path)
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise UsageError(f"data file {path} cannot be read: {error.strerror}") from None
+    size = path.stat().st_size if path.is_file() else 0  # errors are reported by read_blocks
     with (
         FileProgress(path.name, size, progress) as bar,
         ShardWriter(out, tokenizer, tokens_per_shard) as writer,

@@ -31,8 +31,8 @@ import fastgpt
 from fastgpt.data.documents import Piece, find_sources, read_documents
 from fastgpt.data.encode import encode_pieces
 from fastgpt.data.shards import TOKENS_PER_SHARD, ShardWriter
-from fastgpt.data.token_files import Ids
 from fastgpt.tokenizer import BaseTokenizer, Tokenizer, load_tokenizer
+from fastgpt.tokenizer.base import IdArray
 from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.hashing import mix
@@ -254,20 +254,13 @@ def _batches(pieces: Iterable[tuple[str, Piece]]) -> Iterator[tuple[str, list[Pi
     yield from held.items()
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Encoded pieces; `ends` are the positions after the <|endoftext|> of each ended document."""
-
-    part: str
-    ids: Ids
-    ends: NDArray[np.int64]
-    n_bytes: int
-
-
-def _encode(tokenizer: BaseTokenizer, batch: tuple[str, list[Piece]]) -> _Batch:
+def _encode(
+    tokenizer: BaseTokenizer, batch: tuple[str, list[Piece]]
+) -> tuple[str, IdArray, NDArray[np.int64], int]:
+    """Return the part of a batch, its ids, the ends of documents in them, and its bytes of text."""
     part, pieces = batch
     n_bytes = sum(len(text.encode(errors="replace")) for text, _ in pieces)
-    return _Batch(part, *encode_pieces(tokenizer, pieces), n_bytes)
+    return part, *encode_pieces(tokenizer, pieces), n_bytes
 
 
 def _write_shards(
@@ -284,9 +277,10 @@ def _write_shards(
         ShardWriter(folder / "val", tokenizer, tokens_per_shard) as val,
     ):
         writers = {"train": train, "val": val}
-        for batch in map_in_order(partial(_encode, tokenizer), _batches(pieces), threads):
-            writers[batch.part].append(batch.ids, batch.ends)
-            n_bytes[batch.part] += batch.n_bytes
+        encode = partial(_encode, tokenizer)
+        for part, ids, document_ends, size in map_in_order(encode, _batches(pieces), threads):
+            writers[part].append(ids, document_ends)
+            n_bytes[part] += size
     return (
         Part(train.n_tokens, train.n_documents, n_bytes["train"], len(train.paths)),
         Part(val.n_tokens, val.n_documents, n_bytes["val"], len(val.paths)),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from queue import SimpleQueue
 from threading import Semaphore, Thread
-from typing import Generic, Self, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ Item = TypeVar("Item")
 AHEAD = 4  # micro-batches
 
 
-class MicroBatchLoader:
+class MicroBatchLoader(Iterator[tuple[Tensor, Tensor]], AbstractContextManager["MicroBatchLoader"]):
     """An iterator over micro-batches `(inputs, targets)`, int64 `[count, block_size]` on `device`.
 
     Args:
@@ -47,9 +48,6 @@ class MicroBatchLoader:
         self._prefetcher = Prefetcher(pairs, ahead) if ahead else None
         self._pairs: Iterator[Tensor] = self._prefetcher or pairs
 
-    def __iter__(self) -> Self:
-        return self
-
     def __next__(self) -> tuple[Tensor, Tensor]:
         pair = next(self._pairs)  # [2, count, block_size]
         on_cuda = self._device.type == "cuda"
@@ -62,9 +60,6 @@ class MicroBatchLoader:
         inputs, targets = pair.to(self._device, non_blocking=on_cuda).unbind()
         return inputs, targets
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -74,7 +69,7 @@ class MicroBatchLoader:
             self._prefetcher.close()
 
 
-class Prefetcher(Generic[Item]):
+class Prefetcher(Iterator[Item]):
     """An iterator over `items` that evaluates up to `ahead` of them in advance, in a thread."""
 
     def __init__(self, items: Iterable[Item], ahead: int) -> None:
@@ -86,9 +81,6 @@ class Prefetcher(Generic[Item]):
         # A daemon thread, so that the process can exit even if `close` was not called.
         self._thread = Thread(target=self._run, name="fastgpt-ahead", daemon=True)
         self._thread.start()
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> Item:
         if self._closed:

@@ -169,10 +169,7 @@ class ShardWriter:
     """
 
     def __init__(
-        self,
-        prefix: str | Path,
-        tokenizer: BaseTokenizer,
-        tokens_per_shard: int = TOKENS_PER_SHARD,
+        self, prefix: str | Path, tokenizer: BaseTokenizer, tokens_per_shard: int = TOKENS_PER_SHARD
     ) -> None:
         if tokens_per_shard < 1:
             raise ValueError(f"tokens_per_shard must be at least 1, not {tokens_per_shard}")
@@ -182,6 +179,7 @@ class ShardWriter:
         self._vocab_size, self._fingerprint = tokenizer.vocab_size, tokenizer.fingerprint
         self._id_bytes = 2 if self._vocab_size <= 1 << 16 else 4
         self._done: list[Header] = []  # of the finished shards
+        self._parts: list[Path] = []  # all files, under their temporary names
         self._file: IO[bytes] | None = None
         # Positions, relative to the next id, of document starts that are not appended yet.
         self._next_start = np.zeros(1, np.int64)
@@ -224,8 +222,8 @@ class ShardWriter:
         finally:
             if self._file is not None:
                 self._file.close()
-            for path in self._parts():
-                path.unlink(missing_ok=True)
+            for part in self._parts:
+                part.unlink(missing_ok=True)
 
     @property
     def paths(self) -> list[Path]:
@@ -238,7 +236,9 @@ class ShardWriter:
         self._n_tokens, self._starts = 0, [np.zeros(0, "<u8")]
         self._sha256 = hashlib.sha256()
         self._prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._file = _part(self._prefix, len(self._done)).open("wb")
+        path = _name(self._prefix, len(self._done))
+        self._parts.append(path.with_name(f".{path.name}.part"))
+        self._file = self._parts[-1].open("wb")
         self._file.write(bytes(HEADER_BYTES))
 
     def _end(self) -> None:
@@ -269,17 +269,13 @@ class ShardWriter:
             self._begin()
         self._end()
         self._done = [replace(header, count=len(self._done)) for header in self._done]
-        for header, part in zip(self._done, self._parts(), strict=True):
+        for header, part in zip(self._done, self._parts, strict=True):
             with part.open("r+b") as file:
                 file.write(header.pack())
                 file.flush()
                 os.fsync(file.fileno())
-        for part, path in zip(self._parts(), self.paths, strict=True):
+        for part, path in zip(self._parts, self.paths, strict=True):
             part.rename(path)
-
-    def _parts(self) -> list[Path]:
-        open_too = self._file is not None
-        return [_part(self._prefix, index) for index in range(len(self._done) + open_too)]
 
     def _write(self, data: bytes) -> None:
         assert self._file is not None
@@ -312,10 +308,6 @@ def _padded(size: int) -> int:
 
 def _name(prefix: Path, index: int) -> Path:
     return prefix.with_name(f"{prefix.name}-{index:05d}.bin")
-
-
-def _part(prefix: Path, index: int) -> Path:
-    return prefix.with_name(f".{prefix.name}-{index:05d}.bin.part")
 
 
 def _existing(prefix: Path) -> list[Path]:

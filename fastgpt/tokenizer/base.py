@@ -28,7 +28,6 @@ IdArray: TypeAlias = NDArray[np.uint16] | NDArray[np.uint32]
 Specials: TypeAlias = "Iterable[str] | Literal['all']"
 Errors: TypeAlias = Literal["strict", "ignore"]
 Spans: TypeAlias = list[tuple[int, int, int]]  # begin and end in the bytes of a text, and an id
-PathLike: TypeAlias = str | Path
 
 FILE_NAME = "tokenizer.json"
 
@@ -64,7 +63,7 @@ class BaseTokenizer(ABC):
 
     @classmethod
     def load(
-        cls, path: PathLike, *, special_tokens: Mapping[str, int] | Iterable[str] | None = None
+        cls, path: str | Path, *, special_tokens: Mapping[str, int] | Iterable[str] | None = None
     ) -> Self:
         """Load a tokenizer of this class; see :func:`load_tokenizer`.
 
@@ -79,7 +78,7 @@ class BaseTokenizer(ABC):
         return tokenizer
 
     @abstractmethod
-    def save(self, path: PathLike) -> None:
+    def save(self, path: str | Path) -> None:
         """Save the tokenizer to a file, or as ``tokenizer.json`` in an existing folder."""
 
     @property
@@ -175,11 +174,7 @@ class BaseTokenizer(ABC):
         return len(self.encode_to_numpy(text, **options))
 
     def encode_batch(
-        self,
-        texts: Iterable[str | bytes],
-        *,
-        threads: int = 1,
-        **options: Unpack[EncodeOptions],
+        self, texts: Iterable[str | bytes], *, threads: int = 1, **options: Unpack[EncodeOptions]
     ) -> list[list[int]]:
         """Return the token ids of each text; see :meth:`encode`.
 
@@ -305,7 +300,7 @@ class StreamDecoder:
         return text
 
 
-def write_json(path: PathLike, data: dict[str, Any]) -> None:
+def write_json(path: str | Path, data: dict[str, Any]) -> None:
     """Write a JSON file, or ``tokenizer.json`` in an existing folder."""
     path = Path(path)
     file = path / FILE_NAME if path.is_dir() else path

@@ -24,7 +24,6 @@ from fastgpt.tokenizer.base import (
     BaseTokenizer,
     Errors,
     IdArray,
-    PathLike,
     Spans,
     TokenIds,
     check_ids,
@@ -129,7 +128,7 @@ class Tokenizer(BaseTokenizer):
             *learn_vocabulary(source, vocab_size, special_tokens, min_frequency, threads, progress)
         )
 
-    def save(self, path: PathLike) -> None:
+    def save(self, path: str | Path) -> None:
         """Save the tokenizer. The file name determines the format.
 
         - a name ending with ``.json``, or a folder: Hugging Face's ``tokenizer.json``, which can
@@ -184,8 +183,7 @@ class Tokenizer(BaseTokenizer):
         return Vocabulary(self._encoder.tokens(), self._encoder.merges(), self._special_tokens)
 
     def _encode(self, text: str | bytes, spans: Spans, errors: Errors, threads: int) -> IdArray:
-        threads = index(threads)
-        if threads < 1:
+        if index(threads) < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
         threads = min(threads, MOST_THREADS)
         try:
@@ -205,14 +203,10 @@ class Tokenizer(BaseTokenizer):
 
     def _serialize(self) -> bytes:
         tokens, merges, special_tokens = self.vocabulary
-        return b"".join(
-            [
-                b"fastgpt-bpe 1\n",
-                *(len(token).to_bytes(4, "little") + token for token in tokens),
-                merges.astype("<u4").tobytes(),
-                json.dumps(special_tokens, sort_keys=True).encode(),
-            ]
-        )
+        content = b"".join(len(token).to_bytes(4, "little") + token for token in tokens)
+        content += merges.astype("<u4").tobytes()
+        content += json.dumps(special_tokens, sort_keys=True).encode()
+        return b"fastgpt-bpe 1\n" + content
 
     def _to_list(self, ids: IdArray) -> list[int]:
         return self._encoder.to_list(ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ from fastgpt.tokenizer.base import (
     BaseTokenizer,
     Errors,
     IdArray,
-    PathLike,
     Spans,
     TokenIds,
     check_ids,
@@ -35,21 +35,19 @@ class CharTokenizer(BaseTokenizer):
         self._code_points = _code_points(self._characters)  # [vocab_size], by id
         # Ids by code point; -1 for others, and for one extra entry at the end (see _encode).
         self._ids = np.full(int(self._code_points.max()) + 2, -1, np.int32)
-        for token_id, (char, point) in enumerate(
-            zip(self._characters, self._code_points, strict=True)
-        ):
-            if 0xD800 <= point <= 0xDFFF:
+        for token_id, char in enumerate(self._characters):
+            if 0xD800 <= ord(char) <= 0xDFFF:
                 raise ValueError(f"{char!r} is half a surrogate pair, not a character")
-            if self._ids[point] >= 0:
+            if self._ids[ord(char)] >= 0:
                 raise ValueError(f"character {char!r} occurs twice in the vocabulary")
-            self._ids[point] = token_id
+            self._ids[ord(char)] = token_id
 
     @classmethod
     def from_text(cls, text: str) -> CharTokenizer:
         """Return a tokenizer of the characters of a text, sorted by code point."""
         return cls(sorted(set(to_utf8(text).decode())))
 
-    def save(self, path: PathLike) -> None:
+    def save(self, path: str | Path) -> None:
         """Save the characters as JSON, to a file or as ``tokenizer.json`` in an existing folder."""
         write_json(path, {"type": "fastgpt-char", "version": 1, "characters": self._characters})
 

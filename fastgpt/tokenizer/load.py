@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from fastgpt.tokenizer.base import FILE_NAME, BaseTokenizer, PathLike
+from fastgpt.tokenizer.base import FILE_NAME, BaseTokenizer
 from fastgpt.tokenizer.bpe import Tokenizer
 from fastgpt.tokenizer.characters import CharTokenizer
 from fastgpt.tokenizer.tiktoken_ranks import read_rank_file
@@ -20,7 +20,7 @@ from fastgpt.tokenizer.vocabulary_files import (
 
 
 def load_tokenizer(
-    path: PathLike, *, special_tokens: Mapping[str, int] | Iterable[str] | None = None
+    path: str | Path, *, special_tokens: Mapping[str, int] | Iterable[str] | None = None
 ) -> BaseTokenizer:
     """Load a tokenizer of either class from a file, or from a folder that contains such files.
 

@@ -6,17 +6,13 @@ import os
 from collections.abc import Iterable, Iterator
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from fastgpt.tokenizer.base import PathLike, to_utf8
+from fastgpt.tokenizer.base import to_utf8
 from fastgpt.tokenizer.vocabulary_files import Vocabulary
 from fastgpt.utils.extension import _C
-from fastgpt.utils.text_files import read_blocks
+from fastgpt.utils.text_files import Advance, read_blocks
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
-Source = PathLike | Iterable[str | bytes | Path]
+Source = str | Path | Iterable[str | bytes | Path]
 
 BLOCK_BYTES = 1 << 24  # bytes of a file that are read and counted at a time
 MERGES_AT_A_TIME = 256  # between two updates of the progress bar
@@ -35,6 +31,9 @@ def learn_vocabulary(
 
     block_bytes: size of the blocks in which files are read.
     """
+    # Not imported above: it imports rich, which nothing else in this package needs.
+    from fastgpt.utils.progress import CountProgress, FileProgress
+
     names = _check_special_tokens(special_tokens)
     n_merges = index(vocab_size) - 256 - len(names)
     if n_merges < 0:
@@ -48,9 +47,10 @@ def learn_vocabulary(
         raise ValueError(f"threads must be at least 1, not {threads}")
 
     trainer = _C.BpeTrainer(threads)
-    with _bar(progress) as bar:
-        _read(trainer, source, bar, block_bytes)
-        _merge(trainer, n_merges, min_frequency, bar)
+    with FileProgress("reading", None, progress) as bar:
+        _read(trainer, source, bar.advance, block_bytes)
+    with CountProgress("merging", n_merges, progress) as bar:
+        _merge(trainer, n_merges, min_frequency, bar.advance)
     return _vocabulary(trainer, names)
 
 
@@ -78,20 +78,18 @@ def _is_one_piece(text: str) -> bool:
     return trainer.n_pieces == 1
 
 
-def _read(trainer: _C.BpeTrainer, source: Source, bar: Progress, block_bytes: int) -> None:
+def _read(trainer: _C.BpeTrainer, source: Source, advance: Advance, block_bytes: int) -> None:
     """Feed all texts and files to the trainer."""
     items: Iterable[object] = [Path(source)] if isinstance(source, (str, Path)) else source
-    task = bar.add_task("reading", total=None, unit="MB")
-    n_bytes = shown = 0
+    n_bytes = 0  # since the last update of the progress bar, which costs more than a short text
     for item in items:
         for block in _blocks(item, block_bytes):
             trainer.feed(block)
             n_bytes += len(block)
-            if n_bytes - shown >= 1_000_000:  # updating the bar costs more than a short text
-                bar.update(task, completed=n_bytes / 1e6)
-                shown = n_bytes
+            if n_bytes >= 1_000_000:
+                advance(n_bytes)
+                n_bytes = 0
         trainer.end_text()
-    bar.update(task, completed=n_bytes / 1e6, total=n_bytes / 1e6)
     if trainer.n_pieces == 0:
         raise ValueError("there is no text to train on: the source is empty")
 
@@ -121,12 +119,11 @@ def _check_there(path: Path) -> None:
         )
 
 
-def _merge(trainer: _C.BpeTrainer, n_merges: int, min_frequency: int, bar: Progress) -> None:
-    task = bar.add_task("merging", total=n_merges, unit="merges")
+def _merge(trainer: _C.BpeTrainer, n_merges: int, min_frequency: int, advance: Advance) -> None:
     for begin in range(0, n_merges, MERGES_AT_A_TIME):
         wanted = min(MERGES_AT_A_TIME, n_merges - begin)
         made = trainer.train(wanted, min_frequency)
-        bar.advance(task, made)
+        advance(made)
         if made < wanted:  # no more pairs to merge
             break
 
@@ -138,18 +135,3 @@ def _vocabulary(trainer: _C.BpeTrainer, special_tokens: list[str]) -> Vocabulary
         tokens.append(tokens[left] + tokens[right])
     ids = {name: len(tokens) + i for i, name in enumerate(special_tokens)}
     return Vocabulary([*tokens, *(name.encode() for name in special_tokens)], merges, ids)
-
-
-def _bar(show: bool) -> Progress:
-    from rich.console import Console  # imported here, since only training needs it
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console()
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:,.0f} {task.fields[unit]}"),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not (show and console.is_terminal),
-    )

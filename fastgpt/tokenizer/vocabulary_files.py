@@ -15,7 +15,6 @@ import reprlib
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -214,7 +213,7 @@ def prefix_errors(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _check_ids(ids: Any, added: Mapping[str, int] = MappingProxyType({})) -> dict[str, int]:
+def _check_ids(ids: Any, added: Mapping[str, int] = {}) -> dict[str, int]:
     """Return the ids of all tokens by name, including the added ones; ValueError if invalid."""
     if not isinstance(ids, dict) or not all(type(token_id) is int for token_id in ids.values()):
         raise ValueError("the vocabulary must map each token to its id, an integer")

@@ -207,13 +207,13 @@ class FileProgress:
 
     Args:
         what: label of the bar.
-        total: total number of bytes.
+        total: total number of bytes, or None if it is unknown.
         shown: False to never show it.
     """
 
     columns: tuple[type[ProgressColumn], ...] = (DownloadColumn, TransferSpeedColumn)
 
-    def __init__(self, what: str, total: int, shown: bool = True) -> None:
+    def __init__(self, what: str, total: int | None, shown: bool = True) -> None:
         console = Console(stderr=True)
         self._bar = Bar(
             TextColumn(what),
