@@ -332,12 +332,12 @@ def gather(tokens: Tokens, starts: npt.NDArray[np.int64], block_size: int) -> Te
 
 
 def validation_windows(
-    tokens: Tokens, block_size: int, most_tokens: int, rank: int = 0, n_ranks: int = 1
+    tokens: Tokens, block_size: int, max_tokens: int, rank: int = 0, n_ranks: int = 1
 ) -> npt.NDArray[np.int64]:
     """Return the start positions of the windows that process `rank` of `n_ranks` evaluates.
 
     Together, the processes evaluate every window of the text exactly once. If the windows have more
-    than `most_tokens` tokens, evenly spaced windows with at most that many tokens are used, the
+    than `max_tokens` tokens, evenly spaced windows with at most that many tokens are used, the
     same ones in each evaluation. The shares of the processes differ by at most one window, and some
     are empty if there are fewer windows than processes.
 
@@ -349,7 +349,7 @@ def validation_windows(
             f"the validation part has {len(tokens):,} tokens, not more than "
             f"block_size={block_size}; use more text, lower --block-size or raise --val-fraction"
         )
-    most = max(1, most_tokens // block_size)
+    most = max(1, max_tokens // block_size)
     if len(starts) > most:
         starts = starts[np.linspace(0, len(starts) - 1, most).astype(np.int64)]
     return np.array_split(starts, n_ranks)[rank]

@@ -37,9 +37,12 @@ VERSION = 1
 HEADER_BYTES = 256
 TOKENS_PER_SHARD = 100_000_000
 
-# Magic, version, bytes per id; vocab_size, n_tokens, n_documents; index, count; two hashes.
+# The header, little-endian and without gaps; the offsets are in bytes:
+#     0 magic   8 version   12 bytes per id   16 vocab_size   24 n_tokens   32 n_documents
+#    40 index of the shard   44 number of shards   48 tokenizer fingerprint   80 SHA-256 of the rest
+#   112 zeros   252 CRC-32 of bytes 0 to 251
 _FIELDS = struct.Struct("<8sII QQQ II 32s32s")
-_CHECKSUM = struct.Struct("<I")  # CRC-32 of the preceding bytes, at the end of the header
+_CHECKSUM = struct.Struct("<I")
 
 
 class ShardError(UsageError):
@@ -181,8 +184,7 @@ class ShardWriter:
         self._done: list[Header] = []  # of the finished shards
         self._parts: list[Path] = []  # all files, under their temporary names
         self._file: IO[bytes] | None = None
-        # Positions, relative to the next id, of document starts that are not appended yet.
-        self._next_start = np.zeros(1, np.int64)
+        self._next_start = np.zeros(1, np.int64)  # [0] if the next id starts a document, else []
         self.n_tokens = self.n_documents = 0
 
     def append(
@@ -196,6 +198,8 @@ class ShardWriter:
         """
         if ids.size and int(ids.max()) >= self._vocab_size:
             raise ValueError(f"id {ids.max()} is not in this vocabulary of {self._vocab_size}")
+        # A document starts where the previous one ends. After an end at n, that is the first id of
+        # the next call: this start is kept until then, and dropped if there are no more ids.
         starts = np.append(self._next_start, np.asarray(document_ends, np.int64))
         here = starts < len(ids)
         starts, self._next_start = starts[here], starts[~here] - len(ids)

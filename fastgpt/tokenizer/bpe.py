@@ -52,6 +52,11 @@ MOST_THREADS = 1024  # for one text; more threads would only contend with each o
 class Tokenizer(BaseTokenizer):
     """A byte-level BPE tokenizer as in GPT-2 (Radford et al., 2019), implemented in C++.
 
+    A text is split into pieces by GPT-2's pre-tokenization pattern. Each piece starts as its bytes.
+    The adjacent pair whose merge has the highest priority is merged, the leftmost one if there are
+    several, until no pair has a merge. :mod:`fastgpt.tokenizer.reference` is the algorithm in
+    Python.
+
     Args:
         tokens: the bytes of each id; they must include all 256 single bytes.
         merges: rows ``[n, 3]`` of ids (left, right, merged), in order of decreasing priority.

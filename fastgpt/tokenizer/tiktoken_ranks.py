@@ -137,7 +137,8 @@ def _merges(tokens: list[bytes]) -> np.ndarray[tuple[int, int], np.dtype[np.uint
 def _encode(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
     """Encode the bytes of a token with the tokens of a rank below the limit.
 
-    Merging stops at two parts, which the token itself is merged from.
+    As in tiktoken, the adjacent pair whose concatenation has the lowest rank is merged first, the
+    leftmost one if there are several. Merging stops at two parts, which the token is merged from.
     """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:

@@ -23,7 +23,11 @@ from numpy.typing import NDArray
 from fastgpt.utils.extension import _C
 
 END_OF_TEXT = "<|endoftext|>"
-# GPT-2's pre-tokenization pattern as published, and equivalent, faster versions from tiktoken.
+# GPT-2's pre-tokenization pattern as published, and equivalent, faster versions from tiktoken. At
+# each position, the first alternative that matches is the next piece: an English contraction, or a
+# run of letters, of numbers or of other characters, each with one preceding space, or white space.
+# White space before a word excludes its last character, `\s+(?!\S)`: if that is a space, it belongs
+# to the word.
 GPT2_PATTERNS = (
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
