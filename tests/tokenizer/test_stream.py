@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fastgpt.tokenizer
-from fastgpt.tokenizer import CharTokenizer, StreamDecoder
+from fastgpt.tokenizer import CharTokenizer, StreamDecoder, Tokenizer, base, bpe
 
 
 def test_a_character_split_across_tokens(gpt2):
@@ -56,5 +55,8 @@ def test_single_characters():
     assert [decoder.push(1), decoder.push([0, 1]), decoder.finish()] == ["é", "aé", ""]
 
 
-def test_the_examples_in_the_docstrings():
-    assert doctest.testmod(fastgpt.tokenizer).failed == 0
+@pytest.mark.parametrize("module", [base, bpe])
+def test_the_examples_in_the_docstrings(module):
+    tested = doctest.testmod(module, extraglobs={"Tokenizer": Tokenizer})
+    assert tested.attempted > 0
+    assert tested.failed == 0
