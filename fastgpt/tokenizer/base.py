@@ -33,17 +33,7 @@ FILE_NAME = "tokenizer.json"
 
 
 class EncodeOptions(TypedDict, total=False):
-    """The options of the methods that encode text.
-
-    Keys:
-        allowed_special: special tokens, or ``"all"``, whose occurrences in the text are encoded as
-            their ids. Other special tokens in the text are encoded as ordinary text, so that
-            untrusted text cannot inject them. By default none.
-        disallowed_special: special tokens, or ``"all"``, whose presence in the text is an error,
-            unless they are in `allowed_special`. By default none.
-        errors: how to handle characters that are not in the vocabulary: ``"strict"`` (the default)
-            raises ValueError, ``"ignore"`` drops them. A byte-level vocabulary has all characters.
-    """
+    """The options of :meth:`BaseTokenizer.encode` that concern the ids."""
 
     allowed_special: Specials
     disallowed_special: Specials
@@ -109,7 +99,13 @@ class BaseTokenizer(ABC):
         return hashlib.sha256(self._serialize()).hexdigest()
 
     def encode(
-        self, text: str | bytes, *, threads: int = 1, **options: Unpack[EncodeOptions]
+        self,
+        text: str | bytes,
+        *,
+        allowed_special: Specials = frozenset(),
+        disallowed_special: Specials = frozenset(),
+        errors: Errors = "strict",
+        threads: int = 1,
     ) -> list[int]:
         """Return the token ids of a text.
 
@@ -117,15 +113,27 @@ class BaseTokenizer(ABC):
             text: a str, in which lone surrogates are treated as U+FFFD, or UTF-8 bytes. With a
                 byte-level vocabulary, a byte that is not part of valid UTF-8 is treated as a
                 punctuation mark, and is preserved by decoding.
+            allowed_special: special tokens, or ``"all"``, whose occurrences in the text are encoded
+                as their ids. Other special tokens in the text are encoded as ordinary text, so that
+                untrusted text cannot inject them.
+            disallowed_special: special tokens, or ``"all"``, whose presence in the text is an
+                error, unless they are in `allowed_special`.
+            errors: how to handle characters that are not in the vocabulary: ``"strict"`` raises
+                ValueError, ``"ignore"`` drops them. A byte-level vocabulary has all characters.
             threads: maximum number of threads for a long text; it does not affect the ids.
-            options: `allowed_special`, `disallowed_special` and `errors`; see
-                :class:`EncodeOptions`.
 
         Raises: ValueError for a disallowed special token, or for a character without an id, with
             its position; UnicodeDecodeError, with a character vocabulary, for bytes that are not
             UTF-8.
         """
-        return self._to_list(self.encode_to_numpy(text, threads=threads, **options))
+        ids = self.encode_to_numpy(
+            text,
+            allowed_special=allowed_special,
+            disallowed_special=disallowed_special,
+            errors=errors,
+            threads=threads,
+        )
+        return self._to_list(ids)
 
     def encode_to_numpy(
         self,
