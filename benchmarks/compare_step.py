@@ -117,7 +117,7 @@ def main(options: Options) -> None:
 
 
 def print_table(seconds: dict[str, list[float]], report: dict[str, Any], options: Options) -> None:
-    """Print milliseconds per step, tokens per second, and the ratio of neighbouring rounds."""
+    """Print milliseconds per step, tokens per second, and the ratio of neighboring rounds."""
     facts = report["fastgpt"]
     print(
         f"{options.model} on {options.device}, {facts['threads']} threads, "
@@ -265,7 +265,7 @@ def nanogpt_side(recipe: Recipe) -> Side:
     """Return the nanoGPT-style model with nanoGPT's training loop.
 
     As in nanoGPT, the model is compiled on a GPU but not on a CPU. The tokens are in memory, while
-    nanoGPT maps a file for every batch; this slightly favours this side.
+    nanoGPT maps a file for every batch; this slightly favors this side.
     """
     corpus = load_corpus(recipe.data, recipe.tokenizer, recipe.val_fraction)
     model: Any = initial_model(recipe, corpus.tokenizer.vocab_size)

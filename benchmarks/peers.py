@@ -2,7 +2,7 @@
 
 Each peer is a GPT-2 for the same `GPTConfig`, takes fastgpt's weights (`copy_weights`) and computes
 the same function except for the variant of GELU: both peers use PyTorch's default, the exact (erf)
-one, as nanoGPT does. On a CPU it is also the faster one, which favours the peers. `use_tanh_gelu`
+one, as nanoGPT does. On a CPU it is also the faster one, which favors the peers. `use_tanh_gelu`
 switches to the tanh approximation of GPT-2, to check that everything else is equal.
 
 The conditions are equal: same dtype, same batch, same threads, and PyTorch's fused attention.

@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685): low-rank matrices trained next to frozen weights.
 
 A linear layer with the weight W `[out, in]` computes ``x W' + scale · (x A') B'``, where A is
-`[rank, in]`, B is `[out, rank]` and W is frozen. B is initialised with zeros, so at the start the
+`[rank, in]`, B is `[out, rank]` and W is frozen. B is initialized with zeros, so at the start the
 model computes what it computed before. After training, the weights can be merged into
 ``W + scale · B A``, which gives a plain GPT.
 """
@@ -66,7 +66,7 @@ class Lora:
 def add_lora(model: GPT, lora: Lora) -> None:
     """Freeze a model and add trainable LoRA matrices to it, in place.
 
-    The model's output does not change, because B is initialised with zeros. A is drawn from
+    The model's output does not change, because B is initialized with zeros. A is drawn from
     N(0, 1/in) with the CPU generator.
     """
     model.requires_grad_(False)

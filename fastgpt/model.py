@@ -59,7 +59,7 @@ class GPT(nn.Module):
     """GPT-2: token and position embeddings, `n_layer` pre-norm blocks, a final norm and the head.
 
     `ops` names the backend (see `fastgpt.ops`): ``"auto"``, ``"triton"``, ``"native"`` or
-    ``"reference"``. Weights are initialised as in GPT-2, independently of the backend. With
+    ``"reference"``. Weights are initialized as in GPT-2, independently of the backend. With
     `recompute` set, blocks are checkpointed: they save only their inputs and run again in the
     backward pass (Chen et al. 2016, arXiv:1604.06174), which takes less memory and a third more
     computation.
@@ -110,7 +110,7 @@ class GPT(nn.Module):
 
         ids, targets: int64 `[B, T]`, T at most `block_size`. With targets the result is a scalar:
         the mean cross-entropy in nats over the targets that are not `ignore_index`. The full
-        logits are then never materialised at once.
+        logits are then never materialized at once.
         """
         if targets is None:
             return self.logits(self.hidden(ids))
@@ -236,10 +236,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Initialise every matrix from N(0, 0.02), residual projections with a smaller deviation.
+        """Initialize every matrix from N(0, 0.02), residual projections with a smaller deviation.
 
         2 · n_layer sub-layers add to the residual stream; scaling each of their projections by
-        1/√(2 · n_layer) keeps its variance at initialisation independent of the depth (section 2.3
+        1/√(2 · n_layer) keeps its variance at initialization independent of the depth (section 2.3
         of the paper).
         """
         for name, parameter in self.named_parameters():
@@ -376,9 +376,9 @@ class MLP(nn.Module):
 
 
 def _embedding(n_rows: int, width: int, rows: Tensor | None = None) -> nn.Embedding:
-    """Return an embedding `[n_rows, width]` with a copy of `rows`, or uninitialised memory.
+    """Return an embedding `[n_rows, width]` with a copy of `rows`, or uninitialized memory.
 
-    Passing `_weight` skips PyTorch's own initialisation, which `GPT._initialise` would overwrite
+    Passing `_weight` skips PyTorch's own initialization, which `GPT._initialise` would overwrite
     (and which is slow on the meta device).
     """
     weight = torch.empty(n_rows, width) if rows is None else rows.detach().clone()

@@ -88,7 +88,7 @@ def gelu_backward(
             f"not {tuple(grad.shape)} {grad.dtype}"
         )
     # Both are usually contiguous results of matrix products. Other layouts are rare (the gradient
-    # of a sum has stride 0) and are copied, so that the kernels need only a flat, vectorised index.
+    # of a sum has stride 0) and are copied, so that the kernels need only a flat, vectorized index.
     grad, x = grad.contiguous(), x.contiguous()
     grad_x = torch.empty_like(x)
     if bias is None:

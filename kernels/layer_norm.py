@@ -1,10 +1,10 @@
-"""Layer normalisation over the last dimension, alone or fused with a residual addition.
+"""Layer normalization over the last dimension, alone or fused with a residual addition.
 
 The reference implementations are `fastgpt.ops.reference.layer_norm` and `add_layer_norm`.
 
 A program of the forward holds several whole rows in registers. It reads them once and computes the
-mean and then the variance of the centred values (the mean of squares minus the squared mean would
-suffer from cancellation). The backward reads the rows, normalises them again with the saved mean
+mean and then the variance of the centered values (the mean of squares minus the squared mean would
+suffer from cancellation). The backward reads the rows, normalizes them again with the saved mean
 and 1 / std, and accumulates the gradients of weight and bias in the same pass: it is a persistent
 kernel, in which a few programs per multiprocessor iterate over all rows and keep the sums in
 registers. `fastgpt.kernels.column_sum` adds up the sums of the programs.
@@ -49,17 +49,17 @@ class Gradients(NamedTuple):
 def layer_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the normalised `x` and the mean and 1 / std of each row.
+    """Return the normalized `x` and the mean and 1 / std of each row.
 
     Args:
         x: `[..., C]`, any strides, C at most 8192 (2048 for fp64).
         weight, bias: `[C]`. All inputs may be fp32, fp16 and bf16 in any combination (computed in
             fp32), or all fp64.
         eps: value added to the variance.
-        out_dtype: dtype of the normalised result (None: that of `x`).
+        out_dtype: dtype of the normalized result (None: that of `x`).
 
     Returns:
-        y: the normalised `x`, contiguous `[..., C]`.
+        y: the normalized `x`, contiguous `[..., C]`.
         mean, rstd: `[n_rows]`, fp32 (fp64 for fp64).
 
     Raises:
@@ -82,7 +82,7 @@ def add_layer_norm_forward(
     """Return ``total = x + residual`` and the results of `layer_norm_forward` for it.
 
     x, residual: `[..., C]`, any strides. total has the dtype of PyTorch's type promotion (fp32 for
-    fp16 + fp32). The normalisation uses total as rounded to this dtype, because the backward
+    fp16 + fp32). The normalization uses total as rounded to this dtype, because the backward
     recomputes it from the stored tensor. The other arguments are as in `layer_norm_forward`.
     """
     _check_inputs("add_layer_norm", out_dtype, weight, bias, x=x, residual=residual)
@@ -105,11 +105,11 @@ def layer_norm_backward(
     """Return the gradients of total, x, weight and bias.
 
     Args:
-        grad_y: gradient of the normalised result, `[..., C]`; any strides, including the expanded
+        grad_y: gradient of the normalized result, `[..., C]`; any strides, including the expanded
             gradients of autograd.
         grad_total: gradient of total from its other uses, which is added to the result (None: it
             has no other uses); any strides.
-        total: the normalised tensor: total of `add_layer_norm_forward` or x of
+        total: the normalized tensor: total of `add_layer_norm_forward` or x of
             `layer_norm_forward`.
         weight: the argument of the forward.
         mean, rstd: the results of the forward.
@@ -123,7 +123,7 @@ def layer_norm_backward(
     """
     _check_gradients(grad_y, grad_total, total, weight, mean, rstd, x_dtype)
     # All are usually contiguous results of kernels. Other layouts are rare (the gradient of a sum
-    # has stride 0) and are copied, so that each row is a contiguous range for vectorised loads.
+    # has stride 0) and are copied, so that each row is a contiguous range for vectorized loads.
     grad_y, total, weight = grad_y.contiguous(), total.contiguous(), weight.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     grad = torch.empty_like(total)

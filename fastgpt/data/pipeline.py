@@ -59,7 +59,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The result of :func:`prepare`."""
+    """The result of `prepare`."""
 
     folder: Path
     tokenizer: BaseTokenizer
@@ -143,7 +143,7 @@ class _DocumentReader:
         self._field, self._progress = field, progress
 
     def pieces(self, label: str) -> Generator[Piece, None, None]:
-        """Yield the pieces of all documents, with a labelled progress bar.
+        """Yield the pieces of all documents, with a labeled progress bar.
 
         The caller must close the generator.
         """

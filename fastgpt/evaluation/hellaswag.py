@@ -3,7 +3,7 @@
 The questions are those of ``hellaswag_val.jsonl`` (https://github.com/rowanz/hellaswag, folder
 ``data``) or of the tables on the Hugging Face Hub (``Rowan/hellaswag``). Prompts are those of
 EleutherAI's lm-evaluation-harness (task ``hellaswag``, version 1.0), so that the metrics are
-comparable: the activity label precedes the context, artefacts of WikiHow pages are removed, and a
+comparable: the activity label precedes the context, artifacts of WikiHow pages are removed, and a
 space precedes each scored ending. ``acc`` chooses the ending with the highest log-likelihood,
 ``acc_norm`` the one with the highest log-likelihood per character.
 """
@@ -93,5 +93,5 @@ def _label(place: str, label: Any, n_endings: int) -> int:
 
 
 def _clean(text: str) -> str:
-    """Remove artefacts of WikiHow pages, in the same order as the harness."""
+    """Remove artifacts of WikiHow pages, in the same order as the harness."""
     return _BRACKETS.sub("", text.strip().replace(" [title]", ". ")).replace("  ", " ")

@@ -44,7 +44,7 @@ def beam_search(
     ends is moved to the finished ones. The search ends when the best unfinished sequence scores no
     higher than the worst of `n_beams` finished ones, or after `max_new_tokens`.
 
-    length_penalty: values above 0 favour longer sequences.
+    length_penalty: values above 0 favor longer sequences.
 
     Raises: ValueError for invalid arguments, or if prompt and new tokens exceed the context.
     """

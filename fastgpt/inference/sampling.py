@@ -129,7 +129,7 @@ class Sampler:
 
 
 class RandomStreams:
-    """Random numbers for a batch; each row has its own generator, initialised with its seed.
+    """Random numbers for a batch; each row has its own generator, initialized with its seed.
 
     Numbers are drawn on the CPU, which makes them the same on every machine, and in blocks of
     `AHEAD`, which avoids a host-to-device copy per step.

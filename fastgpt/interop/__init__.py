@@ -83,7 +83,7 @@ def open_source(source: str | Path, checkpoint: Which = "best") -> Source:
 
     checkpoint: which checkpoint of a run to open.
 
-    Raises: UsageError, with the list of supported formats, if the format is not recognised.
+    Raises: UsageError, with the list of supported formats, if the format is not recognized.
     """
     if checkpoint not in get_args(Which):
         raise UsageError(f"checkpoint must be best or newest, not {checkpoint!r}")

@@ -40,7 +40,7 @@ class LayerNorm(nn.LayerNorm):
     fastgpt_ops: str
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of `x` `[B, T, C]`."""
+        """Normalize the last dimension of `x` `[B, T, C]`."""
         ops = backend(self.fastgpt_ops, x, x.size(-1))
         normed: Tensor = ops.layer_norm(x, self.weight, self.bias, self.eps)
         return normed
@@ -167,7 +167,7 @@ class GPT2Block(modeling_gpt2.GPT2Block):
 
 
 class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
-    """Model that uses `ops.linear_cross_entropy` in training, without materialising all logits."""
+    """Model that uses `ops.linear_cross_entropy` in training, without materializing all logits."""
 
     fastgpt_ops: str
 

@@ -37,11 +37,11 @@ def patch(model: Model, ops: str = "auto") -> Model:
       another attention implementation run transformers' own attention;
     - in training (``model.train()``), the loss of a `GPT2LMHeadModel` that is given `labels` as a
       keyword argument: **its output then has** ``logits=None``, because the logits are never all
-      materialised. In evaluation, and with a custom loss function, `logits_to_keep`,
+      materialized. In evaluation, and with a custom loss function, `logits_to_keep`,
       `shift_labels` or ``return_dict=False``, transformers' own head and loss run and the logits
       are returned. `num_items_in_batch`, which the Trainer passes, is supported.
 
-    Modules whose class is not exactly the one that transformers builds (adapters, quantised layers,
+    Modules whose class is not exactly the one that transformers builds (adapters, quantized layers,
     your own subclasses) are not patched. Patch before `torch.compile` or wrapping for several GPUs.
 
     Raises: TypeError if the model is not a GPT-2 of transformers; ValueError if it is already

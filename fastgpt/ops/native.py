@@ -82,7 +82,7 @@ def cached_attention(
 def gelu(x: Tensor) -> Tensor:
     """`reference.gelu` as `torch.nn.functional.gelu`, or as a C++ loop for fp32 on a CPU.
 
-    With PyTorch's vectorised tanh this form is three times as slow as the exact form with erf.
+    With PyTorch's vectorized tanh this form is three times as slow as the exact form with erf.
     """
     if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
         y: Tensor = torch.ops.fastgpt.cpu_gelu(x)

@@ -1,6 +1,6 @@
 """Reference implementations of the operations in plain PyTorch, which define their results.
 
-The code favours clarity over speed. Half-precision inputs are computed in fp32 and rounded once at
+The code favors clarity over speed. Half-precision inputs are computed in fp32 and rounded once at
 the end; fp32 and fp64 are computed in their own precision. Gradients come from autograd.
 """
 
@@ -21,7 +21,7 @@ def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
-    """Layer normalisation over the last dimension (Ba et al. 2016, arXiv:1607.06450).
+    """Layer normalization over the last dimension (Ba et al. 2016, arXiv:1607.06450).
 
     x: `[..., C]`, weight and bias: `[C]`; returns `[..., C]` in the dtype of `x`.
     """

@@ -57,7 +57,7 @@ def add_layer_norm(
 def causal_attention(
     qkv: Tensor, n_head: int, dropout_p: float = 0.0, seed: int | None = None
 ) -> Tensor:
-    """`reference.causal_attention` without materialising the scores (Dao 2023, arXiv:2307.08691).
+    """`reference.causal_attention` without materializing the scores (Dao 2023, arXiv:2307.08691).
 
     Head dimensions up to 128. The same `seed` gives the same dropout mask, which differs from those
     of other backends. A call without a seed that is captured in a CUDA graph draws a new mask at

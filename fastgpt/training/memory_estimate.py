@@ -427,7 +427,7 @@ def _kept_by_lora(setup: Setup, lora: Lora) -> int:
 def _kept_by_reference(setup: Setup) -> int:
     """Return the bytes per token that autograd saves for one block of the reference backend.
 
-    It saves every intermediate result: per norm the centred and the scaled input (fp32) and the
+    It saves every intermediate result: per norm the centered and the scaled input (fp32) and the
     result; for GELU four tensors of width 4C in fp32 and the result; for attention the T × T
     probabilities, and q, k, v and the result in heads-first layout.
     """

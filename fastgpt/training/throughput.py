@@ -1,6 +1,6 @@
 """FLOPs per token and peak FLOP/s of devices, from which the MFU is computed.
 
-The model FLOPs utilisation, MFU (Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, appendix B), is
+The model FLOPs utilization, MFU (Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, appendix B), is
 the rate of operations that the model requires, without any extra work of the implementation,
 divided by the peak rate of the device's matrix units.
 """

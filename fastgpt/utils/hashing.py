@@ -5,7 +5,7 @@ import numpy.typing as npt
 
 
 def mix(key: npt.ArrayLike, value: npt.ArrayLike) -> npt.NDArray[np.uint64]:
-    """Hash 64-bit `value` with 64-bit `key`, with the finaliser of SplitMix64 (Steele et al. 2014).
+    """Hash 64-bit `value` with 64-bit `key`, with the finalizer of SplitMix64 (Steele et al. 2014).
 
     Both are converted to uint64 arrays and broadcast.
     """

@@ -18,7 +18,7 @@ SMALLEST = 2**15  # elements; smaller tensors are fast to allocate and do not ca
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return an uninitialised CPU tensor from the pool.
+    """Return an uninitialized CPU tensor from the pool.
 
     Use it for short-lived tensors, such as activations. Small tensors, and those for which the pool
     has no memory, are allocated by PyTorch.
@@ -36,7 +36,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """Return an uninitialised tensor from the pool with the shape and dtype of another."""
+    """Return an uninitialized tensor from the pool with the shape and dtype of another."""
     return empty(*tensor.shape, dtype=tensor.dtype)
 
 

@@ -19,7 +19,7 @@ SIZES = {"vocab_size": 61, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_hea
 
 
 def build(cls=GPT2LMHeadModel, **config):
-    """Return a small GPT-2 far from its initialisation, so that every part affects the result."""
+    """Return a small GPT-2 far from its initialization, so that every part affects the result."""
     torch.manual_seed(1)
     usual = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     usual |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}

@@ -169,7 +169,7 @@ def string_variable() -> None:
 
 
 def start(make: object, **options: object) -> tuple[object, object]:
-    """Return a session with initialised variables, and a Saver for them."""
+    """Return a session with initialized variables, and a Saver for them."""
     tf.reset_default_graph()
     make()
     session = tf.Session(config=tf.ConfigProto(device_count={"CPU": 2}))

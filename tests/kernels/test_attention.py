@@ -287,7 +287,7 @@ def test_dropout_keeps_as_many_as_it_should(dropout_p, device):
         deviation = math.sqrt(dropout_p * (1 - dropout_p) / sample.numel())
         assert abs(sample.mean().item() - (1 - dropout_p)) < 4.5 * deviation
     assert not kept[..., ~past].any()
-    # Neighbouring probabilities, heads and batch rows are uncorrelated.
+    # Neighboring probabilities, heads and batch rows are uncorrelated.
     flat = kept[..., past].flatten(0, 1) - (1 - dropout_p)  # [4, N]
     pairs = [(flat[0], flat[1]), (flat[0], flat[2]), (flat[1], flat[2])]
     pairs += [(flat[:, lag:], flat[:, :-lag]) for lag in (1, 2, 3, 4, 5, 64, 128)]

@@ -317,7 +317,7 @@ def test_gelu_and_sums_of_operands_in_bf16(
         transpose_a=True, transpose_b=transpose_b, gelu_b=True, row_sums=sums, threads=2,
         code=code,
     )  # fmt: skip
-    # GELU in fp32 may round to the neighbouring bf16 value; the factor 3 allows for that.
+    # GELU in fp32 may round to the neighboring bf16 value; the factor 3 allows for that.
     torch.testing.assert_close(c.double(), truth, rtol=1e-3, atol=3 * 3 * 2**-7)
     torch.testing.assert_close(sums.double(), rounded(grad).sum(0), rtol=1e-5, atol=1e-4)
 
