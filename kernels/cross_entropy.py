@@ -65,11 +65,10 @@ def linear_cross_entropy_forward(
         chunk: number of rows per chunk (None: as many as `MAX_BYTES` of logits allow).
 
     Returns:
-        loss: the mean over the targets other than `ignore_index`, a scalar in fp32 (fp64 for fp64);
-            NaN if there are none, or if one of them is outside [0, V).
-        n_counted: the number of these targets, an int64 scalar on the device. It is not
-            synchronized with the host.
-        grad_x, grad_weight: the gradients, or None if not needed.
+        The loss, the mean over the targets other than `ignore_index`, a scalar in fp32 (fp64 for
+        fp64); it is NaN if there are none, or if one of them is outside [0, V). The number of these
+        targets, an int64 scalar on the device, which is not synchronized with the host. The
+        gradients of `x` and `weight`, or None where not needed.
 
     Raises:
         ValueError: for unsupported inputs.
