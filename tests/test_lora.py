@@ -16,7 +16,7 @@ from fastgpt.inference.engine import Engine
 from fastgpt.inference.generation import generate
 from fastgpt.lora import Lora, LoraAttention, LoraMLP, add_lora, merged
 from fastgpt.ops import cpu, products
-from fastgpt.training.memory_estimate import estimate
+from fastgpt.training.memory_estimate import Setup, estimate
 from fastgpt.training.optimizer import Updater, trainable
 from fastgpt.utils.errors import UsageError
 from tests.backends import BACKENDS
@@ -219,7 +219,7 @@ def test_the_estimate_of_its_memory(
     config: GPTConfig, lora: Lora, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastgpt.training.memory_estimate._uses_cpu_loops", lambda setup: False)
-    needed = estimate(config, 4, lora=lora, **settings)
+    needed = estimate(Setup(config, 4, lora=lora, **settings))
 
     def prepared(*args: Any) -> GPT:
         model = GPT(*args)
@@ -229,7 +229,7 @@ def test_the_estimate_of_its_memory(
     monkeypatch.setattr("tests.training.test_memory_estimate.GPT", prepared)
     assert needed.total == pytest.approx(measured_peak(config, 4, **settings), rel=0.1)
     assert needed.optimizer == 8 * lora.n_params(config)
-    assert needed.total < estimate(config, 4, **settings).total
+    assert needed.total < estimate(Setup(config, 4, **settings)).total
 
 
 # --- in a run ----------------------------------------------------------------------------------

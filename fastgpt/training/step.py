@@ -22,22 +22,21 @@ from fastgpt.model import GPT, GPTConfig, meta_model
 from fastgpt.training.compile import compile_or_fallback
 from fastgpt.training.distributed import World, accumulating, shard_like, split_step, whole, wrap
 from fastgpt.training.initialization import Origin, initialize_from
-from fastgpt.training.memory_estimate import (
-    MemoryEstimate,
-    available,
+from fastgpt.training.memory_advice import (
     batches,
     check_fits,
-    estimate,
     explain_out_of_memory,
     find_batch,
     largest_batch,
 )
+from fastgpt.training.memory_estimate import MemoryEstimate, Setup, estimate
 from fastgpt.training.optimizer import Updater, learning_rate
 from fastgpt.training.recipes import Recipe
 from fastgpt.training.run_length import resolve_length
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.hashing import mix
 from fastgpt.utils.host_memory import give_back, keep_freed_memory
+from fastgpt.utils.memory_usage import available
 from fastgpt.utils.precision import Precision, choose_precision, fastest
 
 TRIAL_TOKENS = 1024  # per trial step, when the precisions are timed
@@ -207,18 +206,19 @@ class Learner:
     def memory(self) -> MemoryEstimate:
         """Return the estimated memory of a training step on this device."""
         recipe = self.recipe
-        return estimate(
+        setup = Setup(
             self.config,
             recipe.batch_size,
-            grad_accum=recipe.grad_accum,
-            dtype=self.precision.dtype,
-            backend=self.backend,
-            device=self.device.type,
-            world_size=self.world.size,
+            recipe.grad_accum,
+            self.precision.dtype,
+            self.backend,
+            self.device.type,
+            self.world.size,
             fsdp=recipe.parallel == "fsdp" and self.world.size > 1,
             recompute=recipe.recompute,
             lora=self.lora,
         )
+        return estimate(setup)
 
     # --- construction --------------------------------------------------------------------------
 
@@ -278,7 +278,7 @@ class Learner:
 
         The memory estimate decides; on CUDA with DDP, candidates are also tried with a real step.
         """
-        most = 1 if self.free is None else largest_batch(self.memory(), self.free) or 1
+        most = 1 if self.free is None else largest_batch(self.memory().setup, self.free) or 1
         found = batches(self.sequences, most)
         if self.device.type == "cuda" and self.recipe.parallel == "ddp":
             found = [find_batch(lambda size: self._trial(self.model, size), found)]

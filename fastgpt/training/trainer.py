@@ -27,7 +27,7 @@ from fastgpt.training.distributed import World
 from fastgpt.training.initialization import Origin
 from fastgpt.training.loggers import check_loggers
 from fastgpt.training.loss_curves import plot_losses
-from fastgpt.training.memory_estimate import gigabytes, used
+from fastgpt.training.memory_estimate import gigabytes
 from fastgpt.training.nonfinite import SkippedUpdates
 from fastgpt.training.recipes import Recipe
 from fastgpt.training.run_folder import (
@@ -50,6 +50,7 @@ from fastgpt.training.validation import (
 )
 from fastgpt.utils.device import find_device
 from fastgpt.utils.errors import UsageError
+from fastgpt.utils.memory_usage import used
 from fastgpt.utils.progress import Progress
 from fastgpt.utils.signals import Stopped, StopSignal
 
