@@ -16,7 +16,6 @@ No pickles are used. Checkpoints are written by `fastgpt.checkpoint.save`.
 import hashlib
 import json
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -265,14 +264,6 @@ def load_run_tokenizer(run: Path, checkpoint: Checkpoint) -> BaseTokenizer:
     return tokenizer
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON, atomically: on failure, an existing file is unchanged."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sync(beside)
-    beside.replace(path)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; CheckpointError if the file is missing or contains anything else."""
     try:
@@ -293,17 +284,6 @@ def rank(val_loss: Any) -> float:
     """Return a sort key for a validation loss; None and NaN are sorted last."""
     number = isinstance(val_loss, int | float) and not math.isnan(val_loss)
     return float(val_loss) if number else math.inf
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to disk (fsync)."""
-    if os.name == "nt" and path.is_dir():  # folders cannot be opened on Windows
-        return
-    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _first_valid(

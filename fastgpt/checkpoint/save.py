@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -34,11 +34,10 @@ from fastgpt.checkpoint.load import (
     checkpoints_of,
     rank,
     read_json,
-    sync,
-    write_json,
 )
 from fastgpt.checkpoint.tensor_file import HostCopy, write_tensors
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.model import GPTConfig
+from fastgpt.utils.files import atomic_directory, write_json
 
 LARGE = 256_000_000  # bytes; larger states on a CPU are saved synchronously
 
@@ -74,36 +73,6 @@ class TrainingState:
         """The tensors by file name."""
         averaged = {} if self.ema is None else {EMA: self.ema}
         return {MODEL: self.model, OPTIMIZER: self.optimizer, **averaged}
-
-
-def state_of(
-    model: GPT,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    *,
-    val_loss: float | None,
-    tokenizer_hash: str,
-    data_sha256: str,
-    ema: Mapping[str, Tensor] | None = None,
-    extra: Mapping[str, Any] | None = None,
-) -> TrainingState:
-    """Return the state of a run whose model and optimizer are not sharded over processes."""
-    moments = {
-        f"{name}.{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-    return TrainingState(
-        step,
-        model.state_dict(),
-        moments,
-        val_loss,
-        model.config,
-        tokenizer_hash,
-        data_sha256,
-        ema,
-        extra or {},
-    )
 
 
 class Checkpointer:
@@ -218,7 +187,7 @@ class Checkpointer:
     ) -> None:
         """Write one checkpoint; an exception is stored, to be raised by `wait`."""
         try:
-            with _written_beside(target) as folder:
+            with atomic_directory(target) as folder:
                 for name, tensors in files.items():
                     manifest["files"][name] = write_tensors(folder / name, tensors, self._go_on)
                 write_json(folder / MANIFEST, manifest)
@@ -312,31 +281,6 @@ def _clean_up(folder: Path) -> None:
             leftover.rename(replaced)
         else:
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _written_beside(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write to, which replaces `target` when the block succeeds.
-
-    If the block raises, the temporary folder is deleted and an existing `target` is kept.
-    """
-    folder, old = (target.with_name(f".{word}-{target.name}") for word in ("saving", "old"))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        sync(folder)
-        if target.exists():  # this step was trained again, after resuming from an older one
-            target.rename(old)
-            folder.rename(target)
-            shutil.rmtree(old)
-        else:
-            folder.rename(target)
-        sync(target.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if old.exists() and not target.exists():
-            old.rename(target)
 
 
 def _prune(newest: Path, keep: int) -> None:

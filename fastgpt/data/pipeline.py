@@ -12,13 +12,11 @@ existing prepared folder is always complete.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shlex
-import shutil
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
@@ -35,6 +33,7 @@ from fastgpt.tokenizer import BaseTokenizer, Tokenizer, load_tokenizer
 from fastgpt.tokenizer.base import IdArray
 from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT
 from fastgpt.utils.errors import UsageError
+from fastgpt.utils.files import atomic_directory, write_json
 from fastgpt.utils.hashing import mix
 from fastgpt.utils.progress import FileProgress
 from fastgpt.utils.threads import map_in_order
@@ -121,7 +120,7 @@ def prepare(
     val_documents = _DocumentReader(val, field, progress)
     chosen = _choose_tokenizer(tokenizer, train_vocab, documents)
     try:
-        with _written_beside(folder) as beside:
+        with atomic_directory(folder) as beside:
             with closing(_parts(documents, val_documents, val_fraction)) as pieces:
                 sizes = _write_shards(beside, chosen, tokens_per_shard, pieces, threads)
             _check_not_empty(*sizes, None if val_documents.sources else val_fraction)
@@ -341,34 +340,10 @@ def _write_meta(
         "sources": [*map(_describe, documents.sources)],
         **({"val_sources": [*map(_describe, val_documents.sources)]} if has_val else {}),
     }
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(path, content)
 
 
 def _describe(source: Path) -> dict[str, str | int]:
     with source.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {"path": str(source), "bytes": source.stat().st_size, "sha256": sha256}
-
-
-@contextmanager
-def _written_beside(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write to, which replaces `folder` when the block succeeds.
-
-    If the block raises, the temporary folder is deleted and an existing `folder` is kept.
-    """
-    folder = folder.absolute()  # with_name fails for ".", which has no name
-    beside, old = (folder.with_name(f".{word}-{folder.name}") for word in ("preparing", "old"))
-    shutil.rmtree(beside, ignore_errors=True)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        if folder.exists():
-            folder.rename(old)
-        beside.rename(folder)
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

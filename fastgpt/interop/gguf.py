@@ -17,6 +17,7 @@ import mmap
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer
 from fastgpt.tokenizer.vocabulary_files import read_hugging_face, to_hugging_face
 from fastgpt.utils.errors import UsageError
+from fastgpt.utils.files import atomic_file
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -111,18 +113,13 @@ def write(
             f"{model.config.n_embd}; f16 and bf16 support any width"
         )
     vocabulary = _vocabulary(tokenizer, model.config.vocab_size)
-    beside = path.with_name(f".{path.name}.new")
-    writer = gguf.GGUFWriter(None, "gpt2")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _add_metadata(writer, model.config, vocabulary, precision)
-        _write_file(writer, beside, model, precision)
-        beside.replace(path)
+        with atomic_file(path) as temporary, closing(gguf.GGUFWriter(None, "gpt2")) as writer:
+            _add_metadata(writer, model.config, vocabulary, precision)
+            _write_file(writer, temporary, model, precision)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        writer.close()
-        beside.unlink(missing_ok=True)
 
 
 def _import_gguf(path: Path) -> Any:

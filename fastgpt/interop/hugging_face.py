@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.checkpoint.load import read_json, write_json
+from fastgpt.checkpoint.load import read_json
 from fastgpt.checkpoint.tensor_file import stored_tensors, write_tensors
 from fastgpt.interop.foreign import Foreign, LazyTensor, find_tokenizer, make_config
 from fastgpt.interop.pickled import lazy, unpickle
@@ -21,6 +21,7 @@ from fastgpt.interop.tokenizer_files import TOKENIZER_FILES, write_tokenizer
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer
 from fastgpt.utils.errors import UsageError
+from fastgpt.utils.files import write_json
 
 CONFIG, WEIGHTS, PICKLED, INDEX = (
     "config.json",

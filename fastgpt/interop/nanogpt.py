@@ -23,6 +23,7 @@ from fastgpt.interop.pickled import lazy, named_tensors, pickle_contains, unpick
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from fastgpt.utils.errors import UsageError
+from fastgpt.utils.files import atomic_file
 
 CHECKPOINT, META = "ckpt.pt", "meta.pkl"
 PADDED_GPT2 = 50304  # GPT-2's vocabulary size, padded to a multiple of 64
@@ -222,11 +223,8 @@ def _new_optimizer(model: GPT) -> dict[str, Any]:
 
 def _save(content: dict[str, Any], file: Path) -> None:
     """Save a file atomically: on failure, nothing is left."""
-    beside = file.with_name(f".{file.name}.new")
     try:
-        torch.save(content, beside)
-        beside.replace(file)
+        with atomic_file(file) as temporary:
+            torch.save(content, temporary)
     except RuntimeError as error:  # raised by torch if the disk is full
         raise OSError(str(error).splitlines()[0]) from None
-    finally:
-        beside.unlink(missing_ok=True)

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from fastgpt.checkpoint.load import write_json
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer
 from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT, characters_to_hugging_face
+from fastgpt.utils.files import write_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 

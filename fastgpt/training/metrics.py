@@ -5,12 +5,12 @@ JSON has no NaN and no infinity: non-finite values are written as null, and read
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastgpt.utils.errors import UsageError
+from fastgpt.utils.files import atomic_file
 
 
 def metrics_line(record: Mapping[str, Any]) -> str:
@@ -45,19 +45,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def truncate_metrics(path: Path, step: int) -> dict[str, Any]:
+def truncate_metrics(path: Path, step: int) -> None:
     """Remove the records after `step`, which a resumed run will write again.
 
     The file is replaced atomically, so that a crash loses nothing.
-
-    Returns:
-        The last record that was kept, or an empty dictionary if there is none.
     """
-    kept = (
-        [record for record in read_metrics(path) if record["step"] <= step] if path.exists() else []
-    )
     if path.exists():
-        beside = path.with_name(f".{path.name}.new")
-        beside.write_text("".join(map(metrics_line, kept)), encoding="utf-8")
-        os.replace(beside, path)
-    return kept[-1] if kept else {}
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(map(metrics_line, kept)), encoding="utf-8")

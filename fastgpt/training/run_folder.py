@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from fastgpt.checkpoint.load import CheckpointError, read_json, write_json
+from fastgpt.checkpoint.load import CheckpointError, read_json
 from fastgpt.checkpoint.run_lock import NAME as LOCK
 from fastgpt.data.corpus import PACKAGED
 from fastgpt.model import GPTConfig
@@ -16,6 +16,7 @@ from fastgpt.training.distributed import launcher
 from fastgpt.training.environment import command_line, describe_environment
 from fastgpt.training.recipes import Recipe, recipe_from_dict
 from fastgpt.utils.errors import UsageError
+from fastgpt.utils.files import write_json
 
 # Settings that identify a run: a resume must not change them.
 FIXED_SETTINGS = (

@@ -24,9 +24,10 @@ from fastgpt.checkpoint.load import (
     resolve_run,
     verify,
 )
-from fastgpt.checkpoint.save import Checkpointer, state_of
+from fastgpt.checkpoint.save import Checkpointer
 from fastgpt.training.optimizer import make_optimizer
 from fastgpt.utils.errors import UsageError
+from tests.checkpoint.states import state_of
 
 TOKENIZER = CharTokenizer("abcdefg")
 
@@ -43,9 +44,9 @@ def trained(seed: int = 0) -> tuple[GPT, torch.optim.Optimizer]:
 
 
 def save(run: Path, step: int, val_loss: float | None, seed: int = 0, **more: Any) -> Path:
-    facts = {"tokenizer_hash": TOKENIZER.fingerprint, "data_sha256": "d"}
+    more["tokenizer_hash"] = TOKENIZER.fingerprint
     with Checkpointer(run) as checkpointer:
-        checkpointer.save(state_of(*trained(seed), step, val_loss=val_loss, **facts, **more))
+        checkpointer.save(state_of(*trained(seed), step, val_loss, **more))
     return run / "checkpoints" / f"step-{step:08d}"
 
 
@@ -112,7 +113,7 @@ def test_a_checkpoint_of_format_1_is_read(tmp_path: Path) -> None:
     model, optimizer = trained(seed=6)
     folder = tmp_path / "checkpoints" / "step-00000007"
     folder.mkdir(parents=True)
-    state = state_of(model, optimizer, 7, val_loss=2.5, tokenizer_hash="t", data_sha256="d")
+    state = state_of(model, optimizer, 7, val_loss=2.5)
     files = {}
     for name, tensors in (("model", state.model), ("optimizer", state.optimizer)):
         path = folder / f"{name}.safetensors"

@@ -23,9 +23,10 @@ from safetensors.torch import load_file
 
 from fastgpt import GPT, GPTConfig, Recipe
 from fastgpt.checkpoint.load import CheckpointError, find_checkpoint, verify
-from fastgpt.checkpoint.save import Checkpointer, TrainingState, state_of
+from fastgpt.checkpoint.save import Checkpointer, TrainingState
 from fastgpt.checkpoint.tensor_file import HostCopy, write_tensors
 from fastgpt.training.optimizer import make_optimizer
+from tests.checkpoint.states import state_of
 
 MODEL = GPT(GPTConfig(7, 8, 1, 2, 8))
 
@@ -104,9 +105,7 @@ def test_state_of_a_model_is_restored(tmp_path: Path) -> None:
     ids = torch.randint(7, (2, 8))
     model(ids, ids).backward()
     optimizer.step()
-    save_all(
-        tmp_path, state_of(model, optimizer, 1, val_loss=None, tokenizer_hash="t", data_sha256="d")
-    )
+    save_all(tmp_path, state_of(model, optimizer, 1, val_loss=None))
     twin = GPT(MODEL.config)
     twin_optimizer = make_optimizer(twin, Recipe())
     find_checkpoint(tmp_path).restore(twin, twin_optimizer)
