@@ -1,21 +1,15 @@
 """Properties of the machine that benchmarks report."""
 
-import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+
+from fastgpt.utils.processor import cpuinfo, processor_name
 
 
 def processor() -> str:
     """Return the name of the processor and its SIMD extensions, as reported by the system."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = {
-        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
-    }
-    simd = [flag for flag in ("avx2", "avx512bw") if flag in found.get("flags", "").split()]
-    return f"{found.get('model name', platform.machine())} ({', '.join(simd) or 'no AVX2'})"
+    flags = cpuinfo().get("flags", "").split()
+    simd = [flag for flag in ("avx2", "avx512bw") if flag in flags]
+    return f"{processor_name()} ({', '.join(simd) or 'no AVX2'})"
 
 
 def version_of(name: str) -> str | None:

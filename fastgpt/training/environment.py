@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import fastgpt
+from fastgpt.utils.processor import processor_name
 
 PACKAGES = ("triton", "numpy", "safetensors")  # packages that may affect results or files
 GIT_SECONDS = 1.0  # timeout, so that a checkout on a slow disk does not delay the start
@@ -33,7 +34,7 @@ def describe_environment() -> dict[str, Any]:
     return {
         "versions": _versions(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "threads": torch.get_num_threads(),
         **_gpus(),
         "directory": str(here),
@@ -69,16 +70,6 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _gpus() -> dict[str, Any]:

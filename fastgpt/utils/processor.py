@@ -1,5 +1,6 @@
-"""Detect the features of this machine's processor."""
+"""The name and the features of this machine's processor."""
 
+import platform
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -14,22 +15,23 @@ BFLOAT16_UNITS = {
 }
 
 
+def processor_name() -> str:
+    """Return the name of this processor, as reported by the system."""
+    return cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
 def bfloat16_units() -> str | None:
     """Return the name of this processor's bfloat16 instructions, or None if there are none."""
-    flags = _flags()
+    found = cpuinfo()
+    flags = f"{found.get('flags', '')} {found.get('Features', '')}".split()  # of x86, of Arm
     return next((name for flag, name in BFLOAT16_UNITS.items() if flag in flags), None)
 
 
-def _flags() -> set[str]:
-    """Return the processor flags reported by Linux; an empty set on other systems."""
+def cpuinfo() -> dict[str, str]:
+    """Return the fields of a processor in Linux's /proc/cpuinfo; empty on other systems."""
     try:
-        lines = CPUINFO.read_text(encoding="ascii", errors="replace").splitlines()
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return set()
-    found = (line.partition(":") for line in lines)
-    return {
-        flag
-        for name, _, flags in found
-        if name.strip() in ("flags", "Features")
-        for flag in flags.split()
-    }
+        return {}
+    fields = (line.partition(":") for line in lines)
+    return {name.strip(): value.strip() for name, _, value in fields}

@@ -32,3 +32,11 @@ def test_a_processor_of_which_nothing_is_known(
 ) -> None:
     monkeypatch.setattr(processor, "CPUINFO", tmp_path / "none")
     assert processor.bfloat16_units() is None
+    assert processor.processor_name()
+
+
+def test_the_name_of_the_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text("processor : 0\nmodel name\t: A: B\n\nprocessor : 1\nmodel name\t: A: B\n")
+    monkeypatch.setattr(processor, "CPUINFO", path)
+    assert processor.processor_name() == "A: B"
