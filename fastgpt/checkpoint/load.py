@@ -208,10 +208,7 @@ def verify(path: Path, *, weights_only: bool = False) -> Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read only the manifest of a checkpoint, without verifying its files.
-
-    Use it if another process has already verified the checkpoint.
-    """
+    """Read only the manifest of a checkpoint, without verifying its files."""
     manifest = _read_manifest(path / MANIFEST)
     try:
         known = {field.name for field in fields(GPTConfig)}

@@ -4,13 +4,12 @@
 environment. Without it the world size is 1, and all functions return without communication.
 """
 
-import contextlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from fastgpt.model import GPT
 from fastgpt.utils.errors import UsageError
+
+Result = TypeVar("Result")
 
 TIMEOUT = timedelta(minutes=30)  # one process may tokenize or evaluate while the others wait
 GLOO_RELEASE_SECONDS = 0.2  # see `World.close`
@@ -73,26 +74,26 @@ class World:
         """Return the maximum of each number over the processes. All processes must call it."""
         if self.size == 1:
             return list(numbers)
-        together = torch.tensor(numbers)
-        dist.all_reduce(together, dist.ReduceOp.MAX)
-        return [int(number) for number in together]
+        reduced = torch.tensor(numbers)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX)
+        return reduced.tolist()
 
     def all_reduce_sum(self, *numbers: float) -> list[float]:
         """Return the sum of each number over the processes, in fp64. All processes must call it."""
         if self.size == 1:
             return list(numbers)
-        together = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(together)
-        return [float(number) for number in together]
+        reduced = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(reduced)
+        return reduced.tolist()
 
-    def broadcast_object(self, thing: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Broadcast an object from the main process and return it. All processes must call it.
 
         The argument is ignored in the other processes.
         """
         if self.size == 1:
-            return thing
-        box = [thing if self.is_main else None]
+            return value
+        box = [value if self.is_main else None]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
@@ -102,27 +103,27 @@ class World:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
 
-    @contextlib.contextmanager
-    def only_main(self) -> Iterator[bool]:
-        """Yield whether this is the main process, and re-raise its exception in all processes.
+    def on_main(self, function: Callable[[], Result]) -> Result | None:
+        """Return `function()` in the main process, None in the others. All processes must call it.
 
-        The body must check the yielded value and act in the main process only. The error is
-        broadcast at the end of the block: otherwise the other processes would wait, in their next
-        collective call, for a process that has ended. All processes must enter the block.
+        An exception of the function is raised in all processes. Otherwise the others would wait, in
+        their next collective call, for a process that has ended.
         """
-        error: Exception | None = None
+        result, error = None, None
         if self.is_main:
             try:
-                yield True
+                result = function()
             except Exception as raised:
                 error = raised
-        else:
-            yield False
-        message = self.broadcast_object(None if error is None else _as_message(error))
-        if error is not None:
-            raise error
+        message = self.broadcast_object(error and _message(error))
         if message is not None:
-            raise UsageError(message)
+            raise error or UsageError(message)
+        return result
+
+    def from_main(self, function: Callable[[], Result]) -> Result:
+        """Return the main process's `function()` in all processes. See `on_main`."""
+        result: Result = self.broadcast_object(self.on_main(function))
+        return result
 
 
 def split_step(sequences: int, micro_batch: int, world: World) -> list[tuple[int, int]]:
@@ -160,20 +161,21 @@ def wrap(model: GPT, world: World, parallel: str) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
+def gradient_sync(module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
     """Return a context manager for the forward *and* backward of one micro-batch of a step.
 
-    Gradients are synchronized only in the last micro-batch (`last`). DDP reads the flag during the
-    forward pass: if the context were entered after it, the processes would silently diverge.
+    Gradients are reduced over the processes only if `enabled`, as in the last micro-batch. DDP
+    reads the flag during the forward pass: if the context were entered after it, the processes
+    would silently diverge.
     """
     if isinstance(module, nn.parallel.DistributedDataParallel):
-        return nullcontext() if last else module.no_sync()
+        return nullcontext() if enabled else module.no_sync()
     if _is_sharded(module):
-        module.set_requires_gradient_sync(last)  # type: ignore[operator]
+        module.set_requires_gradient_sync(enabled)  # type: ignore[operator]
     return nullcontext()
 
 
-def settle(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Free the gathered parameters of an FSDP model after forward passes without a backward.
 
     FSDP gathers the full parameters for the forward, and would keep them until the next backward.
@@ -182,7 +184,7 @@ def settle(model: nn.Module) -> None:
         model.reshard()  # type: ignore[operator]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return the full tensor of a sharded one (a DTensor); others are returned unchanged.
 
     All processes must call it.
@@ -201,13 +203,6 @@ def shard_like(tensor: Tensor, example: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor.to(example.device), example.device_mesh, example.placements)
-
-
-def restarted_by() -> str | None:
-    """Return the name of the `torchrun` that restarted this process after a failure, else None."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
-        return None
-    return launcher()
 
 
 def launcher() -> str | None:
@@ -239,5 +234,5 @@ def _shard(model: GPT, world: World) -> nn.Module:
     return model
 
 
-def _as_message(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return str(error) if isinstance(error, UsageError) else f"the main process failed: {error!r}"

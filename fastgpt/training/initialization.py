@@ -51,12 +51,9 @@ def initialize_from(
         UsageError: If the model cannot be loaded, or contradicts a setting in `given`.
     """
     source = recipe.init or ""
-    opened = None
-    with world.only_main() as main:
-        if main:
-            opened = load(source)
+    opened = world.on_main(lambda: load(source))
     config, tokenizer = world.broadcast_object(opened and (opened[0].config, opened[1]))
-    recipe = _settle(recipe, config, tokenizer, given)
+    recipe = _with_shape_of(recipe, config, tokenizer, given)
     weights: dict[str, Tensor] = {}
     if opened is not None:
         model, _ = opened
@@ -71,7 +68,7 @@ def initialize_from(
     return recipe, Origin(tokenizer, config, weights=weights), note
 
 
-def _settle(
+def _with_shape_of(
     recipe: Recipe, config: GPTConfig, tokenizer: BaseTokenizer, given: Collection[str]
 ) -> Recipe:
     """Return the recipe with the model's shape and tokenizer.

@@ -67,7 +67,7 @@ def largest_batch(setup: Setup, free: int) -> int | None:
     their number.
     """
     fitting = _largest(setup, _usable(free), -(-setup.sequences // setup.world_size))
-    return fitting and fitting.setup.batch_size
+    return fitting.setup.batch_size if fitting else None
 
 
 def batches(sequences: int, most: int) -> list[int]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.model import GPT
+from fastgpt.training.distributed import full_tensor
 from fastgpt.training.fused_adamw import FusedAdamW
 from fastgpt.training.recipes import Recipe
 
@@ -188,9 +189,7 @@ class Updater:
 
     def _unscale_and_clip(self, grads: list[Tensor]) -> Tensor:
         """Unscale and clip gradients in one pass; return their norm before clipping."""
-        norm = torch.nn.utils.get_total_norm(grads)
-        if hasattr(norm, "full_tensor"):  # a DTensor, if the gradients are sharded over processes
-            norm = norm.full_tensor()
+        norm = full_tensor(torch.nn.utils.get_total_norm(grads))
         # One factor for both, so that the gradients are read and written only once.
         factor = torch.ones_like(norm)
         if self.scale is not None:

@@ -1,10 +1,11 @@
 """Create run folders, read them back for a resume, and check what a resume may change."""
 
 import itertools
+import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def new_run_folder(recipe: Recipe, name: str) -> Path:
 
 
 @contextmanager
-def writing(run: Path) -> Iterator[None]:
+def explain_write_errors(run: Path) -> Iterator[None]:
     """Turn an OSError within the block into a UsageError that says what to do."""
     try:
         yield
@@ -128,22 +129,21 @@ def check_max_steps(step: int, after: Recipe) -> None:
         raise CheckpointError(f"the run is already at step {step:,}: raise --max-steps above it")
 
 
-def interrupted_run(restarted_by: str, recipe: Recipe) -> Path | None:
-    """Return the folder of the run that a launcher's processes were training when one failed.
+def interrupted_run(recipe: Recipe) -> Path | None:
+    """Return the run that these processes were training before `torchrun` restarted them.
 
-    restarted_by: name of the launcher, as returned by `restarted_by()` and stored in `config.json`.
-    If the run has no checkpoint yet, its folder is deleted and None is returned.
+    None if they were not restarted, or if the run has no checkpoint yet; its folder is deleted
+    then. The run is recognized by the launcher's name in its `config.json`.
     """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not (name := launcher()):
+        return None
     candidates = [Path(recipe.out)] if recipe.out else sorted(Path("runs").glob("*"))
     for run in reversed(candidates):
-        try:
-            if read_json(run / "config.json").get("launcher") != restarted_by:
-                continue
-        except CheckpointError:
-            continue
-        if any(run.glob("checkpoints/step-*")):
-            return run
-        shutil.rmtree(run)
+        with suppress(CheckpointError):  # not a run folder
+            if read_json(run / "config.json").get("launcher") == name:
+                if any(run.glob("checkpoints/step-*")):
+                    return run
+                shutil.rmtree(run)
     return None
 
 

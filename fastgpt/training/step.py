@@ -20,7 +20,14 @@ from fastgpt.data.prefetch import MicroBatchLoader
 from fastgpt.lora import Lora, add_lora
 from fastgpt.model import GPT, GPTConfig, meta_model
 from fastgpt.training.compile import compile_or_fallback
-from fastgpt.training.distributed import World, accumulating, shard_like, split_step, whole, wrap
+from fastgpt.training.distributed import (
+    World,
+    full_tensor,
+    gradient_sync,
+    shard_like,
+    split_step,
+    wrap,
+)
 from fastgpt.training.initialization import Origin, initialize_from
 from fastgpt.training.memory_advice import (
     batches,
@@ -110,7 +117,7 @@ class Learner:
 
     # --- a step --------------------------------------------------------------------------------
 
-    def feeder(self, first: int) -> MicroBatchLoader:
+    def loader(self, first: int) -> MicroBatchLoader:
         """Return an iterator over this process's micro-batches, starting at step `first`."""
         plan = (
             (step * self.sequences + at, count)
@@ -119,8 +126,8 @@ class Learner:
         )
         return MicroBatchLoader(self.batches, plan, self.device)
 
-    def step(self, number: int, feed: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Run optimizer step `number` (from 0) with the next micro-batches of `feed`.
+    def step(self, number: int, loader: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Run optimizer step `number` (from 0) with the next micro-batches of `loader`.
 
         Returns:
             This process's loss and the gradient norm, as tensors on the device, without
@@ -134,8 +141,8 @@ class Learner:
             # A micro-batch contributes count / sequences to the mean over the step. DDP and FSDP
             # divide the summed gradients by the world size, which this factor compensates.
             weight = count * world.size / self.sequences
-            with accumulating(self.module, last=position == len(self.share)):
-                losses.append(self.backward(*next(feed), weight))
+            with gradient_sync(self.module, enabled=position == len(self.share)):
+                losses.append(self.backward(*next(loader), weight))
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         return loss, self.updater.step(learning_rate(number, recipe))
 
@@ -164,7 +171,7 @@ class Learner:
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Return the full (unsharded) weights by name. All processes must call it."""
-        return {name: whole(p.detach()) for name, p in self.model.named_parameters()}
+        return {name: full_tensor(p.detach()) for name, p in self.model.named_parameters()}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Return the full optimizer state by name, such as `wte.weight.exp_avg`.
@@ -173,14 +180,14 @@ class Learner:
         """
         moments = self.updater.optimizer.state
         return {
-            f"{name}.{key}": whole(value)
+            f"{name}.{key}": full_tensor(value)
             for name, p in self.model.named_parameters()
             for key, value in moments.get(p, {}).items()
         }
 
     def average_tensors(self) -> dict[str, Tensor] | None:
         """Return the full averaged weights, or None without averaging. All processes must call."""
-        return {n: whole(t) for n, t in self.updater.average.items()} or None
+        return {n: full_tensor(t) for n, t in self.updater.average.items()} or None
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load the weights, their average and the optimizer state from a checkpoint."""
@@ -316,8 +323,7 @@ def _load(recipe: Recipe, world: World, origin: Origin | None) -> Corpus:
     )
     tokenizer = origin.tokenizer if origin else recipe.tokenizer
     sha256 = origin.data_sha256 if origin else None
-    with world.only_main() as main:
-        corpus = load(tokenizer=tokenizer, sha256=sha256) if main else None
+    corpus = world.on_main(lambda: load(tokenizer=tokenizer, sha256=sha256))
     tokenizer, sha256 = world.broadcast_object(corpus and (corpus.tokenizer, corpus.sha256))
     return corpus or load(tokenizer=tokenizer, sha256=sha256, check=False)
 

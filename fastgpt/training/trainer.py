@@ -20,7 +20,6 @@ import torch
 
 from fastgpt.checkpoint.load import Checkpoint, find_checkpoint, load_run_tokenizer, resolve_run
 from fastgpt.checkpoint.save import TrainingState
-from fastgpt.data.prefetch import MicroBatchLoader
 from fastgpt.model import GPT
 from fastgpt.tokenizer import CharTokenizer
 from fastgpt.training.distributed import World
@@ -33,9 +32,11 @@ from fastgpt.training.recipes import Recipe
 from fastgpt.training.run_folder import (
     check_max_steps,
     check_resume_settings,
+    check_unoccupied,
+    explain_write_errors,
     find_data,
+    interrupted_run,
     read_run,
-    writing,
 )
 from fastgpt.training.run_output import RunWriter
 from fastgpt.training.step import Learner
@@ -123,7 +124,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, name: str = "run", given: Collection[str] = ()) -> None:
         with self._joined(recipe):
-            if run := self.writer.interrupted(recipe):
+            if run := self.world.from_main(lambda: interrupted_run(recipe)):
                 self._continue(run, {})
             else:
                 self._begin(recipe, name, given)
@@ -150,11 +151,11 @@ class Trainer:
                 stop = stack.enter_context(StopSignal())
                 stack.enter_context(self.writer.opened(self.recipe, self.step))
                 progress = stack.enter_context(self._progress())
-                self._feed = stack.enter_context(self._feeder())
+                self._loader = stack.enter_context(self.learner.loader(self.step))
                 stack.enter_context(self.learner.explain_memory_errors())
                 self._train(progress, stop)
-                self.standing.seconds = progress.seconds()
-            return self._finish()
+                self.state.seconds = progress.seconds()
+            return self.world.from_main(self._finish)
         finally:
             self.close()
 
@@ -189,7 +190,7 @@ class Trainer:
     @property
     def step(self) -> int:
         """The number of completed steps."""
-        return self.standing.step
+        return self.state.step
 
     @property
     def step_tokens(self) -> int:
@@ -201,7 +202,7 @@ class Trainer:
     @contextlib.contextmanager
     def _joined(self, recipe: Recipe) -> Iterator[None]:
         """Select the device and join the process group; close everything if the block raises."""
-        self.standing, self._evaluated = RunState(), False
+        self.state, self._evaluated = RunState(), False
         self._skipped = SkippedUpdates()
         self._notes: list[str] = []
         self.world = World()
@@ -217,17 +218,17 @@ class Trainer:
 
     def _begin(self, recipe: Recipe, name: str, given: Collection[str]) -> None:
         """Start a new run."""
-        self.writer.check_unoccupied(recipe)  # fail before reading the data
+        self.world.on_main(lambda: check_unoccupied(recipe))  # fail before reading the data
         self.learner = Learner(recipe, self.device, self.world, given=given)
         self._notes += self.learner.notes
         tokenizer = self.learner.corpus.tokenizer
-        self.writer.begin(name, self.recipe, self.learner.config, tokenizer)
+        self.writer.create(name, self.recipe, self.learner.config, tokenizer)
 
     def _continue(self, run: Path, changes: dict[str, Any]) -> None:
         """Continue the run in a folder from its newest valid checkpoint."""
         name, before = read_run(run)
         recipe = replace(before, **{**find_data(run, before), **changes})
-        checkpoint = self.writer.take(run, recipe.keep, self._notes)
+        checkpoint = self.writer.reopen(run, recipe.keep, self._notes)
         check_resume_settings(before, recipe)
         tokenizer = load_run_tokenizer(run, checkpoint)
         config = replace(checkpoint.config, dropout=recipe.dropout)
@@ -237,12 +238,12 @@ class Trainer:
         self._notes += self.learner.notes
         self.learner.restore(checkpoint)
         self._restore_run_state(checkpoint)
-        self.writer.go_on(name, self.recipe, self.learner.config, self.step)
+        self.writer.rewind(name, self.recipe, self.learner.config, self.step)
 
     def _restore_run_state(self, checkpoint: Checkpoint) -> None:
         """Restore the progress from a checkpoint; fields that it does not have stay as they are."""
-        standing = {key: checkpoint.extra.get(key, v) for key, v in asdict(self.standing).items()}
-        self.standing = RunState(**{**standing, "step": checkpoint.step})
+        saved = {key: checkpoint.extra.get(key, v) for key, v in asdict(self.state).items()}
+        self.state = RunState(**{**saved, "step": checkpoint.step})
         self._notes.append(f"resumed at step {self.step:,}")
         self._evaluated = checkpoint.val_loss is not None
 
@@ -264,7 +265,7 @@ class Trainer:
             if due:
                 self._log(progress)
             if requested and not self._last_step():
-                self.standing.seconds = progress.seconds()
+                self.state.seconds = progress.seconds()
                 self._save(None)
                 raise Stopped(requested, self.run, self.step)
             if self._evaluation_due():
@@ -274,16 +275,12 @@ class Trainer:
 
     def _step(self) -> None:
         """Run one optimizer step."""
-        self.loss, self.norm = self.learner.step(self.step, self._feed)
-        self.standing.step += 1
+        self.loss, self.norm = self.learner.step(self.step, self._loader)
+        self.state.step += 1
         self._evaluated = False
         self._skipped.add(self.step, self.learner.updater.skipped, self.norm)
         if self.device.type == "cpu":  # reading the counter does not synchronize with a device
             self._check_skipped()
-
-    def _feeder(self) -> MicroBatchLoader:
-        """Return an iterator over this process's micro-batches, starting at the current step."""
-        return self.learner.feeder(self.step)
 
     def _check_skipped(self) -> None:
         """Raise UsageError after too many consecutive skipped updates."""
@@ -315,7 +312,7 @@ class Trainer:
 
     def _finished(self) -> bool:
         patience = self.recipe.patience
-        return self._last_step() or 0 < patience <= self.standing.evaluations_since
+        return self._last_step() or 0 < patience <= self.state.evaluations_since
 
     # --- evaluation, samples, saving -----------------------------------------------------------
 
@@ -327,26 +324,22 @@ class Trainer:
         self._evaluated = True
         with progress.paused():
             val_loss = self.validation_loss()
-            self._record_evaluation(val_loss, progress.seconds())
+            words = {"val_perplexity": perplexity(val_loss)} if self._shows_perplexity else {}
+            self._record(val_loss=val_loss, **words, seconds=progress.seconds())
             if not math.isfinite(val_loss):
                 raise self._diverged(f"validation loss {val_loss}")
+            shown = format_loss(val_loss, self._shows_perplexity)
             if self.step:
-                progress.evaluated(format_loss(val_loss, self._shows_perplexity))
+                progress.evaluated(shown)
             else:
-                progress.say(
-                    f"before: validation loss {format_loss(val_loss, self._shows_perplexity)}"
-                )
-                self.standing.val_loss_before = val_loss
-            self.standing.evaluated(val_loss)
-            self.standing.seconds = progress.seconds()
+                progress.say(f"before: validation loss {shown}")
+                self.state.val_loss_before = val_loss
+            self.state.evaluated(val_loss)
+            self.state.seconds = progress.seconds()
             self._save(val_loss)
             if self._finished() and not self._last_step():
                 patience = self.recipe.patience
                 progress.say(f"no lower loss for {patience} evaluations: stopped early")
-
-    def _record_evaluation(self, val_loss: float, seconds: float) -> None:
-        words = {"val_perplexity": perplexity(val_loss)} if self._shows_perplexity else {}
-        self._record(val_loss=val_loss, **words, seconds=seconds)
 
     @property
     def _shows_perplexity(self) -> bool:
@@ -361,11 +354,8 @@ class Trainer:
 
     def _save(self, val_loss: float | None) -> None:
         """Save a checkpoint from the main process; all processes must call, to gather shards."""
-        self.writer.save(self._state(val_loss))
-
-    def _state(self, val_loss: float | None) -> TrainingState:
         learner = self.learner
-        return TrainingState(
+        state = TrainingState(
             self.step,
             learner.model_tensors(),
             learner.optimizer_tensors(),
@@ -374,8 +364,9 @@ class Trainer:
             learner.corpus.tokenizer.fingerprint,
             learner.corpus.sha256,
             learner.average_tensors(),
-            {**asdict(self.standing), **learner.extra_state()},
+            {**asdict(self.state), **learner.extra_state()},
         )
+        self.writer.save(state)
 
     def _show_sample(self, progress: Progress) -> None:
         """Print a sample of the current model without changing the state of the training."""
@@ -384,36 +375,32 @@ class Trainer:
             if self.world.is_main:
                 text = self._sample(model)
                 progress.say(f"--- sample at step {self.step:,}\n{text}\n---")
-                self.writer.text(self.step, text)
+                self.writer.log_text(self.step, text)
 
     def _sample(self, model: GPT) -> str:
-        recipe = self.recipe
-        return generate_sample(
-            model, self.learner.corpus.tokenizer, recipe.sample_tokens, recipe.seed
-        )
+        tokenizer, recipe = self.learner.corpus.tokenizer, self.recipe
+        return generate_sample(model, tokenizer, recipe.sample_tokens, recipe.seed)
 
     def _finish(self) -> Result:
-        """Plot the loss curve, generate a sample with the best weights, and return the result."""
-        result = None
-        with self.world.only_main() as main:
-            if main:
-                result = self._finish_alone()
-        shared: Result = self.world.broadcast_object(result)
-        return shared
+        """Plot the loss curve, generate a sample with the best weights, and return the result.
 
-    def _finish_alone(self) -> Result:
-        """Do the work of `_finish`; for the main process only."""
+        For the main process only.
+        """
         plot_losses(self.run)
         best = find_checkpoint(self.run, "best", weights_only=True)
         assert best.val_loss is not None  # the last step is always evaluated
         model = best.load_model(self.device, self.recipe.ops, ema=best.has_ema)
         sample = self._sample(model)
-        with writing(self.run):
+        with explain_write_errors(self.run):
             (self.run / "sample.txt").write_text(sample + "\n", encoding="utf-8")
-        standing = self.standing
         return Result(
-            *(self.run, self.step, best.step, best.val_loss, sample, standing.seconds),
-            standing.val_loss_before,
+            self.run,
+            self.step,
+            best.step,
+            best.val_loss,
+            sample,
+            self.state.seconds,
+            self.state.val_loss_before,
             self._shows_perplexity,
         )
 
@@ -425,7 +412,7 @@ class Trainer:
         return Progress(
             self.step,
             self.recipe.max_steps,
-            seconds=self.standing.seconds,
+            seconds=self.state.seconds,
             flops_per_token=flops_per_token(
                 self.model.config,
                 self.model.num_params(embeddings=False),
@@ -437,7 +424,7 @@ class Trainer:
         )
 
     def _record(self, **values: float) -> None:
-        self.writer.record(self.step, {**values, "tokens": self.step * self.step_tokens})
+        self.writer.log(self.step, {**values, "tokens": self.step * self.step_tokens})
 
     def _summary(self) -> str:
         """Return the lines printed at the start: model, data, device, memory and notes."""

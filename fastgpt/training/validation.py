@@ -14,7 +14,7 @@ from fastgpt.inference.generation import generate
 from fastgpt.lora import merged
 from fastgpt.model import GPT, meta_model
 from fastgpt.tokenizer import BaseTokenizer
-from fastgpt.training.distributed import settle
+from fastgpt.training.distributed import reshard
 from fastgpt.training.step import Learner
 
 MOST_EXPONENT = 700.0  # math.exp overflows fp64 slightly above
@@ -51,7 +51,7 @@ def mean_loss(learner: Learner) -> float:
         if number < n_batches:
             total += loss.item() * len(here)
     learner.model.train()
-    settle(learner.model)
+    reshard(learner.model)
     return world.all_reduce_sum(total)[0] / len(starts)
 
 

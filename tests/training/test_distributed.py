@@ -29,11 +29,11 @@ SECONDS = 240  # timeout: more than the slowest machine needs
 GRADIENTS = """
 import os, sys, torch
 from fastgpt import Recipe, Trainer
-from fastgpt.training.distributed import World, whole
+from fastgpt.training.distributed import World, full_tensor
 from fastgpt.training.optimizer import Updater, trainable
 
 def step(self, lr):
-    grads = {n: whole(p.grad).clone() for n, p in trainable(self.model).items()}
+    grads = {n: full_tensor(p.grad).clone() for n, p in trainable(self.model).items()}
     torch.save(grads, f"{folder}/{len(os.listdir(folder)):03d}")
     return update(self, lr)
 

@@ -158,7 +158,7 @@ import sys, torch
 from fastgpt import Recipe, Trainer, _C
 _C.gemm_is_faster = lambda **_: True
 trainer = Trainer(eval(sys.argv[1]))
-with trainer._feeder() as trainer._feed:
+with trainer.learner.loader(0) as trainer._loader:
     for _ in range(3):
         trainer._step()
 needed = trainer.learner.memory()

@@ -312,7 +312,7 @@ def test_gradients_of_float16_are_those_of_float32(tiny: Recipe) -> None:
     norms = {}
     for dtype in ("float32", "float16"):
         trainer = Trainer(replace(tiny, dtype=dtype, out=f"{tiny.out}-{dtype}", dropout=0.0))
-        with trainer._feeder() as trainer._feed:
+        with trainer.learner.loader(0) as trainer._loader:
             trainer._step()
         norms[dtype] = trainer.norm.item()
         trainer.close()
