@@ -1,5 +1,6 @@
 """`python -m fastgpt.train [RECIPE] [--data my.txt] [--any-setting value]`: train a model."""
 
+import argparse
 import dataclasses
 import shlex
 import sys
@@ -18,8 +19,7 @@ DEFAULT_RECIPE = "shakespeare-char"
 
 def main(args: Sequence[str]) -> None:
     """Train the recipe named by the first argument with the given settings, or resume a run."""
-    args = list(args)
-    run = _take_resume(args)
+    run, args = _take_resume(args)
     if run is not None:
         _fit(run=run, changes=_changes(args, run))
         return
@@ -86,17 +86,14 @@ def _description() -> str:
     )
 
 
-def _take_resume(args: list[str]) -> Path | None:
-    """Remove `--resume RUN` from `args` and return the folder, if it is there."""
-    for index, word in enumerate(args):
-        if word == "--resume":
-            if index + 1 == len(args):
-                raise UsageError("--resume needs the run folder to continue, e.g. runs/latest")
-            del args[index]
-            return Path(args.pop(index))
-        if word.startswith("--resume="):
-            return Path(args.pop(index).removeprefix("--resume="))
-    return None
+def _take_resume(args: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Return the run folder after `--resume`, if there is one, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", nargs="?", const="")
+    found, others = parser.parse_known_args(args)
+    if found.resume == "":
+        raise UsageError("--resume needs the run folder to continue, e.g. runs/latest")
+    return found.resume and Path(found.resume), others
 
 
 def _changes(args: Sequence[str], run: Path) -> dict[str, Any]:

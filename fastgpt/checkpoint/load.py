@@ -19,6 +19,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -186,12 +187,9 @@ def find_checkpoint(
     if found is None:
         what = "; ".join(problems) or _NONE_YET
         raise CheckpointError(f"{run}: no usable checkpoint: {what}")
+    report = report or partial(warnings.warn, stacklevel=2)
     for problem in problems:
-        line = f"skipped a damaged checkpoint: {problem}"
-        if report is not None:
-            report(line)
-        else:
-            warnings.warn(line, stacklevel=2)
+        report(f"skipped a damaged checkpoint: {problem}")
     return found
 
 
@@ -277,10 +275,14 @@ def checkpoints_of(run: Path) -> Path:
     return run / "checkpoints"
 
 
-def rank(val_loss: Any) -> float:
-    """Return a sort key for a validation loss; None and NaN are sorted last."""
-    number = isinstance(val_loss, int | float) and not math.isnan(val_loss)
-    return float(val_loss) if number else math.inf
+def rank(path: Path) -> float:
+    """Return the sort key of a checkpoint: its validation loss, or infinity for None and NaN.
+
+    Raises: CheckpointError if the manifest cannot be read.
+    """
+    val_loss: Any = read_json(path / MANIFEST).get("val_loss")
+    known = isinstance(val_loss, int | float) and not math.isnan(val_loss)
+    return float(val_loss) if known else math.inf
 
 
 def _first_valid(
@@ -304,19 +306,18 @@ def _first_valid(
 
 def _rank_on_disk(path: Path) -> float:
     try:
-        return rank(read_json(path / MANIFEST).get("val_loss"))
+        return rank(path)
     except CheckpointError:
         return -math.inf  # it may have been the best: try it first, so that the damage is reported
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = read_json(path)
-    written = manifest.get("format")
-    if not isinstance(written, int) or not 1 <= written <= FORMAT:
-        if isinstance(written, int) and written > FORMAT:
-            raise CheckpointError(f"{path}: written by a newer fastgpt (format {written})")
+    version, files = manifest.get("format"), manifest.get("files")
+    if not isinstance(version, int) or version < 1:
         raise CheckpointError(f"{path}: not a manifest of format 1 to {FORMAT}")
-    files = manifest.get("files")
+    if version > FORMAT:
+        raise CheckpointError(f"{path}: written by a newer fastgpt (format {version})")
     if not isinstance(files, dict):
         raise CheckpointError(f"{path}: lists no files")
     for name, expected in files.items():

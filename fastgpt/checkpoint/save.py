@@ -33,7 +33,6 @@ from fastgpt.checkpoint.load import (
     CheckpointError,
     checkpoints_of,
     rank,
-    read_json,
 )
 from fastgpt.checkpoint.tensor_file import HostCopy, write_tensors
 from fastgpt.model import GPTConfig
@@ -74,6 +73,11 @@ class TrainingState:
         averaged = {} if self.ema is None else {EMA: self.ema}
         return {MODEL: self.model, OPTIMIZER: self.optimizer, **averaged}
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors."""
+        return [tensor for file in self.files.values() for tensor in file.values()]
+
 
 class Checkpointer:
     """Saves the checkpoints of one run, and keeps the newest `keep` of them and the best one.
@@ -95,7 +99,7 @@ class Checkpointer:
         self._copies: dict[str, HostCopy] = {}
         self._thread: threading.Thread | None = None
         self._failure: tuple[Path, BaseException] | None = None
-        self._given_up = threading.Event()
+        self._aborted = threading.Event()
         _make_writable(self._folder)
         _clean_up(self._folder)
 
@@ -108,16 +112,15 @@ class Checkpointer:
             Nothing is written in this case.
         """
         self.wait()
-        self._given_up.clear()
+        self._aborted.clear()
         _check_finite(state)
         target = self._folder / f"step-{state.step:08d}"
         if _is_large_on_a_cpu(state):
             self._write(target, _manifest(state), state.files)
             self.wait()
             return
-        copied = self._copy(state)
-        work = (target, _manifest(state), copied)
-        self._thread = threading.Thread(target=self._write_copies, args=work, daemon=True)
+        args = (target, _manifest(state), self._copy(state))
+        self._thread = threading.Thread(target=self._write_copies, args=args, daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -136,9 +139,9 @@ class Checkpointer:
         finally:
             self._copies.clear()
 
-    def give_up(self) -> None:
+    def abort(self) -> None:
         """Abort a save in progress; its checkpoint will not be visible."""
-        self._given_up.set()
+        self._aborted.set()
         if self._thread is not None:
             self._thread.join(timeout=0.5)  # not longer, as it may be waiting for the disk
 
@@ -151,22 +154,23 @@ class Checkpointer:
         if kind is None or issubclass(kind, Exception):
             self.close()
         else:
-            self.give_up()
+            self.abort()
 
     def _copy(self, state: TrainingState) -> "torch.cuda.Event | None":
         """Copy the tensors to host memory.
 
         Returns a CUDA event to synchronize with before the copies are read, or None without CUDA.
         """
-        for name in self._copies.keys() - state.files.keys():
-            del self._copies[name]
-        on_cuda: torch.device | None = None
+        self._copies = {  # frees the old memory before new memory is allocated
+            name: copy
+            for name, copy in self._copies.items()
+            if name in state.files and copy.fits(state.files[name])
+        }
         for name, tensors in state.files.items():
-            if name not in self._copies or not self._copies[name].fits(tensors):
-                self._copies.pop(name, None)  # free the old memory before allocating the new
+            if name not in self._copies:
                 self._copies[name] = HostCopy(tensors)
             self._copies[name].copy(tensors)
-            on_cuda = next((t.device for t in tensors.values() if t.is_cuda), on_cuda)
+        on_cuda = next((tensor.device for tensor in state.tensors if tensor.is_cuda), None)
         return torch.cuda.current_stream(on_cuda).record_event() if on_cuda else None
 
     def _write_copies(
@@ -189,17 +193,18 @@ class Checkpointer:
         try:
             with atomic_directory(target) as folder:
                 for name, tensors in files.items():
-                    manifest["files"][name] = write_tensors(folder / name, tensors, self._go_on)
+                    facts = write_tensors(folder / name, tensors, self._check_aborted)
+                    manifest["files"][name] = facts
                 write_json(folder / MANIFEST, manifest)
-                self._go_on()
+                self._check_aborted()
             _prune(target, self._keep)
         except _Aborted:
             pass
         except Exception as error:
             self._failure = (target, error)
 
-    def _go_on(self) -> None:
-        if self._given_up.is_set():
+    def _check_aborted(self) -> None:
+        if self._aborted.is_set():
             raise _Aborted
 
 
@@ -208,9 +213,8 @@ class _Aborted(Exception):  # noqa: N818 (not an error: requested by the user)
 
 
 def _is_large_on_a_cpu(state: TrainingState) -> bool:
-    tensors = [tensor for file in state.files.values() for tensor in file.values()]
-    on_host = all(tensor.device.type == "cpu" for tensor in tensors)
-    return on_host and sum(tensor.nbytes for tensor in tensors) > LARGE
+    on_host = all(tensor.device.type == "cpu" for tensor in state.tensors)
+    return on_host and sum(tensor.nbytes for tensor in state.tensors) > LARGE
 
 
 def _manifest(state: TrainingState) -> dict[str, Any]:
@@ -233,7 +237,7 @@ def _check_finite(state: TrainingState) -> None:
     The fast path computes the norm of all tensors, which is bound by memory bandwidth. As the norm
     also overflows for huge finite values, a non-finite norm is confirmed tensor by tensor.
     """
-    tensors = [t for file in state.files.values() for t in file.values() if t.is_floating_point()]
+    tensors = [tensor for tensor in state.tensors if tensor.is_floating_point()]
     if torch.nn.utils.get_total_norm(tensors).isfinite():
         return
     for what, file in (
@@ -295,7 +299,7 @@ def _prune(newest: Path, keep: int) -> None:
             _delete(path)
             continue
         with contextlib.suppress(CheckpointError):  # keep damaged checkpoints for inspection
-            ranks[path] = rank(read_json(path / MANIFEST).get("val_loss"))
+            ranks[path] = rank(path)
     kept = {*sorted(ranks)[-keep:], min(ranks, key=ranks.__getitem__)}
     for path in ranks.keys() - kept:
         _delete(path)

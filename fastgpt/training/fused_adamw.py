@@ -12,6 +12,8 @@ from torch.optim.optimizer import ParamsT
 from fastgpt.utils.extension import _C
 
 State = dict[str, Tensor]
+Groups = list[list[Tensor]]  # the parameters of each group that have a gradient
+Rows = tuple[list[Tensor], ...]  # parameters, gradients, first and second moments, step counts
 
 
 class FusedAdamW(torch.optim.AdamW):
@@ -84,9 +86,10 @@ class FusedAdamW(torch.optim.AdamW):
             return
         states = [self._state(p) for p in params]
         grads = [_with_layout_of(p, p.grad) for p in params if p.grad is not None]
+        moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")]
         max_norm = float("inf") if self.max_norm is None else self.max_norm
         step = self._step_on_cpu if _uses_cpp(params[0]) else self._step_of_kernels
-        self.grad_norm = step(groups, params, grads, states, max_norm)
+        self.grad_norm = step(groups, (params, grads, *moments), max_norm)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and pickles, to which PyTorch would not add `max_norm`."""
@@ -107,40 +110,25 @@ class FusedAdamW(torch.optim.AdamW):
                     )
             group.update(fused=True, foreach=None, capturable=False)
 
-    def _step_on_cpu(
-        self,
-        groups: list[list[Tensor]],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        max_norm: float,
-    ) -> Tensor:
+    def _step_on_cpu(self, groups: Groups, rows: Rows, max_norm: float) -> Tensor:
         rates = [
             (float(group["lr"]), *_rates_of(group)[1:])
-            for group, some in zip(self.param_groups, groups, strict=True)
-            for _ in some
+            for group, params in zip(self.param_groups, groups, strict=True)
+            for _ in params
         ]
-        moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")]
         if torch._C._len_torch_dispatch_stack():  # for example fake tensors, which have no memory
             raise RuntimeError("FusedAdamW cannot be traced on a CPU: use torch.optim.AdamW there")
-        rows = [
+        addresses = [
             (tensors[0].numel(), *(tensor.data_ptr() for tensor in tensors))
-            for tensors in zip(params, grads, *moments, strict=True)
+            for tensors in zip(*rows, strict=True)
         ]
-        return torch.tensor(_C.adamw(rows, rates, max_norm, torch.get_num_threads()))
+        return torch.tensor(_C.adamw(addresses, rates, max_norm, torch.get_num_threads()))
 
-    def _step_of_kernels(
-        self,
-        groups: list[list[Tensor]],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        max_norm: float,
-    ) -> Tensor:
+    def _step_of_kernels(self, groups: Groups, rows: Rows, max_norm: float) -> Tensor:
         adamw = import_module("fastgpt.kernels.adamw")  # imported lazily: Triton is optional
-        tensors = self._find(adamw, params, grads, states)
-        hyper = self._rates(adamw, groups, params[0])
-        if _recording(params[0]):
+        tensors = self._find(adamw, rows)
+        hyper = self._rates(adamw, groups, rows[0][0])
+        if _recording(rows[0][0]):
             self._recorded += [tensors, hyper]  # keep alive what the captured graph reads
         norm: Tensor = adamw.adamw(tensors, hyper, max_norm)
         return norm
@@ -162,12 +150,9 @@ class FusedAdamW(torch.optim.AdamW):
             state[name] = _with_layout_of(param, state[name])
         return state
 
-    def _find(
-        self, adamw: Any, params: list[Tensor], grads: list[Tensor], states: list[State]
-    ) -> Any:
+    def _find(self, adamw: Any, rows: Rows) -> Any:
         """Return the device tables of tensor addresses and sizes, rebuilt only if one has moved."""
-        moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")]
-        rows = (params, grads, *moments)
+        params = rows[0]
         made_for = tuple(tensor.data_ptr() for row in rows for tensor in row)
         if self._tensors is None or made_for != self._made_for:
             _check_not_capturing(params[0], "one of its tensors has moved since the last step")
@@ -179,7 +164,7 @@ class FusedAdamW(torch.optim.AdamW):
             self._made_for = made_for
         return self._tensors
 
-    def _rates(self, adamw: Any, groups: list[list[Tensor]], param: Tensor) -> Tensor:
+    def _rates(self, adamw: Any, groups: Groups, param: Tensor) -> Tensor:
         """Return the hyperparameters of each parameter on the device, fp64 `[n, 5]`.
 
         They are copied only if one has changed. A learning rate that is a tensor is copied into the

@@ -10,6 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -125,9 +126,11 @@ class MetricsFile(Logger):
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file = path.open("ab", buffering=0)
+            self._file = path.open("a+b", buffering=0)
+            if self._file.tell():
+                self._file.seek(-1, os.SEEK_END)
             # Whether the file ends with an incomplete line.
-            self._torn = path.stat().st_size > 0 and _last_byte(path) != b"\n"
+            self._incomplete = self._file.read(1) not in (b"", b"\n")
         except OSError as error:
             raise UsageError(f"{path} cannot be written: {error.strerror}") from None
 
@@ -147,11 +150,11 @@ class MetricsFile(Logger):
         line = metrics_line(record).encode()
         # End an incomplete line (of a crash or a full disk) first, so that it does not corrupt this
         # one. The flag stays set if the write fails or is partial.
-        whole = b"\n" + line if self._torn else line
-        self._torn = True
-        if self._file.write(whole) != len(whole):
+        line = b"\n" + line if self._incomplete else line
+        self._incomplete = True
+        if self._file.write(line) != len(line):
             raise OSError("the disk is full")
-        self._torn = False
+        self._incomplete = False
 
 
 class TensorBoard(Logger):
@@ -190,17 +193,18 @@ class WeightsAndBiases(Logger):
     def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
         wandb: Any = import_module("wandb")
         self._wandb = wandb
-        settings = wandb.Settings(console="off", init_timeout=WANDB_SECONDS)
-        options: dict[str, Any] = {
-            "name": run.name,
-            "id": _kept_id(run / "wandb-id.txt"),
-            "resume": "allow",
-            "dir": str(run),
-            "config": dict(config),
-            "settings": settings,
-        }
+        start = partial(
+            wandb.init,
+            project=os.environ.get("WANDB_PROJECT", "fastgpt"),
+            name=run.name,
+            id=_run_id(run / "wandb-id.txt"),
+            resume="allow",
+            dir=str(run),
+            config=dict(config),
+            settings=wandb.Settings(console="off", init_timeout=WANDB_SECONDS),
+        )
         try:
-            self._run = _start(wandb, options)
+            self._run = start()
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise UsageError(
                 f"W&B: {_one_line(error)} Run `wandb login` first, or log without a network: "
@@ -212,7 +216,7 @@ class WeightsAndBiases(Logger):
                 f"{run / 'wandb'}; upload it later with `wandb sync`",
                 stacklevel=3,
             )
-            self._run = _start(wandb, options | {"mode": "offline"})
+            self._run = start(mode="offline")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Log to the run; values that it already has for this step are kept."""
@@ -237,21 +241,11 @@ def _open(name: str, run: Path, config: Mapping[str, Any], step: int) -> Logger:
     return WeightsAndBiases(run, config)
 
 
-def _start(wandb: Any, options: dict[str, Any]) -> Any:
-    return wandb.init(project=os.environ.get("WANDB_PROJECT", "fastgpt"), **options)
-
-
-def _kept_id(path: Path) -> str:
+def _run_id(path: Path) -> str:
     """Return the run id saved in a file; create the file with a random id if it does not exist."""
     if not path.exists():
         path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
-
-
-def _last_byte(path: Path) -> bytes:
-    with path.open("rb") as file:
-        file.seek(-1, 2)
-        return file.read()
 
 
 def _one_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """
     groups = parameter_groups(model, recipe.weight_decay)
     betas = (recipe.beta1, recipe.beta2)
-    if all(_is_plain(p) for group in groups for p in group["params"]) and _has_fused(model, recipe):
+    if _has_fused(model, recipe):
         return FusedAdamW(groups, recipe.lr, betas, max_norm=recipe.grad_clip or None)
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=betas, fused=True)
 
@@ -77,13 +77,11 @@ def _height(progress: float, span: int, recipe: Recipe) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def _is_plain(parameter: Tensor) -> bool:
-    """Whether a parameter is fp32 and not sharded over processes."""
-    return not hasattr(parameter, "full_tensor") and parameter.dtype == torch.float32
-
-
 def _has_fused(model: torch.nn.Module, recipe: Recipe) -> bool:
-    """Whether `FusedAdamW` supports the model's device with the recipe's backend (`ops`)."""
+    """Whether `FusedAdamW` supports the model, and its device with the recipe's backend (`ops`)."""
+    parameters = trainable(model).values()
+    if any(hasattr(p, "full_tensor") or p.dtype != torch.float32 for p in parameters):
+        return False
     device = next(model.parameters()).device
     if device.type == "cuda":
         return ops.check_device(recipe.ops, device) == "triton"
@@ -110,9 +108,8 @@ class Updater:
         self.optimizer = make_optimizer(model, recipe)
         self.scale = LossScale(model.device) if dtype == torch.float16 else None
         self.skipped = torch.zeros((), device=model.device)
-        self.average: dict[str, Tensor] = {}
-        if recipe.ema:
-            self.average = {name: p.detach().clone() for name, p in parameters.items()}
+        averaged = parameters if recipe.ema else {}
+        self.average = {name: p.detach().clone() for name, p in averaged.items()}
 
     def scaled(self, loss: Tensor) -> Tensor:
         """Return the loss multiplied by the loss scale, on which to call `backward`."""
@@ -172,7 +169,8 @@ class Updater:
         The returned norm is that of the unscaled gradients before clipping.
         """
         if isinstance(self.optimizer, FusedAdamW):
-            self._unscale(grads)
+            if self.scale is not None:
+                torch._foreach_div_(grads, self.scale.factor)
             self.optimizer.step()
             assert self.optimizer.grad_norm is not None
             return self.optimizer.grad_norm
@@ -181,11 +179,6 @@ class Updater:
         self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         return norm
-
-    def _unscale(self, grads: list[Tensor]) -> None:
-        """Divide gradients by the loss scale, in place."""
-        if self.scale is not None:
-            torch._foreach_div_(grads, self.scale.factor)
 
     def _unscale_and_clip(self, grads: list[Tensor]) -> Tensor:
         """Unscale and clip gradients in one pass; return their norm before clipping."""

@@ -5,6 +5,7 @@ text. This module has no heavy imports, so that help and error messages appear i
 """
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin
 
@@ -134,51 +135,38 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            choices = get_args(field.type) if get_origin(field.type) is Literal else ()
-            if choices and getattr(self, field.name) not in choices:
-                listed = ", ".join(choices)
-                value = getattr(self, field.name)
-                raise UsageError(f"{field.name} must be one of {listed}, not {value!r}")
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in _AT_LEAST_ZERO:
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        for name in ("beta1", "beta2", "ema", "lora_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UsageError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+            choices, value = get_args(field.type), getattr(self, field.name)
+            if get_origin(field.type) is Literal and value not in choices:
+                raise UsageError(f"{field.name} must be one of {', '.join(choices)}, not {value!r}")
+        for wanted, is_valid, names in _RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not is_valid(value):
+                    raise UsageError(f"{name} must be {wanted}, not {value}")
         if not (self.tokenizer in TOKENIZERS or is_path(self.tokenizer)):
             raise UsageError(
                 f"tokenizer must be one of {', '.join(TOKENIZERS)} or the path of a file or folder "
                 f"(./{self.tokenizer}), not {self.tokenizer!r}"
             )
-        if self.epochs is not None and not 0.0 < self.epochs < float("inf"):
-            raise UsageError(f"epochs must be more than 0, not {self.epochs}")
         if self.lora_rank and not self.init:
             raise UsageError("lora_rank needs a pretrained model: add --init MODEL")
-        if not 0.0 < self.lora_alpha < float("inf"):
-            raise UsageError(f"lora_alpha must be more than 0, not {self.lora_alpha}")
         if self.min_lr is not None and not 0.0 <= self.min_lr <= self.lr:
             raise UsageError(f"min_lr must be from 0 to lr ({self.lr}), not {self.min_lr}")
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"seed must be from 0 to 2^63 - 1, not {self.seed}")
-        if not 0.0 < self.val_fraction < 1.0:
-            raise UsageError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
-        if not 0.0 < self.decay_fraction <= 1.0:
-            raise UsageError(f"decay_fraction must be in (0, 1], not {self.decay_fraction}")
         if unknown := set(self.log) - {"tensorboard", "wandb"}:
             raise UsageError(f"log must be tensorboard or wandb, not {', '.join(unknown)}")
 
 
-_AT_LEAST_ONE = (
-    *("n_layer", "n_head", "n_embd", "block_size"),
-    *("batch_size", "grad_accum", "max_steps", "max_skipped", "eval_tokens", "keep"),
-    "vocab_size",
-)
-_AT_LEAST_ZERO = (
-    *("lr", "weight_decay", "grad_clip", "warmup_steps", "patience"),
-    *("sample_tokens", "sample_interval", "eval_interval", "lora_rank"),
+# The permitted values of settings; those that are None are not checked.
+_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("at least 1", lambda x: x >= 1, "n_layer n_head n_embd block_size batch_size grad_accum"),
+    ("at least 1", lambda x: x >= 1, "max_steps max_skipped eval_tokens keep vocab_size"),
+    ("0 or more", lambda x: x >= 0, "lr weight_decay grad_clip warmup_steps patience lora_rank"),
+    ("0 or more", lambda x: x >= 0, "sample_tokens sample_interval eval_interval"),
+    ("more than 0", lambda x: 0.0 < x < float("inf"), "epochs lora_alpha"),
+    ("in [0, 1)", lambda x: 0.0 <= x < 1.0, "beta1 beta2 ema lora_dropout"),
+    ("in (0, 1]", lambda x: 0.0 < x <= 1.0, "decay_fraction"),
+    ("between 0 and 1", lambda x: 0.0 < x < 1.0, "val_fraction"),
+    ("from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63, "seed"),
 )
 
 

@@ -93,7 +93,7 @@ class Learner:
             self.notes.append(note)
         self.corpus = _load(recipe, world, origin)
         self.config = origin.config if origin else _model_config(recipe, self.corpus)
-        self.lora = _lora_config(recipe)
+        self.lora = _lora(recipe) if recipe.lora_rank else None
         self.backend = _backend_name(recipe.ops, device, self.config)
         self.batches = Batches(self.corpus.train, recipe.block_size, recipe.seed)
         self.val_starts = validation_windows(self.corpus.val, recipe.block_size, recipe.eval_tokens)
@@ -256,13 +256,14 @@ class Learner:
         Also chooses the precision and the batch size if the recipe leaves them open, and adds a
         warning to `notes` if a step may not fit into memory.
         """
+        on_cuda = self.device.type == "cuda"
         with self.explain_memory_errors():
             self.module = wrap(self.model, self.world, self.recipe.parallel)
             self._choose_precision()
             self.updater = Updater(self.model, self.recipe, self.precision.dtype)
             if self.recipe.find_batch:  # before compiling, which runs a step with the batch size
                 self._find_batch()
-            if _should_compile(self.recipe.compile, self.device):
+            if self.recipe.compile == "yes" or (self.recipe.compile == "auto" and on_cuda):
                 self.module, note = compile_or_fallback(self.module, self._trial, self.world)
                 self.notes.append(note)
         self.share = split_step(self.sequences, self.recipe.batch_size, self.world)
@@ -352,12 +353,5 @@ def _backend_name(name: str, device: torch.device, config: GPTConfig) -> str:
         raise UsageError(str(error)) from None
 
 
-def _should_compile(wish: str, device: torch.device) -> bool:
-    return wish == "yes" or (wish == "auto" and device.type == "cuda")
-
-
-def _lora_config(recipe: Recipe) -> Lora | None:
-    """Return the LoRA configuration of a recipe, None without LoRA."""
-    if not recipe.lora_rank:
-        return None
+def _lora(recipe: Recipe) -> Lora:
     return Lora(recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout, recipe.lora_targets)
