@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import tyro
 
 from fastgpt.training.loss_curves import (
+    AXIS_LABELS,
     LABELS,
-    axis_label,
     draw,
     print_table,
     read_runs,
@@ -44,7 +44,7 @@ def main(args: Sequence[str]) -> None:
     evaluated = all(len(run.curve("val_loss", options.x)) >= 3 for run in runs)
     key = "val_loss" if evaluated else "loss"
     curves = {run.name: run.curve(key, options.x) for run in runs}
-    print(text_curve(curves, label=f"{LABELS[key]} loss over {axis_label(options.x)}"))
+    print(text_curve(curves, label=f"{LABELS[key]} loss over {AXIS_LABELS[options.x]}"))
     print(f"plot: {picture}")
 
 

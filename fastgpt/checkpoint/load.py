@@ -13,7 +13,6 @@ The manifest of a checkpoint contains the size and SHA-256 of each file, so that
 No pickles are used. Checkpoints are written by `fastgpt.checkpoint.save`.
 """
 
-import hashlib
 import json
 import math
 import warnings
@@ -32,6 +31,7 @@ from fastgpt.lora import Lora, merged
 from fastgpt.model import GPT, GPTConfig, meta_model, meta_weights
 from fastgpt.tokenizer import BaseTokenizer, load_tokenizer
 from fastgpt.utils.errors import UsageError
+from fastgpt.utils.files import sha256
 
 FORMAT = 2  # format 1 has no `extra` and no ema.safetensors; it can still be read
 MODEL, OPTIMIZER, EMA = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
@@ -182,15 +182,22 @@ def find_checkpoint(
 
     Raises: CheckpointError if there is none, so that a damaged run is never silently restarted.
     """
-    problems: list[str] = []
-    found = _first_valid(run, which, weights_only, problems)
-    if found is None:
-        what = "; ".join(problems) or _NONE_YET
-        raise CheckpointError(f"{run}: no usable checkpoint: {what}")
-    report = report or partial(warnings.warn, stacklevel=2)
-    for problem in problems:
-        report(f"skipped a damaged checkpoint: {problem}")
-    return found
+    candidates = sorted(checkpoints_of(run).glob("step-*"), reverse=True)
+    if which == "best":
+        candidates.sort(key=_rank_on_disk)  # the sort is stable: of equal ones, the newest first
+    problems = []
+    for path in candidates:
+        try:
+            found = verify(path, weights_only=weights_only)
+        except CheckpointError as error:
+            if path.exists():  # otherwise, a process that is still training has deleted it
+                problems.append(str(error))
+            continue
+        report = report or partial(warnings.warn, stacklevel=2)
+        for problem in problems:
+            report(f"skipped a damaged checkpoint: {problem}")
+        return found
+    raise CheckpointError(f"{run}: no usable checkpoint: {'; '.join(problems) or _NONE_YET}")
 
 
 def verify(path: Path, *, weights_only: bool = False) -> Checkpoint:
@@ -285,25 +292,6 @@ def rank(path: Path) -> float:
     return float(val_loss) if known else math.inf
 
 
-def _first_valid(
-    run: Path, which: str, weights_only: bool, problems: list[str]
-) -> Checkpoint | None:
-    """Return the first undamaged checkpoint, newest or best first.
-
-    Messages about damaged checkpoints are appended to `problems`.
-    """
-    candidates = sorted(checkpoints_of(run).glob("step-*"), reverse=True)
-    if which == "best":
-        candidates.sort(key=_rank_on_disk)  # the sort is stable: of equal ones, the newest first
-    for path in candidates:
-        try:
-            return verify(path, weights_only=weights_only)
-        except CheckpointError as error:
-            if path.exists():  # otherwise, a process that is still training has deleted it
-                problems.append(str(error))
-    return None
-
-
 def _rank_on_disk(path: Path) -> float:
     try:
         return rank(path)
@@ -337,8 +325,7 @@ def _verify_file(path: Path, expected: dict[str, Any]) -> None:
     if size != expected.get("size"):
         raise CheckpointError(f"{path} has {size:,} bytes instead of {expected.get('size')}")
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256(path)
     except OSError as error:  # for example, a bad sector
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if digest != expected.get("sha256"):

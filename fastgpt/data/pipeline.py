@@ -11,7 +11,6 @@ existing prepared folder is always complete.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shlex
 import sys
@@ -33,7 +32,7 @@ from fastgpt.tokenizer import BaseTokenizer, Tokenizer, load_tokenizer
 from fastgpt.tokenizer.base import IdArray
 from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT
 from fastgpt.utils.errors import UsageError
-from fastgpt.utils.files import atomic_directory, write_json
+from fastgpt.utils.files import atomic_directory, sha256, write_json
 from fastgpt.utils.hashing import mix
 from fastgpt.utils.progress import FileProgress
 from fastgpt.utils.threads import map_in_order
@@ -344,6 +343,4 @@ def _write_meta(
 
 
 def _describe(source: Path) -> dict[str, str | int]:
-    with source.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"path": str(source), "bytes": source.stat().st_size, "sha256": sha256}
+    return {"path": str(source), "bytes": source.stat().st_size, "sha256": sha256(source)}

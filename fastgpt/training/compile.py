@@ -2,8 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +27,11 @@ def compile_or_fallback(
     compiled: Any = module
     reason = ""
     try:
-        with _compilers_own_warnings_ignored():
+        with warnings.catch_warnings():
+            # PyTorch's compiler itself uses deprecated functions. Users cannot fix this, and if
+            # warnings are errors (``python -W error``), it could not be imported at all.
+            for kind in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", kind)
             compiled = torch.compile(module, dynamic=False)  # imports the compiler if necessary
             trial(compiled)
     except torch.OutOfMemoryError:
@@ -41,16 +44,3 @@ def compile_or_fallback(
         return compiled, "compiled by torch.compile"
     where = reason or "in another process"
     return module, f"warning: torch.compile failed, training continues without it: {where}"
-
-
-@contextmanager
-def _compilers_own_warnings_ignored() -> Iterator[None]:
-    """Ignore deprecation warnings within the block.
-
-    PyTorch's compiler itself uses deprecated functions. Users cannot fix this, and if warnings are
-    errors (``python -W error``), the compiler could not be imported at all.
-    """
-    with warnings.catch_warnings():
-        for kind in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
-            warnings.simplefilter("ignore", kind)
-        yield

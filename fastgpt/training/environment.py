@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,8 @@ def _versions() -> dict[str, str]:
         "torch": torch.__version__,
     }
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -78,11 +77,10 @@ def _gpus() -> dict[str, Any]:
         return {}
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     facts = {"gpus": names, "cuda": torch.version.cuda or torch.version.hip}
-    try:  # the file has "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  ..."
+    with suppress(OSError, StopIteration):
+        # The file has "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  ..."
         words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").split()
         facts["driver"] = next(word for word in words if word[0].isdigit() and "." in word)
-    except (OSError, StopIteration):
-        pass
     return facts
 
 

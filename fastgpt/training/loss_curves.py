@@ -3,6 +3,7 @@
 import itertools
 import math
 import shutil
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ Points = list[tuple[float, float]]
 NOTHING = "-"  # shown for missing values
 FRAME = 11  # characters to the left of a text curve: the y labels and the axis
 AXES = {"step": "step", "tokens": "tokens", "time": "seconds"}  # choices of x: key in a record
+AXIS_LABELS = {"step": "steps", "tokens": "tokens", "time": "seconds of training"}
 LABELS = {"loss": "training", "val_loss": "validation"}
 
 
@@ -36,8 +38,12 @@ class Run:
 
     def last(self, key: str) -> float | None:
         """Return the last finite value of a metric, None if there is none."""
-        values = [record[key] for record in self.records if _number(record, key)]
-        return float(values[-1]) if values else None
+        values = self.values(key)
+        return values[-1] if values else None
+
+    def values(self, key: str) -> list[float]:
+        """Return the finite values of a metric."""
+        return [float(record[key]) for record in self.records if _number(record, key)]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -97,7 +103,7 @@ def draw(runs: Sequence[Run], picture: Path, x: str = "step") -> Path:
             )
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)  # needs no display and does not change pyplot's global state
-    axes = figure.add_subplot(xlabel=axis_label(x), ylabel="loss (nats per token)")
+    axes = figure.add_subplot(xlabel=AXIS_LABELS[x], ylabel="loss (nats per token)")
     for index, run in enumerate(runs):
         for key, label in LABELS.items():
             points = run.curve(key, x)
@@ -124,9 +130,8 @@ def print_table(runs: Sequence[Run]) -> None:
     table = Table("", *(run.name for run in runs))
     for name, show in _ROWS.items():
         table.add_row(name, *(show(run) for run in runs))
-    for index, name in enumerate(differing(runs)):
-        if index == 0:
-            table.add_section()
+    table.add_section()
+    for name in differing(runs):
         table.add_row(name, *(str(run.settings.get(name, NOTHING)) for run in runs))
     Console(highlight=False, safe_box=not _can_print("┃")).print(table, markup=False)
 
@@ -167,26 +172,20 @@ def text_curve(
         ascii_only = not _can_print("⣿")
     dots = not ascii_only and len(curves) == 1
     across, down = (2, 4) if dots else (1, 1)  # pixels per character
-    # A cell holds the bit mask of its dots with Braille, else its character.
     bounds = _bounds(curves)
-    cells: list[list[int | str]] = [[0 if dots else " "] * width for _ in range(height)]
+    lines = [[" "] * width for _ in range(height)]
     for index, points in enumerate(curves.values()):
+        mark = "*" if len(curves) == 1 else _letter(index)
         for column, row in _pixels(points, bounds, width * across, height * down):
-            line, cell = cells[row // down], column // across
-            if dots:
-                line[cell] |= _BRAILLE[row % 4][column % 2]  # type: ignore[operator]
-            else:
-                line[cell] = "*" if len(curves) == 1 else _letter(index)
-    rows = ["".join(_character(cell) for cell in line) for line in cells]
-    return "\n".join(_framed(rows, curves, bounds, width, label))
+            line, cell = lines[row // down], column // across
+            line[cell] = _add_dot(line[cell], column % 2, row % 4) if dots else mark
+    return "\n".join(_framed(["".join(line) for line in lines], curves, bounds, width, label))
 
 
 _STYLES: dict[str, dict[str, Any]] = {
     "loss": {"linewidth": 0.8, "alpha": 0.6},
     "val_loss": {"linewidth": 1.8, "marker": "o", "markersize": 3},
 }
-# The bit of each dot, [row][column], in a Braille character: its code point is U+2800 + bit mask.
-_BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 
 
 def _best(run: Run) -> str:
@@ -199,8 +198,8 @@ def _best(run: Run) -> str:
 
 def _speed(run: Run) -> str:
     """Return the median speed, which is robust against slow first steps and temporary load."""
-    speeds = sorted(r["tokens_per_s"] for r in run.records if _number(r, "tokens_per_s"))
-    return f"{speeds[len(speeds) // 2]:,.0f}" if speeds else NOTHING
+    speeds = run.values("tokens_per_s")
+    return f"{statistics.median_high(speeds):,.0f}" if speeds else NOTHING
 
 
 def _time(run: Run) -> str:
@@ -222,11 +221,6 @@ _ROWS = {
 def _number(record: dict[str, Any], key: str) -> bool:
     value = record.get(key)
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def axis_label(x: str) -> str:
-    """Return the label of the horizontal axis."""
-    return {"step": "steps", "tokens": "tokens", "time": "seconds of training"}[x]
 
 
 def _can_print(text: str) -> bool:
@@ -265,11 +259,10 @@ def _pixels(
     return passed
 
 
-def _character(cell: int | str) -> str:
-    """Return the character of a cell, converting a bit mask of dots to Braille."""
-    if isinstance(cell, int):
-        return chr(0x2800 + cell) if cell else " "
-    return cell
+def _add_dot(character: str, column: int, row: int) -> str:
+    """Add a dot to a Braille character, whose code point is U+2800 + the bits of its dots."""
+    bit = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))[row][column]
+    return chr((0x2800 if character == " " else ord(character)) | bit)
 
 
 def _framed(

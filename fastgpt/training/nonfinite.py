@@ -8,53 +8,46 @@ from torch import Tensor
 
 
 class SkippedUpdates:
-    """Records streaks of skipped updates: `begun` holds the (step, gradient norm) of their starts.
+    """Records streaks of skipped updates by their first step and its gradient norm.
 
-    The device decides whether to apply an update (see `fastgpt.training.optimizer`). Except in
-    `look`, this class does not synchronize with it: on a CPU the decision is available immediately,
-    on CUDA about a step later (copied to pinned memory asynchronously), and on other devices only
-    in `look`.
+    The device decides whether to apply an update (see `fastgpt.training.optimizer`). This class
+    does not synchronize with it, unless asked to: on a CPU the decision is available immediately,
+    on CUDA about a step later (copied to pinned memory asynchronously).
     """
 
     def __init__(self) -> None:
-        self.begun: list[tuple[int, float]] = []
-        self._on_the_way: deque[tuple[int, Tensor, Any]] = deque()
+        self._pending: deque[tuple[int, Tensor, Any]] = deque()
 
-    def add(self, step: int, in_a_row: Tensor, norm: Tensor) -> None:
+    def add(self, step: int, n_skipped: Tensor, norm: Tensor) -> None:
         """Add the result of a step.
 
         Args:
             step: The step number.
-            in_a_row: The number of consecutive skipped updates up to this step (0: applied), a
+            n_skipped: The number of consecutive skipped updates up to this step (0: applied), a
                 scalar on the device.
             norm: The gradient norm of the step, a scalar on the device.
         """
-        pair, arrival = self._send(torch.stack((in_a_row, norm.to(in_a_row.dtype))))
-        self._on_the_way.append((step, pair, arrival))
-        self._take(waiting=False)
+        pair, copied = self._send(torch.stack((n_skipped, norm.to(n_skipped.dtype))))
+        self._pending.append((step, pair, copied))
 
-    def look(self) -> list[tuple[int, float]]:
-        """Wait for the results of all steps, return the new streaks, and clear the list."""
-        self._take(waiting=True)
-        return self.known()
+    def new_streaks(self, wait: bool = False) -> list[tuple[int, float]]:
+        """Return the streaks, as (step, norm), that have become known since the last call.
 
-    def known(self) -> list[tuple[int, float]]:
-        """Return the streaks known so far, without waiting, and clear the list."""
-        begun, self.begun = self.begun, []
-        return begun
-
-    def _take(self, waiting: bool) -> None:
-        """Process results in order, up to the first that has not arrived unless `waiting`."""
-        while self._on_the_way:
-            step, pair, arrival = self._on_the_way[0]
-            if not waiting and (not pair.is_cpu or (arrival and not arrival.query())):
-                return
-            if arrival:
-                arrival.synchronize()
-            self._on_the_way.popleft()
-            in_a_row, norm = pair.tolist()  # synchronizes on devices other than CPU and CUDA
-            if in_a_row == 1:
-                self.begun.append((step, norm))
+        wait: wait for the results of all steps. Without it, the results are available on a CPU and
+            on CUDA only.
+        """
+        streaks = []
+        while self._pending:
+            step, pair, copied = self._pending[0]
+            if not wait and (not pair.is_cpu or (copied and not copied.query())):
+                break
+            if copied:
+                copied.synchronize()
+            self._pending.popleft()
+            n_skipped, norm = pair.tolist()  # synchronizes on devices other than CPU and CUDA
+            if n_skipped == 1:
+                streaks.append((step, norm))
+        return streaks
 
     def _send(self, pair: Tensor) -> tuple[Tensor, Any]:
         """Start an asynchronous copy to the host; return it and the event of its completion.
@@ -65,6 +58,4 @@ class SkippedUpdates:
             return pair, None
         copy = torch.empty(pair.shape, dtype=pair.dtype, pin_memory=True)
         copy.copy_(pair, non_blocking=True)
-        arrival = torch.cuda.Event()
-        arrival.record()
-        return copy, arrival
+        return copy, torch.cuda.current_stream().record_event()

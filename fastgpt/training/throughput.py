@@ -150,10 +150,8 @@ def _product_seconds(size: int, device: torch.device, dtype: torch.dtype) -> flo
 
 def _wait(device: torch.device) -> None:
     """Synchronize with the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _tera(flops: float) -> str:

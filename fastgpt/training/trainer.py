@@ -259,7 +259,7 @@ class Trainer:
         while not self._finished():
             self._step()
             progress.stepped(self.step, self.step_tokens)
-            self._report_skipped(progress, self._skipped.known())
+            self._report_skipped(progress)
             # All processes must take the same branches below, which contain collective calls.
             requested, due = self.world.all_reduce_max(stop.requested, progress.due())
             if due:
@@ -289,13 +289,13 @@ class Trainer:
                 f"{skipped} updates in a row skipped because of non-finite gradients"
             )
 
-    def _report_skipped(self, progress: Progress, begun: list[tuple[int, float]]) -> None:
+    def _report_skipped(self, progress: Progress, wait: bool = False) -> None:
         """Report skipped updates, once per streak.
 
         Not with float16, where skipped updates are expected whenever the loss scale is too high.
         """
-        if self.learner.updater.scale is None:
-            for step, norm in begun:
+        for step, norm in self._skipped.new_streaks(wait):
+            if self.learner.updater.scale is None:
                 progress.say(f"step {step:,}: gradient norm {norm}; update skipped")
 
     def _log(self, progress: Progress) -> None:
@@ -303,7 +303,7 @@ class Trainer:
         loss = self.world.all_reduce_sum(self.loss.item())[0] / self.world.size
         lr, norm = self.learner.lr, self.norm.item()
         self._check_skipped()
-        self._report_skipped(progress, self._skipped.look())
+        self._report_skipped(progress, wait=True)
         progress.show(loss, lr, norm)
         self._record(loss=loss, lr=lr, grad_norm=norm, **progress.figures())
 

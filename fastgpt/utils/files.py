@@ -1,5 +1,6 @@
-"""Write files and directories atomically: after a crash, either the old or the new one is there."""
+"""Write files and directories atomically, so that a crash leaves the old or the new one; hash."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -56,6 +57,12 @@ def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync(path: Path) -> None:
