@@ -20,6 +20,7 @@ from fastgpt.training.memory_estimate import Setup, estimate
 from fastgpt.training.optimizer import Updater, trainable
 from fastgpt.utils.errors import UsageError
 from tests.backends import BACKENDS
+from tests.recipes import tiny_recipe
 from tests.training.test_memory_estimate import measured_peak
 
 SHAPES = {
@@ -236,28 +237,12 @@ def test_the_estimate_of_its_memory(
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+def source(tmp_path_factory: pytest.TempPathFactory, shakespeare: str) -> Recipe:
     """Return the run folder of a trained model, and its recipe."""
-    folder = tmp_path_factory.mktemp("source")
-    verse = Path(__file__).parents[1] / "fastgpt" / "assets" / "tinyshakespeare.txt"
-    text = folder / "verse.txt"
-    text.write_text(verse.read_text(encoding="utf-8")[:6000], encoding="utf-8")
-    recipe = Recipe(
-        data=str(text),
-        out=str(folder / "run"),
-        n_layer=1,
-        n_head=2,
-        n_embd=16,
-        block_size=16,
-        batch_size=4,
-        max_steps=6,
-        warmup_steps=2,
-        lr=1e-2,
-        eval_interval=3,
-        sample_tokens=10,
-        device="cpu",
-        dtype="float32",
-    )
+    text = tmp_path_factory.mktemp("source") / "verse.txt"
+    text.write_text(shakespeare[:6000], encoding="utf-8")
+    settings = {"max_steps": 6, "eval_interval": 3, "sample_tokens": 10}
+    recipe = tiny_recipe(text, text.parent / "run", **settings)
     Trainer(recipe).fit()
     return recipe
 

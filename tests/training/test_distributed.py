@@ -21,6 +21,7 @@ from fastgpt import Recipe, Trainer
 from fastgpt.checkpoint.load import find_checkpoint
 from fastgpt.training.distributed import World, split_step
 from fastgpt.utils.errors import UsageError
+from tests.recipes import tiny_recipe
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
 SECONDS = 240  # timeout: more than the slowest machine needs
@@ -69,23 +70,7 @@ STOPPING = DYING.replace("SIGKILL", "SIGTERM")
 
 @pytest.fixture
 def tiny(verse: Path, tmp_path: Path) -> Recipe:
-    return Recipe(
-        data=str(verse),
-        out=str(tmp_path / "run"),
-        n_layer=2,
-        n_head=2,
-        n_embd=16,
-        block_size=16,
-        batch_size=4,
-        grad_accum=2,
-        max_steps=12,
-        warmup_steps=2,
-        lr=1e-2,
-        eval_interval=4,
-        sample_tokens=20,
-        device="cpu",
-        dtype="float32",  # "auto" is decided by timing, so that two runs could differ
-    )
+    return tiny_recipe(verse, tmp_path / "run", n_layer=2, grad_accum=2)
 
 
 def options(recipe: Recipe) -> list[str]:

@@ -17,30 +17,24 @@ from fastgpt.data.pipeline import prepare
 from fastgpt.tokenizer import CharTokenizer, Tokenizer
 from fastgpt.training.recipes import get_recipe
 from fastgpt.utils.errors import UsageError
+from tests.recipes import tiny_recipe
 from tests.test_cli import run as command
 
 VERDICT = Path(__file__).parents[1] / "assets" / "the-verdict.txt"
-TINY: dict[str, Any] = {
-    **{"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4},
-    **{"max_steps": 6, "warmup_steps": 2, "lr": 1e-2, "eval_interval": 3, "sample_tokens": 10},
-    **{"device": "cpu", "dtype": "float32"},
-}
+SHORT: dict[str, Any] = {"max_steps": 6, "eval_interval": 3, "sample_tokens": 10}
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    whole = Path(train.__file__).parent / "assets" / "tinyshakespeare.txt"
+def text(tmp_path_factory: pytest.TempPathFactory, shakespeare: str) -> Path:
     path = tmp_path_factory.mktemp("text") / "verse.txt"
-    path.write_text(whole.read_text(encoding="utf-8")[:8000], encoding="utf-8")
+    path.write_text(shakespeare[:8000], encoding="utf-8")
     return path
 
 
 @pytest.fixture(scope="module")
 def source(text: Path) -> Path:
     """A run with a BPE tokenizer trained on its text."""
-    recipe = Recipe(
-        data=str(text), out=str(text.parent / "bpe"), tokenizer="bpe", vocab_size=300, **TINY
-    )
+    recipe = tiny_recipe(text, text.parent / "bpe", tokenizer="bpe", vocab_size=300, **SHORT)
     return Trainer(recipe).fit().run
 
 
@@ -81,8 +75,8 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(text: Path, source: Path, tmp_path: Path) -> Recipe:
-    settings = TINY | {"n_layer": 5, "n_embd": 40, "lr": 1e-3}  # not the shape of the source
-    return Recipe(data=str(text), init=str(source), out=str(tmp_path / "run"), **settings)
+    shape = {"n_layer": 5, "n_embd": 40}  # not that of the source
+    return tiny_recipe(text, tmp_path / "run", init=str(source), lr=1e-3, **shape, **SHORT)
 
 
 def weights(run: Path, which: str = "newest") -> dict[str, Tensor]:
@@ -181,9 +175,7 @@ def test_a_source_that_is_none(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_characters_that_the_source_does_not_know(recipe: Recipe, text: Path, tmp_path) -> None:
-    letters = Trainer(
-        replace(Recipe(**TINY), data=str(text), out=str(tmp_path / "char"), max_steps=1)
-    )
+    letters = Trainer(tiny_recipe(text, tmp_path / "char", **SHORT | {"max_steps": 1}))
     run = letters.fit().run
     other = tmp_path / "other.txt"
     other.write_text("naïve " * 100, encoding="utf-8")
@@ -262,7 +254,7 @@ def test_stopped_before_the_first_step_it_goes_on(recipe: Recipe, tmp_path: Path
 
 
 def test_the_perplexity_of_characters_is_not_told(text: Path, tmp_path: Path) -> None:
-    recipe = replace(Recipe(**TINY), data=str(text), out=str(tmp_path / "run"))
+    recipe = tiny_recipe(text, tmp_path / "run", **SHORT)
     result = Trainer(recipe).fit()
     assert not records(result.run, "val_perplexity")
     assert "perplexity" not in result.losses

@@ -19,28 +19,13 @@ from fastgpt.utils.errors import UsageError
 from fastgpt.utils.precision import choose_precision
 from fastgpt.utils.progress import Progress
 from fastgpt.utils.signals import Stopped
+from tests.recipes import tiny_recipe
 
 
 @pytest.fixture
 def tiny(verse: Path, tmp_path: Path) -> Recipe:
     """A run of about a second, with dropout so that the random state matters."""
-    return Recipe(
-        data=str(verse),
-        out=str(tmp_path / "run"),
-        n_layer=1,
-        n_head=2,
-        n_embd=16,
-        block_size=16,
-        batch_size=4,
-        dropout=0.1,
-        max_steps=12,
-        warmup_steps=2,
-        lr=1e-2,
-        eval_interval=4,
-        sample_tokens=20,
-        device="cpu",
-        dtype="float32",  # "auto" is decided by timing, so that two runs could differ
-    )
+    return tiny_recipe(verse, tmp_path / "run", dropout=0.1)
 
 
 def weights(run: Path, which: str = "newest") -> dict[str, torch.Tensor]:
