@@ -226,10 +226,10 @@ def test_a_text_longer_than_the_context_is_refused() -> None:
 
 def test_a_model_can_be_copied_and_changed_apart() -> None:
     model = GPT(GPTConfig(50, 16, 1, 2, 32), "native")
-    twin = copy.deepcopy(model).use_ops("reference")
-    assert (model.ops, twin.ops) == ("native", "reference")
+    reference_model = copy.deepcopy(model).use_ops("reference")
+    assert (model.ops, reference_model.ops) == ("native", "reference")
     with torch.no_grad():
-        twin.wte.weight.zero_()
+        reference_model.wte.weight.zero_()
     assert model.wte.weight.abs().sum() > 0
 
 
@@ -291,21 +291,21 @@ def test_hooks_see_the_gradients_before_they_are_stored() -> None:
         )
         parameter.register_hook(lambda grad: grad * 2)
     ids, targets = torch.randint(97, (2, 2, 24))
-    twin = copy.deepcopy(model).use_ops("reference")
+    reference_model = copy.deepcopy(model).use_ops("reference")
     model(ids, targets).backward()
     assert seen == dict.fromkeys(dict(model.named_parameters()), 1)
-    twin(ids, targets).backward()
-    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+    reference_model(ids, targets).backward()
+    for mine, theirs in zip(model.parameters(), reference_model.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, 2 * theirs.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_add_up_over_micro_batches() -> None:
     model = GPT(GPTConfig(97, 24, 2, 3, 48), "native")
-    twin = copy.deepcopy(model).use_ops("reference").double()
+    reference_model = copy.deepcopy(model).use_ops("reference").double()
     for ids in torch.randint(97, (3, 2, 24)):
         model(ids, ids).backward()
-        twin(ids, ids).backward()
-    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        reference_model(ids, ids).backward()
+    for mine, theirs in zip(model.parameters(), reference_model.parameters(), strict=True):
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
 
 

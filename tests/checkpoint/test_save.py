@@ -106,14 +106,14 @@ def test_state_of_a_model_is_restored(tmp_path: Path) -> None:
     model(ids, ids).backward()
     optimizer.step()
     save_all(tmp_path, state_of(model, optimizer, 1, val_loss=None))
-    twin = GPT(MODEL.config)
-    twin_optimizer = make_optimizer(twin, Recipe())
-    find_checkpoint(tmp_path).restore(twin, twin_optimizer)
-    for each, its_optimizer in ((model, optimizer), (twin, twin_optimizer)):
+    restored = GPT(MODEL.config)
+    restored_optimizer = make_optimizer(restored, Recipe())
+    find_checkpoint(tmp_path).restore(restored, restored_optimizer)
+    for each, its_optimizer in ((model, optimizer), (restored, restored_optimizer)):
         its_optimizer.zero_grad()
         each(ids, ids).backward()
         its_optimizer.step()
-    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+    for mine, theirs in zip(model.parameters(), restored.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
 

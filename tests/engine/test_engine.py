@@ -34,7 +34,7 @@ def engine(model: GPT) -> Engine:
     return Engine(model, "float32", 2)
 
 
-def test_greedy_text_is_the_twins() -> None:
+def test_greedy_text_is_that_of_the_reference() -> None:
     """Twenty prompts of different lengths, and a hundred tokens each, beyond the context of 64."""
     model = random_model(GPTConfig(300, 64, 3, 4, 64), std=0.25)
     engine = Engine(model, "float32", 2)
@@ -78,7 +78,7 @@ SAMPLINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 @pytest.mark.parametrize("time", [1, 5, 16, 17, 50])
-def test_sampled_text_is_the_twins(
+def test_sampled_text_is_that_of_the_reference(
     model: GPT, engine: Engine, time: int, sampling: dict[str, Any]
 ) -> None:
     """From inside the context to far beyond it."""
@@ -87,7 +87,7 @@ def test_sampled_text_is_the_twins(
     assert torch.equal(engine.generate(ids, 40, seed=5, **sampling), expected)
 
 
-def test_sampling_from_a_large_vocabulary_is_the_twins() -> None:
+def test_sampling_from_a_large_vocabulary_is_that_of_the_reference() -> None:
     """Candidates are then searched in blocks and sorted a few at a time."""
     model = random_model(GPTConfig(50257, 16, 1, 2, 32), std=0.02)
     engine = Engine(model, "float32", 1)
@@ -485,8 +485,8 @@ def test_prompts_of_any_lengths_and_their_logprobs_as_pytorch_does(
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
     ends = {expected[0][0].ids[3], expected[2][1].ids[5]}
     stopped = complete(engine, prompts, 20, **settings, stop_tokens=ends)
-    twin = complete(model, prompts, 20, **settings, stop_tokens=ends)
-    assert [c.ids for c in chain(*stopped)] == [c.ids for c in chain(*twin)]
+    reference = complete(model, prompts, 20, **settings, stop_tokens=ends)
+    assert [c.ids for c in chain(*stopped)] == [c.ids for c in chain(*reference)]
     assert complete(engine, [], 20) == []
 
 

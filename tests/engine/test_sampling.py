@@ -76,7 +76,7 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_text_is_that_of_a_plain_twin(model: GPT, engine: Engine, case: dict[str, Any]) -> None:
+def test_text_is_that_of_the_reference(model: GPT, engine: Engine, case: dict[str, Any]) -> None:
     ids = prompt(3, 4)
     got = engine.generate(ids, 12, seed=8, **case)
     for row in range(3):
@@ -93,7 +93,7 @@ def test_text_is_that_of_a_plain_twin(model: GPT, engine: Engine, case: dict[str
     st.floats(-1.0, 2.0),
     st.integers(0, 2**63 - 1),
 )
-def test_any_settings_lead_to_the_twins_text(
+def test_any_settings_lead_to_the_text_of_the_reference(
     t: float, k: int, p: float, min_p: float, repetition: float, presence: float, seed: int
 ) -> None:
     model = small_model()

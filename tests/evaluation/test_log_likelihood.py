@@ -41,10 +41,10 @@ def tokens() -> np.ndarray:
 
 def truth(model: GPT, before: list[int], token: int) -> tuple[float, bool]:
     """Return ln p of a token in float64 by the reference formulas, and whether it is greedy."""
-    twin = GPT(model.config, "reference").double().eval()
-    twin.load_state_dict(model.state_dict())
+    reference = GPT(model.config, "reference").double().eval()
+    reference.load_state_dict(model.state_dict())
     with torch.no_grad():
-        log_probs = twin(torch.tensor([before]))[0, -1].log_softmax(-1)
+        log_probs = reference(torch.tensor([before]))[0, -1].log_softmax(-1)
     return log_probs[token].item(), int(log_probs.argmax()) == token
 
 

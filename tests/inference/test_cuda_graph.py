@@ -133,9 +133,9 @@ def test_replayed_steps_write_the_same(
     """Also beyond the context, where windows slide at different times between the replays."""
     found = complete(model, PROMPTS, 90, n=n, seed=4, **sampling)
     assert len(recordings) == 1
-    twin = complete(model, PROMPTS, 90, n=n, seed=4, use_cache=False, **sampling)
+    reference = complete(model, PROMPTS, 90, n=n, seed=4, use_cache=False, **sampling)
     assert len(recordings) == 1
-    for ours, theirs in zip(chain(*found), chain(*twin), strict=True):
+    for ours, theirs in zip(chain(*found), chain(*reference), strict=True):
         assert ours.ids == theirs.ids
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
 
@@ -227,6 +227,6 @@ def test_a_gpu_replays_what_it_would_write(sampling: dict[str, Any], backend: st
     found = generate(model, ids, 150, seed=1, **sampling)
     before = torch.cuda.memory_allocated()
     assert torch.equal(found, generate(model, ids.cuda(), 150, seed=1, **sampling).cpu())
-    twin = generate(model, ids, 150, seed=1, use_cache=False, **sampling)
-    assert (found == twin).float().mean() > 0.9
+    reference = generate(model, ids, 150, seed=1, use_cache=False, **sampling)
+    assert (found == reference).float().mean() > 0.9
     assert torch.cuda.memory_allocated() == before

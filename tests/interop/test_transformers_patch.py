@@ -287,11 +287,11 @@ def test_unpatching_leaves_nothing_behind():
 def test_copies_pickles_and_saved_models(tmp_path):
     model, fast = pair()
     expected = fast(ids()).logits
-    twin = copy.deepcopy(fast)
-    assert torch.equal(twin(ids()).logits, expected)
-    fastgpt.unpatch(twin)
+    copied = copy.deepcopy(fast)
+    assert torch.equal(copied(ids()).logits, expected)
+    fastgpt.unpatch(copied)
     assert torch.equal(fast(ids()).logits, expected)  # a copy is independent
-    assert torch.equal(twin(ids()).logits, model(ids()).logits)
+    assert torch.equal(copied(ids()).logits, model(ids()).logits)
     file = io.BytesIO()
     torch.save(fastgpt.patch(build()), file)
     file.seek(0)

@@ -71,37 +71,41 @@ def test_as_good_as_torch(shapes, max_norm, device):
     params = make_params(shapes, device)
     plain, true = copies(params, torch.float32), copies(params, torch.float64)
     optimizer = FusedAdamW(groups_of(params), **OPTIONS, max_norm=max_norm)
-    twins = [torch.optim.AdamW(groups_of(some), **OPTIONS) for some in (plain, true)]
+    references = [torch.optim.AdamW(groups_of(some), **OPTIONS) for some in (plain, true)]
     for step in range(5):
         set_gradients(step, params, plain, true)
         assert optimizer.step() is None
-        torch_step(twins[0], plain, max_norm)
-        norm = torch_step(twins[1], true, max_norm)
+        torch_step(references[0], plain, max_norm)
+        norm = torch_step(references[1], true, max_norm)
         torch.testing.assert_close(optimizer.grad_norm, norm.float(), rtol=1e-6, atol=0)
-    for mine, twin, exact in zip(params, plain, true, strict=True):
-        assert_as_good_as_plain(mine.detach(), twin.detach(), exact.detach(), "parameter")
+    for mine, reference, exact in zip(params, plain, true, strict=True):
+        assert_as_good_as_plain(mine.detach(), reference.detach(), exact.detach(), "parameter")
         for name in ("exp_avg", "exp_avg_sq"):
-            states = optimizer.state[mine], twins[0].state[twin], twins[1].state[exact]
+            states = (
+                optimizer.state[mine],
+                references[0].state[reference],
+                references[1].state[exact],
+            )
             assert_as_good_as_plain(*(state[name] for state in states), name)
         assert optimizer.state[mine]["step"] == 5
 
 
 def test_a_model_learns_the_same_for_fifty_steps(device):
     model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 1)).to(device)
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     optimizer = FusedAdamW(model.parameters(), lr=1e-2, weight_decay=0.1, max_norm=0.5)
-    theirs = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.1)
+    theirs = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.1)
     x = torch.randn(32, 6, device=device)
     y = x.sin().sum(1, keepdim=True)
     for step in range(50):
-        for some, rates in ((model, optimizer), (twin, theirs)):
+        for some, rates in ((model, optimizer), (reference, theirs)):
             rates.param_groups[0]["lr"] = 1e-2 * (1 - step / 60)  # learning rate schedule
             rates.zero_grad()
             (some(x) - y).square().mean().backward()
         optimizer.step()
-        norm = torch_step(theirs, twin.parameters(), 0.5)
+        norm = torch_step(theirs, reference.parameters(), 0.5)
         torch.testing.assert_close(optimizer.grad_norm, norm, rtol=1e-4, atol=0)
-    for mine, same in zip(model.parameters(), twin.parameters(), strict=True):
+    for mine, same in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(mine, same, rtol=1e-4, atol=1e-5)
 
 
@@ -140,11 +144,11 @@ def test_betas_of_zero(device):
     params = make_params([(3, 5)], device)
     plain = copies(params, torch.float32)
     optimizer = FusedAdamW(params, betas=(0.0, 0.0))
-    twin = torch.optim.AdamW(plain, betas=(0.0, 0.0))
+    reference = torch.optim.AdamW(plain, betas=(0.0, 0.0))
     for step in range(2):
         set_gradients(step, params, plain)
         optimizer.step()
-        twin.step()
+        reference.step()
     torch.testing.assert_close(params, plain, rtol=1e-6, atol=1e-7)
 
 
@@ -176,7 +180,7 @@ def test_tensors_that_lie_anywhere(device):
     ]
     params = [param.requires_grad_() for param in params]
     plain = copies(params, torch.float32)
-    optimizer, twin = FusedAdamW(params, max_norm=1.0), torch.optim.AdamW(plain)
+    optimizer, reference = FusedAdamW(params, max_norm=1.0), torch.optim.AdamW(plain)
     around = storage.detach()[[0, *range(31, 200)]].clone()
     for step in range(3):
         set_gradients(step, params, plain)
@@ -184,7 +188,7 @@ def test_tensors_that_lie_anywhere(device):
         params[2].grad = torch.ones((), device=device).expand(4, 2, 3)
         plain[2].grad = torch.ones(4, 2, 3, device=device)
         optimizer.step()
-        torch_step(twin, plain, 1.0)
+        torch_step(reference, plain, 1.0)
     for mine, same in zip(params, plain, strict=True):
         torch.testing.assert_close(mine, same, rtol=1e-5, atol=1e-6)
     assert torch.equal(storage.detach()[[0, *range(31, 200)]], around)
@@ -234,11 +238,11 @@ def test_a_state_put_in_by_hand(device):
     zeros = torch.zeros(5, 6, device=device)
     optimizer.state[param] = {"step": torch.tensor(4.0), "exp_avg": zeros, "exp_avg_sq": zeros + 1}
     plain = param.detach().clone().requires_grad_()
-    twin = torch.optim.AdamW([plain])
-    twin.state[plain] = copy.deepcopy(optimizer.state[param])
+    reference = torch.optim.AdamW([plain])
+    reference.state[plain] = copy.deepcopy(optimizer.state[param])
     set_gradients(0, [param], [plain])
     optimizer.step()
-    twin.step()
+    reference.step()
     torch.testing.assert_close(param, plain, rtol=1e-6, atol=1e-7)
 
 
@@ -255,11 +259,11 @@ def test_a_copy_keeps_all(device):
     optimizer = FusedAdamW(params, max_norm=0.25)
     set_gradients(0, params)
     optimizer.step()
-    twin, same = copy.deepcopy((optimizer, params))
+    copied, same = copy.deepcopy((optimizer, params))
     set_gradients(1, params, same)
     optimizer.step()
-    twin.step()
-    assert twin.max_norm == 0.25
+    copied.step()
+    assert copied.max_norm == 0.25
     assert torch.equal(params[0], same[0])
 
 
@@ -268,13 +272,15 @@ def test_rate_as_a_tensor(device):
     plain = copies(params, torch.float32)
     rate = torch.tensor(0.1, device=device)
     optimizer = FusedAdamW([{"params": params[:1], "lr": 1e-3}, {"params": params[1:]}], lr=rate)
-    twin = torch.optim.AdamW([{"params": plain[:1], "lr": 1e-3}, {"params": plain[1:]}], lr=0.1)
+    reference = torch.optim.AdamW(
+        [{"params": plain[:1], "lr": 1e-3}, {"params": plain[1:]}], lr=0.1
+    )
     for step in range(3):
         set_gradients(step, params, plain)
         rate.fill_(0.1 / (step + 1))  # in place, so that a captured step uses it as well
-        twin.param_groups[1]["lr"] = 0.1 / (step + 1)
+        reference.param_groups[1]["lr"] = 0.1 / (step + 1)
         optimizer.step()
-        twin.step()
+        reference.step()
     torch.testing.assert_close(params, plain, rtol=1e-5, atol=1e-6)
 
 
@@ -287,7 +293,7 @@ def test_addresses_are_told_again_only_when_one_has_changed(device, monkeypatch)
     )
     params = make_params([(3, 5), (7,)], device)
     plain = copies(params, torch.float32)
-    optimizer, twin = FusedAdamW(params), torch.optim.AdamW(plain)
+    optimizer, reference = FusedAdamW(params), torch.optim.AdamW(plain)
     for step, expected in enumerate([1, 1, 2]):
         set_gradients(step, plain)
         for param, same in zip(params, plain, strict=True):
@@ -295,7 +301,7 @@ def test_addresses_are_told_again_only_when_one_has_changed(device, monkeypatch)
                 param.grad = same.grad.clone()
             param.grad.copy_(same.grad)
         optimizer.step()
-        twin.step()
+        reference.step()
         assert len(told) == expected
     torch.testing.assert_close(params, plain, rtol=1e-5, atol=1e-6)
 
@@ -372,7 +378,7 @@ def test_records_into_a_cuda_graph():
     plain = copies(params, torch.float32)
     rate = torch.tensor(1e-2, device="cuda")
     optimizer = FusedAdamW(params, lr=rate, max_norm=1.0)
-    twin = torch.optim.AdamW(plain, lr=1e-2)
+    reference = torch.optim.AdamW(plain, lr=1e-2)
     graph = torch.cuda.CUDAGraph()
     static = [torch.zeros_like(param) for param in params]
     for step in range(5):
@@ -380,8 +386,8 @@ def test_records_into_a_cuda_graph():
         for param, same, grad in zip(params, plain, static, strict=True):
             param.grad = grad.copy_(same.grad)
         rate.fill_(1e-2 / (step + 1))
-        twin.param_groups[0]["lr"] = 1e-2 / (step + 1)
-        torch_step(twin, plain, 1.0)
+        reference.param_groups[0]["lr"] = 1e-2 / (step + 1)
+        torch_step(reference, plain, 1.0)
         if step == 0:
             optimizer.step()
             continue

@@ -47,9 +47,9 @@ def check(grad_out, qkv, n_head, deterministic=True):
     results = by_kernels(grad_out, qkv, n_head, deterministic=deterministic)
     plain = by_autograd(grad_out, qkv, n_head)
     true = by_autograd(grad_out.double(), qkv.double(), n_head)
-    for what, ours, twin, exact in zip(("out", "grad"), results, plain, true, strict=True):
+    for what, ours, theirs, exact in zip(("out", "grad"), results, plain, true, strict=True):
         assert ours.is_contiguous()
-        assert_as_good_as_plain(ours, twin, exact, what)
+        assert_as_good_as_plain(ours, theirs, exact, what)
 
 
 def normal(*shape, dtype, device):
@@ -274,8 +274,8 @@ def test_dropout_is_plain_attention_with_the_same_mask(n_time, deterministic, de
         results = by_kernels(grad_out, qkv, n_head, dropout_p, seed, deterministic)
         plain = by_autograd(grad_out, qkv, n_head, kept.to(dtype), dropout_p)
         true = by_autograd(grad_out.double(), qkv.double(), n_head, kept.double(), dropout_p)
-        for ours, twin, exact in zip(results, plain, true, strict=True):
-            assert_as_good_as_plain(ours, twin, exact)
+        for ours, theirs, exact in zip(results, plain, true, strict=True):
+            assert_as_good_as_plain(ours, theirs, exact)
 
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])

@@ -43,8 +43,8 @@ def check(x, weight, targets, ignore_index=-100, **options):
     plain = by_autograd(x, weight, targets, ignore_index)
     truth = by_autograd(x.double(), weight.double(), targets, ignore_index)
     names = ("loss", "grad_x", "grad_weight")
-    for name, mine, twin, true in zip(names, actual, plain, truth, strict=True):
-        assert_as_good_as_plain(mine, twin, true, name)
+    for name, mine, theirs, true in zip(names, actual, plain, truth, strict=True):
+        assert_as_good_as_plain(mine, theirs, true, name)
 
 
 def draw(n_rows, n_vocab, width=24, dtype=torch.float32, device="cpu"):
@@ -187,9 +187,9 @@ def test_weight_of_another_dtype_is_used_in_that_of_x(n_vocab, device):
     x, weight, targets = draw(7, n_vocab, dtype=torch.float16, device=device)
     expected = linear_cross_entropy_forward(x, weight, targets)
     actual = linear_cross_entropy_forward(x, weight.float(), targets)
-    for mine, twin in zip(actual, expected, strict=True):
-        assert mine.dtype == twin.dtype
-        assert torch.equal(mine, twin)
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -316,8 +316,8 @@ def test_more_logits_than_int32_counts():
     n_rows, n_vocab = 43_000, 50_257
     x, weight, targets = draw(n_rows, n_vocab, width=64, dtype=torch.float16, device="cuda")
     once = linear_cross_entropy_forward(x, weight, targets, chunk=n_rows)
-    for mine, twin in zip(once, linear_cross_entropy_forward(x, weight, targets), strict=True):
-        torch.testing.assert_close(mine, twin, rtol=2e-3, atol=2e-3)
+    for mine, theirs in zip(once, linear_cross_entropy_forward(x, weight, targets), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="only CUDA has graphs")

@@ -243,11 +243,11 @@ def reads_or_refuses(path, complaint):
 def test_save_refuses_two_tokens_of_one_name(gpt2, tmp_path):
     """Check that a merged and a special token of the same name are rejected when saved as JSON."""
     tokens = [bytes([byte]) for byte in range(256)] + [b"ab", b"ab"]
-    twins = Tokenizer(tokens, [(97, 98, 256)], {"ab": 257})
-    assert twins.encode("ab") == [256]
-    assert twins.encode("ab", allowed_special="all") == [257]
+    tokenizer = Tokenizer(tokens, [(97, 98, 256)], {"ab": 257})
+    assert tokenizer.encode("ab") == [256]
+    assert tokenizer.encode("ab", allowed_special="all") == [257]
     with pytest.raises(ValueError, match="two tokens with the same name"):
-        twins.save(tmp_path / "tokenizer.json")
+        tokenizer.save(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize(

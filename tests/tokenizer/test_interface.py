@@ -44,18 +44,18 @@ def test_token_bytes(gpt2, tokenizer):
 
 def test_identity(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    twins = [
+    copies = [
         pickle.loads(pickle.dumps(tokenizer)),
         copy.deepcopy(tokenizer),
         type(tokenizer).load(tmp_path),
         type(tokenizer).load(tmp_path / "tokenizer.json"),
     ]
-    for twin in twins:
-        assert twin == tokenizer
-        assert hash(twin) == hash(tokenizer)
-        assert twin.fingerprint == tokenizer.fingerprint
-        assert repr(twin) == repr(tokenizer)
-        assert twin.encode("Now is the winter") == tokenizer.encode("Now is the winter")
+    for copied in copies:
+        assert copied == tokenizer
+        assert hash(copied) == hash(tokenizer)
+        assert copied.fingerprint == tokenizer.fingerprint
+        assert repr(copied) == repr(tokenizer)
+        assert copied.encode("Now is the winter") == tokenizer.encode("Now is the winter")
     assert tokenizer != CharTokenizer("other")
     assert tokenizer != "other"
     assert len(tokenizer.fingerprint) == 64

@@ -24,14 +24,14 @@ def ranks(packaged_merges):
 
 @SETTINGS
 @given(text=TEXT)
-def test_core_is_its_twin(gpt2, ranks, text):
+def test_core_equals_the_reference(gpt2, ranks, text):
     parts = [part for piece in bpe.split(text) for part in bpe.merge(piece.encode(), ranks)]
     assert [gpt2.token_bytes(i) for i in gpt2.encode(text)] == parts
 
 
 @settings(max_examples=30, deadline=None)
 @given(text=TEXT, learned_from=st.lists(st.text("abc '1"), max_size=4))
-def test_core_is_its_twin_with_any_merges(text, learned_from):
+def test_core_equals_the_reference_with_any_merges(text, learned_from):
     learned = bpe.train(learned_from, 20)
     tokens = bpe.vocabulary(learned)
     ids = {token: i for i, token in enumerate(tokens)}
@@ -41,7 +41,7 @@ def test_core_is_its_twin_with_any_merges(text, learned_from):
         assert bpe.decode(core.encode(sample), learned) == core.decode(core.encode(sample))
 
 
-def test_core_is_its_twin_on_texts(gpt2, packaged_merges, multilingual):
+def test_core_equals_the_reference_on_texts(gpt2, packaged_merges, multilingual):
     text = multilingual[:20_000]
     ids = bpe.encode(text, packaged_merges)
     assert gpt2.encode(text) == ids
@@ -50,21 +50,21 @@ def test_core_is_its_twin_on_texts(gpt2, packaged_merges, multilingual):
 
 @SETTINGS
 @given(text=TEXT)
-def test_twin_splits_as_the_pattern(reference, text):
+def test_reference_splits_as_the_pattern(reference, text):
     regex = pytest.importorskip("regex")
     assert bpe.split(text) == regex.findall(reference._pat_str, text)
 
 
 @SETTINGS
 @given(text=TEXT)
-def test_twin_is_tiktoken(reference, ranks, text):
+def test_reference_is_tiktoken(reference, ranks, text):
     expected = [reference.decode_single_token_bytes(i) for i in reference.encode_ordinary(text)]
     assert [t for piece in bpe.split(text) for t in bpe.merge(piece.encode(), ranks)] == expected
 
 
 @settings(max_examples=60, deadline=None)
 @given(texts=st.lists(st.text("ab c'1\n"), max_size=5))
-def test_twin_learns_what_hugging_face_learns(texts):
+def test_reference_learns_what_hugging_face_learns(texts):
     tokenizers = pytest.importorskip("tokenizers")
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
