@@ -129,7 +129,7 @@ class Checkpoint:
             if f"{name}.{MOMENTS[0]}" not in state:  # the parameter is frozen or not trained yet
                 continue
             saved = {moment: part(state[f"{name}.{moment}"], p) for moment in MOMENTS}
-            optimizer.state[p] = {moment: _beside(p, moment, t) for moment, t in saved.items()}
+            optimizer.state[p] = {moment: _copy_for(p, moment, t) for moment, t in saved.items()}
 
     @property
     def lora(self) -> Lora | None:
@@ -367,7 +367,7 @@ def check_matching(
         raise CheckpointError(f"{path} does not fit the model: {'; '.join(differences)}")
 
 
-def _beside(parameter: Tensor, moment: str, saved: Tensor) -> Tensor:
+def _copy_for(parameter: Tensor, moment: str, saved: Tensor) -> Tensor:
     """Copy a saved tensor to the device of its parameter, with the memory layout AdamW expects.
 
     The moments have the strides of the parameter. A copy is always made: a memory-mapped tensor

@@ -51,7 +51,7 @@ class RunLock:
             _lock(self._file)
         except OSError as error:
             if error.errno in _HELD:
-                message = self._refusal()
+                message = self._held_message()
                 os.close(self._file)
                 raise UsageError(message) from None
             if error.errno not in _UNSUPPORTED:
@@ -84,7 +84,7 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def _refusal(self) -> str:
+    def _held_message(self) -> str:
         """Return the error message that names the holder of the lock and suggests what to do."""
         what = (
             "wait until it ends, or stop it (a notebook holds the lock until close() of its "
@@ -113,14 +113,14 @@ class RunLock:
 _held: "weakref.WeakSet[RunLock]" = weakref.WeakSet()
 
 
-def _forget() -> None:
+def _close_in_child() -> None:
     """Close a forked child's copies of the lock files; they would keep the locks otherwise."""
     for lock in _held:
         lock._close()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 if sys.platform == "win32":

@@ -130,7 +130,7 @@ class Checkpointer:
             self._thread = None
         if self._failure is not None:
             (path, error), self._failure = self._failure, None
-            raise _explained(path, error) from error
+            raise _save_error(path, error) from error
 
     def close(self) -> None:
         """Wait like `wait`, and free the memory of the copies."""
@@ -253,7 +253,7 @@ def _check_finite(state: TrainingState) -> None:
             )
 
 
-def _explained(path: Path, error: BaseException) -> CheckpointError:
+def _save_error(path: Path, error: BaseException) -> CheckpointError:
     """Return the error for a failed save, with its reason and what to do."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         what = f"{error.strerror}; free some space, then continue the run with --resume"

@@ -156,9 +156,15 @@ def wrap(model: GPT, world: World, parallel: str) -> nn.Module:
     """
     if world.size == 1:
         return model
-    if parallel == "fsdp":
-        return _shard(model, world)
-    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if parallel == "ddp":
+        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh  # slow imports
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(model.device.type, (world.size,))
+    for module in (*model.h, model):
+        fully_shard(module, mesh=mesh)
+    return model
 
 
 def gradient_sync(module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
@@ -221,17 +227,6 @@ def _is_sharded(module: Any) -> bool:
     Checks an attribute instead of the type, because importing FSDP takes seconds.
     """
     return hasattr(module, "set_requires_gradient_sync")
-
-
-def _shard(model: GPT, world: World) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(model.device.type, (world.size,))
-    for block in model.h:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return model
 
 
 def _message(error: Exception) -> str:

@@ -57,10 +57,10 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     lowest = recipe.lr / 10 if recipe.min_lr is None else recipe.min_lr
     span = max(1, recipe.max_steps - recipe.warmup_steps)
     progress = min(1.0, (step - recipe.warmup_steps) / span)
-    return lowest + (recipe.lr - lowest) * _height(progress, span, recipe)
+    return lowest + (recipe.lr - lowest) * _decay_factor(progress, span, recipe)
 
 
-def _height(progress: float, span: int, recipe: Recipe) -> float:
+def _decay_factor(progress: float, span: int, recipe: Recipe) -> float:
     """Return the learning rate as a fraction: 0 is `min_lr` and 1 is the peak `lr`.
 
     progress: the fraction of the steps after the warm-up that are done. span: their number.

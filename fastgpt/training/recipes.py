@@ -178,63 +178,50 @@ def is_path(name: str) -> bool:
     return any(sign in name for sign in "./\\")
 
 
+# The settings that all recipes for GPT-2's architecture and a text of the user share.
+_GPT2 = Recipe(data="", tokenizer="gpt2", bias=True, beta2=0.95)
+_SMALL = replace(_GPT2, block_size=256, dropout=0.1, eval_interval=0, sample_tokens=200)
+
+
 def _gpt2(n_layer: int, n_head: int, n_embd: int) -> Recipe:
     """Return a recipe for a released size of GPT-2, with the settings of nanoGPT."""
-    return Recipe(
-        data="",
-        tokenizer="gpt2",
+    return replace(
+        _GPT2,
         val_fraction=0.01,
         n_layer=n_layer,
         n_head=n_head,
         n_embd=n_embd,
         block_size=1024,
-        bias=True,
-        batch_size=12,
         grad_accum=40,
         max_steps=600_000,
         lr=6e-4,
         warmup_steps=2000,
-        beta2=0.95,
         eval_interval=1000,
     )
 
 
-_TINYSTORIES = Recipe(
-    data="",
+_TINYSTORIES = replace(
+    _SMALL,
     tokenizer="bpe",
-    vocab_size=10_000,
     val_fraction=0.01,
     n_layer=6,
     n_head=8,
     n_embd=512,
-    block_size=256,
-    dropout=0.1,
-    bias=True,
     batch_size=64,
     epochs=1.0,
     lr=6e-4,
     warmup_steps=1000,
-    beta2=0.95,
-    eval_interval=0,
-    sample_tokens=200,
 )
-_STORY_300K = Recipe(
-    data="",
-    tokenizer="gpt2",
+_STORY_300K = replace(
+    _SMALL,
     n_layer=12,
     n_head=12,
     n_embd=768,
-    block_size=256,
-    dropout=0.1,
-    bias=True,
     batch_size=8,
     epochs=10.0,
     lr=5e-4,
     warmup_steps=100,
-    beta2=0.95,
-    eval_interval=0,
     patience=5,
-    sample_tokens=200,
 )
 # With the learning rate of story-300k it ends at twice the perplexity: it has 10 times fewer steps.
 _BEDTIME_512 = replace(_STORY_300K, block_size=512, batch_size=2, lr=2e-4)

@@ -30,10 +30,10 @@ def resolve_length(recipe: Recipe, n_windows: int) -> tuple[Recipe, str | None]:
     interval = recipe.eval_interval or _interval(steps, n_windows // sequences)
     asked = "" if recipe.epochs is None else f"--epochs {recipe.epochs:g}: "
     note = f"{asked}{steps:,} steps ({warmup_steps:,} of warm-up), evaluated every {interval:,}"
-    settled = replace(
+    resolved = replace(
         recipe, max_steps=steps, warmup_steps=warmup_steps, eval_interval=interval, epochs=None
     )
-    return settled, note
+    return resolved, note
 
 
 def _interval(steps: int, steps_of_an_epoch: int) -> int:

@@ -42,7 +42,7 @@ from fastgpt.training.recipes import Recipe
 from fastgpt.training.run_length import resolve_length
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.hashing import mix
-from fastgpt.utils.host_memory import give_back, keep_freed_memory
+from fastgpt.utils.host_memory import keep_freed_memory, trim_pool
 from fastgpt.utils.memory_usage import available
 from fastgpt.utils.precision import Precision, choose_precision, fastest
 
@@ -103,7 +103,7 @@ class Learner:
         self.free = available(device)
         with self.explain_memory_errors():
             self._make_model(origin.weights if origin else None)
-        self._spread()
+        self._prepare()
 
     @property
     def sequences(self) -> int:
@@ -250,7 +250,7 @@ class Learner:
         if self.device.type == "cpu":
             keep_freed_memory()
 
-    def _spread(self) -> None:
+    def _prepare(self) -> None:
         """Wrap the model for the processes, create the optimizer, and compile.
 
         Also chooses the precision and the batch size if the recipe leaves them open, and adds a
@@ -276,7 +276,7 @@ class Learner:
             return
         batch = min(self.recipe.batch_size, max(1, TRIAL_TOKENS // self.recipe.block_size))
         found = fastest(self._precisions, lambda tried: self._trial(self.module, batch, tried))
-        give_back()  # release the memory that the other precision needed
+        trim_pool()  # release the memory that the other precision needed
         self.precision = self.world.broadcast_object(found)
         changes: dict[str, Any] = {"dtype": self.precision.name}
         self.recipe = replace(self.recipe, **changes)
@@ -330,16 +330,10 @@ def _load(recipe: Recipe, world: World, origin: Origin | None) -> Corpus:
 
 
 def _model_config(recipe: Recipe, corpus: Corpus) -> GPTConfig:
+    names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    settings: dict[str, Any] = {name: getattr(recipe, name) for name in names}
     try:
-        return GPTConfig(
-            vocab_size=corpus.tokenizer.vocab_size,
-            block_size=recipe.block_size,
-            n_layer=recipe.n_layer,
-            n_head=recipe.n_head,
-            n_embd=recipe.n_embd,
-            dropout=recipe.dropout,
-            bias=recipe.bias,
-        )
+        return GPTConfig(vocab_size=corpus.tokenizer.vocab_size, **settings)
     except ValueError as error:
         raise UsageError(str(error)) from None
 

@@ -69,9 +69,8 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> Peak | None:
 
 
 def _column(dtype: torch.dtype) -> str | None:
-    if dtype == torch.float32:
-        return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    fp32 = "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return {torch.float32: fp32, torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
 
 
 def _data_sheet(name: str) -> dict[str, float] | None:

@@ -123,7 +123,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, name: str = "run", given: Collection[str] = ()) -> None:
-        with self._joined(recipe):
+        with self._started(recipe):
             if run := self.world.from_main(lambda: interrupted_run(recipe)):
                 self._continue(run, {})
             else:
@@ -137,7 +137,7 @@ class Trainer:
         """
         run = resolve_run(Path(run))
         trainer = cls.__new__(cls)
-        with trainer._joined(replace(read_run(run)[1], **changes)):
+        with trainer._started(replace(read_run(run)[1], **changes)):
             trainer._continue(run, changes)
         return trainer
 
@@ -200,7 +200,7 @@ class Trainer:
     # --- before the first step -----------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _joined(self, recipe: Recipe) -> Iterator[None]:
+    def _started(self, recipe: Recipe) -> Iterator[None]:
         """Select the device and join the process group; close everything if the block raises."""
         self.state, self._evaluated = RunState(), False
         self._skipped = SkippedUpdates()

@@ -40,7 +40,7 @@ def empty_like(tensor: Tensor) -> Tensor:
     return empty(*tensor.shape, dtype=tensor.dtype)
 
 
-def give_back() -> None:
+def trim_pool() -> None:
     """Return the pool's unused memory to the system.
 
     Call it when the workload changes. Consecutive training steps reuse the memory instead.

@@ -60,7 +60,7 @@ class StopSignal:
             self._watcher.close()
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self._request.insists():
+        if self._request.is_repeated():
             raise SystemExit(128 + number)
         self.requested = self.requested or number
 
@@ -71,7 +71,7 @@ class _Request:
     def __init__(self) -> None:
         self._first: float | None = None
 
-    def insists(self) -> bool:
+    def is_repeated(self) -> bool:
         now = time.monotonic()
         if self._first is None:
             self._first = now
@@ -104,7 +104,7 @@ class _Watcher:
         request = _Request()
         while received := self._read.recv(1):  # empty if closed
             number = received[0]
-            if number in SIGNALS and request.insists():
+            if number in SIGNALS and request.is_repeated():
                 self._read.settimeout(GRACE_SECONDS)
                 self._exit_unless_closed(128 + number)
                 return

@@ -98,8 +98,8 @@ def test_a_run_begins_with_the_weights_and_the_tokenizer(recipe: Recipe, source:
     trainer = Trainer(recipe)
     assert_same(trainer.model.state_dict(), weights(source))
     assert trainer.learner.corpus.tokenizer == Tokenizer.load(source / "tokenizer.json")
-    settled = trainer.recipe
-    assert (settled.n_layer, settled.n_embd, settled.tokenizer) == (1, 16, str(source))
+    resolved = trainer.recipe
+    assert (resolved.n_layer, resolved.n_embd, resolved.tokenizer) == (1, 16, str(source))
     assert f"initialized from {source}: 1 layers, 2 heads, width 16, context 16" in trainer._notes
     assert trainer.model.training
     result = trainer.fit()

@@ -66,30 +66,30 @@ def test_a_run_of_epochs(epochs: float, n_windows: int, batch_size: int, warmup_
     recipe = Recipe(
         epochs=epochs, eval_interval=0, batch_size=batch_size, warmup_steps=warmup_steps
     )
-    settled, note = resolve_length(recipe, n_windows)
-    assert abs(settled.max_steps * batch_size - epochs * n_windows) <= max(batch_size, 1)
-    assert settled.warmup_steps <= settled.max_steps / 10
-    assert settled.warmup_steps <= warmup_steps
-    evaluations = settled.max_steps / settled.eval_interval
+    resolved, note = resolve_length(recipe, n_windows)
+    assert abs(resolved.max_steps * batch_size - epochs * n_windows) <= max(batch_size, 1)
+    assert resolved.warmup_steps <= resolved.max_steps / 10
+    assert resolved.warmup_steps <= warmup_steps
+    evaluations = resolved.max_steps / resolved.eval_interval
     assert evaluations <= 100
-    if settled.max_steps >= 20:
+    if resolved.max_steps >= 20:
         assert evaluations > 9
     per_epoch = n_windows // batch_size
-    assert settled.eval_interval <= max(1, per_epoch, -(-settled.max_steps // 100))
+    assert resolved.eval_interval <= max(1, per_epoch, -(-resolved.max_steps // 100))
     assert note is not None
-    assert resolve_length(settled, n_windows) == (settled, None)
+    assert resolve_length(resolved, n_windows) == (resolved, None)
 
 
 def test_the_length_in_words() -> None:
     recipe = Recipe(epochs=2.5, eval_interval=0, batch_size=10, grad_accum=2, warmup_steps=500)
-    settled, note = resolve_length(recipe, n_windows=1000)
-    assert (settled.max_steps, settled.eval_interval, settled.warmup_steps) == (125, 7, 12)
+    resolved, note = resolve_length(recipe, n_windows=1000)
+    assert (resolved.max_steps, resolved.eval_interval, resolved.warmup_steps) == (125, 7, 12)
     assert note == "--epochs 2.5: 125 steps (12 of warm-up), evaluated every 7"
 
 
 def test_short_epochs_are_evaluated_at_least_once_each() -> None:
-    settled, _ = resolve_length(Recipe(epochs=40.0, eval_interval=0, batch_size=1), n_windows=10)
-    assert (settled.max_steps, settled.eval_interval) == (400, 10)
+    resolved, _ = resolve_length(Recipe(epochs=40.0, eval_interval=0, batch_size=1), n_windows=10)
+    assert (resolved.max_steps, resolved.eval_interval) == (400, 10)
 
 
 def test_steps_and_an_interval_that_are_given_stay() -> None:

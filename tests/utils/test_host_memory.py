@@ -40,14 +40,14 @@ def test_bf16_takes_half() -> None:
 TRIM = """
 import os
 from fastgpt import _C
-from fastgpt.utils.host_memory import empty, give_back
+from fastgpt.utils.host_memory import empty, trim_pool
 def used():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 first, kept, last = empty(2**22).fill_(1), empty(2**16 + 5).fill_(7), empty(2**23 + 2**22).fill_(1)
 full = used()
 del first, last
 freed, held = used(), _C.pool_usage()[0]
-give_back()
+trim_pool()
 print(full - freed, full - used(), _C.pool_usage()[0] < held, bool(kept.eq(7).all()))
 again = empty(2**23).fill_(2)
 print(bool(again.eq(2).all()), bool(kept.eq(7).all()))
