@@ -31,6 +31,7 @@ _DTYPES = {
     **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"},
     **{torch.uint8: "U8", torch.bool: "BOOL"},
 }
+_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -165,14 +166,13 @@ def _layout(tensors: Mapping[str, Tensor]) -> _Layout:
 
 
 def _stored(path: Path, name: str, entry: dict[str, Any], begin: int) -> StoredTensor:
-    dtypes = {letters: dtype for dtype, letters in _DTYPES.items()}
-    if entry["dtype"] not in dtypes:
+    if entry["dtype"] not in _BY_NAME:
         raise UsageError(
             f"{path}: {name} has dtype {entry['dtype']}, which is not supported; supported are: "
-            f"{', '.join(dtypes)}"
+            f"{', '.join(_BY_NAME)}"
         )
     offset = begin + int(entry["data_offsets"][0])
-    return StoredTensor(path, offset, dtypes[entry["dtype"]], tuple(entry["shape"]))
+    return StoredTensor(path, offset, _BY_NAME[entry["dtype"]], tuple(entry["shape"]))
 
 
 def _header(layout: _Layout, metadata: Mapping[str, str] | None = None) -> bytes:
@@ -184,11 +184,7 @@ def _header(layout: _Layout, metadata: Mapping[str, str] | None = None) -> bytes
     end = 0
     for name, dtype, shape in layout:
         begin, end = end, end + _size(dtype, shape)
-        entries[name] = {
-            "dtype": _DTYPES[dtype],
-            "shape": list(shape),
-            "data_offsets": [begin, end],
-        }
+        entries[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text

@@ -24,8 +24,8 @@ from fastgpt.training.run_folder import describe_run, explain_write_errors, new_
 class RunWriter:
     """Writes the run folder `path`; `create` and `reopen` lock it for this process.
 
-    All processes must call each method, except `close`, and `log` and `log_text`, which do nothing
-    in other processes than the main one.
+    All processes must call each method, except `close`. `loggers` record metrics and texts in the
+    main process, and nothing in the others.
     """
 
     def __init__(self, world: World) -> None:
@@ -33,7 +33,7 @@ class RunWriter:
         self._world = world
         self._lock: RunLock | None = None
         self._checkpointer: Checkpointer | None = None
-        self._loggers = Loggers()
+        self.loggers = Loggers()
 
     def create(
         self, name: str, recipe: Recipe, config: GPTConfig, tokenizer: BaseTokenizer
@@ -89,19 +89,11 @@ class RunWriter:
         def open_files() -> None:
             if self._lock is not None and not self._lock.held:  # released by an earlier `close`
                 self._lock = RunLock(self.path)
-            self._loggers = open_loggers(recipe.log, self.path, asdict(recipe), step)
+            self.loggers = open_loggers(recipe.log, self.path, asdict(recipe), step)
 
         self._world.on_main(open_files)
         with self._checkpointer or nullcontext():
             yield
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Log named values of a step."""
-        self._loggers.log(step, values)
-
-    def log_text(self, step: int, text: str) -> None:
-        """Log a text of a step."""
-        self._loggers.text(step, text)
 
     def save(self, state: TrainingState) -> None:
         """Save a checkpoint."""
@@ -114,7 +106,7 @@ class RunWriter:
 
     def close(self) -> None:
         """Close the loggers and release the lock of the folder. May be called repeatedly."""
-        self._loggers.close()
-        self._loggers = Loggers()
+        self.loggers.close()
+        self.loggers = Loggers()
         if self._lock is not None:
             self._lock.release()

@@ -373,13 +373,9 @@ class Trainer:
         with progress.paused(), averaged(self.learner), torch.random.fork_rng():
             model = unsharded_model(self.learner)
             if self.world.is_main:
-                text = self._sample(model)
+                text = generate_sample(self.learner, model)
                 progress.say(f"--- sample at step {self.step:,}\n{text}\n---")
-                self.writer.log_text(self.step, text)
-
-    def _sample(self, model: GPT) -> str:
-        tokenizer, recipe = self.learner.corpus.tokenizer, self.recipe
-        return generate_sample(model, tokenizer, recipe.sample_tokens, recipe.seed)
+                self.writer.loggers.text(self.step, text)
 
     def _finish(self) -> Result:
         """Plot the loss curve, generate a sample with the best weights, and return the result.
@@ -390,7 +386,7 @@ class Trainer:
         best = find_checkpoint(self.run, "best", weights_only=True)
         assert best.val_loss is not None  # the last step is always evaluated
         model = best.load_model(self.device, self.recipe.ops, ema=best.has_ema)
-        sample = self._sample(model)
+        sample = generate_sample(self.learner, model)
         with explain_write_errors(self.run):
             (self.run / "sample.txt").write_text(sample + "\n", encoding="utf-8")
         return Result(
@@ -424,7 +420,7 @@ class Trainer:
         )
 
     def _record(self, **values: float) -> None:
-        self.writer.log(self.step, {**values, "tokens": self.step * self.step_tokens})
+        self.writer.loggers.log(self.step, {**values, "tokens": self.step * self.step_tokens})
 
     def _summary(self) -> str:
         """Return the lines printed at the start: model, data, device, memory and notes."""

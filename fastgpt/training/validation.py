@@ -13,7 +13,6 @@ from fastgpt.data.corpus import gather
 from fastgpt.inference.generation import generate
 from fastgpt.lora import merged
 from fastgpt.model import GPT, meta_model
-from fastgpt.tokenizer import BaseTokenizer
 from fastgpt.training.distributed import reshard
 from fastgpt.training.step import Learner
 
@@ -77,8 +76,9 @@ def unsharded_model(learner: Learner) -> GPT:
     return model
 
 
-def generate_sample(model: GPT, tokenizer: BaseTokenizer, n_tokens: int, seed: int) -> str:
-    """Generate a text of `n_tokens` tokens with an unsharded model; for a single process."""
+def generate_sample(learner: Learner, model: GPT) -> str:
+    """Generate a text of `sample_tokens` tokens with an unsharded model; for a single process."""
+    tokenizer, recipe = learner.corpus.tokenizer, learner.recipe
     start = torch.tensor([[tokenizer.start_token]], device=model.device)
-    ids = generate(model, start, n_tokens, temperature=0.8, seed=seed)
+    ids = generate(model, start, recipe.sample_tokens, temperature=0.8, seed=recipe.seed)
     return tokenizer.decode(ids[0, 1:])
