@@ -95,7 +95,7 @@ def main(options: Options) -> None:
 
 
 def cases(options: Options) -> Iterator[dict[str, Any]]:
-    """Yield each variant of each module for each GPU, as plain data."""
+    """Yield each variant of each operation for each GPU, as plain data."""
     for module in options.modules:
         variants = importlib.import_module(f"fastgpt.kernels.{module}").variants
         for capability in options.capabilities:
@@ -104,18 +104,19 @@ def cases(options: Options) -> Iterator[dict[str, Any]]:
                 if not (variant.common or options.all):
                     continue
                 if not options.dtypes or types & set(options.dtypes):
-                    yield {"module": module, "capability": capability} | asdict(variant)
+                    yield asdict(variant) | {"name": module, "capability": capability}
 
 
 def compile_case(case: dict[str, Any]) -> dict[str, Any]:
     """Compile one variant; return its description and the statistics of the machine code."""
-    kernel = getattr(importlib.import_module(f"fastgpt.kernels.{case['module']}"), case["kernel"])
+    kernel = getattr(importlib.import_module(case["module"]), case["kernel"])
     place = {name: (index,) for index, name in enumerate(kernel.arg_names)}
     # The launcher determines this at run time: addresses and most sizes are multiples of 16.
+    unaligned = {*case["unaligned"], *(kernel.do_not_specialize or ())}
     aligned = {
         place[name]: [["tt.divisibility", 16]]
         for name, kind in case["signature"].items()
-        if kind[0] in "*i" and name not in case["unaligned"]
+        if kind[0] in "*i" and name not in unaligned
     }
     try:
         compiled = triton.compile(
@@ -136,7 +137,7 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
 def describe(case: dict[str, Any]) -> dict[str, Any]:
     kinds = dict.fromkeys(t[1:] for t in case["signature"].values() if t.startswith("*"))
     return {
-        "module": case["module"],
+        "module": case["name"],
         "kernel": case["kernel"],
         "capability": case["capability"],
         "dtypes": list(kinds),

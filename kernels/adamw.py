@@ -10,23 +10,20 @@ in a CUDA graph.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.common import Variant, check_devices, on_device
+from fastgpt.kernels.common import LaunchConfig, Variant, check_devices, describe, on_device
 
 BLOCK = 2048  # elements per program
-# By alignment. Aligned: 8 elements per thread in two 128-bit loads. Elements loaded one at a time
-# need twice the registers, so these launches use twice the warps.
-OPTIONS = {
-    True: {"num_warps": 8, "enable_fp_fusion": True},
-    False: {"num_warps": 16, "enable_fp_fusion": True},
-}
-PREPARE_BLOCK = 1024
+# Aligned: 8 elements per thread in two 128-bit loads. Elements loaded one at a time need twice the
+# registers, so these launches use twice the warps.
+ALIGNED = LaunchConfig({"BLOCK": BLOCK, "ALIGNED": True}, num_warps=8)
+UNALIGNED = LaunchConfig({"BLOCK": BLOCK, "ALIGNED": False}, num_warps=16)
+PREPARE = LaunchConfig({"BLOCK": 1024}, num_warps=8)
 HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay")  # the columns of `hyper`
 
 # The rows of the table of addresses, and the columns of the table of factors: `_prepare` computes
@@ -116,14 +113,10 @@ def adamw(tensors: Tensors, hyper: Tensor, max_norm: float = float("inf")) -> Te
     sums = hyper.new_empty(n_blocks, dtype=torch.float32)
     factors = hyper.new_empty(n_tensors, N_FACTORS.value, dtype=torch.float32)
     where = tensors.addresses, tensors.sizes, tensors.block_tensor, tensors.block_start
-    blocks: dict[str, Any] = {
-        "BLOCK": BLOCK,
-        "ALIGNED": tensors.aligned,
-        **OPTIONS[tensors.aligned],
-    }
+    config = ALIGNED if tensors.aligned else UNALIGNED
     with on_device(hyper):
         if n_blocks:  # CUDA rejects empty grids
-            _square_sums[(n_blocks,)](*where, sums, n_tensors, **blocks)
+            _square_sums[(n_blocks,)](*where, sums, n_tensors, **config.kwargs)
         _prepare[(1,)](
             tensors.addresses,
             hyper.contiguous(),
@@ -133,37 +126,23 @@ def adamw(tensors: Tensors, hyper: Tensor, max_norm: float = float("inf")) -> Te
             n_tensors,
             n_blocks,
             max_norm,
-            BLOCK=PREPARE_BLOCK,
-            **OPTIONS[True],
+            **PREPARE.kwargs,
         )
         if n_blocks:
-            _update[(n_blocks,)](*where, factors, norm, n_tensors, **blocks)
+            _update[(n_blocks,)](*where, factors, norm, n_tensors, **config.kwargs)
     return norm
 
 
 def variants(capability: int) -> Iterator[Variant]:
     """Yield the configurations that the launcher can launch on a GPU of a compute capability."""
-    where = dict.fromkeys(("addresses_ptr", "sizes_ptr", "tensor_ptr", "start_ptr"), "*i64")
-    count, counts = {"n_tensors": "i32"}, ("n_tensors", "n_blocks")
-    for aligned in (True, False):
-        for name, pointers in (
-            ("_square_sums", {"sums_ptr": "*fp32"}),
-            ("_update", {"factors_ptr": "*fp32", "norm_ptr": "*fp32"}),
-        ):
-            constants = {"BLOCK": BLOCK, "ALIGNED": aligned}
-            signature = where | pointers | count
-            yield Variant(name, signature, constants, OPTIONS[aligned], unaligned=counts[:1])
-    signature = {
-        "addresses_ptr": "*i64",
-        "hyper_ptr": "*fp64",
-        "sums_ptr": "*fp32",
-        "norm_ptr": "*fp32",
-        "factors_ptr": "*fp32",
-        "n_tensors": "i32",
-        "n_blocks": "i32",
-        "max_norm": "fp32",
-    }
-    yield Variant("_prepare", signature, {"BLOCK": PREPARE_BLOCK}, OPTIONS[True], unaligned=counts)
+    names = ("addresses_ptr", "sizes_ptr", "tensor_ptr", "start_ptr")
+    types: dict[str, str | None] = dict.fromkeys(names, "*i64")
+    types |= dict.fromkeys(("sums_ptr", "factors_ptr", "norm_ptr"), "*fp32")
+    types |= {"hyper_ptr": "*fp64", "max_norm": "fp32"}
+    for config in (ALIGNED, UNALIGNED):
+        yield describe(_square_sums, types, config)
+        yield describe(_update, types, config)
+    yield describe(_prepare, types, PREPARE)
 
 
 @triton.jit(do_not_specialize=("n_tensors",))

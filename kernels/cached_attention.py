@@ -16,8 +16,8 @@ shapes only, so the same inputs give bitwise identical results.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,18 +27,21 @@ from torch import Tensor
 from fastgpt.kernels.common import (
     DTYPES,
     LOG2_E,
+    LaunchConfig,
     Variant,
     check_devices,
     check_tensors,
     compute_dtype,
+    describe,
     n_multiprocessors,
     on_device,
+    upcast,
     uses_tf32,
-    widen,
 )
 
 HEAD_BLOCKS = (64, 128)  # heads are padded to one of these widths, in registers only
 COMMON = (("bf16", 64), ("fp32", 64))  # the configurations that `variants` marks as common
+UNALIGNED = ("n_head", "n_new", "n_rows", "n_splits")  # integers that are rarely multiples of 16
 MAX_SPLITS = 64  # the number of parts that _combine merges in one tile
 
 # Target number of programs per multiprocessor. A program of _attend_one has 16 to 24 KB of loads in
@@ -78,10 +81,10 @@ def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
         return out
     if q.stride(-1) != 1:
         q = q.contiguous()  # q is small compared with the caches
-    plan = _plan(q.dtype, n_new, head_dim)
+    config = _select_config(q.dtype, n_new, head_dim)
     n_rows = batch * n_head * n_new
-    n_blocks = batch * n_head * triton.cdiv(n_new, plan.tile["BLOCK_M"])
-    n_tiles = triton.cdiv(k_cache.size(2), plan.tile["BLOCK_N"])
+    n_blocks = batch * n_head * triton.cdiv(n_new, config.constants["BLOCK_M"])
+    n_tiles = triton.cdiv(k_cache.size(2), config.constants["BLOCK_N"])
     n_splits = _n_splits(q.device, n_new, n_blocks, n_tiles)
     partial = out
     # Buffer of the splits: the results [n_rows, n_splits, head_dim], followed by the logarithms of
@@ -90,18 +93,17 @@ def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
         size = n_rows * n_splits * (head_dim + 1)
         partial = q.new_empty(size, dtype=compute_dtype(q.dtype))
     with on_device(q):
-        plan.kernel[(n_blocks * n_splits,)](
+        _kernel(config)[(n_blocks * n_splits,)](
             *(q, k_cache, v_cache, lengths, partial),
             *(*q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], lengths.stride(0)),
             *(n_head, n_new, k_cache.size(2), head_dim, n_rows, n_splits),
             SPLIT=n_splits > 1,
-            **plan.tile,
-            **plan.options,
+            **config.kwargs,
         )
         if n_splits > 1:
             sizes = (n_head, n_new, head_dim, n_rows, n_splits)
-            plan = _combine_plan(_padded_head_dim(head_dim))
-            _combine[(n_rows,)](partial, out, *sizes, **plan.tile, **plan.options)
+            config = _combine_config(_padded_head_dim(head_dim))
+            _combine[(n_rows,)](partial, out, *sizes, **config.kwargs)
     return out
 
 
@@ -109,20 +111,27 @@ def variants(capability: int) -> Iterator[Variant]:
     """Yield the configurations that the launcher can launch on a GPU of a compute capability."""
     for dtype, block_d in product(DTYPES.values(), HEAD_BLOCKS):
         common = (dtype, block_d) in COMMON
-        wide = "fp64" if dtype == "fp64" else "fp32"
-        plans = _plans(dtype, block_d, tf32=False)
+        wide = "*fp64" if dtype == "fp64" else "*fp32"
+        types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}")
+        types |= {"lengths_ptr": "*i64", "partial_ptr": wide}
+        configs = _configs(dtype, block_d, tf32=False)
         if dtype == "fp32":
-            plans += _plans(dtype, block_d, tf32=True)[1:]  # the first one does not use TF32
-        for plan, split in product(plans, (True, False)):
-            pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}")
-            pointers |= {"lengths_ptr": "*i64", "out_ptr": f"*{wide if split else dtype}"}
+            configs += _configs(dtype, block_d, tf32=True)[1:]  # the first one does not use TF32
+        for config, split in product(configs, (True, False)):
             # Tiles of 16 rows are too small for the matrix instruction of sm_90 (HGMMA). Triton
             # uses that of sm_80 (HMMA) instead.
-            matrix = plan.tile["BLOCK_M"] > (16 if capability == 90 else 1)
-            plan = plan._replace(tile=plan.tile | {"SPLIT": split})
-            yield _variant(plan, pointers, common, matrix)
-        pointers = {"partial_ptr": f"*{wide}", "out_ptr": f"*{dtype}"}
-        yield _variant(_combine_plan(block_d), pointers, common)
+            matrix = config.constants["BLOCK_M"] > (16 if capability == 90 else 1)
+            yield describe(
+                _kernel(config),
+                types | {"out_ptr": wide if split else f"*{dtype}"},
+                replace(config, constants=config.constants | {"SPLIT": split}),
+                matrix=matrix,
+                unaligned=UNALIGNED,
+                common=common,
+            )
+        types["out_ptr"] = f"*{dtype}"
+        config = _combine_config(block_d)
+        yield describe(_combine, types, config, unaligned=UNALIGNED, common=common)
 
 
 @triton.jit
@@ -143,11 +152,11 @@ def _attend_one(
     row = tl.program_id(0) // n_splits
     b, h = (row // n_head).to(tl.int64), (row % n_head).to(tl.int64)
     end = tl.minimum(tl.load(lengths_ptr + b * lengths_b), n_cache).to(tl.int32)
-    first, last = _part(end, split, n_splits, BLOCK_N)
+    first, last = _split_range(end, split, n_splits, BLOCK_N)
 
     d = tl.arange(0, BLOCK_D)
     inside = d < head_dim
-    q = widen(tl.load(q_ptr + b * q_b + h * q_h + d, mask=inside, other=0.0))
+    q = upcast(tl.load(q_ptr + b * q_b + h * q_h + d, mask=inside, other=0.0))
     q *= _log2_scale(head_dim, q.dtype)
     n = first + tl.arange(0, BLOCK_N)
     k_ptrs = k_ptr + b * k_b + h * k_h + n.to(tl.int64)[:, None] * k_n + d[None, :]
@@ -155,38 +164,38 @@ def _attend_one(
     step_k, step_v = tl.cast(BLOCK_N, tl.int64) * k_n, tl.cast(BLOCK_N, tl.int64) * v_n
 
     # Online softmax for each position: maximum, sum of exponentials and weighted sum of values.
-    top = tl.full((BLOCK_N,), float("-inf"), q.dtype)
+    maximum = tl.full((BLOCK_N,), float("-inf"), q.dtype)
     total = tl.zeros((BLOCK_N,), q.dtype)
-    y = tl.zeros((BLOCK_N, BLOCK_D), q.dtype)
+    acc = tl.zeros((BLOCK_N, BLOCK_D), q.dtype)
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         filled = start + tl.arange(0, BLOCK_N) < last
         # Values past the end are loaded as 0: the cache may hold NaN there, and 0 * NaN is NaN.
-        here = filled[:, None] & inside[None, :]
-        k = widen(tl.load(k_ptrs, mask=here, other=0.0))
-        v = widen(tl.load(v_ptrs, mask=here, other=0.0))
+        mask = filled[:, None] & inside[None, :]
+        k = upcast(tl.load(k_ptrs, mask=mask, other=0.0))
+        v = upcast(tl.load(v_ptrs, mask=mask, other=0.0))
         score = tl.where(filled, tl.sum(q[None, :] * k, 1), float("-inf"))
-        top, finite, shrink = _raise(top, score)
-        weight = tl.exp2(score - finite)
-        total = total * shrink + weight
-        y = y * shrink[:, None] + weight[:, None] * v
+        maximum, finite, decay = _update_maximum(maximum, score)
+        p = tl.exp2(score - finite)
+        total = total * decay + p
+        acc = acc * decay[:, None] + p[:, None] * v
         k_ptrs += step_k
         v_ptrs += step_v
 
     # Merge the positions: rescale their sums from their own maxima to the overall one.
-    highest = tl.max(top, 0)
-    weight = tl.exp2(top - _finite(highest))
-    total = tl.sum(total * weight, 0)
-    y = tl.sum(y * weight[:, None], 0)
+    highest = tl.max(maximum, 0)
+    p = tl.exp2(maximum - _finite(highest))
+    total = tl.sum(total * p, 0)
+    acc = tl.sum(acc * p[:, None], 0)
     if SPLIT:
         part = row.to(tl.int64) * n_splits + split
         # An empty part stores a result of 0 and, as `highest` is -inf, the logarithm -inf.
         total = tl.where(total == 0.0, 1.0, total)
-        tl.store(out_ptr + part * head_dim + d, y / total, mask=inside)
+        tl.store(out_ptr + part * head_dim + d, acc / total, mask=inside)
         log_ptr = out_ptr + tl.cast(n_rows, tl.int64) * n_splits * head_dim
         tl.store(log_ptr + part, highest + tl.log2(total))
     else:
         out_ptrs = out_ptr + row.to(tl.int64) * head_dim + d  # T is 1: [B, T, H, D] is [B, H, D]
-        tl.store(out_ptrs, (y / total).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptrs, (acc / total).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -213,7 +222,7 @@ def _attend_tile(
     # the number of keys that the last query of the block sees.
     visible = tl.minimum(length - n_new + t + 1, n_cache)
     end = tl.minimum(tl.minimum(length, n_cache), length - n_new + (block + 1) * BLOCK_M)
-    first, last = _part(end, split, n_splits, BLOCK_N)
+    first, last = _split_range(end, split, n_splits, BLOCK_N)
 
     d = tl.arange(0, BLOCK_D)
     inside = d < head_dim
@@ -226,38 +235,38 @@ def _attend_tile(
     wide: tl.constexpr = tl.float64 if q.dtype == tl.float64 else tl.float32
     scale = _log2_scale(head_dim, wide)
 
-    top = tl.full((BLOCK_M,), float("-inf"), wide)
+    maximum = tl.full((BLOCK_M,), float("-inf"), wide)
     total = tl.zeros((BLOCK_M,), wide)
-    y = tl.zeros((BLOCK_M, BLOCK_D), wide)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), wide)
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
-        here = (n < last)[:, None] & inside[None, :]
-        k = tl.load(k_ptrs, mask=here, other=0.0)
+        mask = (n < last)[:, None] & inside[None, :]
+        k = tl.load(k_ptrs, mask=mask, other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=wide) * scale
         seen = (n[None, :] < visible[:, None]) & (n < last)[None, :]
         score = tl.where(seen, score, float("-inf"))
-        top, finite, shrink = _raise(top, tl.max(score, 1))
-        weight = tl.exp2(score - finite[:, None])
-        total = total * shrink + tl.sum(weight, 1)
-        v = tl.load(v_ptrs, mask=here, other=0.0)
-        y = tl.dot(
-            weight.to(v.dtype), v, y * shrink[:, None], input_precision=PRECISION, out_dtype=wide
+        maximum, finite, decay = _update_maximum(maximum, tl.max(score, 1))
+        p = tl.exp2(score - finite[:, None])
+        total = total * decay + tl.sum(p, 1)
+        v = tl.load(v_ptrs, mask=mask, other=0.0)
+        acc = tl.dot(
+            p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION, out_dtype=wide
         )
         k_ptrs += step_k
         v_ptrs += step_v
 
-    here = (t < n_new)[:, None] & inside[None, :]
+    mask = (t < n_new)[:, None] & inside[None, :]
     t = t.to(tl.int64)
     if SPLIT:
         part = (row.to(tl.int64) * n_new + t) * n_splits + split
         # A query that sees no key of this part stores a result of 0 and the logarithm -inf.
         total = tl.where(total == 0.0, 1.0, total)
-        tl.store(out_ptr + part[:, None] * head_dim + d[None, :], y / total[:, None], mask=here)
+        tl.store(out_ptr + part[:, None] * head_dim + d[None, :], acc / total[:, None], mask=mask)
         log_ptr = out_ptr + tl.cast(n_rows, tl.int64) * n_splits * head_dim
-        tl.store(log_ptr + part, top + tl.log2(total), mask=t < n_new)
+        tl.store(log_ptr + part, maximum + tl.log2(total), mask=t < n_new)
     else:
         out_ptrs = out_ptr + (((b * n_new + t) * n_head + h) * head_dim)[:, None] + d[None, :]
-        tl.store(out_ptrs, (y / total[:, None]).to(out_ptr.dtype.element_ty), mask=here)
+        tl.store(out_ptrs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -272,20 +281,20 @@ def _combine(
     exists = split < n_splits
     log_ptr = partial_ptr + tl.cast(n_rows, tl.int64) * n_splits * head_dim
     log = tl.load(log_ptr + part, mask=exists, other=float("-inf"))
-    y = tl.load(
+    acc = tl.load(
         partial_ptr + part[:, None] * head_dim + d[None, :],
         mask=exists[:, None] & (d < head_dim)[None, :],
         other=0.0,
     )
-    weight = tl.exp2(log - _finite(tl.max(log, 0)))
-    y = tl.sum(y * weight[:, None], 0) / tl.sum(weight, 0)
+    p = tl.exp2(log - _finite(tl.max(log, 0)))
+    acc = tl.sum(acc * p[:, None], 0) / tl.sum(p, 0)
     b, h, t = row // (n_head * n_new), row // n_new % n_head, row % n_new
     out_ptrs = out_ptr + ((b * n_new + t) * n_head + h) * head_dim + d
-    tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=d < head_dim)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=d < head_dim)
 
 
 @triton.jit
-def _part(end, split, n_splits, BLOCK_N: tl.constexpr):
+def _split_range(end, split, n_splits, BLOCK_N: tl.constexpr):
     """Return the range of keys [first, last) of a part.
 
     Each part is a range of consecutive tiles; their numbers of tiles differ by at most one. If
@@ -298,17 +307,17 @@ def _part(end, split, n_splits, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _raise(top, score):
+def _update_maximum(maximum, score):
     """Return the new maximum, the same made finite, and the factor that rescales earlier sums."""
-    new = tl.maximum(top, score)
+    new = tl.maximum(maximum, score)
     finite = _finite(new)
-    return new, finite, tl.exp2(top - finite)
+    return new, finite, tl.exp2(maximum - finite)
 
 
 @triton.jit
-def _finite(top):
+def _finite(maximum):
     """Replace -inf, the maximum of no scores, by 0, because -inf - -inf would be NaN."""
-    return tl.where(top == float("-inf"), 0.0, top)
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit
@@ -317,69 +326,49 @@ def _log2_scale(head_dim, dtype: tl.constexpr):
     return LOG2_E / tl.sqrt(tl.cast(head_dim, dtype))
 
 
-class _Plan(NamedTuple):
-    """Configuration of a launch: the kernel, its compile-time arguments and its options."""
-
-    kernel: triton.JITFunction
-    tile: dict[str, Any]
-    options: dict[str, Any]
+def _kernel(config: LaunchConfig) -> triton.JITFunction:
+    """Return the kernel of a configuration: `_attend_one` for tiles of one query."""
+    return _attend_one if config.constants["BLOCK_M"] == 1 else _attend_tile
 
 
-def _plan(dtype: torch.dtype, n_new: int, head_dim: int) -> _Plan:
+def _select_config(dtype: torch.dtype, n_new: int, head_dim: int) -> LaunchConfig:
     """Return the launch configuration for `n_new` queries per row: the smallest fitting tile."""
-    plans = _plans(DTYPES[dtype], _padded_head_dim(head_dim), uses_tf32())
-    return next((plan for plan in plans if n_new <= plan.tile["BLOCK_M"]), plans[-1])
+    configs = _configs(DTYPES[dtype], _padded_head_dim(head_dim), uses_tf32())
+    return next((c for c in configs if n_new <= c.constants["BLOCK_M"]), configs[-1])
 
 
-def _plans(dtype: str, block_d: int, tf32: bool) -> list[_Plan]:
+def _configs(dtype: str, block_d: int, tf32: bool) -> list[LaunchConfig]:
     """Return the launch configurations, ordered by the number of queries in a tile."""
     if dtype == "fp64":  # used for tests only
-        return [_tile_plan(16, 2048 // block_d, block_d, "ieee", num_warps=8)]
+        return [_tile_config(16, 2048 // block_d, block_d, "ieee", num_warps=8)]
     # Each of the 128 threads holds 16 elements of keys and 16 of values, in 128-bit loads.
     tile = {"BLOCK_M": 1, "BLOCK_N": 2048 // block_d, "BLOCK_D": block_d, "STAGES": 3}
-    one = _Plan(_attend_one, tile, {"num_warps": 4, "enable_fp_fusion": True})
+    one = LaunchConfig(tile, num_warps=4)
     num_warps = 4 if block_d == 64 else 8  # the results of 64 queries take 32 registers a thread
     if dtype == "fp32" and tf32:
-        return [one, _tile_plan(64, 32, block_d, "tf32", num_warps)]
+        return [one, _tile_config(64, 32, block_d, "tf32", num_warps)]
     if dtype == "fp32":  # without matrix units, registers limit the size of the tile
         block_m = 64 if block_d == 64 else 16
-        return [one, _tile_plan(block_m, 32, block_d, "ieee", num_warps=8, registers=128)]
-    few = _tile_plan(16, 64, block_d, "ieee", num_warps=4)
-    return [one, few, _tile_plan(64, 64, block_d, "ieee", num_warps)]
+        return [one, _tile_config(block_m, 32, block_d, "ieee", num_warps=8, max_registers=128)]
+    few = _tile_config(16, 64, block_d, "ieee", num_warps=4)
+    return [one, few, _tile_config(64, 64, block_d, "ieee", num_warps)]
 
 
-def _tile_plan(
+def _tile_config(
     block_m: int,
     block_n: int,
     block_d: int,
     precision: str,
     num_warps: int,
-    registers: int = 255,
-) -> _Plan:
+    max_registers: int = 255,
+) -> LaunchConfig:
     tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "STAGES": 2}
     # Without a limit of registers ptxas may spill one or two for another block per multiprocessor.
-    options = {"num_warps": num_warps, "enable_fp_fusion": True, "maxnreg": registers}
-    return _Plan(_attend_tile, tile | {"PRECISION": precision}, options)
+    return LaunchConfig(tile | {"PRECISION": precision}, num_warps, max_registers=max_registers)
 
 
-def _combine_plan(block_d: int) -> _Plan:
-    tile = {"BLOCK_S": MAX_SPLITS, "BLOCK_D": block_d}
-    return _Plan(_combine, tile, {"enable_fp_fusion": True, "num_warps": 4})
-
-
-def _variant(plan: _Plan, pointers: dict[str, str], common: bool, matrix: bool = False) -> Variant:
-    """Return the variant for a launch configuration, given the types of its pointers."""
-    given = pointers.keys() | plan.tile.keys()
-    integers = [name for name in plan.kernel.arg_names if name not in given]
-    return Variant(
-        plan.kernel.__name__,
-        pointers | dict.fromkeys(integers, "i32"),
-        plan.tile,
-        plan.options,
-        matrix,
-        unaligned=("n_head", "n_new", "n_rows", "n_splits"),
-        common=common,
-    )
+def _combine_config(block_d: int) -> LaunchConfig:
+    return LaunchConfig({"BLOCK_S": MAX_SPLITS, "BLOCK_D": block_d}, num_warps=4)
 
 
 def _n_splits(device: torch.device, n_new: int, n_blocks: int, n_tiles: int) -> int:

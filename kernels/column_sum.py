@@ -12,12 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.common import DTYPES, Variant, check_tensors, n_multiprocessors, on_device
+from fastgpt.kernels.common import (
+    DTYPES,
+    LaunchConfig,
+    Variant,
+    check_tensors,
+    describe,
+    n_multiprocessors,
+    on_device,
+)
 
 # Rows × columns that a program reads in one iteration: 16 elements per thread in four 128-bit
 # loads. Narrow tiles give more programs; their 64 bytes of a row are still read efficiently.
-NARROW, WIDE = {"ROWS": 256, "COLUMNS": 16}, {"ROWS": 64, "COLUMNS": 64}
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+NARROW = LaunchConfig({"ROWS": 256, "COLUMNS": 16}, num_warps=8)
+WIDE = LaunchConfig({"ROWS": 64, "COLUMNS": 64}, num_warps=8)
 
 
 def add_up(partials: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -32,11 +40,12 @@ def add_up(partials: Tensor, dtype: torch.dtype) -> list[Tensor]:
     if width == 0:  # CUDA rejects empty grids
         return sums
     first, second = sums if n_sums == 2 else (*sums, None)
-    enough = 4 * n_multiprocessors(partials.device) * NARROW["COLUMNS"]
-    tile = NARROW if n_sums * width <= enough else WIDE
+    columns = NARROW.constants["COLUMNS"]
+    fills_gpu = n_sums * width > 4 * n_multiprocessors(partials.device) * columns
+    config = WIDE if fills_gpu else NARROW
     with on_device(partials):
-        _add_up[(triton.cdiv(width, tile["COLUMNS"]), n_sums)](
-            partials, first, second, n_programs, width, **tile, **OPTIONS
+        _add_up[(triton.cdiv(width, config.constants["COLUMNS"]), n_sums)](
+            partials, first, second, n_programs, width, **config.kwargs
         )
     return sums
 
@@ -44,32 +53,18 @@ def add_up(partials: Tensor, dtype: torch.dtype) -> list[Tensor]:
 def variants(capability: int) -> Iterator[Variant]:
     """Yield the configurations that `add_up` can launch on a GPU of a compute capability."""
     for dtype in DTYPES.values():
-        wide = "fp64" if dtype == "fp64" else "fp32"
+        wide = "*fp64" if dtype == "fp64" else "*fp32"
         for second in (f"*{dtype}", None):
-            pointers = {"partials_ptr": f"*{wide}", "first_ptr": f"*{dtype}", "second_ptr": second}
-            given = {name: kind for name, kind in pointers.items() if kind}
-            left_out = {name: None for name, kind in pointers.items() if not kind}
-            signature = given | {"n_programs": "i32", "width": "i32"}
-            for tile in (NARROW, WIDE):
-                yield Variant(
-                    _add_up.__name__,
-                    signature,
-                    left_out | tile,
-                    OPTIONS,
-                    unaligned=("n_programs",),
-                )
+            types = {"partials_ptr": wide, "first_ptr": f"*{dtype}", "second_ptr": second}
+            for config in (NARROW, WIDE):
+                yield describe(_add_up, types, config, unaligned=("n_programs",))
 
 
 @triton.jit
 def _add_up(
-    partials_ptr,
-    first_ptr,
-    second_ptr,
-    n_programs,
-    width,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    partials_ptr, first_ptr, second_ptr, n_programs, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     which = tl.program_id(1).to(tl.int64)  # the sum: first or second
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < width

@@ -1,14 +1,15 @@
-"""Helpers shared by the kernels: input checks, device properties and the description of variants.
+"""Helpers shared by the kernels: launch configurations, variants, input checks, device properties.
 
 Every kernel module has two kinds of public names: launchers, which take and return tensors, and
 `variants`, which yields every configuration in which the launchers can launch the kernels. Both
-read the same tables, so that each configuration can be compiled ahead of time without a GPU.
+use the same `LaunchConfig`s, so that each one can be compiled ahead of time without a GPU.
 """
 
 import functools
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,24 +48,88 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @dataclass(frozen=True)
+class LaunchConfig:
+    """Hold the compile-time arguments of a kernel and the options of its compiler.
+
+    A kernel is launched as ``kernel[grid](*arguments, **config.kwargs)``.
+    """
+
+    constants: dict[str, Any]
+    """Compile-time arguments: block sizes, flags."""
+    num_warps: int
+    num_stages: int | None = None
+    """Number of iterations of a loop whose loads are in flight at the same time (None: 3)."""
+    max_registers: int | None = None
+    """Limit of registers per thread (None: none below the 255 of the hardware)."""
+    programs_per_sm: int = 0
+    """For kernels whose programs iterate over the rows: the number to launch per multiprocessor."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the options of Triton's compiler."""
+        options = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+            "maxnreg": self.max_registers,
+        }
+        return {name: value for name, value in options.items() if value is not None}
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Return the keyword arguments of a launch."""
+        return self.constants | self.options
+
+
+@dataclass(frozen=True)
 class Variant:
     """Describe one configuration of a kernel launch; Triton compiles each one separately.
 
-    kernel: the name of the `@triton.jit` function in its module. signature: the type of each
-    run-time argument in Triton's notation ("*bf16", "i32", "fp32"). constants: the compile-time
-    arguments (None for an omitted pointer). options: `num_warps`, `num_stages` and so on. matrix:
-    whether its matrix products must use the matrix units. unaligned: the run-time integers that are
-    usually not multiples of 16. common: whether the configuration occurs in training or generation
-    with GPT-2, or represents its kind in a check that does not cover all configurations.
+    module, kernel: the module and the name of the `@triton.jit` function. signature: the type of
+    each run-time argument in Triton's notation ("*bf16", "i32", "fp32"). constants: the
+    compile-time arguments (None for an omitted pointer). options: `num_warps`, `num_stages` and so
+    on. matrix: whether its matrix products must use the matrix units. unaligned: the run-time
+    integers that are usually not multiples of 16. common: whether the configuration occurs in
+    training or generation with GPT-2, or represents its kind in a check that does not cover all
+    configurations.
     """
 
+    module: str
     kernel: str
     signature: dict[str, str]
-    constants: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-    matrix: bool = False
-    unaligned: tuple[str, ...] = ()
-    common: bool = True
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    matrix: bool
+    unaligned: tuple[str, ...]
+    common: bool
+
+
+def describe(
+    kernel: triton.JITFunction,
+    types: Mapping[str, str | None],
+    config: LaunchConfig,
+    *,
+    matrix: bool = False,
+    unaligned: tuple[str, ...] = (),
+    common: bool = True,
+) -> Variant:
+    """Return the variant of a kernel for a configuration.
+
+    types: the types of run-time arguments, None for an omitted pointer. Other arguments are i32,
+    and names that the kernel does not have are ignored. The remaining arguments: see `Variant`.
+    """
+    constants = config.constants | {name: None for name, kind in types.items() if kind is None}
+    names = kernel.arg_names
+    return Variant(
+        kernel.fn.__module__,
+        kernel.__name__,
+        {name: types.get(name) or "i32" for name in names if name not in constants},
+        {name: value for name, value in constants.items() if name in names},
+        config.options,
+        matrix,
+        unaligned,
+        common,
+    )
 
 
 def check_tensors(operation: str, **tensors: Tensor | None) -> None:
@@ -127,7 +192,7 @@ def n_multiprocessors(device: torch.device) -> int:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of computations on `dtype`: fp64 for fp64, else fp32 (see `widen`)."""
+    """Return the dtype of computations on `dtype`: fp64 for fp64, else fp32 (see `upcast`)."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -149,6 +214,6 @@ def _n_processors(device: torch.device) -> int:
 
 
 @triton.jit
-def widen(x):
+def upcast(x):
     """Cast to fp32, the dtype of all arithmetic; fp64 is returned unchanged."""
     return x if x.dtype == tl.float64 else x.to(tl.float32)

@@ -10,7 +10,7 @@ the chunks are large, because products with few rows leave most of a GPU idle.
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from itertools import product
 
 import torch
 import triton
@@ -20,12 +20,14 @@ from torch import Tensor
 from fastgpt.kernels.common import (
     DTYPES,
     LOG2_E,
+    LaunchConfig,
     Variant,
     check_devices,
     check_tensors,
     compute_dtype,
+    describe,
     on_device,
-    widen,
+    upcast,
 )
 
 # Maximum size of a chunk of logits: 16,896 rows of GPT-2's vocabulary in 16 bits.
@@ -105,25 +107,13 @@ def linear_cross_entropy_forward(
 def variants(capability: int) -> Iterator[Variant]:
     """Yield the configurations that the launcher can launch on a GPU of a compute capability."""
     for dtype, name in DTYPES.items():
-        wide = DTYPES[compute_dtype(dtype)]
-        signature = {
+        types = {
             "logits_ptr": f"*{name}",
             "targets_ptr": "*i64",
-            "losses_ptr": f"*{wide}",
-            "n_vocab": "i32",
-            "n_padded": "i32",
-            "ignore_index": "i32",
+            "losses_ptr": f"*{DTYPES[compute_dtype(dtype)]}",
         }
-        for n_padded in (PADDING, LONG_ROW):
-            for gradient in (True, False):
-                constants, options = _configuration(dtype, n_padded, gradient)
-                yield Variant(
-                    "_cross_entropy",
-                    signature,
-                    constants,
-                    options,
-                    unaligned=("n_vocab", "ignore_index"),
-                )
+        for n_padded, gradient in product((PADDING, LONG_ROW), (True, False)):
+            yield describe(_cross_entropy, types, _config(dtype, n_padded, gradient))
 
 
 # These two integers are arbitrary: specializing them on 1 and multiples of 16 gains nothing.
@@ -161,7 +151,7 @@ def _cross_entropy(
         column = tl.where((target >= 0) & (target < n_vocab), target, -1).to(tl.int32)
         # Read the target's logit before the reductions, which synchronize the warps: later another
         # warp may have overwritten it with its gradient.
-        chosen = widen(tl.load(logits_ptr + column, mask=column >= 0, other=0.0))
+        chosen = upcast(tl.load(logits_ptr + column, mask=column >= 0, other=0.0))
         largest, total = _max_and_sum_exp(logits_ptr, columns, n_vocab, n_padded, LANES, WIDTH)
         # An invalid target makes the loss and the gradient of the row NaN.
         total = tl.where(column >= 0, total, float("nan"))
@@ -178,7 +168,7 @@ def _cross_entropy(
             _store(logits_ptr + full + columns, gradient, columns < n_padded - full)
             for done in range(0, full, LANES * WIDTH):
                 start = full - LANES * WIDTH - done
-                x = widen(tl.load(logits_ptr + start + columns))
+                x = upcast(tl.load(logits_ptr + start + columns))
                 p = tl.exp2((x - largest) * LOG2_E - log2_total)
                 gradient = tl.where(columns == column - start, at_target, p * SCALE)
                 _store(logits_ptr + start + columns, gradient, None)
@@ -196,12 +186,14 @@ def _max_and_sum_exp(
     """
     dtype: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     # The initial maximum is finite, so that a lane with only padding does not compute -inf - -inf.
-    # It is below all logits that occur.
+    # The loss of a row whose logits are all finite and below it would be wrong.
+    # (A lower number would overflow to -inf in `_accumulate`, which is harmless on a GPU but an
+    # error in the interpreter.)
     largest = tl.full([LANES], -1e38, dtype)
     total = tl.zeros([LANES], dtype)
     full = n_vocab // (LANES * WIDTH) * (LANES * WIDTH)  # columns that need no mask
     for start in range(0, full, LANES * WIDTH):
-        x = widen(tl.load(logits_ptr + start + columns))
+        x = upcast(tl.load(logits_ptr + start + columns))
         largest, total = _accumulate(x, largest, total)
     x = _load_last_block(logits_ptr + full, columns, n_vocab - full, n_padded - full)
     largest, total = _accumulate(x, largest, total)
@@ -224,7 +216,7 @@ def _load_last_block(logits_ptr, columns, n_vocab, n_padded):
     """Load the last, partial block of columns, with -inf in the padding."""
     # n_padded is a multiple of 16 and thus of WIDTH: its mask is uniform within each 128-bit load,
     # unlike a mask of n_vocab. The padding is excluded after the load.
-    x = widen(tl.load(logits_ptr + columns, mask=columns < n_padded, other=0.0))
+    x = upcast(tl.load(logits_ptr + columns, mask=columns < n_padded, other=0.0))
     return tl.where(columns < n_vocab, x, float("-inf"))
 
 
@@ -244,17 +236,15 @@ def _launch(
 ) -> None:
     """Store the loss of each row and, if `gradient`, overwrite the logits with their gradient."""
     n_rows, n_padded = logits.shape
-    constants, options = _configuration(logits.dtype, n_padded, gradient)
+    config = _config(logits.dtype, n_padded, gradient)
     with on_device(logits):
         _cross_entropy[(n_rows,)](
-            logits, targets, losses, n_vocab, n_padded, ignore_index, **constants, **options
+            logits, targets, losses, n_vocab, n_padded, ignore_index, **config.kwargs
         )
 
 
-def _configuration(
-    dtype: torch.dtype, n_padded: int, gradient: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the compile-time arguments and the launch options for rows of `n_padded` columns."""
+def _config(dtype: torch.dtype, n_padded: int, gradient: bool) -> LaunchConfig:
+    """Return the launch configuration for rows of `n_padded` columns."""
     warps = 16 if n_padded >= LONG_ROW else 4
     constants = {
         "GRADIENT": gradient,
@@ -262,7 +252,7 @@ def _configuration(
         "LANES": 32 * warps,
         "WIDTH": 16 // dtype.itemsize,
     }
-    return constants, {"num_warps": warps, "enable_fp_fusion": True}
+    return LaunchConfig(constants, warps)
 
 
 def _scale(dtype: torch.dtype) -> float:

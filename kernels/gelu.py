@@ -21,22 +21,23 @@ from fastgpt.kernels.column_sum import add_up
 from fastgpt.kernels.common import (
     DTYPES,
     LOG2_E,
+    LaunchConfig,
     Variant,
     check_tensors,
+    describe,
     n_multiprocessors,
     on_device,
-    widen,
+    upcast,
 )
 
-BLOCK = 1024  # 8 elements per thread: one 128-bit load of 16-bit numbers, two of 32-bit numbers
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+# 8 elements per thread: one 128-bit load of 16-bit numbers, two of 32-bit numbers
+FLAT = LaunchConfig({"BLOCK": 1024}, num_warps=4)
 
 # With a bias, a program iterates over the rows of a block of columns. With 256 columns, a warp
 # reads 512 bytes of a row of 16-bit numbers. The tile sizes and the number of programs per
 # multiprocessor were the fastest of about a dozen on an H200 with GPT-2 in bf16.
-FORWARD_TILE = {"ROWS": 16, "COLUMNS": 256}
-BACKWARD_TILE = {"ROWS": 4, "COLUMNS": 256}
-PROGRAMS = 8
+FORWARD = LaunchConfig({"ROWS": 16, "COLUMNS": 256}, num_warps=4, programs_per_sm=8)
+BACKWARD = LaunchConfig({"ROWS": 4, "COLUMNS": 256}, num_warps=4, programs_per_sm=8)
 
 # 2u = x (LINEAR + CUBIC x²)
 LINEAR = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi))
@@ -61,7 +62,7 @@ def gelu_forward(x: Tensor, bias: Tensor | None = None) -> Tensor:
         _launch(_gelu_forward, x, y)
         return y
     _check_bias(x, bias)
-    _launch_by_columns(_bias_gelu_forward, FORWARD_TILE, x, bias.contiguous(), y)
+    _launch_by_columns(_bias_gelu_forward, FORWARD, x, bias.contiguous(), y)
     return y
 
 
@@ -96,46 +97,32 @@ def gelu_backward(
         return grad_x, None
     _check_bias(x, bias)
     wide = torch.float64 if torch.float64 in (x.dtype, bias.dtype) else torch.float32
-    n_programs = _n_programs(x, BACKWARD_TILE)
+    n_programs = _n_programs(x, BACKWARD)
     partials = torch.empty(1, n_programs, bias.numel(), dtype=wide, device=x.device)
     tensors = (x, grad, bias.contiguous(), grad_x, partials)
-    _launch_by_columns(_bias_gelu_backward, BACKWARD_TILE, *tensors)
+    _launch_by_columns(_bias_gelu_backward, BACKWARD, *tensors)
     return grad_x, add_up(partials, bias.dtype)[0]
 
 
 def variants(capability: int) -> Iterator[Variant]:
     """Yield the configurations that the launchers can launch on a GPU of a compute capability."""
     for dtype in DTYPES.values():
-        for kernel, pointers in (
-            (_gelu_forward, ("x_ptr", "y_ptr")),
-            (_gelu_backward, ("grad_ptr", "x_ptr", "grad_x_ptr")),
-        ):
-            signature = dict.fromkeys(pointers, f"*{dtype}") | {"n_elements": "i64"}
-            yield Variant(kernel.__name__, signature, {"BLOCK": BLOCK}, OPTIONS)
-    yield from _bias_variants()
-
-
-def _bias_variants() -> Iterator[Variant]:
-    sizes = {"n_rows": "i32", "width": "i32"}
+        types = dict.fromkeys(("x_ptr", "y_ptr", "grad_ptr", "grad_x_ptr"), f"*{dtype}")
+        for kernel in (_gelu_forward, _gelu_backward):
+            yield describe(kernel, types | {"n_elements": "i64"}, FLAT)
     dtypes = [(dtype, dtype) for dtype in DTYPES.values()]
     for dtype, bias in [*dtypes, ("fp16", "fp32"), ("bf16", "fp32")]:
-        x, b = f"*{dtype}", f"*{bias}"
-        forward = {"x_ptr": x, "bias_ptr": b, "y_ptr": x} | sizes
-        partials = "*fp64" if dtype == "fp64" else "*fp32"
-        backward = {"x_ptr": x, "grad_ptr": x, "bias_ptr": b, "grad_x_ptr": x}
-        backward |= {"partials_ptr": partials} | sizes
+        types = dict.fromkeys(("x_ptr", "y_ptr", "grad_ptr", "grad_x_ptr"), f"*{dtype}")
+        types |= {"bias_ptr": f"*{bias}", "partials_ptr": "*fp64" if dtype == "fp64" else "*fp32"}
         for unaligned in ((), ("width",)) if (dtype, bias) == ("bf16", "fp32") else ((),):
-            for kernel, signature, tile in (
-                (_bias_gelu_forward, forward, FORWARD_TILE),
-                (_bias_gelu_backward, backward, BACKWARD_TILE),
-            ):
-                yield Variant(kernel.__name__, signature, tile, OPTIONS, unaligned=unaligned)
+            yield describe(_bias_gelu_forward, types, FORWARD, unaligned=unaligned)
+            yield describe(_bias_gelu_backward, types, BACKWARD, unaligned=unaligned)
 
 
 @triton.jit
 def _gelu_forward(x_ptr, y_ptr, n_elements, BLOCK: tl.constexpr):
     offsets, inside = _block(n_elements, BLOCK)
-    x = widen(tl.load(x_ptr + offsets, mask=inside))
+    x = upcast(tl.load(x_ptr + offsets, mask=inside))
     y = _gelu(x)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -143,8 +130,8 @@ def _gelu_forward(x_ptr, y_ptr, n_elements, BLOCK: tl.constexpr):
 @triton.jit
 def _gelu_backward(grad_ptr, x_ptr, grad_x_ptr, n_elements, BLOCK: tl.constexpr):
     offsets, inside = _block(n_elements, BLOCK)
-    grad = widen(tl.load(grad_ptr + offsets, mask=inside))
-    x = widen(tl.load(x_ptr + offsets, mask=inside))
+    grad = upcast(tl.load(grad_ptr + offsets, mask=inside))
+    x = upcast(tl.load(x_ptr + offsets, mask=inside))
     grad_x = grad * _slope(x)
     tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
 
@@ -154,32 +141,25 @@ def _bias_gelu_forward(
     x_ptr, bias_ptr, y_ptr, n_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    bias = widen(tl.load(bias_ptr + columns, mask=columns < width, other=0.0))  # [1, COLUMNS]
+    bias = upcast(tl.load(bias_ptr + columns, mask=columns < width, other=0.0))  # [1, COLUMNS]
     for tile in range(tl.program_id(1), tl.cdiv(n_rows, ROWS), tl.num_programs(1)):
         offsets, inside = _tile(tile, columns, n_rows, width, ROWS)
-        x = widen(tl.load(x_ptr + offsets, mask=inside, other=0.0)) + bias  # [ROWS, COLUMNS]
+        x = upcast(tl.load(x_ptr + offsets, mask=inside, other=0.0)) + bias  # [ROWS, COLUMNS]
         tl.store(y_ptr + offsets, _gelu(x).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _bias_gelu_backward(
-    x_ptr,
-    grad_ptr,
-    bias_ptr,
-    grad_x_ptr,
-    partials_ptr,
-    n_rows,
-    width,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    x_ptr, grad_ptr, bias_ptr, grad_x_ptr, partials_ptr, n_rows, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    bias = widen(tl.load(bias_ptr + columns, mask=columns < width, other=0.0))  # [1, COLUMNS]
+    bias = upcast(tl.load(bias_ptr + columns, mask=columns < width, other=0.0))  # [1, COLUMNS]
     added = tl.zeros([ROWS, COLUMNS], partials_ptr.dtype.element_ty)
     for tile in range(tl.program_id(1), tl.cdiv(n_rows, ROWS), tl.num_programs(1)):
         offsets, inside = _tile(tile, columns, n_rows, width, ROWS)
-        grad = widen(tl.load(grad_ptr + offsets, mask=inside, other=0.0))  # [ROWS, COLUMNS]
-        x = widen(tl.load(x_ptr + offsets, mask=inside, other=0.0)) + bias
+        grad = upcast(tl.load(grad_ptr + offsets, mask=inside, other=0.0))  # [ROWS, COLUMNS]
+        x = upcast(tl.load(x_ptr + offsets, mask=inside, other=0.0)) + bias
         grad_x = grad * _slope(x)
         added += grad_x  # 0 outside of the tensor, because grad is 0 there
         tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
@@ -234,11 +214,12 @@ def _launch(kernel: triton.JITFunction, *tensors: Tensor) -> None:
     if n_elements == 0:  # CUDA rejects empty grids
         return
     with on_device(tensors[0]):
-        kernel[(triton.cdiv(n_elements, BLOCK),)](*tensors, n_elements, BLOCK=BLOCK, **OPTIONS)
+        grid = (triton.cdiv(n_elements, FLAT.constants["BLOCK"]),)
+        kernel[grid](*tensors, n_elements, **FLAT.kwargs)
 
 
 def _launch_by_columns(
-    kernel: triton.JITFunction, tile: dict[str, int], x: Tensor, *tensors: Tensor
+    kernel: triton.JITFunction, config: LaunchConfig, x: Tensor, *tensors: Tensor
 ) -> None:
     """Launch a kernel on `x`, contiguous `[..., C]`, and further tensors.
 
@@ -247,18 +228,20 @@ def _launch_by_columns(
     if x.numel() == 0:  # CUDA rejects empty grids
         return
     width = x.size(-1)
-    grid = (triton.cdiv(width, tile["COLUMNS"]), _n_programs(x, tile))
+    grid = (triton.cdiv(width, config.constants["COLUMNS"]), _n_programs(x, config))
     with on_device(x):
-        kernel[grid](x, *tensors, x.numel() // width, width, **tile, **OPTIONS)
+        kernel[grid](x, *tensors, x.numel() // width, width, **config.kwargs)
 
 
-def _n_programs(x: Tensor, tile: dict[str, int]) -> int:
+def _n_programs(x: Tensor, config: LaunchConfig) -> int:
     """Return the number of programs that share the rows of a block of columns; 0 if x is empty."""
     if x.numel() == 0:
         return 0
-    width = x.size(-1)
-    wanted = PROGRAMS * n_multiprocessors(x.device) // triton.cdiv(width, tile["COLUMNS"])
-    return min(max(1, wanted), triton.cdiv(x.numel() // width, tile["ROWS"]))
+    width, rows, columns = x.size(-1), config.constants["ROWS"], config.constants["COLUMNS"]
+    programs = config.programs_per_sm * n_multiprocessors(x.device)
+    return min(
+        max(1, programs // triton.cdiv(width, columns)), triton.cdiv(x.numel() // width, rows)
+    )
 
 
 def _check_bias(x: Tensor, bias: Tensor) -> None:

@@ -3,7 +3,7 @@
 The reference implementations are `fastgpt.ops.reference.layer_norm` and `add_layer_norm`.
 
 A program of the forward holds several whole rows in registers. It reads them once and computes the
-mean and then the variance of the centered values (the mean of squares minus the squared mean would
+mean and then the variance of the centred values (the mean of squares minus the squared mean would
 suffer from cancellation). The backward reads the rows, normalizes them again with the saved mean
 and 1 / std, and accumulates the gradients of weight and bias in the same pass: it is a persistent
 kernel, in which a few programs per multiprocessor iterate over all rows and keep the sums in
@@ -11,7 +11,6 @@ registers. `fastgpt.kernels.column_sum` adds up the sums of the programs.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -22,13 +21,15 @@ from torch import Tensor
 from fastgpt.kernels.column_sum import add_up
 from fastgpt.kernels.common import (
     DTYPES,
+    LaunchConfig,
     Variant,
     capability,
     check_tensors,
     compute_dtype,
+    describe,
     n_multiprocessors,
     on_device,
-    widen,
+    upcast,
 )
 
 # Rows are held entirely in registers; wider ones would spill.
@@ -47,49 +48,50 @@ class Gradients(NamedTuple):
 
 
 def layer_norm_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the normalized `x` and the mean and 1 / std of each row.
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Return ``total = x + residual``, the normalized total, and the mean and 1 / std of each row.
 
     Args:
-        x: `[..., C]`, any strides, C at most 8192 (2048 for fp64).
+        x, residual: `[..., C]`, any strides, C at most 8192 (2048 for fp64); without a residual,
+            total is `x`.
         weight, bias: `[C]`. All inputs may be fp32, fp16 and bf16 in any combination (computed in
             fp32), or all fp64.
         eps: value added to the variance.
-        out_dtype: dtype of the normalized result (None: that of `x`).
+        out_dtype: dtype of the normalized result (None: that of total).
 
     Returns:
-        y: the normalized `x`, contiguous `[..., C]`.
+        total: contiguous `[..., C]`, in the dtype of PyTorch's type promotion (fp32 for
+            fp16 + fp32); None without a residual. The normalization uses total as rounded to this
+            dtype, because the backward recomputes it from the stored tensor.
+        y: the normalized total, contiguous `[..., C]`.
         mean, rstd: `[n_rows]`, fp32 (fp64 for fp64).
 
     Raises:
         ValueError: for unsupported inputs.
     """
-    _check_inputs("layer_norm", out_dtype, weight, bias, x=x)
-    x = x.contiguous()
-    y = torch.empty_like(x, dtype=out_dtype)
-    return y, *_forward(x, None, weight, bias, eps, None, y)
-
-
-def add_layer_norm_forward(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ``total = x + residual`` and the results of `layer_norm_forward` for it.
-
-    x, residual: `[..., C]`, any strides. total has the dtype of PyTorch's type promotion (fp32 for
-    fp16 + fp32). The normalization uses total as rounded to this dtype, because the backward
-    recomputes it from the stored tensor. The other arguments are as in `layer_norm_forward`.
-    """
-    _check_inputs("add_layer_norm", out_dtype, weight, bias, x=x, residual=residual)
-    x, residual = x.contiguous(), residual.contiguous()
-    total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
-    y = torch.empty_like(total, dtype=out_dtype)
-    return total, y, *_forward(x, residual, weight, bias, eps, total, y)
+    _check_inputs(x, residual, weight, bias, out_dtype)
+    x, weight = x.contiguous(), weight.contiguous()
+    residual, bias = (None if t is None else t.contiguous() for t in (residual, bias))
+    total = None
+    if residual is not None:
+        total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
+    y = torch.empty_like(x if total is None else total, dtype=out_dtype)
+    width, n_rows = weight.numel(), x.shape[:-1].numel()
+    mean, rstd = (x.new_empty(n_rows, dtype=compute_dtype(x.dtype)) for _ in range(2))
+    if n_rows:  # CUDA rejects empty grids
+        config = forward_config(width)
+        tensors = (x, residual, weight, bias, total, y, mean, rstd)
+        with on_device(x):
+            _layer_norm_forward[(triton.cdiv(n_rows, config.constants["ROWS"]),)](
+                *tensors, n_rows, width, eps, **config.kwargs
+            )
+    return total, y, mean, rstd
 
 
 def layer_norm_backward(
@@ -109,8 +111,7 @@ def layer_norm_backward(
             gradients of autograd.
         grad_total: gradient of total from its other uses, which is added to the result (None: it
             has no other uses); any strides.
-        total: the normalized tensor: total of `add_layer_norm_forward` or x of
-            `layer_norm_forward`.
+        total: the normalized tensor: total of the forward, or its `x` without a residual.
         weight: the argument of the forward.
         mean, rstd: the results of the forward.
         has_bias: whether to compute the gradient of the bias.
@@ -123,7 +124,7 @@ def layer_norm_backward(
     """
     _check_gradients(grad_y, grad_total, total, weight, mean, rstd, x_dtype)
     # All are usually contiguous results of kernels. Other layouts are rare (the gradient of a sum
-    # has stride 0) and are copied, so that each row is a contiguous range for vectorized loads.
+    # has stride 0) and are copied, so that each row is a contiguous range for vectorised loads.
     grad_y, total, weight = grad_y.contiguous(), total.contiguous(), weight.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     grad = torch.empty_like(total)
@@ -131,76 +132,58 @@ def layer_norm_backward(
 
     n_rows, width = mean.numel(), weight.numel()
     n_bytes = _max_element_size(grad_y, grad_total, total)
-    shape = backward_shape(width, n_bytes, capability(total.device))
-    resident = n_multiprocessors(total.device) * shape.programs
-    n_programs = min(triton.cdiv(n_rows, shape.rows), resident)
+    config = backward_config(width, n_bytes, capability(total.device), has_bias)
+    resident = n_multiprocessors(total.device) * config.programs_per_sm
+    n_programs = min(triton.cdiv(n_rows, config.constants["ROWS"]), resident)
     partials = torch.empty(1 + has_bias, n_programs, width, dtype=mean.dtype, device=total.device)
     if n_programs:  # CUDA rejects empty grids
         tensors = (grad_y, grad_total, total, weight, mean, rstd, grad, grad_x, partials)
         with on_device(total):
-            _layer_norm_backward[(n_programs,)](
-                *tensors, n_rows, width, **shape.constants, HAS_BIAS=has_bias, **shape.options
-            )
+            _layer_norm_backward[(n_programs,)](*tensors, n_rows, width, **config.kwargs)
     grad_weight, grad_bias = (*add_up(partials, weight.dtype), None)[:2]
     return Gradients(grad, grad_x, grad_weight, grad_bias)
 
 
-class Shape(NamedTuple):
-    """Launch configuration of a kernel for a width.
-
-    rows, block: the tile of a program, rows × columns. warps: number of warps. programs: for the
-    backward, the number of programs that run concurrently on a multiprocessor. registers: limit of
-    registers per thread that makes this possible (None: no limit).
-    """
-
-    rows: int
-    block: int
-    warps: int
-    programs: int = 0
-    registers: int | None = None
-
-    @property
-    def constants(self) -> dict[str, int]:
-        """Return the compile-time arguments of the kernel."""
-        return {"ROWS": self.rows, "BLOCK": self.block}
-
-    @property
-    def options(self) -> dict[str, int | bool]:
-        """Return the compiler options."""
-        options = {"num_warps": self.warps, "enable_fp_fusion": True}
-        return options | ({"maxnreg": self.registers} if self.registers else {})
-
-
-def forward_shape(width: int) -> Shape:
+def forward_config(width: int) -> LaunchConfig:
     """Return the launch configuration of the forward for rows of `width`.
 
     A thread holds 8 columns (16 for the widest rows), which is one 128-bit load of 16-bit numbers,
     of several rows. This keeps tens of KB of loads in flight for each multiprocessor, the product
     of its share of the memory bandwidth and the latency.
     """
-    block = max(MIN_BLOCK, triton.next_power_of_2(width))
-    return Shape(max(1, min(4, 8192 // block)), block, _n_warps(block))
+    block = _block(width)
+    return LaunchConfig({"ROWS": max(1, min(4, 8192 // block)), "BLOCK": block}, _n_warps(block))
 
 
-def backward_shape(width: int, n_bytes: int, capability: int) -> Shape:
+def backward_config(
+    width: int, n_bytes: int, capability: int, has_bias: bool = True
+) -> LaunchConfig:
     """Return the launch configuration of the backward for rows of `width`.
 
     n_bytes: size of an element in the widest of the tensors that it reads. All programs must be
-    resident on the multiprocessors at the same time, so that there is no second wave. Rows of
-    32-bit numbers keep as many bytes in flight with fewer warps, and need more registers.
+    resident on the multiprocessors at the same time, so that there is no second wave; the limit of
+    registers makes this possible. Rows of 32-bit numbers keep as many bytes in flight with fewer
+    warps, and need more registers.
     """
-    block = max(MIN_BLOCK, triton.next_power_of_2(width))
+    block = _block(width)
     warps = _n_warps(block)
     if n_bytes == 8:  # used for gradient checks only: does not spill, but is not tuned
-        return Shape(1, block, warps, programs=1)
-    if warps > 8:
-        return Shape(MAX_WIDTH // block, block, warps, programs=1)
-    if n_bytes == 4 and capability == 90 and block >= 1024 and width % 16 == 0:
+        rows, programs, registers = 1, 1, None
+    elif warps > 8:
+        rows, programs, registers = MAX_WIDTH // block, 1, None
+    elif n_bytes == 4 and capability == 90 and block >= 1024 and width % 16 == 0:
         # One row at a time: the fastest of a dozen configurations on an H200; it may spill on
         # other GPUs.
-        return Shape(1, block, warps // 2, 32 // warps, 128)
-    rows = 2 if width % 16 == 0 else 1  # accesses of single elements take more registers
-    return Shape(rows, block, warps, 16 // warps, 128)
+        rows, programs, registers = 1, 32 // warps, 128
+        warps //= 2
+    else:  # accesses of single elements take more registers
+        rows, programs, registers = 2 if width % 16 == 0 else 1, 16 // warps, 128
+    constants = {"ROWS": rows, "BLOCK": block, "HAS_BIAS": has_bias}
+    return LaunchConfig(constants, warps, max_registers=registers, programs_per_sm=programs)
+
+
+def _block(width: int) -> int:
+    return max(MIN_BLOCK, triton.next_power_of_2(width))
 
 
 def _n_warps(block: int) -> int:
@@ -226,100 +209,62 @@ def variants(capability: int) -> Iterator[Variant]:
     for mix in MIXES:
         for width in WIDTHS + OTHER_WIDTHS * (mix == AUTOCAST):
             common = mix in COMMON and width in (*WIDTHS, MAX_WIDTH)
-            yield replace(_forward_variant(mix, width), common=common)
-            yield replace(_backward_variant(mix, width, capability), common=common)
-        common = mix == AUTOCAST
-        yield replace(_forward_variant(mix, WIDTHS[0], alone=True), common=common)
-        backward = _backward_variant(mix, WIDTHS[0], capability, alone=True)
-        yield replace(backward, common=common)
-    for variant in (
-        _forward_variant(AUTOCAST, 1023),
-        _backward_variant(AUTOCAST, 1023, capability),
-    ):
-        yield replace(variant, unaligned=("n_rows", "width"))
+            yield from _pair(mix, width, capability, common=common)
+        yield from _pair(mix, WIDTHS[0], capability, common=mix == AUTOCAST, alone=True)
+    yield from _pair(AUTOCAST, 1023, capability, common=True, unaligned=("n_rows", "width"))
 
 
-def _forward_variant(mix: tuple[str, ...], width: int, alone: bool = False) -> Variant:
-    x, residual, weight, y = mix
-    pointers = {
+def _pair(
+    mix: tuple[str, ...],
+    width: int,
+    capability: int,
+    common: bool,
+    alone: bool = False,
+    unaligned: tuple[str, ...] = (),
+) -> Iterator[Variant]:
+    """Yield the forward and the backward for a combination of dtypes and a width.
+
+    alone: without a residual.
+    """
+    x, residual, weight, y = (f"*{dtype}" for dtype in mix)
+    wide = "*fp64" if residual == "*fp64" else "*fp32"
+    types = {
         "x_ptr": residual if alone else x,
         "residual_ptr": None if alone else residual,
-        "weight_ptr": weight,
-        "bias_ptr": weight,
-        "total_ptr": None if alone else residual,
-        "y_ptr": y,
-        "mean_ptr": _wide(residual),
-        "rstd_ptr": _wide(residual),
-    }
-    return _variant(_layer_norm_forward, pointers, {"eps": "fp32"}, forward_shape(width))
-
-
-def _backward_variant(
-    mix: tuple[str, ...], width: int, capability: int, alone: bool = False
-) -> Variant:
-    x, residual, weight, y = mix
-    pointers = {
-        "grad_y_ptr": y,
         "grad_total_ptr": None if alone else residual,
-        "total_ptr": residual,
-        "weight_ptr": weight,
-        "mean_ptr": _wide(residual),
-        "rstd_ptr": _wide(residual),
         "grad_ptr": residual,
         "grad_x_ptr": None if alone or x == residual else x,
-        "partials_ptr": _wide(residual),
+        "y_ptr": y,
+        "grad_y_ptr": y,
+        "eps": "fp32",
     }
-    shape = backward_shape(width, int(residual.lstrip("bfp")) // 8, capability)
-    return _variant(_layer_norm_backward, pointers, {}, shape, HAS_BIAS=True)
-
-
-def _variant(
-    kernel: triton.JITFunction,
-    pointers: dict[str, str | None],
-    numbers: dict[str, str],
-    shape: Shape,
-    **constants: bool,
-) -> Variant:
-    given = {name: f"*{dtype}" for name, dtype in pointers.items() if dtype}
-    left_out = {name: None for name, dtype in pointers.items() if not dtype}
-    return Variant(
-        kernel.__name__,
-        given | {"n_rows": "i32", "width": "i32"} | numbers,
-        left_out | shape.constants | constants,
-        shape.options,
-    )
-
-
-def _wide(dtype: str) -> str:
-    return "fp64" if dtype == "fp64" else "fp32"
+    types |= dict.fromkeys(("weight_ptr", "bias_ptr"), weight)
+    types |= dict.fromkeys(("mean_ptr", "rstd_ptr", "partials_ptr"), wide)
+    n_bytes = int(residual.lstrip("*bfp")) // 8
+    for kernel, config, total in (
+        (_layer_norm_forward, forward_config(width), None if alone else residual),
+        (_layer_norm_backward, backward_config(width, n_bytes, capability), residual),
+    ):
+        here = types | {"total_ptr": total}
+        yield describe(kernel, here, config, unaligned=unaligned, common=common)
 
 
 @triton.jit
 def _layer_norm_forward(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    total_ptr,
-    y_ptr,
-    mean_ptr,
-    rstd_ptr,
-    n_rows,
-    width,
-    eps,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, total_ptr, y_ptr, mean_ptr, rstd_ptr,
+    n_rows, width, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     rows, offsets, present, inside = _tile(tl.program_id(0), n_rows, width, ROWS, BLOCK)
-    x = widen(tl.load(x_ptr + offsets, mask=inside, other=0.0))  # [ROWS, BLOCK]
+    x = upcast(tl.load(x_ptr + offsets, mask=inside, other=0.0))  # [ROWS, BLOCK]
     weight = _vector(weight_ptr, width, BLOCK)  # [1, BLOCK]
     if bias_ptr is not None:
         bias = _vector(bias_ptr, width, BLOCK)
     if residual_ptr is not None:
-        residual = widen(tl.load(residual_ptr + offsets, mask=inside, other=0.0))
+        residual = upcast(tl.load(residual_ptr + offsets, mask=inside, other=0.0))
         total = (x + residual).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + offsets, total, mask=inside)
-        x = widen(total)
+        x = upcast(total)
 
     mean = tl.sum(x, axis=1, keep_dims=True) / width  # [ROWS, 1]
     centred = tl.where(inside, x - mean, 0.0)
@@ -336,29 +281,19 @@ def _layer_norm_forward(
 
 @triton.jit
 def _layer_norm_backward(
-    grad_y_ptr,
-    grad_total_ptr,
-    total_ptr,
-    weight_ptr,
-    mean_ptr,
-    rstd_ptr,
-    grad_ptr,
-    grad_x_ptr,
+    grad_y_ptr, grad_total_ptr, total_ptr, weight_ptr, mean_ptr, rstd_ptr, grad_ptr, grad_x_ptr,
     partials_ptr,
-    n_rows,
-    width,
-    HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    n_rows, width,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     program, n_programs = tl.program_id(0), tl.num_programs(0)
     weight = _vector(weight_ptr, width, BLOCK)  # [1, BLOCK]
     grad_weight = tl.zeros([1, BLOCK], partials_ptr.dtype.element_ty)
     grad_bias = tl.zeros([1, BLOCK], partials_ptr.dtype.element_ty)
     for tile in range(program, tl.cdiv(n_rows, ROWS), n_programs):
         _, offsets, _, inside = _tile(tile, n_rows, width, ROWS, BLOCK)
-        grad_y = widen(tl.load(grad_y_ptr + offsets, mask=inside, other=0.0))  # [ROWS, BLOCK]
-        total = widen(tl.load(total_ptr + offsets, mask=inside, other=0.0))
+        grad_y = upcast(tl.load(grad_y_ptr + offsets, mask=inside, other=0.0))  # [ROWS, BLOCK]
+        total = upcast(tl.load(total_ptr + offsets, mask=inside, other=0.0))
         # The loads are issued early, to be in flight together. The widest rows take all registers:
         # for them, weight is loaded again for each tile, and grad_total where it is added.
         if BLOCK > 4096:
@@ -382,7 +317,7 @@ def _layer_norm_backward(
         if grad_total_ptr is not None:
             if BLOCK > 4096:
                 grad_total = tl.load(grad_total_ptr + offsets, mask=inside, other=0.0)
-            grad += widen(grad_total)
+            grad += upcast(grad_total)
         tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=inside)
         if grad_x_ptr is not None:
             tl.store(grad_x_ptr + offsets, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
@@ -419,7 +354,7 @@ def _vector(pointer, width, BLOCK: tl.constexpr):
     """Load a weight or bias as [1, BLOCK], with 0 past its width."""
     # Load in two dimensions: each thread then loads the columns that it uses, without an exchange.
     columns = tl.arange(0, BLOCK)[None, :]
-    return widen(tl.load(pointer + columns, mask=columns < width, other=0.0))
+    return upcast(tl.load(pointer + columns, mask=columns < width, other=0.0))
 
 
 def _max_element_size(*tensors: Tensor | None) -> int:
@@ -427,50 +362,23 @@ def _max_element_size(*tensors: Tensor | None) -> int:
     return max(tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-def _forward(
+def _check_inputs(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    eps: float,
-    total: Tensor | None,
-    y: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Compute total and y in place; return mean and 1 / std."""
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    width = weight.numel()
-    n_rows = x.shape[:-1].numel()
-    mean, rstd = (
-        torch.empty(n_rows, dtype=compute_dtype(x.dtype), device=x.device) for _ in range(2)
-    )
-    if n_rows:  # CUDA rejects empty grids
-        shape = forward_shape(width)
-        tensors = (x, residual, weight, bias, total, y, mean, rstd)
-        with on_device(x):
-            _layer_norm_forward[(triton.cdiv(n_rows, shape.rows),)](
-                *tensors, n_rows, width, eps, **shape.constants, **shape.options
-            )
-    return mean, rstd
-
-
-def _check_inputs(
-    operation: str,
     out_dtype: torch.dtype | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    **inputs: Tensor,
 ) -> None:
     """Raise ValueError unless the forward kernel supports the tensors."""
-    check_tensors(operation, **inputs, weight=weight, bias=bias)
-    x = inputs["x"]
-    for name, tensor in inputs.items():
-        if tensor.shape != x.shape:
-            raise ValueError(
-                f"{operation}: {name} must have the shape of x, {tuple(x.shape)}, "
-                f"not {tuple(tensor.shape)}"
-            )
-    dtypes = {tensor.dtype for tensor in (*inputs.values(), weight, bias) if tensor is not None}
-    _check_dtypes(operation, {*dtypes, out_dtype} - {None})
+    operation = "layer_norm" if residual is None else "add_layer_norm"
+    check_tensors(operation, x=x, residual=residual, weight=weight, bias=bias)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(
+            f"{operation}: residual must have the shape of x, {tuple(x.shape)}, "
+            f"not {tuple(residual.shape)}"
+        )
+    given = (tensor for tensor in (x, residual, weight, bias) if tensor is not None)
+    _check_dtypes(operation, {*(tensor.dtype for tensor in given), out_dtype} - {None})
     _check_width(operation, x, weight, bias)
 
 

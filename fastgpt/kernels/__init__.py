@@ -1,4 +1,4 @@
-"""The Triton kernels: one file per operation, imported only when asked for.
+"""The Triton kernels: one module per operation, imported only when asked for.
 
 Their source stands in the checkout's top-level ``kernels/`` folder, which must stay without an
 ``__init__.py``: a top-level package of that name would hide Hugging Face's ``kernels`` from

@@ -24,11 +24,7 @@ from fastgpt.kernels.cached_attention import cached_attention as cached_attentio
 from fastgpt.kernels.common import compute_dtype
 from fastgpt.kernels.cross_entropy import linear_cross_entropy_forward
 from fastgpt.kernels.gelu import gelu_backward, gelu_forward
-from fastgpt.kernels.layer_norm import (
-    add_layer_norm_forward,
-    layer_norm_backward,
-    layer_norm_forward,
-)
+from fastgpt.kernels.layer_norm import layer_norm_backward, layer_norm_forward
 
 _LIBRARY = torch.library.Library("fastgpt", "FRAGMENT")  # operators exist as long as this object
 _OPERATORS = torch.ops.fastgpt
@@ -41,7 +37,7 @@ def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """`reference.layer_norm`, reading `x` once."""
-    y: Tensor = _OPERATORS.layer_norm(x, weight, bias, eps, _result_dtype(x))[0]
+    y: Tensor = _OPERATORS.layer_norm(x, None, weight, bias, eps, _result_dtype(x))[1]
     return y
 
 
@@ -50,7 +46,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """`reference.add_layer_norm` in one pass over `x` and `residual`."""
     dtype = _result_dtype(x, torch.promote_types(x.dtype, residual.dtype))
-    total, y, _, _ = _OPERATORS.add_layer_norm(x, residual, weight, bias, eps, dtype)
+    total, y, _, _ = _OPERATORS.layer_norm(x, residual, weight, bias, eps, dtype)
     return total, y
 
 
@@ -250,106 +246,64 @@ def _contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype or x.dtype)
 
 
-# layer_norm and add_layer_norm
+# layer_norm, with or without a residual
 
 
-def _layer_norm_backward(
-    grad_y: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    has_bias: bool,
-    narrow: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = layer_norm_backward(
-        grad_y, grad_total, total, weight, mean, rstd, has_bias, x_dtype=narrow
-    )
-    return grads.total, _or_empty(grads.x, total), grads.weight, _or_empty(grads.bias, weight)
+def _layer_norm(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    total, *others = layer_norm_forward(x, *args)
+    return _or_empty(total, x), *others
 
 
-def _fake_layer_norm_backward(
-    grad_y: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    has_bias: bool,
-    narrow: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    both = narrow not in (None, total.dtype)
-    return (
-        _contiguous_like(total),
-        total.new_empty(total.shape, dtype=narrow) if both else total.new_empty(0),
-        _contiguous_like(weight),
-        _contiguous_like(weight) if has_bias else weight.new_empty(0),
-    )
-
-
-def _fake_layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _contiguous_like(x, dtype), _statistics(x), _statistics(x)
-
-
-def _fake_add_layer_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = _contiguous_like(x, torch.promote_types(x.dtype, residual.dtype))
-    return total, _contiguous_like(x, dtype), _statistics(total), _statistics(total)
+def _fake_layer_norm(x: Tensor, residual: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    total, dtype = x.new_empty(0), args[-1]
+    if residual is not None:
+        total = _contiguous_like(x, torch.promote_types(x.dtype, residual.dtype))
+    return total, _contiguous_like(x, dtype), _statistics(x), _statistics(x)
 
 
 def _setup_layer_norm(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, bias, _, _ = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, weight, mean, rstd)
-    ctx.has_bias = bias is not None
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-
-
-def _setup_add_layer_norm(ctx: Any, inputs: Any, output: Any) -> None:
     x, residual, weight, bias, _, _ = inputs
     total, _, mean, rstd = output
-    ctx.save_for_backward(total, weight, mean, rstd)
+    ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
     ctx.has_bias = bias is not None
-    ctx.dtypes = x.dtype, residual.dtype
-    ctx.mark_non_differentiable(mean, rstd)
+    ctx.dtypes = [None if t is None else t.dtype for t in (x, residual)]
+    ctx.mark_non_differentiable(mean, rstd, *([total] if residual is None else []))
     ctx.set_materialize_grads(False)
 
 
-def _grad_layer_norm(ctx: Any, grad_y: Tensor | None, *unused: None) -> tuple[Any, ...]:
-    if grad_y is None:
-        return None, None, None, None, None
-    x, weight, mean, rstd = ctx.saved_tensors
-    grad_x, _, grad_weight, grad_bias = _OPERATORS.layer_norm_backward(
-        grad_y, None, x, weight, mean, rstd, ctx.has_bias, None
-    )
-    return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None, None
-
-
-def _grad_add_layer_norm(
+def _grad_layer_norm(
     ctx: Any, grad_total: Tensor | None, grad_y: Tensor | None, *unused: None
 ) -> tuple[Any, ...]:
     total, weight, mean, rstd = ctx.saved_tensors
-    x_dtype, residual_dtype = ctx.dtypes
-    if grad_y is None:  # the norm was not used
-        if grad_total is None:
-            return (None,) * 6
-        return grad_total.to(x_dtype), grad_total.to(residual_dtype), None, None, None, None
-    narrow = next((dtype for dtype in ctx.dtypes if dtype != total.dtype), None)
-    wide, narrowed, grad_weight, grad_bias = _OPERATORS.layer_norm_backward(
-        grad_y, grad_total, total, weight, mean, rstd, ctx.has_bias, narrow
-    )
-    grads = (narrowed if dtype == narrow else wide.to(dtype) for dtype in ctx.dtypes)
+    wide = grad_total
+    narrow = narrowed = grad_weight = grad_bias = None
+    if grad_y is not None:
+        narrow = next((dtype for dtype in ctx.dtypes if dtype not in (None, total.dtype)), None)
+        wide, narrowed, grad_weight, grad_bias = _OPERATORS.layer_norm_backward(
+            grad_y, grad_total, total, weight, mean, rstd, ctx.has_bias, narrow
+        )
+    grads: list[Tensor | None] = [None, None]  # of x and the residual
+    for i, dtype in enumerate(ctx.dtypes):
+        if dtype is not None and wide is not None:
+            grads[i] = narrowed if dtype == narrow else wide.to(dtype)
     return *grads, grad_weight, grad_bias if ctx.has_bias else None, None, None
+
+
+def _layer_norm_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total, weight = args[2:4]
+    grads = layer_norm_backward(*args)
+    return grads.total, _or_empty(grads.x, total), grads.weight, _or_empty(grads.bias, weight)
+
+
+def _fake_layer_norm_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, total, weight, _, _, has_bias, narrow = args
+    both = narrow not in (None, total.dtype)
+    return (
+        _contiguous_like(total),
+        total.new_empty(total.shape if both else 0, dtype=narrow),
+        _contiguous_like(weight),
+        weight.new_empty(weight.shape if has_bias else 0),
+    )
 
 
 # causal_attention
@@ -408,18 +362,13 @@ def _grad_gelu(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 # linear_cross_entropy
 
 
-def _linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_x: bool, need_weight: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss, n_counted, grad_x, grad_weight = linear_cross_entropy_forward(
-        x, weight, targets, ignore_index, need_x, need_weight
-    )
+def _linear_cross_entropy(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, n_counted, grad_x, grad_weight = linear_cross_entropy_forward(*args)
     return loss, n_counted, _or_empty(grad_x, loss), _or_empty(grad_weight, loss)
 
 
-def _fake_linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_x: bool, need_weight: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_linear_cross_entropy(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, weight, targets, _, need_x, need_weight = args
     wide = compute_dtype(x.dtype)
     return (
         x.new_empty((), dtype=wide),
@@ -451,20 +400,12 @@ def _grad_linear_cross_entropy(ctx: Any, grad: Tensor | None, *unused: None) -> 
 
 
 _define(
-    "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType dtype)"
-    " -> (Tensor y, Tensor mean, Tensor rstd)",
-    layer_norm_forward,
+    "layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps,"
+    " ScalarType dtype) -> (Tensor total, Tensor y, Tensor mean, Tensor rstd)",
+    _layer_norm,
     _fake_layer_norm,
     _setup_layer_norm,
     _grad_layer_norm,
-)
-_define(
-    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps,"
-    " ScalarType dtype) -> (Tensor total, Tensor y, Tensor mean, Tensor rstd)",
-    add_layer_norm_forward,
-    _fake_add_layer_norm,
-    _setup_add_layer_norm,
-    _grad_add_layer_norm,
 )
 _define(
     "layer_norm_backward(Tensor grad_y, Tensor? grad_total, Tensor total, Tensor weight,"

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -321,7 +322,7 @@ def test_same_steps_give_the_same_bits(device):
 
 @pytest.mark.usefixtures("_kernels_alone")
 def test_more_blocks_and_tensors_than_one_round_of_the_preparing_program(device, monkeypatch):
-    monkeypatch.setattr(adamw, "PREPARE_BLOCK", 4)
+    monkeypatch.setattr(adamw, "PREPARE", replace(adamw.PREPARE, constants={"BLOCK": 4}))
     params = make_params([(3,)] * 9 + [(10_000,)], device)
     plain = copies(params, torch.float32)
     set_gradients(1, params, plain)

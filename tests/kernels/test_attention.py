@@ -93,7 +93,7 @@ def test_many_heads_of_many_rows(dtype, device):
 
 def test_every_program_of_a_grid_has_a_block_of_its_own(device, monkeypatch):
     # Heads are processed in groups, here of 2, with one in the last group.
-    monkeypatch.setattr(attention, "SHARED_BYTES", 2 * 2 * 70 * 16 * 2)
+    monkeypatch.setattr(attention.launch, "SHARED_BYTES", 2 * 2 * 70 * 16 * 2)
     check(*problem(1, 70, 3, 16, torch.float16, device))
 
 

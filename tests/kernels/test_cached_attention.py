@@ -90,9 +90,9 @@ def test_splits_fill_the_gpu(monkeypatch):
     monkeypatch.setattr(kernels, "n_multiprocessors", lambda device: 132)  # an H200
 
     def n_splits(batch, n_head, n_cache, n_new=1):
-        plan = kernels._plan(torch.bfloat16, n_new, 64)
-        blocks = batch * n_head * -(-n_new // plan.tile["BLOCK_M"])
-        return kernels._n_splits("cuda", n_new, blocks, -(-n_cache // plan.tile["BLOCK_N"]))
+        tile = kernels._select_config(torch.bfloat16, n_new, 64).constants
+        blocks = batch * n_head * -(-n_new // tile["BLOCK_M"])
+        return kernels._n_splits("cuda", n_new, blocks, -(-n_cache // tile["BLOCK_N"]))
 
     assert n_splits(1, 12, 1024) * 12 >= 2 * 132
     assert n_splits(1, 12, 2**20) * 12 >= 4 * 132
@@ -177,8 +177,10 @@ def test_follows_the_setting_of_tf32():
     try:
         for setting in ("ieee", "tf32"):
             matmul.fp32_precision = setting
-            assert kernels._plan(torch.float32, 8, 64).tile["PRECISION"] == setting
-            assert kernels._plan(torch.bfloat16, 8, 64).tile["PRECISION"] == "ieee"
+            tile = kernels._select_config(torch.float32, 8, 64).constants
+            assert tile["PRECISION"] == setting
+            tile = kernels._select_config(torch.bfloat16, 8, 64).constants
+            assert tile["PRECISION"] == "ieee"
     finally:
         matmul.fp32_precision = before
 
@@ -189,10 +191,10 @@ def test_every_launch_is_listed():
     for dtype in kernels.DTYPES:
         for n_new in (1, 2, 16, 17, 300):
             for head_dim in (1, 64, 65, 128):
-                plan = kernels._plan(dtype, n_new, head_dim)
+                config = kernels._select_config(dtype, n_new, head_dim)
                 for split in (True, False):
-                    tile = plan.tile | {"SPLIT": split}
-                    assert (plan.kernel.__name__, *sorted(tile.items())) in listed
+                    tile = config.constants | {"SPLIT": split}
+                    assert (kernels._kernel(config).__name__, *sorted(tile.items())) in listed
 
 
 def test_refuses_what_it_does_not_support(device):

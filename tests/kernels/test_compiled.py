@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from fastgpt.kernels import gelu, layer_norm
 from fastgpt.kernels.common import DTYPES
 
 ROOT = Path(__file__).parents[2]
-MODULES = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem != "common")
+FILES = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "kernels").glob("*/__init__.py")]
+MODULES = sorted({path.stem.replace("__init__", path.parent.name) for path in FILES} - {"common"})
 # Shared memory limit of a block on sm_86, sm_89 and sm_120, which use the variants of sm_80.
 SHARED_BYTES = 101_376
 MATRIX_INSTRUCTIONS = {80: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA", "HMMA"}}
@@ -143,18 +145,29 @@ def test_attention_moves_rows_128_bits_at_a_time(compiled: list[Any]) -> None:
 @pytest.mark.parametrize("compiled", [("gelu", 90)], indirect=True, ids=["gelu"])
 def test_programs_of_gelu_with_a_bias_run_all_at_once(compiled: list[Any]) -> None:
     by_rows = [result for result in compiled if "ROWS" in result["constants"]]
+    assert by_rows
     for result in by_rows:
         if result["dtypes"] != ["fp64"]:
-            assert result["occupancy"] * 64 // result["warps"] >= gelu.PROGRAMS
+            assert result["occupancy"] * 64 // result["warps"] >= gelu.FORWARD.programs_per_sm
 
 
 @pytest.mark.parametrize("compiled", [("layer_norm", 90)], indirect=True, ids=["layer_norm"])
 def test_programs_of_the_layer_norm_backward_run_all_at_once(compiled: list[Any]) -> None:
-    for result in compiled:
-        for n_bytes in (2, 4):
-            shape = layer_norm.backward_shape(result["constants"]["BLOCK"], n_bytes, 90)
-            if result["kernel"] == "_layer_norm_backward" and result["options"] == shape.options:
-                assert result["occupancy"] * 64 // result["warps"] >= shape.programs
+    backward = [result for result in compiled if result["kernel"] == "_layer_norm_backward"]
+    assert {"bf16", "fp32"} <= {dtype for result in backward for dtype in result["dtypes"]}
+    for result in backward:
+        block = result["constants"]["BLOCK"]
+        configs = (
+            layer_norm.backward_config(width, n_bytes, 90)
+            for width, n_bytes in product((block, block - 1), (2, 4, 8))
+        )
+        (programs,) = {  # of the configuration with which this variant is launched
+            config.programs_per_sm
+            for config in configs
+            if config.options == result["options"]
+            and config.constants.items() <= result["constants"].items()
+        }
+        assert result["occupancy"] * 64 // result["warps"] >= programs >= 1
 
 
 @pytest.mark.parametrize(
@@ -171,9 +184,9 @@ def test_matrix_instructions_of_attention_overlap(compiled: list[Any]) -> None:
     be faster nevertheless.
     """
     products = {  # number of loops × products in each loop
-        "_attention_forward": 2 * 2,
-        "_attention_backward_q": 2 * 3,
-        "_attention_backward_kv": 3 * 4,  # the fifth product is not an HGMMA
+        "attention_forward": 2 * 2,
+        "attention_backward_q": 2 * 3,
+        "attention_backward_kv": 3 * 4,  # the fifth product is not an HGMMA
     }
     halves = [result for result in compiled if result["matrix"] and is_half(result)]
     assert {result["kernel"] for result in halves} == products.keys()

@@ -200,6 +200,15 @@ def test_large_logits(size, dtype, device):
     check(x, weight, targets)
 
 
+@pytest.mark.filterwarnings("ignore:(invalid|divide):RuntimeWarning")  # from NumPy
+def test_logits_of_minus_infinity(device):
+    x, targets = torch.ones(1, 1, device=device), torch.tensor([0], device=device)
+    weight = torch.full((9, 1), -math.inf, device=device)
+    assert ours(x, weight, targets)[0].isnan()  # as in the reference
+    weight[0] = 2.0
+    assert ours(x, weight, targets)[0] == 0.0
+
+
 def test_logits_far_apart(device):  # probabilities of 1 and 0
     x = torch.tensor([[1e4], [-1e4], [0.0]], device=device)
     weight = torch.tensor([[1.0], [-1.0], [0.5]], device=device)

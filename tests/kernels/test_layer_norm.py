@@ -23,13 +23,10 @@ MIXES = {  # dtypes of x, residual, weight, y
 
 def ours(x, residual, weight, bias, grad_y, grad_total, out_dtype=None):
     """Return the results of the kernels: total, y, gradients of x, residual, weight and bias."""
+    total, y, mean, rstd = layer_norm.layer_norm_forward(x, residual, weight, bias, EPS, out_dtype)
     if residual is None:
+        assert total is None
         total = x
-        y, mean, rstd = layer_norm.layer_norm_forward(x, weight, bias, EPS, out_dtype)
-    else:
-        total, y, mean, rstd = layer_norm.add_layer_norm_forward(
-            x, residual, weight, bias, EPS, out_dtype
-        )
     narrower = x if residual is None or x.dtype != total.dtype else residual
     grads = layer_norm.layer_norm_backward(
         grad_y, grad_total, total, weight, mean, rstd, bias is not None, narrower.dtype
@@ -122,8 +119,8 @@ def test_without_bias(dtype, device):
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 95, 96, 97, 150])
 def test_fewer_and_more_rows_than_the_programs_take_at_once(n_rows, device):
     if not HAS_GPU:  # in the interpreter, 3 multiprocessors × 16 programs × 2 rows
-        shape = layer_norm.backward_shape(16, 4, 90)
-        assert 3 * shape.programs * shape.rows == 96
+        config = layer_norm.backward_config(16, 4, 90)
+        assert 3 * config.programs_per_sm * config.constants["ROWS"] == 96
     x, grad_y = (normal(n_rows, 16, device=device) for _ in range(2))
     check(x, None, *affine(16, torch.float32, device), grad_y)
 
@@ -160,7 +157,7 @@ def test_any_strides(dtype, device):
 def test_constant_rows_are_bias_only(device):
     x = torch.tensor([[0.0], [3.0], [-1e4], [1e-20]], device=device).expand(4, 37)
     weight, bias = affine(37, torch.float32, device)
-    y, mean, rstd = layer_norm.layer_norm_forward(x, weight, bias, EPS)
+    _, y, mean, rstd = layer_norm.layer_norm_forward(x, None, weight, bias, EPS)
     torch.testing.assert_close(mean, x[:, 0])
     torch.testing.assert_close(rstd[[0, 3]], torch.full((2,), EPS**-0.5, device=device))
     torch.testing.assert_close(y[[0, 3]], bias.expand(2, 37))
@@ -177,7 +174,7 @@ def test_a_large_mean_does_not_cost_the_variance(offset, device):
     x = offset + normal(4, 768, device=device)
     weight, bias = affine(768, torch.float32, device)
     grad = normal(4, 768, device=device)
-    y, _, rstd = layer_norm.layer_norm_forward(x, weight, bias, EPS)
+    _, y, _, rstd = layer_norm.layer_norm_forward(x, None, weight, bias, EPS)
     true = reference.layer_norm(x.double(), weight.double(), bias.double(), EPS)
     assert error(y, true) < 4e-7 * abs(offset)  # the rounding error of the mean
     std = (x.double().var(-1, correction=0) + EPS).sqrt()
@@ -189,12 +186,12 @@ def test_total_is_normalised_as_stored(device):
     x = torch.tensor([[2048.0, 0.0, 1.0, -5.0]], dtype=torch.float16, device=device)
     residual = torch.tensor([[1.0, 0.5, 1.0, 3.0]], dtype=torch.float16, device=device)
     weight = torch.ones(4, device=device)
-    total, y, mean, rstd = layer_norm.add_layer_norm_forward(
+    total, y, mean, rstd = layer_norm.layer_norm_forward(
         x, residual, weight, None, EPS, torch.float32
     )
     assert torch.equal(total, x + residual)
     assert total[0, 0] == 2048  # 2049 is not representable in fp16
-    again = layer_norm.layer_norm_forward(total, weight, None, EPS, torch.float32)
+    _, *again = layer_norm.layer_norm_forward(total, None, weight, None, EPS, torch.float32)
     for first, second in zip((y, mean, rstd), again, strict=True):
         assert torch.equal(first, second)
 
@@ -203,7 +200,7 @@ def test_both_gradients_are_rounded_from_the_same_numbers(device):
     x = normal(5, 33, dtype=torch.float16, device=device)
     residual = normal(5, 33, device=device)
     weight, _ = affine(33, torch.float32, device)
-    total, y, mean, rstd = layer_norm.add_layer_norm_forward(x, residual, weight, None, EPS)
+    total, y, mean, rstd = layer_norm.layer_norm_forward(x, residual, weight, None, EPS)
     assert total.dtype == y.dtype == torch.float32
     backward = layer_norm.layer_norm_backward
     grads = backward(y, total, total, weight, mean, rstd, False, torch.float16)
@@ -218,7 +215,7 @@ def test_gradients_are_those_of_the_forward(with_bias, device):
     class AddLayerNorm(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, residual, weight, bias):
-            total, y, mean, rstd = layer_norm.add_layer_norm_forward(x, residual, weight, bias, EPS)
+            total, y, mean, rstd = layer_norm.layer_norm_forward(x, residual, weight, bias, EPS)
             ctx.save_for_backward(total, weight, mean, rstd)
             return total, y
 
@@ -266,7 +263,7 @@ def test_nan_stays_in_its_row(device):
     x = normal(5, 30, device=device)
     x[2, 7] = torch.nan
     weight, bias = affine(30, torch.float32, device)
-    y, mean, rstd = layer_norm.layer_norm_forward(x, weight, bias, EPS)
+    _, y, mean, rstd = layer_norm.layer_norm_forward(x, None, weight, bias, EPS)
     grads = layer_norm.layer_norm_backward(x, None, x, weight, mean, rstd, True)
     for result in (y, grads.total):
         assert result[2].isnan().all()
@@ -275,28 +272,28 @@ def test_nan_stays_in_its_row(device):
 
 def test_refuses_what_it_does_not_support(device):
     x, vector = torch.ones(2, 4, device=device), torch.ones(4, device=device)
-    forward, add = layer_norm.layer_norm_forward, layer_norm.add_layer_norm_forward
+    forward = layer_norm.layer_norm_forward
     with pytest.raises(ValueError, match=r"layer_norm: x must be one of .*not torch\.int64"):
-        forward(x.long(), vector, vector, EPS)
+        forward(x.long(), None, vector, vector, EPS)
     with pytest.raises(ValueError, match=r"layer_norm: results must be .*not torch\.int32"):
-        forward(x, vector, vector, EPS, torch.int32)
+        forward(x, None, vector, vector, EPS, torch.int32)
     with pytest.raises(ValueError, match=r"float64 cannot be mixed with torch\.float32; cast"):
-        forward(x, vector.double(), None, EPS)
+        forward(x, None, vector.double(), None, EPS)
     with pytest.raises(ValueError, match=r"float64 cannot be mixed with torch\.float32; cast"):
-        forward(x.double(), vector.double(), None, EPS, torch.float32)
+        forward(x.double(), None, vector.double(), None, EPS, torch.float32)
     with pytest.raises(ValueError, match=r"weight must have shape \(4,\), .* not \(3,\)"):
-        forward(x, vector[:3], None, EPS)
+        forward(x, None, vector[:3], None, EPS)
     with pytest.raises(ValueError, match=r"bias must have shape \(4,\), .* not \(1, 4\)"):
-        forward(x, vector, vector[None], EPS)
+        forward(x, None, vector, vector[None], EPS)
     with pytest.raises(ValueError, match=r"add_layer_norm: residual .* x, \(2, 4\), not \(1, 4\)"):
-        add(x, x[:1], vector, None, EPS)
+        forward(x, x[:1], vector, None, EPS)
     for shape, limit in (((2, 8193), 8192), ((2, 0), 8192), ((), 8192)):
         wide = torch.ones(shape, device=device)
         with pytest.raises(ValueError, match=rf"1 to {limit} elements in torch\.float32"):
-            forward(wide, wide.flatten()[: wide.numel() // 2], None, EPS)
+            forward(wide, None, wide.flatten()[: wide.numel() // 2], None, EPS)
     wide = torch.ones(1, 2049, dtype=torch.float64, device=device)
     with pytest.raises(ValueError, match=r"1 to 2048 elements in torch\.float64"):
-        forward(wide, wide[0], None, EPS)
+        forward(wide, None, wide[0], None, EPS)
 
 
 def test_backward_refuses_what_does_not_belong_together(device):
@@ -320,7 +317,7 @@ def test_more_elements_than_int32_counts():
     x = torch.zeros(2**31 // 1024 + 3, 1024, dtype=torch.float16, device="cuda")
     x[-3:, ::2] = 1.0
     weight = torch.ones(1024, device="cuda")
-    y, mean, rstd = layer_norm.layer_norm_forward(x, weight, None, EPS)
+    _, y, mean, rstd = layer_norm.layer_norm_forward(x, None, weight, None, EPS)
     assert y.count_nonzero() == 3 * 1024
     grads = layer_norm.layer_norm_backward(y, x, x, weight, mean, rstd, False)
     assert grads.total.count_nonzero() >= 3 * 512
