@@ -316,8 +316,6 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None, ops: ModuleType) -> tuple[Tensor, Tensor]:
         """Return the norm of ``x + residual``, and the sum itself, both `[B, T, C]`."""
-        if residual is None:
-            return ops.layer_norm(x, self.weight, self.bias, self.eps), x
         total, normed = ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
         return normed, total
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgpt.ops import cpu
+from fastgpt.ops import composed, cpu
 from fastgpt.ops.reference import cache_mask, merge_heads, split_heads
 from fastgpt.utils.extension import _C
 
@@ -30,9 +30,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
     """`reference.add_layer_norm` as one C++ loop; PyTorch has no fused form of it."""
+    if residual is None:
+        return x, layer_norm(x, weight, bias, eps)
     if cpu.fits(x, residual, weight, bias) and x.shape == residual.shape:
         return cpu.add_layer_norm(x, residual, weight, bias, eps)
     total = x + residual
@@ -112,10 +114,10 @@ def norm_linear(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """`reference.norm_linear`; on a CPU the backward pass recomputes the norm."""
-    if cpu.fits(x, residual, norm_weight, norm_bias, weight, bias):
-        return cpu.norm_linear(x, residual, norm_weight, norm_bias, weight, bias, eps)
-    total, normed = _maybe_add_layer_norm(x, residual, norm_weight, norm_bias, eps)
-    return total, F.linear(normed, weight, bias)
+    tensors = x, residual, norm_weight, norm_bias, weight, bias
+    if cpu.fits(*tensors):
+        return cpu.norm_linear(*tensors, eps)
+    return composed.norm_linear(add_layer_norm, *tensors, eps)
 
 
 def norm_mlp(
@@ -130,17 +132,16 @@ def norm_mlp(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """`reference.norm_mlp`; on a CPU the backward pass recomputes the norm and GELU."""
-    mlp = (weight_in, bias_in, weight_out, bias_out)
-    if cpu.fits(x, residual, norm_weight, norm_bias, *mlp):
-        return cpu.norm_mlp(x, residual, norm_weight, norm_bias, *mlp, eps)
-    total, normed = _maybe_add_layer_norm(x, residual, norm_weight, norm_bias, eps)
-    return total, F.linear(linear_gelu(normed, weight_in, bias_in), weight_out, bias_out)
+    tensors = x, residual, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out
+    if cpu.fits(*tensors):
+        return cpu.norm_mlp(*tensors, eps)
+    return composed.norm_mlp(add_layer_norm, linear_gelu, *tensors, eps)
 
 
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100
 ) -> Tensor:
-    """`reference.linear_cross_entropy`, holding at most `MAX_LOGITS` logits (or a row) at once."""
+    """`reference.linear_cross_entropy` with at most `MAX_LOGITS` logits (or a row) at once."""
     x, targets = x.flatten(0, -2), targets.flatten()
     if cpu.fits(x, weight):
         return cpu.linear_cross_entropy(x, weight, targets, ignore_index)
@@ -154,14 +155,6 @@ def linear_cross_entropy(
     wanted = torch.is_grad_enabled()  # always off inside the forward of an autograd function
     loss: Tensor = _ChunkedLinearCrossEntropy.apply(x, weight, targets, ignore_index, wanted)
     return loss
-
-
-def _maybe_add_layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    if residual is None:
-        return x, layer_norm(x, weight, bias, eps)
-    return add_layer_norm(x, residual, weight, bias, eps)
 
 
 def _cpu_gelu(x: Tensor) -> Tensor:

@@ -5,10 +5,13 @@ the end; fp32 and fp64 are computed in their own precision. Gradients come from 
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastgpt.ops import composed
 
 
 def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,7 +28,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 
     x: `[..., C]`, weight and bias: `[C]`; returns `[..., C]` in the dtype of `x`.
     """
-    wide = _widen(x)
+    wide = _upcast(x)
     centred = wide - wide.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)  # biased: divided by C, as in GPT-2
     normed = centred / torch.sqrt(variance + eps) * weight
@@ -33,10 +36,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """Return ``s = x + residual`` and ``layer_norm(s)``, both `[..., C]`."""
-    total = x + residual
+    """Return ``s = x + residual`` and ``layer_norm(s)``, both `[..., C]`.
+
+    Without a residual, s is x.
+    """
+    total = x if residual is None else x + residual
     return total, layer_norm(total, weight, bias, eps)
 
 
@@ -53,7 +59,7 @@ def causal_attention(
     weights = attention_weights(q, k)  # [B, H, T, T]
     if dropout_p > 0.0:
         weights = weights * _dropout_mask(weights, dropout_p, seed)
-    return merge_heads((weights @ _widen(v)).to(qkv.dtype))
+    return merge_heads((weights @ _upcast(v)).to(qkv.dtype))
 
 
 def cached_attention(
@@ -67,15 +73,15 @@ def cached_attention(
     that they are equal; it saves some backends reading `lengths`.
     """
     visible = cache_mask(q.size(2), k_cache.size(2), lengths)  # [B, 1, T, S]
-    scores = _widen(q) @ _widen(k_cache).mT / math.sqrt(q.size(-1))
+    scores = _upcast(q) @ _upcast(k_cache).mT / math.sqrt(q.size(-1))
     weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
     readable = visible[:, :, -1, :, None]  # [B, 1, S, 1]: 0 × an unfilled value may be NaN
-    return (weights @ _widen(v_cache).where(readable, 0.0)).to(q.dtype)
+    return (weights @ _upcast(v_cache).where(readable, 0.0)).to(q.dtype)
 
 
 def gelu(x: Tensor) -> Tensor:
     """GPT-2's GELU, the tanh form (Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2)."""
-    wide = _widen(x)
+    wide = _upcast(x)
     inner = math.sqrt(2.0 / math.pi) * (wide + 0.044715 * wide**3)
     return (0.5 * wide * (1.0 + torch.tanh(inner))).to(x.dtype)
 
@@ -93,42 +99,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return gelu(F.linear(x, weight, bias))
 
 
-def norm_linear(
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
-    """Return ``s = x + residual`` and ``linear(layer_norm(s))``, the projection for attention.
-
-    x, residual: `[..., C]`; without a residual, s is x. weight: `[M, C]`; returns `[..., C]` and
-    `[..., M]`.
-    """
-    total = x if residual is None else x + residual
-    return total, linear(layer_norm(total, norm_weight, norm_bias, eps), weight, bias)
-
-
-def norm_mlp(
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    weight_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
-    """Return ``s = x + residual`` and GPT-2's MLP of ``layer_norm(s)``, both `[..., C]`.
-
-    weight_in: `[F, C]`, weight_out: `[C, F]`; without a residual, s is x.
-    """
-    total = x if residual is None else x + residual
-    normed = layer_norm(total, norm_weight, norm_bias, eps)
-    return total, linear(linear_gelu(normed, weight_in, bias_in), weight_out, bias_out)
+norm_linear = partial(composed.norm_linear, add_layer_norm)
+norm_mlp = partial(composed.norm_mlp, add_layer_norm, linear_gelu)
 
 
 def linear_cross_entropy(
@@ -139,7 +111,7 @@ def linear_cross_entropy(
     x: `[..., C]`, weight: `[V, C]`, targets: int64 `[...]`. Positions whose target is
     `ignore_index` are ignored; if none remain the loss is NaN, as in PyTorch's `cross_entropy`.
     """
-    logits = _widen(x.flatten(0, -2) @ weight.T)  # [N, V]
+    logits = _upcast(x.flatten(0, -2) @ weight.T)  # [N, V]
     targets = targets.flatten()
     counted = targets != ignore_index
     log_probs = logits - logits.logsumexp(-1, keepdim=True)
@@ -164,7 +136,7 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
 
     Half-precision inputs give fp32 probabilities.
     """
-    scores = _widen(q) @ _widen(k).mT / math.sqrt(q.size(-1))
+    scores = _upcast(q) @ _upcast(k).mT / math.sqrt(q.size(-1))
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(future, -math.inf).softmax(-1)
 
@@ -179,7 +151,7 @@ def cache_mask(n_new: int, n_cache: int, lengths: Tensor) -> Tensor:
     return (torch.arange(n_cache, device=device) <= position[..., None])[:, None]
 
 
-def _widen(x: Tensor) -> Tensor:
+def _upcast(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 

@@ -12,7 +12,7 @@ operators return in fp32 and round in the next matrix product.
 
 import sys
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -25,14 +25,12 @@ from fastgpt.kernels.common import compute_dtype
 from fastgpt.kernels.cross_entropy import linear_cross_entropy_forward
 from fastgpt.kernels.gelu import gelu_backward, gelu_forward
 from fastgpt.kernels.layer_norm import layer_norm_backward, layer_norm_forward
+from fastgpt.ops import composed
+from fastgpt.ops.reference import linear as linear
+from fastgpt.ops.reference import tied_embedding as tied_embedding
 
 _LIBRARY = torch.library.Library("fastgpt", "FRAGMENT")  # operators exist as long as this object
 _OPERATORS = torch.ops.fastgpt
-
-
-def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.tied_embedding` by PyTorch's own operator."""
-    return F.embedding(ids, weight), weight
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
@@ -42,9 +40,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
     """`reference.add_layer_norm` in one pass over `x` and `residual`."""
+    if residual is None:
+        return x, layer_norm(x, weight, bias, eps)
     dtype = _result_dtype(x, torch.promote_types(x.dtype, residual.dtype))
     total, y, _, _ = _OPERATORS.layer_norm(x, residual, weight, bias, eps, dtype)
     return total, y
@@ -80,11 +80,6 @@ def gelu(x: Tensor) -> Tensor:
     return y
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`reference.linear` by cuBLAS."""
-    return F.linear(x, weight, bias)
-
-
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`reference.linear_gelu`: cuBLAS computes the product, one kernel adds the bias and GELU.
 
@@ -94,34 +89,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def norm_linear(
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
-    """`reference.norm_linear`: the LayerNorm kernel, then cuBLAS."""
-    total, normed = _norm(x, residual, norm_weight, norm_bias, eps)
-    return total, F.linear(normed, weight, bias)
-
-
-def norm_mlp(
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    weight_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
-    """`reference.norm_mlp`: the LayerNorm and GELU kernels, with cuBLAS for the products."""
-    total, normed = _norm(x, residual, norm_weight, norm_bias, eps)
-    return total, F.linear(linear_gelu(normed, weight_in, bias_in), weight_out, bias_out)
+norm_linear = partial(composed.norm_linear, add_layer_norm)
+norm_mlp = partial(composed.norm_mlp, add_layer_norm, linear_gelu)
 
 
 def linear_cross_entropy(
@@ -143,14 +112,6 @@ def linear_cross_entropy(
         wanted and weight.requires_grad,
     )[0]
     return loss
-
-
-def _norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    if residual is None:
-        return x, layer_norm(x, weight, bias, eps)
-    return add_layer_norm(x, residual, weight, bias, eps)
 
 
 def _result_dtype(x: Tensor, unless_autocast: torch.dtype | None = None) -> torch.dtype:
