@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastgpt import GPT, GPTConfig, ops
 from fastgpt.model import meta_weights
-from fastgpt.ops import native, reference
+from fastgpt.ops import reference
 from tests.backends import BACKENDS
 
 NANO = Path(__file__).parent / "assets" / "gpt-nano-sort"
@@ -249,7 +249,7 @@ def gradients_under_autocast(model: GPT, ids: Tensor, targets: Tensor, steps: in
 @pytest.mark.parametrize("max_logits", [2**25, 97 * 8])
 def test_bfloat16_on_a_cpu(max_logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Close to fp64 within bfloat16's 8 bits, with fp32 gradients for fp32 weights."""
-    monkeypatch.setattr(native, "MAX_LOGITS", max_logits)
+    monkeypatch.setattr(ops, "MAX_LOGITS", max_logits)
     model = GPT(GPTConfig(97, 24, 2, 3, 48), "native")
     exact = copy.deepcopy(model).double().use_ops("reference")
     ids, targets = torch.randint(97, (2, 2, 24))

@@ -25,14 +25,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastgpt import ops
 from fastgpt.data.token_files import Ids, ShardedIds
 from fastgpt.model import GPT
 
 Tokens: TypeAlias = Sequence[int] | Ids | ShardedIds | Tensor
 Advance: TypeAlias = Callable[[int], None]  # progress callback: receives the number newly scored
 Item = TypeVar("Item")
-
-MAX_LOGITS = 2**25  # maximum number of logits held at once: 128 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -255,7 +254,7 @@ def _token_log_probs(
 ) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
     """Return for each row ln p of each scored token, and whether it was the most likely token."""
     hidden, targets = _last_hidden(model, rows)
-    at_once = max(1, MAX_LOGITS // model.config.vocab_size)
+    at_once = max(1, ops.MAX_LOGITS // model.config.vocab_size)
     log_probs, likeliest = [], []
     with torch.autocast(model.device.type, enabled=False):
         head = _wide(model.head_weight)

@@ -24,6 +24,7 @@ from fastgpt.utils.requirements import unsupported_version
 BACKENDS = ("reference", "native", "triton")
 
 MAX_HEAD_DIM, MAX_WIDTH = 128, 8192  # limits of the attention and LayerNorm kernels
+MAX_LOGITS = 2**25  # at most held at once: 128 MB in fp32, enough for products at full speed
 MIN_CAPABILITY = (8, 0)  # Ampere: the kernels are not compiled for or tested on older GPUs
 
 _loaded: dict[str, ModuleType] = {}

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastgpt import ops
 from fastgpt.ops import products
 from fastgpt.ops.products import dtype_of
 from fastgpt.utils.extension import _C
 from fastgpt.utils.host_memory import empty, empty_like
-
-MAX_LOGITS = 2**25  # maximum number of logits held at once: 128 MB
 
 
 def fits(*tensors: Tensor | None, branch: Tensor | None = None) -> bool:
@@ -123,9 +122,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
 def rows_at_once(n_rows: int, n_classes: int) -> int:
     """Return the number of rows per chunk of the loss.
 
-    Chunks are of equal size (up to rounding) and hold at most `MAX_LOGITS` logits.
+    Chunks are of equal size (up to rounding) and hold at most `ops.MAX_LOGITS` logits.
     """
-    n_parts = max(1, -(-n_rows // max(1, MAX_LOGITS // n_classes)))
+    n_parts = max(1, -(-n_rows // max(1, ops.MAX_LOGITS // n_classes)))
     return max(1, -(-n_rows // n_parts))
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastgpt import ops
 from fastgpt.ops import composed, cpu
 from fastgpt.ops.reference import cache_mask, merge_heads, split_heads
 from fastgpt.utils.extension import _C
@@ -141,11 +142,11 @@ def norm_mlp(
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100
 ) -> Tensor:
-    """`reference.linear_cross_entropy` with at most `MAX_LOGITS` logits (or a row) at once."""
+    """`reference.linear_cross_entropy` with at most `ops.MAX_LOGITS` logits (or a row) at once."""
     x, targets = x.flatten(0, -2), targets.flatten()
     if cpu.fits(x, weight):
         return cpu.linear_cross_entropy(x, weight, targets, ignore_index)
-    if targets.numel() * weight.size(0) <= MAX_LOGITS:
+    if targets.numel() * weight.size(0) <= ops.MAX_LOGITS:
         logits = F.linear(x, weight)
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(wide), targets, ignore_index=ignore_index)
@@ -198,8 +199,6 @@ def _define_cpu_gelu() -> torch.library.Library:
 
 _LIBRARY = _define_cpu_gelu()  # the operators exist as long as this object
 
-MAX_LOGITS = 2**25  # 128 MB in fp32: enough for full-speed products, small compared to a model
-
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients by chunks of rows, computing the logits of each chunk only once.
@@ -220,7 +219,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         counted = targets != ignore_index
         n_counted = counted.sum()
         total = torch.zeros((), dtype=wide, device=x.device)
-        rows = max(1, MAX_LOGITS // weight.size(0))
+        rows = max(1, ops.MAX_LOGITS // weight.size(0))
         for part in (slice(i, i + rows) for i in range(0, x.size(0), rows)):
             logits = (x[part] @ weight.T).to(wide)
             total += F.cross_entropy(

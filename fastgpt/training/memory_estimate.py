@@ -12,8 +12,7 @@ import torch
 
 from fastgpt.lora import Lora
 from fastgpt.model import GPTConfig
-from fastgpt.ops import cpu, products
-from fastgpt.ops.native import MAX_LOGITS
+from fastgpt.ops import MAX_LOGITS, cpu, products
 
 FP32 = 4  # bytes; the residual stream and the weights are fp32 in every precision
 KERNELS_LOGITS = 1_700_000_000  # maximum bytes of logits that the Triton kernels hold at once

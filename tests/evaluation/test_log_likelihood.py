@@ -260,7 +260,7 @@ def test_a_continuation_longer_than_the_context_is_scored_in_pieces(model: GPT) 
 def test_chunks_of_the_head_change_nothing(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = pairs_of(np.random.default_rng(4))
     whole = log_likelihoods(model, pairs)
-    monkeypatch.setattr("fastgpt.evaluation.log_likelihood.MAX_LOGITS", 5 * VOCAB)
+    monkeypatch.setattr("fastgpt.ops.MAX_LOGITS", 5 * VOCAB)
     for (a, greedy_a), (b, greedy_b) in zip(whole, log_likelihoods(model, pairs), strict=True):
         assert_close(a, b, rtol=1e-6, atol=0)
         assert greedy_a == greedy_b
