@@ -105,7 +105,7 @@ def _triton_error() -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed; on Linux: pip install triton"
     if fault := unsupported_version("torch", "triton"):
-        return fault
+        return f"{fault}; pip install --upgrade torch installs the Triton that fits it"
     try:  # the first use compiles a small library with the system's C compiler
         import_module("triton.runtime").driver.active.get_current_target()
     except Exception as error:  # the compiler or the loader may raise anything

@@ -556,6 +556,11 @@ def test_faults_of_triton_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
         raise RuntimeError("Failed to find C compiler")
 
+    monkeypatch.setattr(ops, "unsupported_version", lambda *names: "triton 3.5 is installed")
+    assert ops._triton_error() == (
+        "triton 3.5 is installed; pip install --upgrade torch installs the Triton that fits it"
+    )
+    monkeypatch.setattr(ops, "unsupported_version", lambda *names: None)
     monkeypatch.setattr(ops, "import_module", fail)
     assert "RuntimeError: Failed to find C compiler" in str(ops._triton_error())
 

@@ -117,7 +117,10 @@ def test_kernels_with_an_old_triton_are_one_clear_line() -> None:
 def test_auto_goes_without_an_old_triton(installed: dict[str, str]) -> None:
     pytest.importorskip("triton")
     installed["triton"] = "3.5.0"
-    assert ops._triton_error() == "triton 3.5.0 is installed, but fastgpt requires triton>=3.6"
+    assert ops._triton_error() == (
+        "triton 3.5.0 is installed, but fastgpt requires triton>=3.6; pip install --upgrade torch "
+        "installs the Triton that fits it"
+    )
 
 
 def test_this_torch_has_its_own_triton() -> None:
