@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
-from benchmarks.common import (
+from benchmarks.suite import (
     CHAR_RECIPE,
     DEVICES,
     backends,
@@ -36,6 +36,9 @@ PEERS: dict[str, type[peers.Peer]] = {
     ENCODER: peers.TransformerEncoderGPT,
 }
 COMPILED = " compiled"
+
+Batch = tuple[Tensor, Tensor]  # inputs and targets [B, T]
+Work = Callable[[], object]
 
 JOBS = ("evaluate", "forward+backward", "training step")
 PROMPT, NEW_TOKENS = 16, 48
@@ -102,41 +105,37 @@ def variants(setting: Setting, job: str) -> tuple[str, ...]:
 def test_network(benchmark: Any, setting: Setting, job: str, variant: str) -> None:
     check_same_network(setting, variant.removesuffix(COMPILED))
     model = make_model(setting, variant).to(setting.device)
-    inputs, targets = make_batch(setting)
+    batch = make_batch(setting)
     make_work = dict(zip(JOBS, (evaluation, forward_backward, training_step), strict=True))[job]
     if variant.endswith(COMPILED):
-        model = compile_or_skip(model, lambda m: make_work(m, setting, inputs, targets)())
+        model = compile_or_skip(model, lambda m: make_work(m, setting, batch)())
     measure(
         benchmark,
-        make_work(model, setting, inputs, targets),
+        make_work(model, setting, batch),
         group=f"{setting.name}: {job}, {setting.device}",
-        tokens=inputs.numel(),
-        batch=list(inputs.shape),
+        tokens=batch[0].numel(),
+        batch=list(batch[0].shape),
         **description(setting, variant, model),
     )
 
 
-def evaluation(
-    model: nn.Module, setting: Setting, inputs: Tensor, targets: Tensor
-) -> Callable[[], Tensor]:
+def evaluation(model: nn.Module, setting: Setting, batch: Batch) -> Work:
     model.eval()
 
     def work() -> Tensor:
         with torch.no_grad(), setting.precision():
-            return model(inputs, targets)
+            return model(*batch)
 
     return work
 
 
-def forward_backward(
-    model: nn.Module, setting: Setting, inputs: Tensor, targets: Tensor
-) -> Callable[[], Tensor]:
+def forward_backward(model: nn.Module, setting: Setting, batch: Batch) -> Work:
     model.train()
 
     def work() -> Tensor:
         model.zero_grad()
         with setting.precision():
-            loss = model(inputs, targets)
+            loss = model(*batch)
         loss.backward()
         return loss.detach()
 
@@ -144,25 +143,32 @@ def forward_backward(
 
 
 def training_step(
-    model: nn.Module, setting: Setting, inputs: Tensor, targets: Tensor
-) -> Callable[[], None]:
-    """Return a training step as in the loops of fastgpt and nanoGPT, each with its optimizer."""
+    model: nn.Module,
+    setting: Setting,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Work:
+    """Return a training step, by default with the optimizer of the loop of fastgpt or nanoGPT."""
     recipe = setting.recipe
-    if isinstance(original(model), GPT):
+    if optimizer is None and isinstance(original(model), GPT):
         optimizer = make_optimizer(model, recipe)
-    else:
+    elif optimizer is None:
         betas = (recipe.beta1, recipe.beta2)
         optimizer = peers.make_optimizer(model, recipe.lr, betas, recipe.weight_decay)
-    run = forward_backward(model, setting, inputs, targets)
-    clips_itself = isinstance(optimizer, FusedAdamW)
+    run = forward_backward(model, setting, batch)
 
     def work() -> None:
         run()
-        if not clips_itself:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
-        optimizer.step()
+        update(model, optimizer, recipe.grad_clip)
 
     return work
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """Clip the gradients, unless the optimizer does it, and update the weights."""
+    if not isinstance(optimizer, FusedAdamW):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    optimizer.step()
 
 
 # --- generation --------------------------------------------------------------------------------
@@ -213,7 +219,7 @@ def make_model(setting: Setting, variant: str) -> nn.Module:
     return peer
 
 
-def make_batch(setting: Setting) -> tuple[Tensor, Tensor]:
+def make_batch(setting: Setting) -> Batch:
     """Return inputs and targets `[B, T]` on the setting's device."""
     torch.manual_seed(1)
     vocab_size, recipe = setting.config().vocab_size, setting.recipe

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import (
+from benchmarks.suite import (
     CHAR_RECIPE,
     DEVICES,
     backends,
@@ -92,8 +92,7 @@ def cases() -> Iterator[Any]:
 
 def directions(operation: str) -> tuple[str, ...]:
     """Return the measured directions; cached attention is used without gradients only."""
-    both = ("forward", "forward+backward")
-    return both[:1] if operation == "cached_attention" else both
+    return ("forward",) if operation == "cached_attention" else ("forward", "forward+backward")
 
 
 def variants(operation: str, size: Size, direction: str, device: str) -> tuple[str, ...]:
@@ -111,9 +110,7 @@ def test_operation(
 ) -> None:
     args, truth = inputs_and_truth(operation, size, device)
     function = implementation(operation, variant)
-    if function is stock_cached_attention:
-        args = without_empty_part(*args)
-    run = forward if direction == "forward" else forward_backward
+    args, run = args_for(function, args), RUNS[direction]
     if variant == "compiled reference":
         function = compile_or_skip(function, lambda compiled: run(compiled, args))
     results = run(function, args)
@@ -152,13 +149,16 @@ def forward_backward(function: Callable[..., Any], args: tuple[Any, ...]) -> tup
     return (*(output.detach() for output in outputs), *grads)
 
 
+RUNS = {"forward": forward, "forward+backward": forward_backward}
+
+
 @functools.lru_cache(maxsize=1)  # the cases of an operation at one size run in sequence
 def inputs_and_truth(
     operation: str, size: Size, device: str
 ) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
     """Return the arguments of an operation and the outputs and gradients of the reference."""
     torch.manual_seed(0)
-    args = placed(INPUTS[operation](size), device, size.dtype)
+    args = placed(make_inputs(operation, size), device, size.dtype)
     return args, forward_backward(
         getattr(reference, operation), placed(args, device, torch.float64)
     )
@@ -176,58 +176,28 @@ def placed(args: tuple[Any, ...], device: str, dtype: torch.dtype) -> tuple[Any,
     )
 
 
-# --- the arguments of each operation -----------------------------------------------------------
-
-
-def layer_norm_inputs(size: Size) -> tuple[Any, ...]:
-    width = size.n_embd
-    x = torch.randn(size.batch, size.time, width)
-    return x, 1.0 + 0.1 * torch.randn(width), 0.1 * torch.randn(width), EPS
-
-
-def add_layer_norm_inputs(size: Size) -> tuple[Any, ...]:
-    x, *rest = layer_norm_inputs(size)
-    return x, torch.randn_like(x), *rest
-
-
-def causal_attention_inputs(size: Size) -> tuple[Any, ...]:
-    return torch.randn(size.batch, size.time, 3 * size.n_embd), size.n_head
-
-
-def gelu_inputs(size: Size) -> tuple[Any, ...]:
-    return (torch.randn(size.batch, size.time, 4 * size.n_embd),)
-
-
-def linear_gelu_inputs(size: Size) -> tuple[Any, ...]:
-    x = torch.randn(size.batch, size.time, size.n_embd)
-    weight = torch.randn(4 * size.n_embd, size.n_embd) * size.n_embd**-0.5
-    return x, weight, 0.1 * torch.randn(4 * size.n_embd)
-
-
-def linear_cross_entropy_inputs(size: Size) -> tuple[Any, ...]:
-    vocab_size = size.vocab_size or char_config().vocab_size
-    x = torch.randn(size.batch, size.time, size.n_embd)
-    weight = 0.02 * torch.randn(vocab_size, size.n_embd)
-    return x, weight, torch.randint(vocab_size, (size.batch, size.time))
-
-
-def cached_attention_inputs(size: Size) -> tuple[Any, ...]:
-    """Return one new token per row and a cache that is three quarters full."""
-    rows, heads, head_dim = size.batch, size.n_head, size.n_embd // size.n_head
-    q = torch.randn(rows, heads, 1, head_dim)
-    k, v = torch.randn(2, rows, heads, size.time, head_dim)
-    return q, k, v, torch.full((rows,), size.time * 3 // 4)
-
-
-INPUTS: dict[str, Callable[[Size], tuple[Any, ...]]] = {
-    "layer_norm": layer_norm_inputs,
-    "add_layer_norm": add_layer_norm_inputs,
-    "causal_attention": causal_attention_inputs,
-    "gelu": gelu_inputs,
-    "linear_gelu": linear_gelu_inputs,
-    "linear_cross_entropy": linear_cross_entropy_inputs,
-    "cached_attention": cached_attention_inputs,
-}
+def make_inputs(operation: str, size: Size) -> tuple[Any, ...]:
+    """Return the arguments of an operation, in fp32 on the CPU."""
+    batch, time, width, n_head = size.batch, size.time, size.n_embd, size.n_head
+    if operation == "causal_attention":
+        return torch.randn(batch, time, 3 * width), n_head
+    if operation == "gelu":
+        return (torch.randn(batch, time, 4 * width),)
+    if operation == "cached_attention":  # one new token per row; the cache is three quarters full
+        q = torch.randn(batch, n_head, 1, width // n_head)
+        k, v = torch.randn(2, batch, n_head, time, width // n_head)
+        return q, k, v, torch.full((batch,), time * 3 // 4)
+    x = torch.randn(batch, time, width)
+    if operation == "linear_gelu":
+        weight = torch.randn(4 * width, width) * width**-0.5
+        return x, weight, 0.1 * torch.randn(4 * width)
+    if operation == "linear_cross_entropy":
+        vocab_size = size.vocab_size or char_config().vocab_size
+        weight = 0.02 * torch.randn(vocab_size, width)
+        return x, weight, torch.randint(vocab_size, (batch, time))
+    weight, bias = 1.0 + 0.1 * torch.randn(width), 0.1 * torch.randn(width)
+    residual = (torch.randn_like(x),) if operation == "add_layer_norm" else ()
+    return x, *residual, weight, bias, EPS
 
 
 # --- each operation in plain PyTorch -----------------------------------------------------------
@@ -252,10 +222,6 @@ def stock_causal_attention(qkv: Tensor, n_head: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
 
-def stock_gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
 def stock_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
@@ -265,12 +231,14 @@ def stock_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Te
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def stock_cached_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v)
+def args_for(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments that an implementation takes.
 
-
-def without_empty_part(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-    """Return the cache cut to its filled part, like one that grows by concatenation."""
+    For PyTorch's attention, the cache is cut to its filled part, as if it grew by concatenation.
+    """
+    if function is not STOCK["cached_attention"]:
+        return args
+    q, k, v, lengths = args
     filled = int(lengths.max())
     return q, k[:, :, :filled].contiguous(), v[:, :, :filled].contiguous()
 
@@ -279,8 +247,8 @@ STOCK: dict[str, Callable[..., Any]] = {
     "layer_norm": stock_layer_norm,
     "add_layer_norm": stock_add_layer_norm,
     "causal_attention": stock_causal_attention,
-    "gelu": stock_gelu,
+    "gelu": functools.partial(F.gelu, approximate="tanh"),
     "linear_gelu": stock_linear_gelu,
     "linear_cross_entropy": stock_linear_cross_entropy,
-    "cached_attention": stock_cached_attention,
+    "cached_attention": F.scaled_dot_product_attention,
 }

@@ -1,9 +1,8 @@
 """Benchmark the tokenizer against tiktoken, Hugging Face tokenizers and gigatoken, if installed.
 
-All tokenizers encode the same text, and their ids are compared before timing. ``extra_info``
-contains the throughput of the median round in MB/s (10⁶ bytes of UTF-8). "Cold" is the first text
-of a new tokenizer, "warm" the same text again. Each case runs separately; use
-compare_tokenizers.py, which interleaves the tokenizers, for results that are to be published.
+All tokenizers encode the same text, and their results are compared before timing. ``extra_info``
+contains the throughput of the median round in MB/s (10⁶ bytes of UTF-8). Each case runs separately;
+use compare_tokenizers.py, which interleaves the tokenizers, for results that are to be published.
 """
 
 from functools import cache
@@ -12,21 +11,22 @@ import numpy as np
 import pytest
 
 from benchmarks import tokenizer_peers as peers
-from benchmarks.common import MIN_ROUNDS, measure, note_megabytes
+from benchmarks.suite import MIN_ROUNDS, measure, note_megabytes
 
 TEXTS = peers.texts()
 PEERS = [peers.ours, peers.tiktoken, peers.hugging_face, peers.gigatoken]
+CASES = [
+    *(("cold", peer) for peer in (peers.ours, peers.tiktoken, peers.gigatoken)),
+    *(("warm", peer) for peer in (*PEERS, peers.ours_in_two_threads)),
+    *(("decode a list", peer) for peer in PEERS),
+    *(("decode an array", peer) for peer in (peers.ours, peers.gigatoken)),
+]
 
 
 @cache
 def text_and_ids(name):
     text = TEXTS[name]()
     return text, peers.ours().encode(text)
-
-
-@pytest.fixture(params=TEXTS)
-def name(request):
-    return request.param
 
 
 def make(peer):
@@ -37,58 +37,28 @@ def make(peer):
         pytest.skip(str(error))
 
 
-def time_it(benchmark, group, peer, text, work):
-    measure(
-        benchmark,
-        work,
-        group=group,
-        variant=peer.__name__,
-        baseline="tiktoken",
-        device="cpu",
-        megabytes=megabytes_of(text),
-    )
-
-
-def megabytes_of(text):
-    return len(text.encode()) / 1e6
-
-
-@pytest.mark.parametrize("peer", [*PEERS, peers.ours_in_two_threads])
-def test_encode_warm(benchmark, name, peer):
+@pytest.mark.parametrize(("task", "peer"), CASES)
+@pytest.mark.parametrize("name", TEXTS)
+def test_task(benchmark, name, task, peer):
     text, ids = text_and_ids(name)
-    tokenizer = make(peer)
-    assert np.array_equal(tokenizer.encode(text), ids)
-    time_it(benchmark, f"encode {name}, warm", peer, text, lambda: tokenizer.encode(text))
-
-
-@pytest.mark.parametrize("peer", [peers.ours, peers.tiktoken, peers.gigatoken])
-def test_encode_cold(benchmark, name, peer):
-    text, ids = text_and_ids(name)
-    assert np.array_equal(make(peer).encode(text), ids)
-    benchmark.group = f"encode {name}, cold"
-    benchmark.extra_info.update(variant=peer.__name__, baseline="tiktoken", device="cpu")
+    megabytes = len(text.encode()) / 1e6
+    names = {"group": f"{name}, {task}", "variant": peer.__name__, "baseline": "tiktoken"}
+    work = peers.tasks(make(peer), text, ids)[task]
+    if task.startswith("decode"):
+        assert work() in (text, text.encode())
+    else:
+        assert np.array_equal(work(), ids)
+    if task != "cold":
+        measure(benchmark, work, **names, device="cpu", megabytes=megabytes)
+        return
+    benchmark.group = names.pop("group")
+    benchmark.extra_info.update(names, device="cpu")
     benchmark.pedantic(
-        lambda tokenizer: tokenizer.encode(text),
-        setup=lambda: ((make(peer),), {}),
+        lambda encode: encode(),
+        setup=lambda: ((peers.tasks(make(peer), text, ids)[task],), {}),
         rounds=MIN_ROUNDS,
     )
-    note_megabytes(benchmark, megabytes_of(text))
-
-
-@pytest.mark.parametrize("peer", PEERS)
-def test_decode_list(benchmark, name, peer):
-    text, ids = text_and_ids(name)
-    decode, ids = make(peer).decode, ids.tolist()
-    assert decode(ids) in (text, text.encode())
-    time_it(benchmark, f"decode {name} from a list", peer, text, lambda: decode(ids))
-
-
-@pytest.mark.parametrize("peer", [peers.ours, peers.gigatoken])
-def test_decode_array(benchmark, name, peer):
-    text, ids = text_and_ids(name)
-    decode, ids = make(peer).decode_array, ids.astype(np.uint32)
-    assert decode(ids) == text.encode()
-    time_it(benchmark, f"decode {name} from an array into bytes", peer, text, lambda: decode(ids))
+    note_megabytes(benchmark, megabytes)
 
 
 @pytest.mark.parametrize("peer", PEERS)

@@ -22,7 +22,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 
-from benchmarks.common import measure
+from benchmarks.suite import measure
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.tokenizer.bpe import GPT2_MERGES
 from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT, GPT2_PATTERNS, LETTER_OF_BYTE

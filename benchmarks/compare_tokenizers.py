@@ -7,22 +7,23 @@ the rounds. The ids are compared before timing. The texts are those of tokenizer
 the given files.
 """
 
-import argparse
 import gc
 import json
 import os
 import platform
-import statistics
 import sys
-import time
-from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import numpy as np
+import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from benchmarks import tokenizer_peers as peers
+from benchmarks.common import interleaved, markdown_table, ratios, seconds
 from benchmarks.machine import processor, version_of
 
 LONG_RUNS = {
@@ -33,13 +34,20 @@ LONG_RUN_CHARACTERS = 1_000_000
 TWO_THREAD_BYTES = 50_000_000
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Options:
+    """Compare tokenizers."""
+
+    files: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """UTF-8 texts (default: prose, code and many scripts)."""
+    rounds: int = 11
+    """Rounds of each text."""
+    out: Path | None = None
+    """JSON file to write the results to."""
+
+
+def main(options: Options) -> None:
     """Run the comparison, print a table, and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
-    parser.add_argument("files", nargs="*", type=Path, help="UTF-8 texts")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--out", type=Path, help="file to write the results to, as JSON")
-    options = parser.parse_args()
     texts = {path.stem: path.read_text("utf-8") for path in options.files}
     texts = texts or {name: read() for name, read in peers.texts().items()}
     rivals = [peer for peer in (peers.tiktoken, peers.gigatoken) if installed(peer)]
@@ -73,52 +81,47 @@ def compare(text: str, rivals: list, rounds: int) -> dict:
     ids = peers.ours().encode(text)
     for rival in rivals:
         assert np.array_equal(rival().encode(text), ids), f"the ids of {rival.__name__} differ"
-    n_bytes = len(text.encode())
-    seconds = defaultdict(list)  # by (what, whose)
-    for _ in range(rounds):
-        for peer in (peers.ours, *rivals):
-            for what, duration in one_round(peer(), text, ids):
-                seconds[what, peer.__name__].append(duration)
-    rates: dict = {"megabytes": round(n_bytes / 1e6, 2), "ids": len(ids)}
-    for (what, whose), durations in seconds.items():
-        figures = rates.setdefault(what, {})
-        figures[f"{whose}, MB/s"] = round(n_bytes / statistics.median(durations) / 1e6, 1)
-        if whose != "ours":
-            pairs = zip(durations, seconds[what, "ours"], strict=True)
-            ratio = statistics.median(theirs / ours for theirs, ours in pairs)
-            figures[f"times {whose}"] = round(ratio, 2)
+    megabytes = len(text.encode()) / 1e6
+    rounds_of = interleaved(
+        {
+            peer.__name__: lambda peer=peer: one_round(peer(), text, ids)
+            for peer in (peers.ours, *rivals)
+        },
+        rounds,
+    )
+    rates: dict = {"megabytes": round(megabytes, 2), "ids": len(ids)}
+    for name, results in rounds_of.items():
+        for task in results[0]:
+            times = [result[task] for result in results]
+            figures = rates.setdefault(task, {})
+            figures[f"{name}, MB/s"] = round(megabytes / median(times), 1)
+            if name != "ours":
+                ours = [result[task] for result in rounds_of["ours"]]
+                figures[f"times {name}"] = round(median(ratios(ours, times)), 2)
     return rates
 
 
-def one_round(peer: peers.Peer, text: str, ids) -> list[tuple[str, float]]:
-    """Return the times of a new tokenizer in seconds."""
-    list_of_ids = ids.tolist()
-    durations = [
-        ("cold", seconds_of(lambda: peer.encode(text))),
-        ("warm", seconds_of(lambda: peer.encode(text))),
-        ("decode a list", seconds_of(lambda: peer.decode(list_of_ids))),
-    ]
-    if peer.decode_array is not None:
-        array = ids.astype(np.uint32)
-        durations.append(("decode an array", seconds_of(lambda: peer.decode_array(array))))
-    return durations
+def one_round(peer: peers.Peer, text: str, ids: np.ndarray) -> dict[str, float]:
+    """Return the time of each task in seconds, with a new tokenizer."""
+    tasks = peers.tasks(peer, text, ids)
+    return {task: seconds_without_gc(work) for task, work in tasks.items()}
 
 
 def two_threads(text: str, rounds: int) -> dict:
     """Return the speedup of two threads over one on a long text."""
     text *= TWO_THREAD_BYTES // len(text.encode()) + 1
-    n_bytes = len(text.encode())
-    one, two = peers.ours(), peers.ours_in_two_threads()
-    one.encode(text), two.encode(text)
-    pairs = [
-        (seconds_of(lambda: one.encode(text)), seconds_of(lambda: two.encode(text)))
-        for _ in range(rounds)
-    ]
+    megabytes = len(text.encode()) / 1e6
+    makers = {"one": peers.ours, "two": peers.ours_in_two_threads}
+    encoders = {name: partial(make().encode, text) for name, make in makers.items()}
+    times = interleaved(
+        {name: partial(seconds_without_gc, encode) for name, encode in encoders.items()},
+        rounds,
+        warm_up=1,
+    )
     return {
-        "megabytes": round(n_bytes / 1e6, 1),
-        "one, MB/s": round(n_bytes / statistics.median(a for a, _ in pairs) / 1e6, 1),
-        "two, MB/s": round(n_bytes / statistics.median(b for _, b in pairs) / 1e6, 1),
-        "ratio": round(statistics.median(a / b for a, b in pairs), 2),
+        "megabytes": round(megabytes, 1),
+        **{f"{name}, MB/s": round(megabytes / median(found), 1) for name, found in times.items()},
+        "ratio": round(median(ratios(times["two"], times["one"])), 2),
     }
 
 
@@ -129,63 +132,53 @@ def long_run(unit: str, rivals: list) -> dict:
     for peer in (peers.ours, *rivals):
         made = [peer() for _ in range(3)]
         try:
-            durations = [seconds_of(lambda new=new: new.encode(text)) for new in made]
-            times[peer.__name__] = round(statistics.median(durations) * 1e3, 2)
+            durations = [seconds_without_gc(partial(new.encode, text)) for new in made]
+            times[peer.__name__] = round(median(durations) * 1e3, 2)
         except Exception as error:  # tiktoken's regex engine fails on some
             times[peer.__name__] = f"{type(error).__name__}: {error}"[:60]
     return times
 
 
-def load(peer) -> float:
+def load(peer: Callable[[], peers.Peer]) -> float:
     """Return the time in milliseconds to create a tokenizer."""
-    return round(statistics.median(seconds_of(peer) for _ in range(7)) * 1e3, 2)
+    return round(median(seconds_without_gc(peer) for _ in range(7)) * 1e3, 2)
 
 
-def seconds_of(work) -> float:
+def seconds_without_gc(work: Callable[[], object]) -> float:
     """Return the time of a call in seconds, without garbage collection."""
     gc.collect()
     gc.disable()
     try:
-        began = time.perf_counter()
-        work()
-        return time.perf_counter() - began
+        return seconds(work)
     finally:
         gc.enable()
 
 
 def machine() -> dict:
     """Return the processor and the package versions."""
-    names = {"numpy", "tiktoken", "gigatoken"}
-    return {
-        "processor": processor(),
-        "cpus": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: version_of(name) for name in sorted(names)},
-    }
+    affinity = getattr(os, "sched_getaffinity", None)
+    cpus = len(affinity(0)) if affinity else os.cpu_count()
+    versions = {name: version_of(name) for name in ("gigatoken", "numpy", "tiktoken")}
+    return {"processor": processor(), "cpus": cpus, "python": platform.python_version(), **versions}
 
 
 def table(result: dict) -> str:
     """Return the results as Markdown."""
-    lines = [
-        "| text | task | fastgpt, MB/s | speedup over tiktoken | speedup over gigatoken |",
-        "|---|---|--:|--:|--:|",
-    ]
+    rows = []
     for name, rates in result["texts"].items():
-        for what in ("cold", "warm", "decode a list", "decode an array"):
-            figures = rates.get(what, {})
-            times = [str(figures.get(f"times {who}", "")) for who in ("tiktoken", "gigatoken")]
-            lines.append(f"| {name} | {what} | {figures['ours, MB/s']} | {' | '.join(times)} |")
+        for task in ("cold", "warm", "decode a list", "decode an array"):
+            figures = rates.get(task, {})
+            speedups = [figures.get(f"times {rival}", "") for rival in ("tiktoken", "gigatoken")]
+            rows.append([name, task, figures["ours, MB/s"], *speedups])
+    header = ["text", "task", "fastgpt, MB/s", "speedup over tiktoken", "speedup over gigatoken"]
+    lines = markdown_table(header, rows, numbers=3)
     two = result["two threads"]
-    lines += ["", f"speedup of two threads over one on {two['megabytes']} MB: {two['ratio']}"]
-    lines += ["", "| one million | " + " | ".join(result["load, ms"]) + " |"]
-    lines += ["|---|" + "--:|" * len(result["load, ms"])]
-    for name, times in result["a million characters, ms"].items():
-        lines.append(f"| {name} | {' | '.join(f'{time} ms' for time in times.values())} |")
-    lines.append("| load | " + " | ".join(f"{ms} ms" for ms in result["load, ms"].values()) + " |")
-    return "\n".join(lines)
+    lines += ["", f"speedup of two threads over one on {two['megabytes']} MB: {two['ratio']}", ""]
+    times = result["a million characters, ms"] | {"load": result["load, ms"]}
+    rows = [[name, *(f"{ms} ms" for ms in found.values())] for name, found in times.items()]
+    header = ["one million", *result["load, ms"]]
+    return "\n".join(lines + markdown_table(header, rows, numbers=len(header) - 1))
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options))

@@ -10,12 +10,16 @@ first benchmark of a group is the baseline.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.common import markdown_table
 
 OURS = ("fastgpt", "ours")  # prefixes of the names of fastgpt's variants
 RATES = ("tokens/s", "MB/s")
@@ -94,16 +98,16 @@ def markdown(groups: Groups, under: str, picture: str) -> str:
 
 def table(entries: list[Entry]) -> str:
     """Return one group as a Markdown table, with a column of rates if any entry has one."""
-    rated = any(entry.rate for entry in entries)
-    lines = [["variant", "time", *(["throughput"] if rated else []), "speedup"]]
-    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
+    throughput = ["throughput"] if any(entry.rate for entry in entries) else []
+    header = ["variant", "time", *throughput, "speedup"]
+    rows = []
     for entry, speed in zip(entries, speeds(entries), strict=True):
         name = f"**{entry.variant}**" if entry.is_baseline else entry.variant
         low, high = entry.quartiles
         timing = f"{duration(entry.median)} [{duration(low)}, {duration(high)}]"
-        ratio = f"{speed:.2f}" if speed else ""
-        lines.append([name, timing, *([entry.rate] if rated else []), ratio])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rate = [entry.rate] if throughput else []
+        rows.append([name, timing, *rate, f"{speed:.2f}" if speed else ""])
+    return "\n".join(markdown_table(header, rows, numbers=len(header) - 1))
 
 
 def duration(seconds: float) -> str:

@@ -8,16 +8,16 @@ import sysconfig
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read by `tokenizers` at import
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgpt import tokenizer as fastgpt_tokenizer
-from fastgpt.tokenizer import Tokenizer
+from fastgpt.tokenizer import Tokenizer, bpe
 from fastgpt.tokenizer.bpe import GPT2_MERGES
 
 MANY_SCRIPTS = Path(__file__).parents[1] / "tests" / "assets" / "multilingual.txt"
@@ -33,16 +33,15 @@ class Peer:
     decode_array: Callable[[NDArray[np.integer]], str | bytes] | None = None
 
 
-def ours() -> Peer:
+def ours(threads: int = 1) -> Peer:
     """Return a new instance of fastgpt's tokenizer with an empty cache."""
-    new = fastgpt_tokenizer._gpt2.__wrapped__()
-    return Peer(new.encode_to_numpy, new.decode, new.decode_bytes)
+    new = bpe._gpt2.__wrapped__()  # without functools.cache, which returns one instance to all
+    return Peer(partial(new.encode_to_numpy, threads=threads), new.decode, new.decode_bytes)
 
 
 def ours_in_two_threads() -> Peer:
     """Return a new instance of fastgpt's tokenizer that encodes in two threads."""
-    new = fastgpt_tokenizer._gpt2.__wrapped__()
-    return Peer(lambda text: new.encode_to_numpy(text, threads=2), new.decode, new.decode_bytes)
+    return ours(threads=2)
 
 
 def tiktoken() -> Peer:
@@ -67,6 +66,22 @@ def gigatoken() -> Peer:
 
     new = gigatoken.Tokenizer(str(_tokenizer_json()))
     return Peer(new.encode, new.decode, new.decode)
+
+
+def tasks(peer: Peer, text: str, ids: NDArray[np.integer]) -> dict[str, Callable[[], Any]]:
+    """Return the measured tasks, to be run in this order with a new tokenizer.
+
+    "cold" encodes the first text of a tokenizer, "warm" the same text again.
+    """
+    as_list, as_array, decode_array = ids.tolist(), ids.astype(np.uint32), peer.decode_array
+    found: dict[str, Callable[[], Any]] = {
+        "cold": lambda: peer.encode(text),
+        "warm": lambda: peer.encode(text),
+        "decode a list": lambda: peer.decode(as_list),
+    }
+    if decode_array is not None:
+        found["decode an array"] = lambda: decode_array(as_array)
+    return found
 
 
 def texts() -> dict[str, Callable[[], str]]:

@@ -14,9 +14,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
 
-def test_a_rehearsal_finds_everything_and_leaves_nothing_out(
-    checkout: Path, tmp_path: Path
-) -> None:
+def test_dry_run_measures_everything_and_skips_nothing(checkout: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     program = checkout / "benchmarks" / "gpu_report.py"
     subprocess.run(
@@ -43,7 +41,7 @@ def test_a_rehearsal_finds_everything_and_leaves_nothing_out(
     assert "training step" in out.with_suffix(".md").read_text(encoding="utf-8")
 
 
-def test_without_a_gpu_it_says_so(checkout: Path, tmp_path: Path) -> None:
+def test_without_a_gpu_there_is_an_error_message(checkout: Path, tmp_path: Path) -> None:
     program = checkout / "benchmarks" / "gpu_report.py"
     environ = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
