@@ -11,10 +11,12 @@ In bf16, PyTorch's operands are bf16 already, while those of fastgpt are fp32 an
 they are packed, as in training: PyTorch's product does less work.
 """
 
-import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Literal
 
@@ -22,6 +24,8 @@ import numpy as np
 import torch
 import tyro
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.common import interleaved, ratios, seconds
 from fastgpt import _C
 
 ROUND_FLOPS = 1e9  # smaller products are repeated within a round to amortize the cost of the timer
@@ -33,8 +37,7 @@ class Options:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the operands. Sums are fp32; only PyTorch's results are rounded to bf16."""
-
-    threads: list[int] = field(default_factory=lambda: [1, 2])
+    threads: tuple[int, ...] = (1, 2)
     """Numbers of threads. NumPy uses its own number of threads."""
     rounds: int = 11
     """Rounds of each product."""
@@ -58,9 +61,8 @@ class Product:
 
 def main(options: Options) -> None:
     """Print a line for each product and number of threads."""
-    print(
-        f"{'product':<22}{'m':>6}{'n':>6}{'k':>6} threads  GFLOP/s: ours  torch  numpy   ours/torch"
-    )
+    sizes = f"{'product':<22}{'m':>6}{'n':>6}{'k':>6}"
+    print(f"{sizes} threads  GFLOP/s: ours  torch  numpy   ours/torch")
     for threads in options.threads:
         torch.set_num_threads(threads)
         for product in products():
@@ -92,47 +94,45 @@ def line(product: Product, threads: int, options: Options) -> str:
     """Measure one product and return a line of the table."""
     flops = 2 * product.m * product.n * product.k
     repeats = max(1, round(ROUND_FLOPS / flops))
-    sides = contestants(product, threads, options.dtype)
-    speeds: list[list[float]] = [[] for _ in sides]
+    works = implementations(product, threads, options.dtype)
+    timed = {name: partial(seconds, work, repeats) for name, work in works.items()}
     # NumPy is measured separately, at the end: its threads spin for a while after a product.
-    for turns in (range(2), range(2, 3)):
-        for _, turn in itertools.product(range(options.rounds), turns):
-            began = time.perf_counter()
-            for _ in range(repeats):
-                sides[turn]()
-            speeds[turn].append(flops * repeats / (time.perf_counter() - began) / 1e9)
-    ours, theirs, numpys = (median(found) for found in speeds)
-    ratio = median(mine / other for mine, other in zip(*speeds[:2], strict=True))
-    share = f" ({ours / options.peak / threads:4.0%})" if options.peak else ""
-    sizes = f"{product.m:>6}{product.n:>6}{product.k:>6}"
+    numpy = {"numpy": timed.pop("numpy")}
+    times = interleaved(timed, options.rounds) | interleaved(numpy, options.rounds)
+    speeds = {name: flops * repeats / median(found) / 1e9 for name, found in times.items()}
+    share = f" ({speeds['ours'] / options.peak / threads:4.0%})" if options.peak else ""
+    ratio = median(ratios(times["ours"], times["torch"]))
     return (
-        f"{product.name:<22}{sizes}{threads:>8} {ours:>14.1f}{share} {theirs:>6.1f} {numpys:>6.1f}"
-        f" {ratio:>12.2f}"
+        f"{product.name:<22}{product.m:>6}{product.n:>6}{product.k:>6}{threads:>8} "
+        f"{speeds['ours']:>14.1f}{share} {speeds['torch']:>6.1f} {speeds['numpy']:>6.1f} "
+        f"{ratio:>12.2f}"
     )
 
 
-def contestants(product: Product, threads: int, dtype: str) -> list[Callable[[], object]]:
+def implementations(product: Product, threads: int, dtype: str) -> dict[str, Callable[[], object]]:
     """Return the products of fastgpt, PyTorch and NumPy, after checking that they agree."""
     a = torch.randn((product.k, product.m) if product.transpose_a else (product.m, product.k))
     b = torch.randn((product.n, product.k) if product.transpose_b else (product.k, product.n))
-    ours, theirs, numpys = (torch.empty(product.m, product.n) for _ in range(3))
     left, right = a.T if product.transpose_a else a, b.T if product.transpose_b else b
-    forms = {"transpose_a": product.transpose_a, "transpose_b": product.transpose_b}
-    bf16 = dtype == "bfloat16"
-    kind = getattr(torch, dtype)
-    some, others, theirs = left.to(kind), right.to(kind), theirs.to(kind)
-    sides: list[Callable[[], object]] = [
-        lambda: _C.gemm(a, b, ours, threads=threads, bf16=bf16, **forms),
-        lambda: torch.mm(some, others, out=theirs),
-        lambda: np.matmul(left.numpy(), right.numpy(), out=numpys.numpy()),
-    ]
-    for side in sides:
-        side()
-    time.sleep(0.1)
+    bf16, kind = dtype == "bfloat16", getattr(torch, dtype)
+    left_cast, right_cast = left.to(kind), right.to(kind)
+    out, torch_out, numpy_out = (
+        torch.empty(product.m, product.n, dtype=dtype)
+        for dtype in (torch.float32, kind, torch.float32)
+    )
+    settings = {"transpose_a": product.transpose_a, "transpose_b": product.transpose_b}
+    works: dict[str, Callable[[], object]] = {
+        "ours": lambda: _C.gemm(a, b, out, threads=threads, bf16=bf16, **settings),
+        "torch": lambda: torch.mm(left_cast, right_cast, out=torch_out),
+        "numpy": lambda: np.matmul(left.numpy(), right.numpy(), out=numpy_out.numpy()),
+    }
+    for work in works.values():
+        work()
+    time.sleep(0.1)  # until NumPy's threads stop spinning
     near = {"rtol": 2e-2, "atol": 0.05 * product.k**0.5} if bf16 else {"rtol": 1e-4, "atol": 1e-2}
-    torch.testing.assert_close(ours, theirs.float(), **near)
-    torch.testing.assert_close(ours, numpys, **near)
-    return sides
+    torch.testing.assert_close(out, torch_out.float(), **near)
+    torch.testing.assert_close(out, numpy_out, **near)
+    return works
 
 
 if __name__ == "__main__":

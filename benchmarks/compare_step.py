@@ -14,29 +14,36 @@ memory, and fastgpt's commands change how threads wait, while the other side mus
 its users. The two processes alternate after each round of steps, so that both are affected by the
 same noise. The pair of processes is restarted several times, so that the memory layout of a single
 process does not determine the result.
+
+The overhead of the trainer is the part of a step outside of forward, backward and update: loading
+data, the learning rate schedule, and the metrics on the screen and in metrics.jsonl.
 """
 
 import itertools
-import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
-from statistics import median, quantiles
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import tyro
-from common import model_config
-from peers import StockGPT, copy_weights, make_optimizer
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.common import ratios, seconds, spread
+from benchmarks.peers import StockGPT, copy_weights, make_optimizer
+from benchmarks.suite import model_config
 from fastgpt.data.corpus import Corpus, Tokens, gather, load_corpus
 from fastgpt.model import GPT
 from fastgpt.training.optimizer import learning_rate
@@ -84,126 +91,58 @@ class Options:
     """Number of pairs of processes among which the rounds are divided."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on."""
-    side: Literal["both", "fastgpt", "nanogpt"] = "both"
-    """Compare both sides, or run as the worker process of one side (used internally)."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """A model in training; `run(n)` performs n steps."""
-
-    model: nn.Module
-    corpus: Corpus
-    run: Callable[[int], None]
 
 
 def main(options: Options) -> None:
-    """Compare the two sides, or run the worker process of one of them."""
+    """Run the comparison and print the results."""
     if options.device == "auto":
         options = replace(options, device="cuda" if torch.cuda.is_available() else "cpu")
-    if options.side != "both":
-        serve(options)
-        return
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    times: dict[str, list[float]] = {side: [] for side in SIDES}
     report: dict[str, Any] = {}
     rounds = -(-options.rounds // options.pairs)
     for _ in range(options.pairs):
-        workers = {side: Worker(options, side) for side in SIDES}
-        for turn in range(rounds):
-            for side in SIDES if turn % 2 == 0 else reversed(SIDES):  # alternate the order
-                seconds[side].append(workers[side].ask(f"run {options.steps}"))
-        report = {side: worker.finish() for side, worker in workers.items()}
-    print_table(seconds, report, options)
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = replace(recipe_of(options), out=f"{folder}/run")
+            workers = {side: start_worker(side, recipe, options.warm_up) for side in SIDES}
+            for turn in range(rounds):
+                for side in SIDES if turn % 2 == 0 else reversed(SIDES):  # alternate the order
+                    times[side].append(workers[side].submit(time_steps, options.steps).result())
+            report = {side: worker.submit(describe).result() for side, worker in workers.items()}
+            for worker in workers.values():
+                worker.shutdown()
+    print_table(times, report, options)
 
 
-def print_table(seconds: dict[str, list[float]], report: dict[str, Any], options: Options) -> None:
+def start_worker(side: str, recipe: Recipe, warm_up: int) -> ProcessPoolExecutor:
+    """Return the process of one side after the warm-up; fastgpt's has its commands' environment."""
+    with patch.dict(os.environ, cli.environment() if side == "fastgpt" else {}):
+        worker = ProcessPoolExecutor(1, get_context("spawn"), set_up, (side, recipe))
+        worker.submit(time_steps, warm_up).result()  # starts the process
+    return worker
+
+
+def print_table(times: dict[str, list[float]], report: dict[str, Any], options: Options) -> None:
     """Print milliseconds per step, tokens per second, and the ratio of neighboring rounds."""
     facts = report["fastgpt"]
     print(
         f"{options.model} on {options.device}, {facts['threads']} threads, "
         f"torch {torch.__version__}: "
-        f"{len(seconds['fastgpt'])} rounds of {options.steps} steps, "
+        f"{len(times['fastgpt'])} rounds of {options.steps} steps, "
         f"{facts['tokens']:,} tokens per step; median [quartiles]\n"
     )
     print(f"{'':10}{'ms/step':>26}{'tokens/s':>10}{'peak MB':>10}", end="")
-    print(f"{'loss at step ' + str(facts['steps']):>20}")
+    n_steps = options.warm_up + len(times["fastgpt"]) // options.pairs * options.steps
+    print(f"{f'loss at step {n_steps}':>20}")
     for side in SIDES:
-        ms = [1e3 * s / options.steps for s in seconds[side]]
+        ms = [1e3 * s / options.steps for s in times[side]]
         rate = facts["tokens"] / median(ms) * 1e3
         peak, loss = report[side]["peak_mb"], report[side]["loss"]
         print(f"{side:10}{spread(ms):>26}{rate:>10,.0f}{peak:>10,.0f}{loss:>20.3f}")
-    ratios = [b / a for a, b in zip(seconds["fastgpt"], seconds["nanogpt"], strict=True)]
-    print(f"\nspeedup of fastgpt: {spread(ratios)}", end="")
+    speedups = ratios(times["fastgpt"], times["nanogpt"])
+    print(f"\nspeedup of fastgpt: {spread(speedups)}", end="")
     print(f", with {facts['peak_mb'] / report['nanogpt']['peak_mb']:.0%} of the memory")
-
-
-def spread(values: list[float]) -> str:
-    """Return the median and the quartiles as text."""
-    if len(values) < 2:
-        return f"{values[0]:.2f}"
-    low, middle, high = quantiles(values, n=4)
-    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
-
-
-class Worker:
-    """The worker process of one side, which executes requests one at a time."""
-
-    def __init__(self, options: Options, side: str) -> None:
-        self.side = side
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, *arguments(replace(options, side=side))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | (cli.environment() if side == "fastgpt" else {}),
-        )
-        if options.warm_up:
-            self.ask(f"run {options.warm_up}")
-
-    def ask(self, request: str) -> Any:
-        """Send a request and wait for its answer."""
-        self.process.stdin.write(request + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            sys.exit(f"the {self.side} process ended unexpectedly: see its message above")
-        return json.loads(answer)
-
-    def finish(self) -> Any:
-        """Return the report of the process, and end it."""
-        report = self.ask("report")
-        self.process.communicate()
-        return report
-
-
-def arguments(options: Options) -> list[str]:
-    """Return the command-line arguments for the options."""
-    named = {field.name: getattr(options, field.name) for field in fields(options)}
-    return [
-        word
-        for name, value in named.items()
-        if value is not None
-        for word in (f"--{name.replace('_', '-')}", str(value))
-    ]
-
-
-# --- inside a worker's process -----------------------------------------------------------------
-
-
-def serve(options: Options) -> None:
-    """Answer requests from standard input: "run N" with its seconds, "report" with a report."""
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = replace(recipe_of(options), out=f"{folder}/run")
-        side = (fastgpt_side if options.side == "fastgpt" else nanogpt_side)(recipe)
-        steps = 0
-        for request in sys.stdin:
-            word, *count = request.split()
-            if word == "run":
-                steps += int(count[0])
-                answer: Any = time_steps(side, int(count[0]), options.device)
-            else:
-                answer = {"steps": steps, **describe(side, recipe)}
-            print(json.dumps(answer), flush=True)
+    if options.device == "cpu":  # on a GPU, the calls return before the work is done
+        print(f"overhead of fastgpt's trainer: {facts['overhead']:.2%} of a step")
 
 
 def recipe_of(options: Options) -> Recipe:
@@ -216,21 +155,57 @@ def recipe_of(options: Options) -> Recipe:
     return replace(get_recipe("shakespeare-char"), **settings)
 
 
-def time_steps(side: Side, steps: int, device: str) -> float:
+# --- inside a worker's process -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model in training.
+
+    Attributes:
+        run: `run(n)` performs n steps.
+        spent: seconds of each forward and backward and of each update of fastgpt's side.
+        overheads: for each call of `run`, the fraction of its time that is not in `spent`.
+    """
+
+    recipe: Recipe
+    model: nn.Module
+    corpus: Corpus
+    run: Callable[[int], None]
+    spent: list[float] = field(default_factory=list)
+    overheads: list[float] = field(default_factory=list)
+
+
+side: Side  # of this process
+
+
+def set_up(name: str, recipe: Recipe) -> None:
+    """Create the side of this process."""
+    global side
+    side = (fastgpt_side if name == "fastgpt" else nanogpt_side)(recipe)
+
+
+def time_steps(steps: int) -> float:
     """Return the time of `steps` steps in seconds, synchronized with the device."""
-    began = time.perf_counter()
-    side.run(steps)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+
+    def work() -> None:
+        side.run(steps)
+        if side.recipe.device == "cuda":
+            torch.cuda.synchronize()
+
+    side.spent.clear()
+    taken = seconds(work)
+    side.overheads.append(1.0 - sum(side.spent) / taken)
+    return taken
 
 
 @torch.no_grad()
-def describe(side: Side, recipe: Recipe) -> dict[str, Any]:
+def describe() -> dict[str, Any]:
     """Return the loss on the first part of the validation text, and properties of the run."""
     # Read the peak memory before the evaluation, which is not part of the steps.
+    recipe, tokens = side.recipe, side.corpus.val
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    size, tokens = recipe.block_size, side.corpus.val
+    size = recipe.block_size
     starts = np.arange(0, len(tokens) - size, size)[: max(1, VALIDATION_TOKENS // size)]
     side.model.eval()
     losses = []
@@ -242,6 +217,7 @@ def describe(side: Side, recipe: Recipe) -> dict[str, Any]:
         "peak_mb": peak_mb,
         "tokens": recipe.grad_accum * recipe.batch_size * recipe.block_size,
         "threads": torch.get_num_threads(),
+        "overhead": median(side.overheads),
     }
 
 
@@ -249,6 +225,10 @@ def fastgpt_side(recipe: Recipe) -> Side:
     """Return fastgpt's trainer, whose steps include the data feed and the log."""
     trainer = Trainer(recipe)
     trainer._feed = trainer._feeder()
+    spent: list[float] = []
+    learner = trainer.learner
+    learner.backward = timed(learner.backward, spent)  # type: ignore[method-assign]
+    learner.updater.step = timed(learner.updater.step, spent)  # type: ignore[method-assign]
     progress = Progress(0, recipe.max_steps)
 
     def run(steps: int) -> None:
@@ -258,7 +238,19 @@ def fastgpt_side(recipe: Recipe) -> Side:
             if progress.due():
                 trainer._log(progress)
 
-    return Side(trainer.model, trainer.learner.corpus, run)
+    return Side(recipe, trainer.model, learner.corpus, run, spent)
+
+
+def timed(function: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
+    """Return `function` with its time in seconds appended to `spent` in each call."""
+
+    def call(*args: Any) -> Any:
+        began = time.perf_counter()
+        result = function(*args)
+        spent.append(time.perf_counter() - began)
+        return result
+
+    return call
 
 
 def nanogpt_side(recipe: Recipe) -> Side:
@@ -290,7 +282,7 @@ def nanogpt_side(recipe: Recipe) -> Side:
             if step % LOG_INTERVAL == 0:
                 loss.item()
 
-    return Side(model, corpus, run)
+    return Side(recipe, model, corpus, run)
 
 
 def initial_model(recipe: Recipe, vocab_size: int) -> StockGPT:

@@ -19,7 +19,12 @@ from fastgpt.model import GPT, GPTConfig
 
 
 class Peer(nn.Module):
-    """Base class: embeddings, the blocks of the subclass, a final norm and a tied head."""
+    """Base class: embeddings, the blocks of the subclass, a final norm and a tied head.
+
+    names: parts of parameter names that differ from those in fastgpt, and their replacements.
+    """
+
+    names: tuple[tuple[str, str], ...]
 
     def __init__(self, config: GPTConfig, blocks: nn.Module) -> None:
         super().__init__()
@@ -65,14 +70,24 @@ class Peer(nn.Module):
         return ids
 
     def pairs(self, gpt: GPT) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        """Pair each of this model's parameters with fastgpt's that means the same."""
-        yield self.wte.weight, gpt.wte.weight
-        yield self.wpe.weight, gpt.wpe.weight
-        yield from _pairs(self.ln_f, gpt.ln_f)
+        """Pair each of this model's parameters with the corresponding one of fastgpt."""
+        theirs = dict(gpt.named_parameters())
+        for name, parameter in self.named_parameters():
+            for ours, renamed in self.names:
+                name = name.replace(ours, renamed)
+            yield parameter, theirs[name]
 
 
 class StockGPT(Peer):
     """GPT-2 in the style of nanoGPT (github.com/karpathy/nanoGPT, model.py)."""
+
+    names = (
+        ("blocks.", "h."),
+        ("qkv", "attn.c_attn"),
+        ("out", "attn.c_proj"),
+        ("mlp.0", "mlp.c_fc"),
+        ("mlp.2", "mlp.c_proj"),
+    )
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(
@@ -82,17 +97,6 @@ class StockGPT(Peer):
     def run_blocks(self, x: Tensor) -> Tensor:
         """Return `x` `[B, T, C]` after all blocks."""
         return self.blocks(x)
-
-    def pairs(self, gpt: GPT) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        """Pair each of this model's parameters with fastgpt's that means the same."""
-        yield from super().pairs(gpt)
-        for mine, theirs in zip(self.blocks, gpt.h, strict=True):
-            yield from _pairs(mine.ln_1, theirs.ln_1)
-            yield from _pairs(mine.qkv, theirs.attn.c_attn)
-            yield from _pairs(mine.out, theirs.attn.c_proj)
-            yield from _pairs(mine.ln_2, theirs.ln_2)
-            yield from _pairs(mine.mlp[0], theirs.mlp.c_fc)
-            yield from _pairs(mine.mlp[2], theirs.mlp.c_proj)
 
 
 class StockBlock(nn.Module):
@@ -134,6 +138,15 @@ class StockBlock(nn.Module):
 class TransformerEncoderGPT(Peer):
     """GPT-2 as a stack of `nn.TransformerEncoderLayer` with a causal mask."""
 
+    names = (
+        ("blocks.layers.", "h."),
+        ("self_attn.in_proj_", "attn.c_attn."),
+        ("self_attn.out_proj", "attn.c_proj"),
+        ("norm", "ln_"),
+        ("linear1", "mlp.c_fc"),
+        ("linear2", "mlp.c_proj"),
+    )
+
     def __init__(self, config: GPTConfig) -> None:
         layer = nn.TransformerEncoderLayer(
             config.n_embd,
@@ -159,29 +172,13 @@ class TransformerEncoderGPT(Peer):
         # With is_causal, the layers pass the causal flag instead of the mask to fused attention.
         return self.blocks(x, mask=self.mask[:time, :time], is_causal=True)
 
-    def pairs(self, gpt: GPT) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        """Pair each of this model's parameters with fastgpt's that means the same."""
-        yield from super().pairs(gpt)
-        for mine, theirs in zip(self.blocks.layers, gpt.h, strict=True):
-            attention, packed = mine.self_attn, theirs.attn.c_attn
-            yield attention.in_proj_weight, packed.weight
-            if packed.bias is not None:
-                yield attention.in_proj_bias, packed.bias
-            yield from _pairs(attention.out_proj, theirs.attn.c_proj)
-            yield from _pairs(mine.norm1, theirs.ln_1)
-            yield from _pairs(mine.norm2, theirs.ln_2)
-            yield from _pairs(mine.linear1, theirs.mlp.c_fc)
-            yield from _pairs(mine.linear2, theirs.mlp.c_proj)
-
 
 @torch.no_grad()
 def copy_weights(gpt: GPT, peer: Peer) -> None:
-    """Copy all weights of `gpt` to `peer`; raise ValueError if one has no counterpart."""
+    """Copy all weights of `gpt` to `peer`; raise an error if one has no counterpart."""
     pairs = list(peer.pairs(gpt))
-    copied = {id(mine) for mine, _ in pairs}
-    missed = [name for name, p in peer.named_parameters() if id(p) not in copied]
-    if missed or len(pairs) != len(list(gpt.parameters())):
-        raise ValueError(f"not every weight has a counterpart; weights without one: {missed}")
+    if len(pairs) != len(list(gpt.parameters())):
+        raise ValueError("some weights of the GPT have no counterpart in the peer")
     for mine, theirs in pairs:
         mine.copy_(theirs)
 
@@ -208,9 +205,3 @@ def make_optimizer(
     # None instead of False: on a CPU, PyTorch chooses the implementation, as in nanoGPT.
     fused = True if parameters[0].is_cuda else None
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
-
-
-def _pairs(mine: nn.Module, theirs: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-    yield mine.weight, theirs.weight
-    if theirs.bias is not None:
-        yield mine.bias, theirs.bias
