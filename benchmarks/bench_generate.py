@@ -11,57 +11,67 @@ counted) with 1, 8 and 32 rows, and the prefill of a prompt of 512 tokens. See
 `generation_peers.py` for the engines and their settings.
 """
 
-import argparse
 import gc
 import json
 import shlex
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
+from statistics import median
 
 import torch
-from torch import Tensor
+import tyro
 
+from benchmarks.common import interleaved, markdown_table
 from benchmarks.generation_peers import (
     LONG_PROMPT,
     PRECISIONS,
     PROMPT,
-    Contender,
-    contenders,
+    GenerationEngine,
+    load_engines,
     random_gpt2,
 )
 from benchmarks.machine import processor, version_of
+from fastgpt.inference.engine import Dtype
 
-PACKAGES = (
-    *("torch", "transformers", "llama-cpp-python"),
-    *("ctranslate2", "onnxruntime", "openvino"),
-)
+# whose versions are reported
+PACKAGES = ("torch", "transformers", "llama-cpp-python", "ctranslate2", "onnxruntime", "openvino")
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Options:
+    """Options of the benchmark."""
+
+    peers: Path | None = None
+    """Output folder of `benchmarks.peer_models` (default: skip the engines that need files)."""
+    precisions: tuple[Dtype, ...] = PRECISIONS
+    """Precisions of the weights."""
+    threads: tuple[int, ...] = (1, 2)
+    """Numbers of threads."""
+    rounds: int = 5
+    """Rounds of each case, after a warm-up."""
+    new: int = 128
+    """Tokens to generate with one row, at least 2; an eighth of it with several rows."""
+    rows: tuple[int, ...] = (1, 8, 32)
+    """Numbers of texts that are generated at once."""
+    results: Path | None = None
+    """Write NAME.json and NAME.md."""
+
+
+def main(options: Options) -> None:
     """Run the benchmark and print the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--peers", type=Path, metavar="FOLDER")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--results", type=Path, metavar="NAME", help="write NAME.json and NAME.md")
-    options = parser.parse_args()
     if options.new < 2:
-        parser.error("--new must be at least 2: the first token is not counted")
+        sys.exit("--new must be at least 2: the first token is not counted")
     model = random_gpt2()
     results: list[Result] = []
     for precision in options.precisions:
         for threads in options.threads:
-            found = contenders(model, precision, threads, options.peers)
-            results += _measure(precision, threads, found, options)
-            found.clear()
+            engines = load_engines(model, precision, threads, options.peers)
+            results += measure(precision, threads, engines, options)
+            engines.clear()
             gc.collect()  # free the engines before the next ones are loaded
     if options.results is not None:
         write_results(results, options)
@@ -83,7 +93,32 @@ class Result:
         return self.speeds["fastgpt"] / max(others) if others else None
 
 
-def write_results(results: list[Result], options: argparse.Namespace) -> None:
+def measure(
+    precision: str, threads: int, engines: dict[str, GenerationEngine], options: Options
+) -> list[Result]:
+    """Measure all cases of a precision and a number of threads, and print them."""
+    cases: list[tuple[str, int, Callable[[GenerationEngine], float]]] = []
+    for rows in options.rows:
+        new = options.new if rows == 1 else max(options.new // 8, 2)
+        prompts = torch.randint(50257, (rows, PROMPT))
+        name = f"decode {rows}"
+        cases.append((name, rows * (new - 1), methodcaller("decode", prompts, new)))
+    text = torch.randint(50257, (1, LONG_PROMPT))
+    cases.append((f"read {LONG_PROMPT}", LONG_PROMPT, methodcaller("read", text)))
+    results = []
+    for name, tokens, work in cases:
+        timed = {engine_name: partial(work, engine) for engine_name, engine in engines.items()}
+        times = interleaved(timed, options.rounds, warm_up=1)
+        speeds = {engine: median(tokens / t for t in taken) for engine, taken in times.items()}
+        result = Result(precision, threads, name, speeds)
+        ratio = f"  speedup over the best other: {result.ratio:.2f}" if result.ratio else ""
+        line = ", ".join(f"{engine} {speed:.0f}" for engine, speed in speeds.items())
+        print(f"{precision:8} {threads} threads  {name:10} {line}{ratio}", flush=True)
+        results.append(result)
+    return results
+
+
+def write_results(results: list[Result], options: Options) -> None:
     """Write the results, the machine and the package versions as JSON and as a table."""
     about = {
         "cpu": processor(),
@@ -94,6 +129,14 @@ def write_results(results: list[Result], options: argparse.Namespace) -> None:
     content = {**about, "results": [asdict(r) | {"ratio": r.ratio} for r in results]}
     options.results.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    rows = []
+    for r in results:
+        speeds = {name: f"{speed:.0f}" for name, speed in r.speeds.items()}
+        ours = speeds.pop("fastgpt")
+        others = ", ".join(f"{name} {speed}" for name, speed in speeds.items())
+        ratio = f"{r.ratio:.2f}" if r.ratio else ""
+        rows.append([r.precision, r.threads, r.case, ours, others, ratio])
+    header = ["precision", "threads", "task", "fastgpt", "others", "speedup over the best other"]
     lines = [
         "# Generation on a CPU",
         "",
@@ -102,47 +145,10 @@ def write_results(results: list[Result], options: argparse.Namespace) -> None:
         "Tokens per second, summed over all rows: medians of "
         f"{options.rounds} interleaved rounds. {about['cpu']}; {versions}.",
         "",
-        "| precision | threads | task | fastgpt | others | speedup over the best other |",
-        "|---|---|---|---|---|---|",
+        *markdown_table(header, rows),
     ]
-    for r in results:
-        others = ", ".join(f"{name} {s:.0f}" for name, s in r.speeds.items() if name != "fastgpt")
-        ratio = f"{r.ratio:.2f}" if r.ratio else ""
-        ours = f"{r.speeds['fastgpt']:.0f}"
-        lines.append(f"| {r.precision} | {r.threads} | {r.case} | {ours} | {others} | {ratio} |")
     options.results.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
-def _measure(
-    precision: str, threads: int, found: dict[str, Contender], options: argparse.Namespace
-) -> list[Result]:
-    cases: list[tuple[str, int, Callable[[Contender], float]]] = []
-    for rows in options.rows:
-        new = options.new if rows == 1 else max(options.new // 8, 2)
-        ids = torch.randint(50257, (rows, PROMPT))
-        cases.append((f"decode {rows}", rows * (new - 1), _decoding(ids, new)))
-    text = torch.randint(50257, (1, LONG_PROMPT))
-    cases.append((f"read {LONG_PROMPT}", LONG_PROMPT, lambda c: c.read(text)))
-    results = []
-    for name, tokens, measure in cases:
-        speeds: dict[str, list[float]] = {contender: [] for contender in found}
-        for turn in range(options.rounds + 1):
-            for contender, it in found.items():
-                taken = measure(it)
-                if turn > 0:  # the first round is a warm-up
-                    speeds[contender].append(tokens / taken)
-        medians = {contender: statistics.median(rates) for contender, rates in speeds.items()}
-        result = Result(precision, threads, name, medians)
-        ratio = f"  speedup over the best other: {result.ratio:.2f}" if result.ratio else ""
-        line = ", ".join(f"{contender} {median:.0f}" for contender, median in medians.items())
-        print(f"{precision:8} {threads} threads  {name:10} {line}{ratio}", flush=True)
-        results.append(result)
-    return results
-
-
-def _decoding(ids: Tensor, new: int) -> Callable[[Contender], float]:
-    return lambda contender: contender.decode(ids, new)
-
-
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options, description=__doc__))

@@ -8,13 +8,17 @@ an equivalent script with transformers, and `import torch` alone. Their runs are
 output is the median of each.
 """
 
-import argparse
 import os
-import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from statistics import median
+
+import tyro
+
+from benchmarks.common import interleaved
 
 PROMPT = "Hello"
 TRANSFORMERS = f"""
@@ -33,15 +37,14 @@ model.generate(
 """
 
 
-def main() -> None:
-    """Run the benchmark and print the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    folder = str(options.folder)
+def main(model: tyro.conf.Positional[Path], rounds: int = 5) -> None:
+    """Run the benchmark and print the results.
+
+    Args:
+        model: the Hugging Face model folder.
+        rounds: rounds in which each command runs once, after a warm-up.
+    """
+    folder = str(model)
     write = [sys.executable, "-m", "fastgpt.generate", folder, "--prompt", PROMPT]
     commands = {
         f"fastgpt, {dtype}": [*write, "--max-new-tokens", "20", "--dtype", dtype]
@@ -49,30 +52,27 @@ def main() -> None:
     }
     commands["transformers"] = [sys.executable, "-c", TRANSFORMERS, folder]
     commands["import torch"] = [sys.executable, "-c", f"import torch; print('{PROMPT}.')"]
-    taken: dict[str, list[float]] = {name: [] for name in commands}
-    for turn in range(options.rounds + 1):
-        for name, command in commands.items():
-            found = seconds(command)
-            if turn > 0:  # the first round is a warm-up
-                taken[name].append(found)
-    for name, times in taken.items():
-        print(f"{name:<18} {statistics.median(times):.2f} s ({min(times):.2f} to {max(times):.2f})")
+    runs = {name: partial(first_character_seconds, command) for name, command in commands.items()}
+    for name, times in interleaved(runs, rounds, warm_up=1).items():
+        print(f"{name:<18} {median(times):.2f} s ({min(times):.2f} to {max(times):.2f})")
 
 
-def seconds(command: list[str]) -> float:
+def first_character_seconds(command: list[str]) -> float:
     """Run a command; return the seconds until the first byte after the prompt."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    begin = time.perf_counter()
+    began = time.perf_counter()
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
     ) as process:
         assert process.stdout is not None
         if len(process.stdout.read(len(PROMPT) + 1)) != len(PROMPT) + 1:
             raise RuntimeError(f"no output from {command}")
-        taken = time.perf_counter() - begin
+        taken = time.perf_counter() - began
         process.stdout.read()
     return taken
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -16,13 +16,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.common import seconds
 from fastgpt import GPT, GPTConfig
 from fastgpt.inference.engine import Dtype, Engine
 from fastgpt.inference.generation import stream
@@ -31,118 +32,99 @@ PRECISIONS: tuple[Dtype, ...] = ("float32", "bfloat16", "int8", "int4")
 PROMPT, LONG_PROMPT = 32, 512
 
 
-class Contender(Protocol):
-    """Interface of a measured engine; both methods return seconds."""
-
-    def decode(self, prompts: Tensor, new: int) -> float:
-        """Generate `new` tokens for each prompt; return the time from the first to the last."""
-
-    def read(self, prompt: Tensor) -> float:
-        """Process a prompt; return the time to the logits of the first new token."""
-
-
 def random_gpt2() -> GPT:
     """Return a model with the shape of GPT-2 124M and random weights, the same in every call."""
     torch.manual_seed(1)
     return GPT(GPTConfig(), ops="native").eval()
 
 
-def contenders(
+def load_engines(
     model: GPT, precision: Dtype, threads: int, folder: Path | None
-) -> dict[str, Contender]:
+) -> dict[str, "GenerationEngine"]:
     """Load all engines that support the precision; report missing ones once on stderr.
 
     folder: the output of `benchmarks.peer_models`; None excludes all engines that need files.
     """
-    found: dict[str, Contender] = {"fastgpt": Ours(model, precision, threads)}
+    torch.set_num_threads(threads)
+    engines: dict[str, GenerationEngine] = {"fastgpt": FastGPT(model, precision, threads)}
     if precision in ("float32", "bfloat16"):
         dtype = getattr(torch, precision)
-        twin = GPT(model.config, ops="native").to(dtype).eval()
-        found["fastgpt in PyTorch"] = Twin(twin, threads)
+        engines["fastgpt in PyTorch"] = FastGPTInPyTorch(model.config, dtype)
         if _installed("transformers", "transformers"):
-            found["transformers"] = Transformers(dtype, threads)
+            engines["transformers"] = Transformers(dtype)
     for peer in PEERS if folder is not None else ():
         if folder is not None and precision in peer.files and _installed(peer.name, peer.package):
             path = folder / peer.files[precision]
             if path.exists():
-                found[peer.name] = peer.load(path, precision, threads)
+                engines[peer.name] = peer.load(path, precision, threads)
             else:
-                _leave_out(peer.name, f"{path} does not exist")
-    return found
+                _report_missing(peer.name, f"{path} does not exist")
+    return engines
 
 
-class Ours:
+class GenerationEngine(ABC):
+    """Interface of a measured engine; both methods return seconds."""
+
+    @abstractmethod
+    def decode(self, prompts: Tensor, new: int) -> float:
+        """Generate `new` tokens for each prompt; return the time from the first to the last."""
+
+    @abstractmethod
+    def read(self, prompt: Tensor) -> float:
+        """Process a prompt; return the time to the logits of the first new token."""
+
+
+class FastGPT(GenerationEngine):
     """fastgpt's native engine."""
 
     def __init__(self, model: GPT, precision: Dtype, threads: int) -> None:
         self.engine = Engine(model, precision, threads)
 
     def decode(self, prompts: Tensor, new: int) -> float:
-        """See Contender."""
-        times: list[float] = []
-        self.engine.generate(
-            prompts, new, temperature=0, on_tokens=lambda _: times.append(time.perf_counter())
-        )
-        return times[-1] - times[0]
+        clock = Clock()
+        self.engine.generate(prompts, new, temperature=0, on_tokens=clock.put)
+        return clock.times[-1] - clock.times[0]
 
     def read(self, prompt: Tensor) -> float:
-        """See Contender."""
         return seconds(lambda: self.engine.prefill(prompt))
 
 
-class Twin:
+class FastGPTInPyTorch(GenerationEngine):
     """fastgpt's generation in PyTorch."""
 
-    def __init__(self, model: GPT, threads: int) -> None:
-        self.model, self.threads = model, threads
+    def __init__(self, config: GPTConfig, dtype: torch.dtype) -> None:
+        self.model = GPT(config, ops="native").to(dtype).eval()
 
     def decode(self, prompts: Tensor, new: int) -> float:
-        """See Contender."""
-        torch.set_num_threads(self.threads)
         times = [time.perf_counter() for _ in stream(self.model, prompts, new, temperature=0)]
         return times[-1] - times[0]
 
     @torch.no_grad()
     def read(self, prompt: Tensor) -> float:
-        """See Contender."""
-        torch.set_num_threads(self.threads)
         return seconds(lambda: self.model.logits(self.model.hidden(prompt)[:, -1]))
 
 
-class Transformers:
+class Transformers(GenerationEngine):
     """`generate` of Hugging Face transformers."""
 
-    def __init__(self, dtype: torch.dtype, threads: int) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         import transformers
 
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config())
-        self.model, self.threads = model.to(dtype).eval(), threads
+        self.model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).to(dtype).eval()
 
     def decode(self, prompts: Tensor, new: int) -> float:
-        """See Contender."""
-        torch.set_num_threads(self.threads)
-        times: list[float] = []
-
-        class Clock:
-            def put(self, _: Tensor) -> None:
-                times.append(time.perf_counter())
-
-            def end(self) -> None:
-                pass
-
         if len(prompts) > 1:  # streamers support one row only: subtract the time of the first token
-            first = seconds(lambda: self._write(prompts, 1))
-            return seconds(lambda: self._write(prompts, new)) - first
-        self._write(prompts, new, streamer=Clock())
-        return times[-1] - times[1]  # the first call of the streamer is the prompt
+            first = seconds(lambda: self._generate(prompts, 1))
+            return seconds(lambda: self._generate(prompts, new)) - first
+        clock = Clock()
+        self._generate(prompts, new, streamer=clock)
+        return clock.times[-1] - clock.times[1]  # the first call of the streamer is the prompt
 
+    @torch.no_grad()
     def read(self, prompt: Tensor) -> float:
-        """See Contender."""
-        torch.set_num_threads(self.threads)
-        with torch.no_grad():
-            return seconds(lambda: self.model(prompt, logits_to_keep=1))
+        return seconds(lambda: self.model(prompt, logits_to_keep=1))
 
-    def _write(self, prompts: Tensor, new: int, **more: Any) -> None:
+    def _generate(self, prompts: Tensor, new: int, **settings: Any) -> None:
         self.model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
@@ -150,11 +132,24 @@ class Transformers:
             min_new_tokens=new,
             do_sample=False,
             pad_token_id=0,
-            **more,
+            **settings,
         )
 
 
-class LlamaCpp:
+class Clock:
+    """The times at which tokens arrive; a streamer of transformers."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+class LlamaCpp(GenerationEngine):
     """llama.cpp through its C interface, used as in its own benchmark: without sampling."""
 
     def __init__(self, path: Path, precision: str, threads: int) -> None:
@@ -170,7 +165,6 @@ class LlamaCpp:
         weakref.finalize(self, llama_cpp.llama_model_free, self.model)
 
     def decode(self, prompts: Tensor, new: int) -> float:
-        """See Contender."""
         rows, length = prompts.shape
         self._open(rows, length + new)
         self._run([(r, t, int(i)) for r, ids in enumerate(prompts) for t, i in enumerate(ids)])
@@ -182,7 +176,6 @@ class LlamaCpp:
         return taken
 
     def read(self, prompt: Tensor) -> float:
-        """See Contender."""
         self._open(1, prompt.size(1))
         taken = seconds(lambda: self._run([(0, t, int(i)) for t, i in enumerate(prompt[0])]))
         self._close()
@@ -215,7 +208,7 @@ class LlamaCpp:
             raise RuntimeError(f"llama_decode returned {status}")
 
 
-class CTranslate2:
+class CTranslate2(GenerationEngine):
     """`generate_batch` of CTranslate2, which quantizes the weights when it loads them."""
 
     def __init__(self, path: Path, precision: str, threads: int) -> None:
@@ -227,23 +220,22 @@ class CTranslate2:
         self.names: list[str] = json.loads((path / "vocabulary.json").read_text("utf-8"))
 
     def decode(self, prompts: Tensor, new: int) -> float:
-        """See Contender."""
-        times: list[float] = []
-        self._write(prompts, new, callback=lambda _: times.append(time.perf_counter()))
-        return times[-1] - times[len(prompts) - 1]  # the callback is called once per row and token
+        clock = Clock()
+        self._generate(prompts, new, callback=clock.put)
+        # The callback is called once per row and token.
+        return clock.times[-1] - clock.times[len(prompts) - 1]
 
     def read(self, prompt: Tensor) -> float:
-        """See Contender."""
-        return seconds(lambda: self._write(prompt, 1))
+        return seconds(lambda: self._generate(prompt, 1))
 
-    def _write(self, prompts: Tensor, new: int, **more: Any) -> None:
+    def _generate(self, prompts: Tensor, new: int, **settings: Any) -> None:
         tokens = [[self.names[i] for i in row] for row in prompts.tolist()]
         self.generator.generate_batch(
-            tokens, max_length=new, min_length=new, include_prompt_in_result=False, **more
+            tokens, max_length=new, min_length=new, include_prompt_in_result=False, **settings
         )
 
 
-class Stepped(ABC):
+class SteppedEngine(GenerationEngine):
     """An engine that executes single steps, in a greedy decoding loop of this class."""
 
     @abstractmethod
@@ -258,7 +250,6 @@ class Stepped(ABC):
         """
 
     def decode(self, prompts: Tensor, new: int) -> float:
-        """See Contender."""
         self.open(len(prompts), prompts.size(1) + new)
         ids = self.step(prompts.numpy()).argmax(-1, keepdims=True)
         begin = time.perf_counter()
@@ -267,12 +258,11 @@ class Stepped(ABC):
         return time.perf_counter() - begin
 
     def read(self, prompt: Tensor) -> float:
-        """See Contender."""
         self.open(*prompt.shape)
         return seconds(lambda: self.step(prompt.numpy()))
 
 
-class OnnxRuntime(Stepped):
+class OnnxRuntime(SteppedEngine):
     """onnxruntime with the graph of `benchmarks.onnx_gpt2`."""
 
     def __init__(self, path: Path, precision: str, threads: int) -> None:
@@ -289,7 +279,7 @@ class OnnxRuntime(Stepped):
         self.total = np.zeros(1, np.int32)
 
     def open(self, rows: int, positions: int) -> None:
-        """See Stepped. Each key/value buffer is bound both as past and as present."""
+        # Each key/value buffer is bound both as past and as present.
         self.binding = self.session.io_binding()
         self.total[:] = 0
         self.last_key = np.zeros(rows, np.int32)
@@ -302,15 +292,10 @@ class OnnxRuntime(Stepped):
                 self._bind(past.name, buffer)
                 self._bind(past.name.replace("past", "present"), buffer)
         self.logits = np.zeros((rows, self.session.get_outputs()[0].shape[1]), np.float32)
-        for name, array in (
-            ("logits", self.logits),
-            ("total", self.total),
-            ("last_key", self.last_key),
-        ):
-            self._bind(name, array)
+        for name in ("logits", "total", "last_key"):
+            self._bind(name, getattr(self, name))
 
     def step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See Stepped."""
         length = int(self.total[0])
         # Bound by address, like ids: both must stay alive until the end of the run.
         positions = np.arange(length, length + ids.shape[1])
@@ -327,7 +312,7 @@ class OnnxRuntime(Stepped):
         bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
 
-class OpenVino(Stepped):
+class OpenVino(SteppedEngine):
     """OpenVINO with the model of `benchmarks.openvino_gpt2`, which has an internal cache."""
 
     def __init__(self, path: Path, precision: str, threads: int, **more: str) -> None:
@@ -347,13 +332,11 @@ class OpenVino(Stepped):
         self.length = 0
 
     def open(self, rows: int, positions: int) -> None:
-        """See Stepped."""
         self.request.reset_state()
         self.length = 0
         self._set("beam_idx", np.arange(rows, dtype=np.int32))
 
     def step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See Stepped."""
         self._set("ids", ids)
         self._set("positions", np.arange(self.length, self.length + ids.shape[1]))
         self.length += ids.shape[1]
@@ -371,50 +354,33 @@ class Peer:
 
     name: str
     package: str
-    load: Callable[[Path, str, int], Contender]
+    load: Callable[[Path, str, int], GenerationEngine]
     files: Mapping[Dtype, str]
 
 
+# CTranslate2 supports neither bfloat16 nor 4 bits on a CPU, and onnxruntime's CPU operations do not
+# support bfloat16.
 PEERS = (
     Peer(
-        "llama.cpp",
-        "llama_cpp",
-        LlamaCpp,
-        {
-            "float32": "f32.gguf",
-            "bfloat16": "bf16.gguf",
-            "int8": "q8_0.gguf",
-            "int4": "q4_0.gguf",
-        },
+        *("llama.cpp", "llama_cpp", LlamaCpp),
+        dict(zip(PRECISIONS, ("f32.gguf", "bf16.gguf", "q8_0.gguf", "q4_0.gguf"), strict=True)),
     ),
     Peer(
-        "ctranslate2",
-        "ctranslate2",
-        CTranslate2,  # supports neither bfloat16 nor 4 bits on a CPU
-        {"float32": "ctranslate2", "int8": "ctranslate2"},
+        *("ctranslate2", "ctranslate2", CTranslate2),
+        dict.fromkeys(("float32", "int8"), "ctranslate2"),
     ),
     Peer(
-        "onnxruntime",
-        "onnxruntime",
-        OnnxRuntime,  # its CPU operations do not support bfloat16
+        *("onnxruntime", "onnxruntime", OnnxRuntime),
         {name: f"onnx/{name}.onnx" for name in ("float32", "int8", "int4")},
     ),
     Peer(
-        "onnxruntime by channel",
-        "onnxruntime",
-        OnnxRuntime,
+        *("onnxruntime by channel", "onnxruntime", OnnxRuntime),
         {"int8": "onnx/int8_channels.onnx"},
     ),
     Peer(
-        "openvino",
-        "openvino",
-        OpenVino,
-        {
-            "float32": "openvino/float32.xml",
-            "bfloat16": "openvino/float32.xml",
-            "int8": "openvino/int8.xml",
-            "int4": "openvino/int4.xml",
-        },
+        *("openvino", "openvino", OpenVino),
+        {name: f"openvino/{name}.xml" for name in ("float32", "int8", "int4")}
+        | {"bfloat16": "openvino/float32.xml"},
     ),
 )
 
@@ -425,20 +391,13 @@ def silence(llama_cpp: Any) -> None:
     llama_cpp.llama_log_set(llama_cpp.fastgpt_silent, None)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Return the time of a call of `work` in seconds."""
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
 def _installed(name: str, package: str) -> bool:
     if importlib.util.find_spec(package):
         return True
-    _leave_out(name, f"{package} is not installed")
+    _report_missing(name, f"{package} is not installed")
     return False
 
 
 @cache  # print each message once
-def _leave_out(name: str, why: str) -> None:
+def _report_missing(name: str, why: str) -> None:
     print(f"without {name}: {why}", file=sys.stderr)

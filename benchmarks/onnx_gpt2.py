@@ -22,7 +22,7 @@ BLOCK = 32  # number of weights of a row that share a scale
 CHANNELS = -8  # 8 bits with one scale per row
 # Bits of the weights of the transformer blocks and of the head (0: not quantized).
 KINDS = {"float32": (0, 0), "int8": (8, 8), "int4": (4, 8), "int8_channels": (CHANNELS, CHANNELS)}
-MICROSOFTS = ("FastGelu", "MatMulNBits", "DynamicQuantizeMatMul")
+STANDARD = ("Add", "Gather", "LayerNormalization", "MatMul")  # the others are Microsoft's
 DYNAMIC_QUANTIZATION = 4  # the accuracy_level of MatMulNBits that quantizes its input to int8
 
 
@@ -66,7 +66,7 @@ class _Graph:
         normed = self.node("LayerNormalization", total, *first, epsilon=self.config.layer_norm_eps)
         for i in range(self.config.n_layer):
             normed, total = self.block(i, normed, total)
-        self.linear("lm_head", normed, self.head, output="logits")
+        self.linear("lm_head", normed, self.head, outputs=("logits",))
 
     def block(self, i: int, normed: str, total: str) -> tuple[str, str]:
         """Add a block; take and return the residual stream and its next norm."""
@@ -86,49 +86,41 @@ class _Graph:
 
     def attention(self, i: int, qkv: str) -> str:
         """Add causal attention of `qkv` [B, T, 3C] over the key/value buffers."""
-        heads = self.config.n_head
-        output = f"h.{i}.attention"
-        node = helper.make_node(
-            "GroupQueryAttention",
-            [qkv, "", "", f"past.key.{i}", f"past.value.{i}", "last_key", "total"],
-            [output, f"present.key.{i}", f"present.value.{i}"],
-            domain="com.microsoft",
-            num_heads=heads,
-            kv_num_heads=heads,
+        return self.node(
+            *("GroupQueryAttention", qkv, "", "", f"past.key.{i}", f"past.value.{i}"),
+            *("last_key", "total"),
+            outputs=(f"h.{i}.attention", f"present.key.{i}", f"present.value.{i}"),
+            num_heads=self.config.n_head,
+            kv_num_heads=self.config.n_head,
         )
-        self.nodes.append(node)
-        return output
 
     def add_and_norm(self, y: str, total: str, norm: str, bias: str) -> tuple[str, str]:
         """Add `y` + bias to the residual stream; return the norm of the sum and the sum."""
-        names = [self.weight(n) for n in (f"{norm}.weight", f"{norm}.bias", bias)]
-        outputs = [f"{norm}.normed", "", "", f"{norm}.sum"]
-        node = helper.make_node(
-            "SkipLayerNormalization",
-            [y, total, *names],
-            outputs,
-            domain="com.microsoft",
-            epsilon=self.config.layer_norm_eps,
-        )
-        self.nodes.append(node)
+        weights = [self.weight(n) for n in (f"{norm}.weight", f"{norm}.bias", bias)]
+        outputs = (f"{norm}.normed", "", "", f"{norm}.sum")
+        epsilon = self.config.layer_norm_eps
+        self.node("SkipLayerNormalization", y, total, *weights, outputs=outputs, epsilon=epsilon)
         return outputs[0], outputs[3]
 
-    def linear(self, name: str, x: str, bits: int, bias: bool = False, output: str = "") -> str:
+    def linear(
+        self, name: str, x: str, bits: int, bias: bool = False, outputs: tuple[str, ...] = ()
+    ) -> str:
         """Add x W^T with W quantized to `bits` (0: not quantized), plus the bias if `bias`."""
         weight = self.weights[f"{name}.weight"]  # [out, in]
         shift = [self.weight(f"{name}.bias")] if bias else []
         if bits == 0:
-            y = self.node("MatMul", x, self.constant(f"{name}.T", weight.T), output=output)
+            y = self.node("MatMul", x, self.constant(f"{name}.T", weight.T), outputs=outputs)
             return self.node("Add", y, *shift) if bias else y
         stored, scales = _by_row(weight) if bits == CHANNELS else _in_blocks(weight, bits)
         matrix = [self.constant(f"{name}.stored", stored), self.constant(f"{name}.scales", scales)]
         if bits == CHANNELS:
-            return self.node("DynamicQuantizeMatMul", x, *matrix, "", *shift, output=output)
+            return self.node("DynamicQuantizeMatMul", x, *matrix, "", *shift, outputs=outputs)
+        n_rows, n_columns = weight.shape
         return self.node(
             *("MatMulNBits", x, *matrix, "", "", *shift),
-            output=output,
-            N=weight.shape[0],
-            K=weight.shape[1],
+            outputs=outputs,
+            N=n_rows,
+            K=n_columns,
             bits=bits,
             block_size=BLOCK,
             accuracy_level=DYNAMIC_QUANTIZATION,
@@ -138,13 +130,14 @@ class _Graph:
         """Add the selection of the last position: [B, T, C] -> [B, C]."""
         return self.node("Gather", x, self.constant("last", np.array(-1)), axis=1)
 
-    def node(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
-        """Add a node with one output; return the name of the output."""
-        output = output or f"{kind}.{len(self.nodes)}"
-        domain = "com.microsoft" if kind in MICROSOFTS else ""
-        node = helper.make_node(kind, list(inputs), [output], domain=domain, **attributes)
-        self.nodes.append(node)
-        return output
+    def node(
+        self, kind: str, *inputs: str, outputs: tuple[str, ...] = (), **attributes: Any
+    ) -> str:
+        """Add a node, by default with one output; return the name of the first output."""
+        outputs = outputs or (f"{kind}.{len(self.nodes)}",)
+        domain = "" if kind in STANDARD else "com.microsoft"
+        self.nodes.append(helper.make_node(kind, inputs, outputs, domain=domain, **attributes))
+        return outputs[0]
 
     def weight(self, name: str) -> str:
         """Add one of the model's weights unchanged."""
@@ -160,29 +153,29 @@ class _Graph:
     def inputs(self) -> list[onnx.ValueInfoProto]:
         """Return the inputs of the graph, which the caller binds."""
         return [
-            helper.make_tensor_value_info("ids", TensorProto.INT64, ["B", "T"]),
-            helper.make_tensor_value_info("positions", TensorProto.INT64, ["T"]),
-            helper.make_tensor_value_info("last_key", TensorProto.INT32, ["B"]),
-            helper.make_tensor_value_info("total", TensorProto.INT32, [1]),
+            _tensor("ids", TensorProto.INT64, "B", "T"),
+            _tensor("positions", TensorProto.INT64, "T"),
+            _tensor("last_key", TensorProto.INT32, "B"),
+            _tensor("total", TensorProto.INT32, 1),
             *self._buffers("past"),
         ]
 
     def outputs(self) -> list[onnx.ValueInfoProto]:
         """Return the outputs of the graph."""
-        logits: list[str | int | None] = ["B", self.config.vocab_size]
-        return [
-            helper.make_tensor_value_info("logits", TensorProto.FLOAT, logits),
-            *self._buffers("present"),
-        ]
+        logits = _tensor("logits", TensorProto.FLOAT, "B", self.config.vocab_size)
+        return [logits, *self._buffers("present")]
 
     def _buffers(self, when: str) -> list[onnx.ValueInfoProto]:
-        heads = self.config.n_head
-        shape: list[str | int | None] = ["B", heads, "S", self.config.n_embd // heads]
+        heads, width = self.config.n_head, self.config.n_embd
         return [
-            helper.make_tensor_value_info(f"{when}.{kind}.{i}", TensorProto.FLOAT, shape)
+            _tensor(f"{when}.{kind}.{i}", TensorProto.FLOAT, "B", heads, "S", width // heads)
             for i in range(self.config.n_layer)
             for kind in ("key", "value")
         ]
+
+
+def _tensor(name: str, dtype: int, *shape: str | int) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, dtype, shape)
 
 
 def _in_blocks(weight: Array, bits: int) -> tuple[Array, Array]:

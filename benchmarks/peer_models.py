@@ -11,16 +11,17 @@ packages that write its files are not installed. Existing files are kept.
     openvino/*.xml, *.bin            needs openvino, and nncf for int8 and int4
 """
 
-import argparse
 import ctypes
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 
-from benchmarks.generation_peers import OnnxRuntime, OpenVino, Stepped, random_gpt2, silence
+from benchmarks.generation_peers import OnnxRuntime, OpenVino, SteppedEngine, random_gpt2, silence
 from fastgpt import GPT
 from fastgpt.interop import gguf
 from fastgpt.tokenizer import Tokenizer
@@ -32,26 +33,22 @@ LLAMA_FTYPE_Q4_0 = 2
 TOLERANCES = {"float32": 1e-3, "int8": 0.15, "int8_channels": 0.15, "int4": 1.5}
 
 
-def main() -> None:
+def main(folder: tyro.conf.Positional[Path]) -> None:
     """Write the files that do not exist yet."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("folder", type=Path)
-    folder: Path = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     model = random_gpt2()
     _make(folder / "hf", [], lambda path: model.save_pretrained(path, Tokenizer.gpt2()))
     for kind in GGUF_PRECISIONS:
-        _make(folder / f"{kind}.gguf", ["gguf"], _gguf(model, kind))
+        _make(folder / f"{kind}.gguf", ["gguf"], partial(_gguf, model, kind))
     _make(folder / "q4_0.gguf", ["llama_cpp"], _gguf_in_4_bits)
     _make(folder / "ctranslate2", ["ctranslate2", "transformers"], _ctranslate2)
     for precision in TOLERANCES:
         path = folder / "onnx" / f"{precision}.onnx"
-        _make(path, ["onnx", "onnxruntime"], _onnx(model, precision))
+        _make(path, ["onnx", "onnxruntime"], partial(_onnx, model, precision))
     for precision in ("float32", "int8", "int4"):
         packages = ["openvino"] if precision == "float32" else ["openvino", "nncf"]
-        _make(folder / "openvino" / f"{precision}.xml", packages, _openvino(model, precision))
+        path = folder / "openvino" / f"{precision}.xml"
+        _make(path, packages, partial(_openvino, model, precision))
 
 
 def _make(path: Path, packages: list[str], write: Callable[[Path], None]) -> None:
@@ -67,8 +64,8 @@ def _make(path: Path, packages: list[str], write: Callable[[Path], None]) -> Non
         print(f"{path} written", flush=True)
 
 
-def _gguf(model: GPT, precision: gguf.Precision) -> Callable[[Path], None]:
-    return lambda path: gguf.write(model, path, Tokenizer.gpt2(), precision)
+def _gguf(model: GPT, precision: gguf.Precision, path: Path) -> None:
+    gguf.write(model, path, Tokenizer.gpt2(), precision)
 
 
 def _gguf_in_4_bits(path: Path) -> None:
@@ -93,29 +90,23 @@ def _ctranslate2(path: Path) -> None:
     TransformersConverter(str(path.with_name("hf"))).convert(str(path))
 
 
-def _onnx(model: GPT, precision: str) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        from benchmarks import onnx_gpt2
+def _onnx(model: GPT, precision: str, path: Path) -> None:
+    from benchmarks import onnx_gpt2
 
-        onnx_gpt2.write(model, path, precision)
-        _check(OnnxRuntime(path, precision, 1), model, path, TOLERANCES[precision])
-
-    return write
+    onnx_gpt2.write(model, path, precision)
+    _check(OnnxRuntime(path, precision, 1), model, path, TOLERANCES[precision])
 
 
-def _openvino(model: GPT, precision: str) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        from benchmarks import openvino_gpt2
+def _openvino(model: GPT, precision: str, path: Path) -> None:
+    from benchmarks import openvino_gpt2
 
-        openvino_gpt2.write(model, path, precision)
-        engine = OpenVino(path, "float32", 1, KV_CACHE_PRECISION="f32")
-        _check(engine, model, path, TOLERANCES[precision])
-
-    return write
+    openvino_gpt2.write(model, path, precision)
+    engine = OpenVino(path, "float32", 1, KV_CACHE_PRECISION="f32")
+    _check(engine, model, path, TOLERANCES[precision])
 
 
 @torch.no_grad()
-def _check(engine: Stepped, model: GPT, path: Path, tolerance: float) -> None:
+def _check(engine: SteppedEngine, model: GPT, path: Path, tolerance: float) -> None:
     """Compare the logits of two rows after a prompt and after each of three further tokens.
 
     A file whose logits differ from fastgpt's by more than `tolerance` is deleted.
@@ -138,4 +129,4 @@ def _check(engine: Stepped, model: GPT, path: Path, tolerance: float) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -4,36 +4,35 @@ Prints the loss in nats per token on the validation part of the run's data, in n
 windows, for each dtype of the native engine.
 """
 
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import tyro
 
 import fastgpt
 from fastgpt.data.corpus import gather, load_corpus, validation_windows
 from fastgpt.inference.engine import Engine
 from fastgpt.training.run_folder import find_data, read_run
 
-MOST_TOKENS = 20_000
+WEIGHTS = (("float32", 64), ("bfloat16", 64), ("int8", 64), ("int4", 64), ("int4", 32))
 
 
-def main(run: str) -> None:
-    """Print the loss for each dtype, and its difference from float32."""
+def main(run: tyro.conf.Positional[Path], tokens: int = 20_000) -> None:
+    """Print the loss for each dtype, and its difference from float32.
+
+    Args:
+        run: the run folder.
+        tokens: the number of validation tokens.
+    """
     model, tokenizer = fastgpt.load(run)
-    _, recipe = read_run(fastgpt.checkpoint.load.resolve_run(Path(run)))
-    data = find_data(Path(run), recipe)["data"] or ""
+    _, recipe = read_run(fastgpt.checkpoint.load.resolve_run(run))
+    data = find_data(run, recipe)["data"] or ""
     val = load_corpus(data, tokenizer, recipe.val_fraction).val
     size = model.config.block_size
-    inputs, targets = gather(val, validation_windows(val, size, MOST_TOKENS), size)
+    inputs, targets = gather(val, validation_windows(val, size, tokens), size)
     exact = 0.0
-    for dtype, group in (
-        ("float32", 64),
-        ("bfloat16", 64),
-        ("int8", 64),
-        ("int4", 64),
-        ("int4", 32),
-    ):
+    for dtype, group in WEIGHTS:
         engine = Engine(model, dtype, group=group)
         logits = torch.cat([engine.logits(row[None]) for row in inputs])
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
@@ -43,4 +42,4 @@ def main(run: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    tyro.cli(main, description=__doc__)
