@@ -17,7 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read by `tokenizers`
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgpt.tokenizer import Tokenizer, bpe
+from fastgpt.tokenizer import Tokenizer
 from fastgpt.tokenizer.bpe import GPT2_MERGES
 
 MANY_SCRIPTS = Path(__file__).parents[1] / "tests" / "assets" / "multilingual.txt"
@@ -35,7 +35,7 @@ class Peer:
 
 def ours(threads: int = 1) -> Peer:
     """Return a new instance of fastgpt's tokenizer with an empty cache."""
-    new = bpe._gpt2.__wrapped__()  # without functools.cache, which returns one instance to all
+    new = Tokenizer.gpt2.__wrapped__()  # without functools.cache, which returns one instance to all
     return Peer(partial(new.encode_to_numpy, threads=threads), new.decode, new.decode_bytes)
 
 
