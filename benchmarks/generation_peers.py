@@ -25,8 +25,9 @@ from torch import Tensor
 
 from benchmarks.common import seconds
 from fastgpt import GPT, GPTConfig
-from fastgpt.inference.engine import Dtype, Engine
+from fastgpt.inference.engine import Engine
 from fastgpt.inference.generation import stream
+from fastgpt.inference.quantization import Dtype
 
 PRECISIONS: tuple[Dtype, ...] = ("float32", "bfloat16", "int8", "int4")
 PROMPT, LONG_PROMPT = 32, 512
@@ -78,12 +79,11 @@ class FastGPT(GenerationEngine):
     """fastgpt's native engine."""
 
     def __init__(self, model: GPT, precision: Dtype, threads: int) -> None:
-        self.engine = Engine(model, precision, threads)
+        self.engine = Engine.from_model(model, precision, threads)
 
     def decode(self, prompts: Tensor, new: int) -> float:
-        clock = Clock()
-        self.engine.generate(prompts, new, temperature=0, on_tokens=clock.put)
-        return clock.times[-1] - clock.times[0]
+        times = [time.perf_counter() for _ in self.engine.stream(prompts, new, temperature=0)]
+        return times[-1] - times[0]
 
     def read(self, prompt: Tensor) -> float:
         return seconds(lambda: self.engine.prefill(prompt))

@@ -33,7 +33,7 @@ def main(run: tyro.conf.Positional[Path], tokens: int = 20_000) -> None:
     inputs, targets = gather(val, validation_windows(val, size, tokens), size)
     exact = 0.0
     for dtype, group in WEIGHTS:
-        engine = Engine(model, dtype, group=group)
+        engine = Engine.from_model(model, dtype, group=group)
         logits = torch.cat([engine.logits(row[None]) for row in inputs])
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
         exact = exact or loss

@@ -6,6 +6,8 @@ operation with a fast implementation is called through `fastgpt.ops`, so
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -19,8 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from fastgpt import ops as backends
 
 if TYPE_CHECKING:
-    from fastgpt.inference.engine import Dtype, Engine
+    from fastgpt.inference.engine import Engine
     from fastgpt.inference.kv_cache import KVCache, StepCache
+    from fastgpt.inference.quantization import Dtype
+    from fastgpt.inference.session import GenerationRequest, TorchSession
     from fastgpt.tokenizer import BaseTokenizer
 
 
@@ -148,15 +152,22 @@ class GPT(nn.Module):
 
         return generate(self, ids, max_new_tokens, **sampling)
 
+    def start_session(self, request: "GenerationRequest") -> "TorchSession":
+        """Start generating one token at a time; see `fastgpt.inference.session`."""
+        from fastgpt.inference.session import TorchSession
+
+        return TorchSession(self, request)
+
     def quantize(self, dtype: "Dtype" = "int8", threads: int | None = None) -> "Engine":
         """Return a CPU engine with a copy of the weights in `dtype`; the model is unchanged.
 
         dtype: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``; see
-        `fastgpt.inference.engine`. threads: number of CPU threads (None: as many as PyTorch uses).
+        `fastgpt.inference.quantization`. threads: number of CPU threads (None: as many as PyTorch
+        uses).
         """
         from fastgpt.inference.engine import Engine
 
-        return Engine(self, dtype, threads)
+        return Engine.from_model(self, dtype, threads)
 
     @torch.no_grad()
     def crop_vocabulary(self, size: int) -> None:
@@ -251,6 +262,17 @@ class GPT(nn.Module):
                 writes = name.endswith("c_proj.weight")
                 scale = 1.0 / math.sqrt(2 * self.config.n_layer) if writes else 1.0
                 parameter.normal_(0.0, 0.02 * scale)
+
+
+@contextmanager
+def eval_mode(model: GPT) -> Iterator[None]:
+    """Switch the model to evaluation mode, and restore its previous mode on exit."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def meta_model(config: GPTConfig, ops: str = "auto") -> GPT:

@@ -14,7 +14,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple, TypeAlias, TypeVar
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.data.token_files import Ids, ShardedIds
-from fastgpt.model import GPT
+from fastgpt.model import GPT, eval_mode
 
 Tokens: TypeAlias = Sequence[int] | Ids | ShardedIds | Tensor
 Advance: TypeAlias = Callable[[int], None]  # progress callback: receives the number newly scored
@@ -122,7 +121,7 @@ def perplexity(
             f"{len(tokens)} tokens leave nothing to score: a token is scored given those before it"
         )
     nats, began = 0.0, time.perf_counter()
-    with _measuring(model):
+    with eval_mode(model), torch.no_grad():
         for batch in _batches(windows(n_rows, context, stride), batch_size):
             rows = [_cut(tokens, window, start_token) for window in batch]
             n_scored = sum(row.n_scored for row in rows)
@@ -176,7 +175,7 @@ def log_likelihoods(
     rows.sort(key=lambda row: len(row[1].ids), reverse=True)  # similar lengths: little padding
     left = Counter(i for i, _ in rows)
     totals, greedy = np.zeros(len(pairs)), np.ones(len(pairs), dtype=bool)
-    with _measuring(model):
+    with eval_mode(model), torch.no_grad():
         for batch in _batches(rows, batch_size):
             found = _token_log_probs(model, [row for _, row in batch])
             for (i, _), (log_probs, likeliest) in zip(batch, found, strict=True):
@@ -188,18 +187,6 @@ def log_likelihoods(
 
 
 # --- helpers ---------------------------------------------------------------------------------
-
-
-@contextmanager
-def _measuring(model: GPT) -> Iterator[None]:
-    """Disable dropout and gradients within the block, and restore the model's mode on exit."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

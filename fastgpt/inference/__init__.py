@@ -13,6 +13,7 @@ __getattr__, __dir__ = lazy_names(
         "kv_cache",
         "quantization",
         "sampling",
+        "session",
         "text",
     ),
 )

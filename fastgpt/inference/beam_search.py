@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgpt.inference.kv_cache import KVCache, evaluating
+from fastgpt.inference.kv_cache import KVCache
 from fastgpt.inference.sampling import check_prompts
-from fastgpt.model import GPT
+from fastgpt.model import GPT, eval_mode
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class _Search:
 
     def step(self, length: int) -> bool:
         """Extend each sequence by one token, to `length` tokens; return whether to stop."""
-        with evaluating(self.model):
+        with eval_mode(self.model):
             logits = self.model.logits(self.model.hidden(self.unread, self.cache)[:, -1])
         scores = self.scores[:, None] + logits.float().log_softmax(-1)  # [beams, V]
         # Each beam has one stop token, so at most n_beams of the candidates end here, and at least
@@ -84,12 +84,12 @@ class _Search:
 
     def best(self, length: int) -> list[Beam]:
         """Return the finished sequences and the unfinished ones of `length` tokens, best first."""
-        going = [
+        running = [
             self._beam(text, score, len(text))
             for text, score in zip(self.texts, self.scores.tolist(), strict=True)
             if math.isfinite(score) and len(text) == length
         ]
-        everything = self.finished + going
+        everything = self.finished + running
         return sorted(everything, key=lambda beam: -beam.score)
 
     def _keep(self, candidates: list[tuple[int, int, float]], length: int) -> bool:
@@ -98,31 +98,27 @@ class _Search:
         Candidates are sorted, best first. A candidate may only finish if it is among the best
         `n_beams`. Returns whether the search is over.
         """
-        going: list[tuple[int, int, float]] = []
+        running: list[tuple[int, int, float]] = []
         for rank, (parent, token, score) in enumerate(candidates):
             if token != self.stop_token:
-                going.append((parent, token, score))
+                running.append((parent, token, score))
             elif rank < self.n_beams and math.isfinite(score):  # -inf: a duplicate of beam 0
                 self.finished.append(self._beam([*self.texts[parent], token], score, length))
-        going = going[: self.n_beams]
+        running = running[: self.n_beams]
         self.finished = sorted(self.finished, key=lambda beam: -beam.score)[: self.n_beams]
-        self._go_on(going)
-        if len(self.finished) < self.n_beams or not going:
-            return not going
-        ahead: bool = self.finished[-1].score >= going[0][2] / length**self.penalty
-        return ahead
+        self._update_beams(running)
+        best = running[0][2] / length**self.penalty
+        return len(self.finished) == self.n_beams and self.finished[-1].score >= best
 
-    def _go_on(self, going: list[tuple[int, int, float]]) -> None:
+    def _update_beams(self, running: list[tuple[int, int, float]]) -> None:
         """Make the unfinished sequences the beams, and reorder the key/value cache to match."""
-        going += [(0, 0, -math.inf)] * (self.n_beams - len(going))  # if the vocabulary is tiny
-        parents, tokens, scores = zip(*going, strict=True)
+        running += [(0, 0, -math.inf)] * (self.n_beams - len(running))  # if the vocabulary is tiny
+        parents, tokens, scores = zip(*running, strict=True)
         device = self.model.device
         self.texts = [[*self.texts[p], t] for p, t in zip(parents, tokens, strict=True)]
         self.scores = torch.tensor(scores, device=device)
         self.unread = torch.tensor(tokens, device=device)[:, None]
-        order, filled = torch.tensor(parents, device=device), max(self.cache.held)
-        for kept in (self.cache.k, self.cache.v):
-            kept[:, :, :, :filled] = kept[:, order, :, :filled]
+        self.cache.copy_rows(self.cache, parents, range(self.n_beams))
 
     def _beam(self, ids: list[int], score: float, length: int) -> Beam:
         return Beam(ids, score / max(length, 1) ** self.penalty)

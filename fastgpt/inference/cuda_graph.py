@@ -39,11 +39,11 @@ class GraphRunner(Generic[Result]):
         """Run or replay the function. more: how many calls may follow this one."""
         self._calls += 1
         if self._replay is None and self._calls > WARM_UP and more >= WORTH:
-            self._replay = record(function, self._device)
+            self._replay = capture(function, self._device)
         return self._replay() if self._replay is not None else function()
 
 
-def record(function: Callable[[], Result], device: torch.device) -> Callable[[], Result]:
+def capture(function: Callable[[], Result], device: torch.device) -> Callable[[], Result]:
     """Capture the work that a function launches on a GPU, without executing it.
 
     Returns a function that replays the graph and returns the captured result tensors.

@@ -9,27 +9,17 @@ depends on its prompt and its seed, not on the other rows of the batch.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from fastgpt.inference.cuda_graph import GraphRunner, can_capture
-from fastgpt.inference.engine import Engine, EngineSession
-from fastgpt.inference.kv_cache import Reader, StepCache, evaluating
-from fastgpt.inference.sampling import (
-    RandomStreams,
-    Sampler,
-    Sampling,
-    TokenCounts,
-    check_prompts,
-    expand_seeds,
-)
+from fastgpt.inference.sampling import Sampler, Sampling, check_prompts
+from fastgpt.inference.session import GenerationRequest, GenerationSession
 from fastgpt.model import GPT
 
-ROOM = 128  # the token buffer grows by at least this many positions
+if TYPE_CHECKING:
+    from fastgpt.inference.engine import Engine  # it imports this module
 
 
 @dataclass
@@ -47,7 +37,7 @@ class Completion:
 
 
 def generate(
-    model: GPT | Engine,
+    model: "GPT | Engine",
     ids: Tensor,
     max_new_tokens: int,
     *,
@@ -73,14 +63,14 @@ def generate(
 
     Raises: ValueError for invalid arguments, with the valid range.
     """
-    steps = _stream(model, ids, max_new_tokens, n, seed, stop_token, use_cache, sampling)
-    new = [tokens[:, None] for tokens in steps]
-    prompts = ids.repeat_interleave(n, 0)
-    return torch.cat([prompts, torch.cat(new, dim=1).to(ids.device)], dim=1) if new else prompts
+    sampler = Sampler(**sampling)
+    request = GenerationRequest(ids, max_new_tokens, sampler, seed, n, stop_token, use_cache)
+    new, prompts = list(_stream(model, ids, request)), ids.repeat_interleave(n, 0)
+    return torch.cat([prompts, torch.stack(new, dim=1).to(ids.device)], dim=1) if new else prompts
 
 
 def stream(
-    model: GPT | Engine,
+    model: "GPT | Engine",
     ids: Tensor,
     max_new_tokens: int,
     *,
@@ -91,12 +81,14 @@ def stream(
     **sampling: Unpack[Sampling],
 ) -> Iterator[Tensor]:
     """Yield the new tokens one position at a time, int64 `[B·n]`; arguments as for `generate`."""
-    steps = _stream(model, ids, max_new_tokens, n, seed, stop_token, use_cache, sampling)
+    sampler = Sampler(**sampling)
+    request = GenerationRequest(ids, max_new_tokens, sampler, seed, n, stop_token, use_cache)
+    steps = _stream(model, ids, request)
     return (tokens.to(ids.device) for tokens in steps)
 
 
 def complete(
-    model: GPT | Engine,
+    model: "GPT | Engine",
     prompts: Sequence[Sequence[int] | Tensor],
     max_new_tokens: int,
     *,
@@ -120,19 +112,17 @@ def complete(
     rows = [torch.as_tensor(prompt) for prompt in prompts]
     for row in rows:
         check_prompts(row[None] if row.dim() == 1 else row, model.config.vocab_size)
-    _check(model, n, use_cache)
+    sampler = Sampler(**sampling)
+    request = GenerationRequest(
+        rows, max_new_tokens, sampler, seed, n, use_cache=use_cache, with_logprobs=True
+    )
     if not rows:
         return []
     completions = [Completion() for _ in range(len(rows) * n)]
-    sampler = Sampler(**sampling)
-    writing = (
-        model.writing(rows, max_new_tokens, sampler, seed, n)
-        if isinstance(model, Engine)
-        else GenerationSession(model, rows, max_new_tokens, sampler, seed, n, use_cache)
-    )
-    for _, (tokens, logprobs) in arrivals(_steps(writing, with_logprobs=True)):
-        drawn = zip(completions, tokens, logprobs, strict=True)
-        for index, (completion, token, logprob) in enumerate(drawn):
+    session = model.start_session(request)
+    for _, (tokens, logprobs) in copy_to_host(_steps(session, with_logprobs=True)):
+        sampled = zip(completions, tokens, logprobs, strict=True)
+        for index, (completion, token, logprob) in enumerate(sampled):
             if completion.finish == "stop":
                 continue
             if token not in stop_tokens:
@@ -140,195 +130,71 @@ def complete(
                 completion.logprobs.append(logprob)
             if token in stop_tokens or stop(index, int(token)):
                 completion.finish = "stop"
-                writing.end(index)
+                session.end(index)
         if all(completion.finish == "stop" for completion in completions):
             break
     return [completions[first : first + n] for first in range(0, len(completions), n)]
 
 
-class GenerationSession:
-    """A generation session: the tokens of all rows, the key/value cache and the sampling state.
-
-    prompts: int64 `[T_i]`, at least one token each; each prompt has n consecutive rows.
-    stop_token: ends a row, and fills the rest of it.
-
-    Raises: ValueError for invalid arguments, before anything is computed.
-
-    On a GPU, steps that process one token per row are replayed from a CUDA graph
-    (`fastgpt.inference.cuda_graph`): their inputs are always in the same tensors, and they do not
-    depend on decisions made by the host.
-    """
-
-    def __init__(
-        self,
-        model: GPT,
-        prompts: Sequence[Tensor],
-        max_new_tokens: int,
-        sampler: Sampler,
-        seed: int | Sequence[int] | None = None,
-        n: int = 1,
-        use_cache: bool = True,
-        stop_token: int | None = None,
-    ) -> None:
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
-        rows = [prompt.to(model.device, torch.int64) for prompt in prompts for _ in range(n)]
-        self.model, self.sampler, self.left = model, sampler, max_new_tokens
-        self.stop_token = stop_token
-        self.lengths = [len(row) for row in rows]
-        self.counts = TokenCounts(rows, model.config.vocab_size) if sampler.uses_penalties else None
-        longest = max(self.lengths) + max_new_tokens
-        self.reader = Reader(model, len(rows), use_cache, copies=n, capacity=longest)
-        self.history = pad_sequence(rows, batch_first=True)  # [R, capacity], grown as needed
-        self.ends = torch.tensor(self.lengths, device=model.device)  # where the next tokens are put
-        self._draws = RandomStreams(expand_seeds(seed, len(rows)), model.device)
-        self._uniform = torch.zeros(len(rows), device=model.device)
-        self._tokens = torch.zeros_like(self.ends)  # the latest token of each row
-        self._ended = torch.zeros_like(self.ends, dtype=torch.bool)
-        self._replayed = GraphRunner[Tensor](model.device)
-        self._replays: bool | None = None  # set in the first step, when autocast is on or off
-
-    @torch.no_grad()
-    def step(self) -> Tensor | None:
-        """Generate one token for each row, int64 `[R]`; None after `max_new_tokens` tokens."""
-        if not self.left:
-            return None
-        self.left -= 1
-        if self.sampler.draws:
-            self._uniform.copy_(self._draws.next())
-        if self._replays is None:
-            self._replays = self.reader.cache is not None and can_capture(self.model)
-        if self._replays and self.reader.only_last_is_new(self.lengths):
-            self._logits = self._replayed(self._next, self.left)
-            self.reader.increment_lengths()
-        else:
-            logits = self.reader.logits(self.history, self.lengths)
-            if logits.device.type == "cpu" and not bool(logits.isfinite().all()):
-                raise ValueError("the model's logits are not finite: its weights are damaged")
-            self._logits = self._choose(logits)
-        self._keep_last()
-        return self._tokens.clone()
-
-    def _next(self) -> Tensor:
-        """Run the model on the last tokens and choose the next ones; return the logits `[R, V]`.
-
-        This is the function that is captured in a CUDA graph.
-        """
-        assert self.reader.cache is not None
-        with evaluating(self.model):
-            hidden = self.model.hidden(self._tokens[:, None], StepCache(self.reader.cache))
-            return self._choose(self.model.logits(hidden[:, -1]))
-
-    def _choose(self, logits: Tensor) -> Tensor:
-        """Choose the next tokens from the logits `[R, V]`; return the logits."""
-        tokens = self.sampler.draw(logits, self._uniform, self.counts)
-        if self.stop_token is not None:
-            tokens = tokens.masked_fill(self._ended, self.stop_token)
-            self._ended |= tokens == self.stop_token
-        if self.counts is not None:
-            self.counts.add(tokens)
-        self._tokens.copy_(tokens)  # in place: a captured step reads this tensor
-        return logits
-
-    def _keep_last(self) -> None:
-        if max(self.lengths) == self.history.size(1):
-            self.history = F.pad(self.history, (0, max(ROOM, self.history.size(1))))
-        self.history.scatter_(1, self.ends[:, None], self._tokens[:, None])
-        self.ends += 1
-        self.lengths = [length + 1 for length in self.lengths]
-
-    def end(self, row: int) -> None:
-        """Mark a row as finished. A `GPT` keeps computing it; the caller ignores its tokens."""
-
-    def logprobs(self) -> Tensor:
-        """Return the model's own log-probabilities of the last tokens in nats, fp32 `[R]`."""
-        return self._logits.float().log_softmax(-1).gather(1, self._tokens[:, None])[:, 0]
-
-
-def arrivals(steps: Iterator[Tensor]) -> Iterator[tuple[Tensor, list[Any]]]:
+def copy_to_host(steps: Iterator[Tensor]) -> Iterator[tuple[Tensor, list[Any]]]:
     """Yield each tensor together with its values as a Python list.
 
     For a GPU, a tensor is yielded only after the next one has been requested from `steps`: the GPU
     computes one step ahead while the host processes the values. If the consumer stops, at most one
     step was computed in vain.
     """
-    waiting: tuple[Tensor, _HostCopy] | None = None
+    pending: tuple[Tensor, _AsyncCopy] | None = None
     for tensor in steps:
-        landing = _HostCopy(tensor)
+        copy = _AsyncCopy(tensor)
         if not tensor.is_cuda:
-            yield tensor, landing.numbers()
+            yield tensor, copy.tolist()
             continue
-        if waiting is not None:
-            yield waiting[0], waiting[1].numbers()
-        waiting = tensor, landing
-    if waiting is not None:
-        yield waiting[0], waiting[1].numbers()
+        if pending is not None:
+            yield pending[0], pending[1].tolist()
+        pending = tensor, copy
+    if pending is not None:
+        yield pending[0], pending[1].tolist()
 
 
-class _HostCopy:
+class _AsyncCopy:
     """An asynchronous copy of a tensor to the host."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._there, self._arrived = tensor, None
+        self._values, self._event = tensor, None
         if tensor.is_cuda:  # on the current stream: after its computation, before the next step
-            self._there = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            self._there.copy_(tensor, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(tensor.device))
+            self._values = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._values.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(tensor.device))
 
-    def numbers(self) -> list[Any]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        numbers: list[Any] = self._there.tolist()
-        return numbers
+    def tolist(self) -> list[Any]:
+        if self._event is not None:
+            self._event.synchronize()
+        values: list[Any] = self._values.tolist()
+        return values
 
 
-def _stream(
-    model: GPT | Engine,
-    ids: Tensor,
-    max_new_tokens: int,
-    n: int,
-    seed: int | Sequence[int] | None,
-    stop_token: int | None,
-    use_cache: bool,
-    sampling: Sampling,
-) -> Iterator[Tensor]:
-    """Implement `stream`, with the tokens on the model's device.
+def _stream(model: "GPT | Engine", ids: Tensor, request: GenerationRequest) -> Iterator[Tensor]:
+    """Yield the tokens of a request for the prompts `ids` `[B, T]`, on the model's device.
 
     Arguments are checked here rather than at the first step, as this is not a generator.
     """
     check_prompts(ids, model.config.vocab_size)
-    _check(model, n, use_cache)
-    if isinstance(model, Engine):
-        return model.stream(ids, max_new_tokens, n=n, seed=seed, stop_token=stop_token, **sampling)
-    sampler = Sampler(**sampling)
-    writing = GenerationSession(
-        model, list(ids), max_new_tokens, sampler, seed, n, use_cache, stop_token
-    )
-    steps = _steps(writing)
-    return steps if stop_token is None else _until_all_end(steps, stop_token)
+    steps = _steps(model.start_session(request))
+    return steps if request.stop_token is None else _until_all_end(steps, request.stop_token)
 
 
-def _steps(
-    writing: "GenerationSession | EngineSession", with_logprobs: bool = False
-) -> Iterator[Tensor]:
+def _steps(session: GenerationSession, with_logprobs: bool = False) -> Iterator[Tensor]:
     """Yield the tokens `[R]` of each step, or tokens and log-probabilities as one fp32 `[2, R]`.
 
     fp32 represents token ids exactly up to 2^24.
     """
-    while (tokens := writing.step()) is not None:
-        yield torch.stack([tokens.float(), writing.logprobs()]) if with_logprobs else tokens
+    while (tokens := session.step()) is not None:
+        yield torch.stack([tokens.float(), session.logprobs()]) if with_logprobs else tokens
 
 
 def _until_all_end(steps: Iterator[Tensor], stop_token: int) -> Iterator[Tensor]:
-    for tokens, numbers in arrivals(steps):
+    for tokens, values in copy_to_host(steps):
         yield tokens
-        if all(token == stop_token for token in numbers):  # rows that have ended repeat it
+        if all(token == stop_token for token in values):  # rows that have ended repeat it
             return
-
-
-def _check(model: GPT | Engine, n: int, use_cache: bool) -> None:
-    if n < 1:
-        raise ValueError(f"n must be at least 1, not {n}")
-    if isinstance(model, Engine) and not use_cache:
-        raise ValueError("an Engine always uses a cache: use_cache=False is for a GPT")

@@ -7,8 +7,7 @@ context this happens once every S/2 tokens.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fastgpt.model import GPT
+from fastgpt.model import GPT, eval_mode
 from fastgpt.ops.reference import merge_heads, split_heads
 
 
@@ -24,9 +23,9 @@ class KVCache:
     """The keys and values of the tokens processed so far, for every layer.
 
     Preallocated for `capacity` positions (the model's context unless given): two tensors
-    `[n_layer, B, n_head, capacity, D]`. `held` is the number of filled positions of each row on the
-    host, and `lengths` is the same on the device, int64 `[B]`. The tensor `lengths` is updated in
-    place and never replaced, so CUDA graphs can refer to it.
+    `[n_layer, B, n_head, capacity, D]`. `lengths` is the number of filled positions of each row on
+    the device, int64 `[B]`, and `host_lengths` is the same on the host. The tensor `lengths` is
+    updated in place and never replaced, so CUDA graphs can refer to it.
     """
 
     def __init__(self, model: GPT, batch_size: int, capacity: int | None = None) -> None:
@@ -37,47 +36,48 @@ class KVCache:
         self.k = model.wte.weight.new_empty(*shape, head_dim)
         self.v = torch.empty_like(self.k)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=self.k.device)
-        self.held = [0] * batch_size
+        self.host_lengths = [0] * batch_size
 
-    def hold(self, held: Sequence[int]) -> None:
+    def set_lengths(self, lengths: Sequence[int]) -> None:
         """Set the number of filled positions of each row; the remaining positions are ignored."""
-        self.held = list(held)
-        self.lengths.copy_(torch.tensor(self.held))
+        self.host_lengths = list(lengths)
+        self.lengths.copy_(torch.tensor(self.host_lengths))
 
     def advance(self, n_new: int) -> Tensor:
         """Reserve `n_new` positions; return the first new position of each row, int64 `[B]`.
 
         Raises: ValueError if they do not fit the capacity.
         """
-        if max(self.held) + n_new > self.capacity:
+        if (longest := max(self.host_lengths)) + n_new > self.capacity:
             raise ValueError(
-                f"the cache holds {max(self.held)} of {self.capacity} positions: "
+                f"the cache holds {longest} of {self.capacity} positions: "
                 f"{n_new} more do not fit; clear it and process the last part of the text again"
             )
-        self.held = [length + n_new for length in self.held]
+        self.host_lengths = [length + n_new for length in self.host_lengths]
         return _advance(self.lengths, n_new)
 
     def layer(self, index: int) -> "LayerCache":
         """Return the cache of one layer."""
-        end = self.held[0] if len(set(self.held)) == 1 else None
+        end = self.host_lengths[0] if len(set(self.host_lengths)) == 1 else None
         return LayerCache(self.k[index], self.v[index], end, self.lengths)
 
-    def take(self, other: "KVCache", rows: Sequence[int], sources: Sequence[int]) -> None:
-        """Copy the rows `sources` of another cache to `rows` of this one, with their lengths."""
-        filled = max(other.held)
+    def copy_rows(self, source: "KVCache", source_rows: Sequence[int], rows: Sequence[int]) -> None:
+        """Copy `source_rows` of a cache, possibly this one, to `rows`, with their lengths."""
+        filled, lengths = max(source.host_lengths), list(self.host_lengths)
         to = torch.tensor(rows, device=self.k.device)
-        of = torch.tensor(sources, device=self.k.device)
-        self.k[:, to, :, :filled] = other.k[:, of, :, :filled]
-        self.v[:, to, :, :filled] = other.v[:, of, :, :filled]
-        held = dict(zip(rows, (other.held[source] for source in sources), strict=True))
-        self.hold([held.get(row, length) for row, length in enumerate(self.held)])
+        of = torch.tensor(source_rows, device=self.k.device)
+        self.k[:, to, :, :filled] = source.k[:, of, :, :filled]
+        self.v[:, to, :, :filled] = source.v[:, of, :, :filled]
+        for row, source_row in zip(rows, source_rows, strict=True):
+            lengths[row] = source.host_lengths[source_row]
+        self.set_lengths(lengths)
 
 
 class StepCache:
     """The interface of a `KVCache` for a step that is captured in a CUDA graph and replayed.
 
-    Row lengths are read and updated on the device only. The caller of the replay must update `held`
-    and make sure that the capacity suffices.
+    Row lengths are read and updated on the device only. The caller of the replay must update
+    `host_lengths` and make sure that the capacity suffices.
     """
 
     def __init__(self, cache: KVCache) -> None:
@@ -127,7 +127,7 @@ class LayerCache:
         return merge_heads(ops.cached_attention(q, self.k, self.v, self.lengths, self.end))
 
 
-class Reader:
+class IncrementalDecoder:
     """Computes the logits of the next token of each row, processing only new tokens.
 
     use_cache: if False, the whole window is processed each time, which is the reference
@@ -151,70 +151,59 @@ class Reader:
     @torch.no_grad()
     def logits(self, history: Tensor, lengths: Sequence[int]) -> Tensor:
         """Return the logits `[B, V]` after the first `lengths[b]` tokens of row b of `history`."""
-        with evaluating(self.model):
+        with eval_mode(self.model):
             return self.model.logits(self._last_hidden(history, lengths))
 
     def only_last_is_new(self, lengths: Sequence[int]) -> bool:
         """Return whether only the last token of each row is not cached: no window has moved."""
-        starts = [window_start(length, self.model.config.block_size) for length in lengths]
-        return self.cache is not None and starts == self.starts
+        return self.cache is not None and self._window_starts(lengths) == self.starts
 
     def increment_lengths(self) -> None:
-        """Update `held` after a step that processed one token per row through a `StepCache`."""
+        """Update the host's lengths after a step that processed a token per row by `StepCache`."""
         assert self.cache is not None
-        self.cache.held = [length + 1 for length in self.cache.held]
+        self.cache.host_lengths = [length + 1 for length in self.cache.host_lengths]
+
+    def _window_starts(self, lengths: Sequence[int]) -> list[int]:
+        return [window_start(length, self.model.config.block_size) for length in lengths]
 
     def _last_hidden(self, history: Tensor, lengths: Sequence[int]) -> Tensor:
         """Return the hidden states `[B, C]` of each row's last token."""
-        starts = [window_start(length, self.model.config.block_size) for length in lengths]
+        starts = self._window_starts(lengths)
         windows = [
             row[start:length] for row, start, length in zip(history, starts, lengths, strict=True)
         ]
         if self.cache is None:
-            hidden = self.model.hidden(pad_sequence(windows, batch_first=True))
-            return _at_ends(hidden, windows)
+            return _at_ends(self.model.hidden(pad_sequence(windows, batch_first=True)), windows)
         moved = [row for row, start in enumerate(starts) if start != self.starts[row]]
         self.starts = [*starts]
         if len(moved) == len(windows):
-            return self._read_all(windows, self.cache)
+            return self._prefill_all(windows, self.cache)
         if moved:  # refill these rows up to their last token, which joins the common step below
-            rows = [row for row in moved if len(windows[row]) > 1]
-            held = dict.fromkeys(moved, 0)
-            self.cache.hold([held.get(row, length) for row, length in enumerate(self.cache.held)])
-            if rows:
-                part, _ = self._read([windows[row][:-1] for row in rows])
-                self.cache.take(part, rows, range(len(rows)))
+            kept = enumerate(self.cache.host_lengths)
+            self.cache.set_lengths([0 if row in moved else length for row, length in kept])
+            if rows := [row for row in moved if len(windows[row]) > 1]:
+                part, _ = self._prefill([windows[row][:-1] for row in rows])
+                self.cache.copy_rows(part, range(len(rows)), rows)
         return self.model.hidden(_last(history, lengths), self.cache)[:, -1]
 
-    def _read_all(self, windows: Sequence[Tensor], cache: KVCache) -> Tensor:
+    def _prefill_all(self, windows: Sequence[Tensor], cache: KVCache) -> Tensor:
         """Fill the cache with every row's window; return the hidden states of the last tokens."""
         copies, self.copies = self.copies, 1  # the copies differ after the prompt
         if copies == 1 and len({len(window) for window in windows}) == 1:
-            cache.hold([0] * len(windows))
+            cache.set_lengths([0] * len(windows))
             return self.model.hidden(torch.stack(list(windows)), cache)[:, -1]
-        part, hidden = self._read(windows[::copies])
+        part, hidden = self._prefill(windows[::copies])
         sources = [row // copies for row in range(len(windows))]
-        cache.take(part, range(len(windows)), sources)
+        cache.copy_rows(part, sources, range(len(windows)))
         return hidden[sources]
 
-    def _read(self, windows: Sequence[Tensor]) -> tuple[KVCache, Tensor]:
+    def _prefill(self, windows: Sequence[Tensor]) -> tuple[KVCache, Tensor]:
         """Process windows of any lengths; return a new cache and the last hidden states."""
         longest = max(map(len, windows))
         cache = KVCache(self.model, len(windows), longest)
         hidden = self.model.hidden(pad_sequence(list(windows), batch_first=True), cache)
-        cache.hold([len(window) for window in windows])
+        cache.set_lengths([len(window) for window in windows])
         return cache, _at_ends(hidden, windows)
-
-
-@contextmanager
-def evaluating(model: GPT) -> Iterator[None]:
-    """Switch the model to evaluation mode, and restore its previous mode on exit."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def window_start(length: int, block_size: int) -> int:

@@ -19,10 +19,10 @@ metadata is JSON under the key ``fastgpt``: format, dtype, group, config.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -37,9 +37,8 @@ from fastgpt.utils.extension import _C
 
 GROUP = 64
 FORMAT = 1
-DTYPES = ("float32", "bfloat16", "int8", "int4")
+Dtype = Literal["float32", "bfloat16", "int8", "int4"]
 Weight = Tensor | tuple[Tensor, Tensor]
-Weights = Mapping[str, Weight]
 
 
 class QuantizationError(UsageError, ValueError):
@@ -62,41 +61,62 @@ def weight_names(config: GPTConfig) -> Names:
     return Names(matrices, vectors)
 
 
-class QuantizedWeights(Mapping[str, "Weight"]):
-    """A lazy mapping of a model's weights, converted for an engine when they are accessed.
+@dataclass(frozen=True)
+class EngineWeights:
+    """The weights of an engine by name, rounded to `dtype`, with all that describes them.
 
-    Matrices are in fp32 (which the engine rounds further for ``"bfloat16"``) or pairs of integers
-    and scales. tensors: functions that return each weight, by name.
+    Matrices are fp32 tensors (bfloat16's too: the engine rounds them), or pairs of integers and
+    scales.
+    """
+
+    config: GPTConfig
+    dtype: Dtype
+    group: int
+    tensors: Mapping[str, Weight]
+
+
+def round_weights(
+    config: GPTConfig,
+    tensors: Mapping[str, Callable[[], Tensor]],
+    dtype: Dtype,
+    group: int,
+    threads: int,
+) -> EngineWeights:
+    """Return the weights of a model, each of which is rounded when it is accessed.
+
+    tensors: functions that return each weight, by name.
 
     Raises: ValueError for an unknown dtype or group, and on access for non-finite weights.
     """
+    check(dtype, group)
+    matrices = weight_names(config).matrices
 
-    def __init__(
-        self,
-        config: GPTConfig,
-        tensors: Mapping[str, Callable[[], Tensor]],
-        dtype: str,
-        group: int,
-        threads: int,
-    ) -> None:
-        check(dtype, group)
-        self._matrices = weight_names(config).matrices
-        self._tensors, self._dtype, self._group, self._threads = tensors, dtype, group, threads
-
-    def __getitem__(self, name: str) -> "Weight":
-        plain = self._tensors[name]().detach().to("cpu", torch.float32).contiguous()
-        if name not in self._matrices or self._dtype not in ("int8", "int4"):
+    def convert(name: str) -> Weight:
+        plain = tensors[name]().detach().to("cpu", torch.float32).contiguous()
+        if name not in matrices or dtype not in ("int8", "int4"):
             return plain
-        return quantize(plain, bits(name, self._dtype), self._group, self._threads, name)
+        return quantize(plain, bits(name, dtype), group, threads, name)
+
+    return EngineWeights(config, dtype, group, _LazyMapping(tensors, convert))
+
+
+class _LazyMapping(Mapping[str, Weight]):
+    """A mapping with the keys of `keys`, whose values are computed when they are accessed."""
+
+    def __init__(self, keys: Collection[str], compute: Callable[[str], Weight]) -> None:
+        self._keys, self._compute = keys, compute
+
+    def __getitem__(self, name: str) -> Weight:
+        return self._compute(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tensors
+        return name in self._keys
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._keys)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._keys)
 
 
 def bits(name: str, dtype: str) -> int:
@@ -140,65 +160,67 @@ def dequantize(integers: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tens
 
 def check(dtype: str, group: int) -> None:
     """Raise ValueError for a dtype or group size that the engine does not support."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, not {dtype!r}")
     if group not in (32, 64):
         raise ValueError(f"group must be 32 or 64, not {group}")
 
 
-def save(path: Path, config: GPTConfig, dtype: str, group: int, weights: Weights) -> None:
+def save(path: Path, weights: EngineWeights) -> None:
     """Save an engine's weights in the format of the module docstring.
 
     Raises: UsageError if the file cannot be written.
     """
-    tensors: dict[str, Tensor] = {}
-    matrices = weight_names(config).matrices
-    for name, weight in weights.items():
+    stored: dict[str, Tensor] = {}
+    matrices = weight_names(weights.config).matrices
+    for name, weight in weights.tensors.items():
         if isinstance(weight, Tensor):
-            narrow = dtype == "bfloat16" and name in matrices
-            tensors[name] = weight.to(torch.bfloat16) if narrow else weight.contiguous()
+            narrow = weights.dtype == "bfloat16" and name in matrices
+            stored[name] = weight.to(torch.bfloat16) if narrow else weight.contiguous()
         else:
-            tensors[name], tensors[f"{name}.scales"] = weight
-    about = {"format": FORMAT, "dtype": dtype, "group": group, "config": asdict(config)}
+            stored[name], stored[f"{name}.scales"] = weight
+    about = {
+        "format": FORMAT,
+        "dtype": weights.dtype,
+        "group": weights.group,
+        "config": asdict(weights.config),
+    }
     try:
-        save_file(tensors, path, {"fastgpt": json.dumps(about)})
+        save_file(stored, path, {"fastgpt": json.dumps(about)})
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} cannot be written: {error}") from None
 
 
-def load(path: Path) -> tuple[GPTConfig, Any, int, Weights]:
-    """Load a file written by `save`: return config, dtype, group and weights.
+def load(path: Path) -> EngineWeights:
+    """Load a file written by `save`.
 
     Raises: QuantizationError if the file cannot be read, or if tensors are missing, unexpected or
         of another dtype or shape.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            about = _read_about(path, file.metadata())
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            config, dtype, group = _read_about(path, file.metadata())
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise QuantizationError(f"{path} cannot be read: {error}") from None
-    config, dtype, group = about
     names = weight_names(config)
     expected = _expected(names, dtype, group)
-    for name, (kind, shape) in expected.items():
-        if name not in tensors:
+    for name, required in expected.items():
+        if name not in stored:
             raise QuantizationError(f"{path}: {name} is missing")
-        found = (tensors[name].dtype, tuple(tensors[name].shape))
-        if found != (kind, shape):
-            raise QuantizationError(f"{path}: {name} is {found}, not {(kind, shape)}")
-    if unknown := sorted(tensors.keys() - expected.keys()):
+        found = (stored[name].dtype, tuple(stored[name].shape))
+        if found != required:
+            raise QuantizationError(f"{path}: {name} is {found}, not {required}")
+    if unknown := sorted(stored.keys() - expected.keys()):
         raise QuantizationError(f"{path}: {unknown[0]} is not a weight of this model")
-    weights: dict[str, Weight] = {}
+    tensors: dict[str, Weight] = {}
     for name in (*names.matrices, *names.vectors):
-        pair = f"{name}.scales" in expected
-        weights[name] = (
-            (tensors[name], tensors[f"{name}.scales"]) if pair else tensors[name].float()
-        )
-    return config, dtype, group, weights
+        scales = stored.get(f"{name}.scales")
+        tensors[name] = stored[name].float() if scales is None else (stored[name], scales)
+    return EngineWeights(config, dtype, group, tensors)
 
 
-def _read_about(path: Path, metadata: dict[str, str] | None) -> tuple[GPTConfig, str, int]:
+def _read_about(path: Path, metadata: dict[str, str] | None) -> tuple[GPTConfig, Dtype, int]:
     try:
         about = json.loads((metadata or {})["fastgpt"])
         if about["format"] != FORMAT:

@@ -11,7 +11,7 @@ from typing import Literal, Unpack
 import torch
 
 from fastgpt.inference.engine import Engine
-from fastgpt.inference.generation import Completion, arrivals, complete, stream
+from fastgpt.inference.generation import Completion, complete, copy_to_host, stream
 from fastgpt.inference.sampling import Sampling
 from fastgpt.model import GPT
 from fastgpt.tokenizer import BaseTokenizer, StreamDecoder
@@ -86,10 +86,9 @@ def stream_text(
     not when iteration starts.
     """
     text = _Text(tokenizer, stop)
-    # on the model's device, so that `arrivals` copies the tokens to the host asynchronously
-    device = model.device if isinstance(model, GPT) else None
-    ids = torch.tensor([_encode(tokenizer, prompt, errors)], device=device)
-    steps = arrivals(stream(model, ids, max_new_tokens, seed=seed, **sampling))
+    # on the model's device, so that `copy_to_host` copies the tokens asynchronously
+    ids = torch.tensor([_encode(tokenizer, prompt, errors)], device=model.device)
+    steps = copy_to_host(stream(model, ids, max_new_tokens, seed=seed, **sampling))
     return TextStream(text, (token for _, (token,) in steps), _end(tokenizer))
 
 

@@ -18,6 +18,7 @@ from fastgpt.inference.engine import Engine
 from fastgpt.inference.generation import complete, generate, stream
 from fastgpt.inference.kv_cache import window_start
 from fastgpt.inference.sampling import Sampler
+from fastgpt.inference.session import GenerationRequest
 from fastgpt.inference.text import generate_texts, stream_text
 from fastgpt.interop import load
 from fastgpt.utils.errors import UsageError
@@ -31,13 +32,13 @@ def model() -> GPT:
 
 @pytest.fixture(scope="module")
 def engine(model: GPT) -> Engine:
-    return Engine(model, "float32", 2)
+    return Engine.from_model(model, "float32", 2)
 
 
 def test_greedy_text_is_that_of_the_reference() -> None:
     """Twenty prompts of different lengths, and a hundred tokens each, beyond the context of 64."""
     model = random_model(GPTConfig(300, 64, 3, 4, 64), std=0.25)
-    engine = Engine(model, "float32", 2)
+    engine = Engine.from_model(model, "float32", 2)
     for i in range(20):
         ids = prompt(1, 1 + 4 * i, 300, seed=i)
         expected = generate(model, ids, 100, temperature=0)
@@ -53,7 +54,9 @@ def test_greedy_text_is_that_of_the_roundings_it_says_it_makes(
 ) -> None:
     """Except where two logits are nearly equal and the rounding error decides."""
     model = random_model(GPTConfig(300, 256, 3, 4, 64, tie_weights=tied), std=0.2)
-    ids = Engine(model, dtype, 2, group=32).generate(prompt(20, 8, 300), 200, temperature=0)
+    ids = Engine.from_model(model, dtype, 2, group=32).generate(
+        prompt(20, 8, 300), 200, temperature=0
+    )
     logits = emulated_logits(model, dtype, 32, ids[:, :-1])[:, 7:]  # after the prompts
     written = logits.gather(2, ids[:, 8:, None])[..., 0]
     behind = (logits.amax(-1) - written) / logits.std()
@@ -90,7 +93,7 @@ def test_sampled_text_is_that_of_the_reference(
 def test_sampling_from_a_large_vocabulary_is_that_of_the_reference() -> None:
     """Candidates are then searched in blocks and sorted a few at a time."""
     model = random_model(GPTConfig(50257, 16, 1, 2, 32), std=0.02)
-    engine = Engine(model, "float32", 1)
+    engine = Engine.from_model(model, "float32", 1)
     ids = prompt(2, 3, 50257)
     for sampling in ({}, {"top_k": 50}, {"top_k": 5000}, {"top_p": 0.3}, {"top_p": 0.95}):
         expected = generate(model, ids, 8, seed=2**40 + 7, **sampling)
@@ -101,7 +104,7 @@ def test_sampling_from_a_large_vocabulary_is_that_of_the_reference() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_cache_changes_nothing(model: GPT, dtype: str, threads: int) -> None:
     """Compare each token to a recomputation of its whole window."""
-    engine = Engine(model, dtype, threads)
+    engine = Engine.from_model(model, dtype, threads)
     ids = engine.generate(prompt(2, 3), 60, temperature=0)
     for length in range(3, 63):
         window = ids[:, window_start(length, 16) : length]
@@ -111,13 +114,15 @@ def test_the_cache_changes_nothing(model: GPT, dtype: str, threads: int) -> None
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_change_no_bit(dtype: str) -> None:
     model = random_model(GPTConfig(61, 128, 2, 3, 96))
-    first, *others = (Engine(model, dtype, n).logits(prompt(2, 128)) for n in (1, 2, 3, 7))
+    first, *others = (
+        Engine.from_model(model, dtype, n).logits(prompt(2, 128)) for n in (1, 2, 3, 7)
+    )
     assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_seed_gives_the_same_text_in_any_batch(model: GPT, dtype: str) -> None:
-    engine = Engine(model, dtype, 2)
+    engine = Engine.from_model(model, dtype, 2)
     ids = prompt(14, 6)
     whole = engine.generate(ids, 30, seed=list(range(7, 21)))
     assert torch.equal(whole, engine.generate(ids, 30, seed=7))
@@ -130,21 +135,17 @@ def test_a_seed_gives_the_same_text_in_any_batch(model: GPT, dtype: str) -> None
 
 def test_prompts_of_different_lengths_are_read_as_if_alone(engine: Engine) -> None:
     prompts = [prompt(1, time, seed=time)[0].tolist() for time in (1, 30, 16, 7)]
-    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    settings |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-    together = engine._core.generation(prompts, 1, 40, settings, [1, 2, 3, 4], None, False).run(
-        None
-    )
+    together = complete(engine, prompts, 40, seed=[1, 2, 3, 4])
     for row, ids in enumerate(prompts):
         alone = engine.generate(torch.tensor([ids]), 40, seed=row + 1)
-        assert [tokens[row] for tokens in together] == alone[0, len(ids) :].tolist()
+        assert together[row][0].ids == alone[0, len(ids) :].tolist()
 
 
 def test_a_prompt_longer_than_a_pass_takes_at_once() -> None:
     """A pass computes 512 tokens at once, and rows may be split between passes."""
     model = random_model(GPTConfig(61, 700, 2, 2, 32))
     ids = prompt(3, 650)
-    engine = Engine(model, "float32", 2)
+    engine = Engine.from_model(model, "float32", 2)
     expected = model(ids)[:, -1].detach()
     assert (engine.prefill(ids) - expected).abs().max() < 1e-4 * expected.std()
     assert torch.equal(
@@ -184,51 +185,38 @@ def test_nothing_new_is_a_copy(engine: Engine) -> None:
     assert torch.equal(engine.generate(prompt(), 0), prompt())
 
 
-def test_the_callback_sees_each_token_and_may_stop(engine: Engine) -> None:
-    whole = engine.generate(prompt(), 12, seed=1)
-    seen: list[list[int]] = []
-
-    def stop_at_five(tokens: list[int]) -> bool:
-        seen.append(tokens)
-        return len(seen) == 5
-
-    ids = engine.generate(prompt(), 12, seed=1, on_tokens=stop_at_five)
-    assert torch.equal(ids, whole[:, :10])
-    assert seen == whole[:, 5:10].T.tolist()
-
-
-def test_an_exception_in_the_callback_comes_out_and_the_engine_goes_on(engine: Engine) -> None:
-    def fail(tokens: list[int]) -> None:
-        raise KeyError("mine")
-
-    with pytest.raises(KeyError, match="mine"):
-        engine.generate(prompt(), 12, on_tokens=fail)
-    assert engine.generate(prompt(), 12).shape == (2, 17)
+@pytest.mark.parametrize("kind", ["model", "engine"])
+def test_prefill_is_part_of_the_first_step(model: GPT, engine: Engine, kind: str) -> None:
+    """Calling it explicitly, once or twice, changes nothing."""
+    source = {"model": model, "engine": engine}[kind]
+    request = GenerationRequest(prompt(), 9, Sampler(top_k=9, repetition_penalty=1.2), 4)
+    expected = list(stream(model, prompt(), 9, seed=4, top_k=9, repetition_penalty=1.2))
+    session = source.start_session(request)
+    for tokens in expected:
+        logits = session.prefill()
+        assert torch.equal(session.prefill(), logits)
+        assert torch.equal(session.step(), tokens)
+    assert session.step() is None
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows delivers Ctrl-C to the whole console")
-def test_ctrl_c_stops_within_a_token(engine: Engine) -> None:
-    seen: list[int] = []
-
-    def interrupt(tokens: list[int]) -> None:
-        seen.append(tokens[0])
-        if len(seen) == 3:
-            signal.raise_signal(signal.SIGINT)
-
+def test_ctrl_c_stops_generation(engine: Engine) -> None:
+    """A generation that would take a day ends, and the engine can be used again."""
+    timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
     # A shell makes commands that it starts in the background ignore SIGINT.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        timer.start()
         with pytest.raises(KeyboardInterrupt):
-            engine.generate(prompt(), 1000, on_tokens=interrupt)
+            engine.generate(prompt(), 10**9)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert len(seen) <= 4
     assert engine.generate(prompt(), 3).shape == (2, 8)
 
 
 def test_python_runs_while_a_step_is_computed() -> None:
     """Another thread keeps counting, which it could not while generation holds the GIL."""
-    engine = Engine(random_model(GPTConfig(61, 512, 4, 4, 256)), "float32", 1)
+    engine = Engine.from_model(random_model(GPTConfig(61, 512, 4, 4, 256)), "float32", 1)
     ids = prompt(4, 512)
     counted, over = 0, threading.Event()
 
@@ -246,7 +234,7 @@ def test_python_runs_while_a_step_is_computed() -> None:
 
 def test_engines_in_threads_do_not_disturb_each_other() -> None:
     models = [small_model(seed) for seed in (1, 2)]
-    engines = [Engine(model, "float32", 2) for model in models]
+    engines = [Engine.from_model(model, "float32", 2) for model in models]
     expected = [generate(model, prompt(), 100, seed=1) for model in models]
     right: list[bool] = []
 
@@ -282,7 +270,7 @@ FORK = """
 import os, torch
 from tests.engine.models import prompt, small_model
 from fastgpt.inference.engine import Engine
-engines = [Engine(small_model(), "float32", 2) for _ in range(2)]
+engines = [Engine.from_model(small_model(), "float32", 2) for _ in range(2)]
 expected = engines[0].generate(prompt(), 5, seed=1)
 child = os.fork()
 if child == 0:
@@ -317,16 +305,16 @@ model = small_model()
 allow(1024)
 for dtype in ("float32", "int4"):
     try:
-        Engine(model, dtype, 1000)
+        Engine.from_model(model, dtype, 1000)
         raise AssertionError("there were 1000 stacks of 2 MB at least")
     except ValueError as error:
         assert "cannot start 1000 threads: the system allows only " in str(error)
-assert Engine(model, "float32", 2).generate(prompt(), 3).shape == (2, 8)
+assert Engine.from_model(model, "float32", 2).generate(prompt(), 3).shape == (2, 8)
 """
 
 LITTLE_MEMORY = """
 model = random_model(GPTConfig(61, 512, 1, 4, 1024), std=0.02)
-engine = Engine(model, "float32", 1)
+engine = Engine.from_model(model, "float32", 1)
 expected = engine.prefill(prompt(1, 200))
 allow(12)
 try:
@@ -354,7 +342,7 @@ def test_as_many_tokens_as_can_be_counted() -> None:
     """The largest count that fits 64 bits together with the length of a prompt."""
     model = random_model(GPTConfig(61, 256, 1, 2, 32))
     ids = prompt(1, 5)
-    text = Engine(model, "float32", 1).stream(ids, 2**64 - 1, temperature=0)
+    text = Engine.from_model(model, "float32", 1).stream(ids, 2**64 - 1, temperature=0)
     written = torch.stack([next(text) for _ in range(240)], 1)
     assert torch.equal(written, generate(model, ids, 240, temperature=0)[:, 5:])
 
@@ -407,14 +395,14 @@ def test_weights_that_are_not_finite_are_refused(dtype: str, name: str) -> None:
     with torch.no_grad():
         model.state_dict()[name].view(-1)[3] = float("nan")
     with pytest.raises(ValueError, match=f"{name} contains NaN or infinity"):
-        Engine(model, dtype)
+        Engine.from_model(model, dtype)
 
 
 def test_overflow_on_the_way_says_so_and_ends_the_text() -> None:
     model = small_model()
     with torch.no_grad():
         model.ln_f.weight.fill_(1e38)
-    ids = Engine(model, "float32", 1).stream(prompt(), 5)
+    ids = Engine.from_model(model, "float32", 1).stream(prompt(), 5)
     with pytest.raises(ValueError, match="the model's logits are not finite"):
         next(ids)
 
@@ -432,23 +420,23 @@ def test_more_than_can_be_counted_is_as_much_as_there_is(model: GPT, engine: Eng
 
 def test_wrong_numbers_of_threads_and_dtypes_are_refused(model: GPT) -> None:
     with pytest.raises(ValueError, match="threads must be from 1 to 1024, not 5000"):
-        Engine(model, threads=5000)
+        Engine.from_model(model, threads=5000)
     with pytest.raises(ValueError, match=r"dtype must be one of .*not 'int2'"):
-        Engine(model, "int2")  # type: ignore[arg-type]
+        Engine.from_model(model, "int2")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="group must be 32 or 64, not 16"):
-        Engine(model, "int4", group=16)
+        Engine.from_model(model, "int4", group=16)
 
 
 def test_a_model_in_bfloat16_is_taken(model: GPT) -> None:
     half = small_model().bfloat16()
     expected = half.float()(prompt()).detach()
-    got = Engine(half.bfloat16(), "float32", 1).logits(prompt())
+    got = Engine.from_model(half.bfloat16(), "float32", 1).logits(prompt())
     assert (got - expected).abs().max() < 1e-4
 
 
 def test_the_settings_are_those_of_the_dataclass() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'heat'"):
-        Engine(small_model()).generate(prompt(), 3, heat=1.0)
+        Engine.from_model(small_model()).generate(prompt(), 3, heat=1.0)
     assert Sampler().temperature == 1.0
 
 
@@ -462,7 +450,7 @@ def test_from_a_file_as_from_the_model_that_it_holds(tmp_path: Path, dtype: Any)
     engine, tokenizer = Engine.from_pretrained(tmp_path / "model", dtype, 2)
     assert engine.config == model.config
     assert tokenizer.vocab_size == engine.config.vocab_size == 61
-    assert torch.equal(engine.logits(prompt()), Engine(model, dtype).logits(prompt()))
+    assert torch.equal(engine.logits(prompt()), Engine.from_model(model, dtype).logits(prompt()))
     with pytest.raises(UsageError, match="nothing does not exist"):
         Engine.from_pretrained(tmp_path / "nothing")
 
@@ -494,13 +482,13 @@ def test_prompts_of_any_lengths_and_their_logprobs_as_pytorch_does(
 @pytest.mark.parametrize("time", [1, 15, 16, 40])
 def test_texts_of_one_prompt_are_those_of_its_copies(model: GPT, dtype: Any, time: int) -> None:
     """The shared prompt is processed once; keys, values and logits are bitwise those of copies."""
-    engine = Engine(model, dtype, 2)
+    engine = Engine.from_model(model, dtype, 2)
     ids = prompt(2, time, model.config.vocab_size)
     expected = generate(engine, ids.repeat_interleave(3, 0), 20, seed=8)
     assert torch.equal(generate(engine, ids, 20, n=3, seed=8), expected)
-    writing = engine.writing(list(ids), 20, Sampler(), 8, 3)
-    writing.end(3)  # before anything is processed
-    steps = [writing.step() for _ in range(20)]
+    session = engine.start_session(GenerationRequest(ids, 20, Sampler(), 8, 3))
+    session.end(3)  # before anything is processed
+    steps = [session.step() for _ in range(20)]
     others = [0, 1, 2, 4, 5]
     assert torch.equal(torch.stack(steps, 1)[others], expected[others, time:])
 

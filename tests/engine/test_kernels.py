@@ -19,7 +19,7 @@ def one_matrix(weight: torch.Tensor, dtype: str, code: str, group: int = 64) -> 
     model = random_model(GPTConfig(rows, 4, 1, 1, columns))
     with torch.no_grad():
         model.wte.weight.copy_(weight)
-    return Engine(model, dtype, 1, code=code, group=group)
+    return Engine.from_model(model, dtype, 1, code=code, group=group)
 
 
 def truth(x: torch.Tensor, weight: torch.Tensor, dtype: str, group: int = 64) -> torch.Tensor:
@@ -49,7 +49,7 @@ def test_products(code: str, dtype: str, shape: tuple[int, int], rows: int) -> N
 @pytest.mark.parametrize("rows", [1, 3, 12, 17])
 def test_products_of_four_bits(code: str, group: int, width: int, rows: int) -> None:
     model = random_model(GPTConfig(7, 4, 1, 1, width))
-    engine = Engine(model, "int4", 1, code=code, group=group)
+    engine = Engine.from_model(model, "int4", 1, code=code, group=group)
     x = torch.randn(rows, 4 * width)
     got = torch.from_numpy(engine._core.multiply("h.0.mlp.c_proj.weight", x, rows))
     weight, bias = model.h[0].mlp.c_proj.weight.detach(), model.h[0].mlp.c_proj.bias.detach()
@@ -113,7 +113,7 @@ def test_networks_in_float32(config: GPTConfig, code: str, threads: int) -> None
     model = random_model(config, std=0.2)
     ids = prompt(2, config.block_size, config.vocab_size)
     expected = model.double()(ids)
-    got = Engine(model, "float32", threads, code=code).logits(ids)
+    got = Engine.from_model(model, "float32", threads, code=code).logits(ids)
     assert (got - expected).abs().max() <= 2e-5 * expected.std()
 
 
@@ -123,7 +123,7 @@ def test_all_codes_agree(config: GPTConfig, dtype: str) -> None:
     """Instruction sets differ only in the order of summation."""
     model = random_model(config, std=0.2)
     ids = prompt(1, config.block_size, config.vocab_size)
-    first, *others = (Engine(model, dtype, 1, code=code).logits(ids) for code in CODES)
+    first, *others = (Engine.from_model(model, dtype, 1, code=code).logits(ids) for code in CODES)
     for other in others:
         assert (other - first).abs().max() <= 0.03 * first.std()
 
@@ -133,7 +133,7 @@ def test_rounding_moves_logits_little(dtype: str, far: float) -> None:
     model = random_model(GPTConfig(200, 64, 3, 4, 128), std=0.05)
     ids = prompt(1, 64, 200)
     expected = model(ids).detach()
-    error = (Engine(model, dtype, 2).logits(ids) - expected).pow(2).mean().sqrt()
+    error = (Engine.from_model(model, dtype, 2).logits(ids) - expected).pow(2).mean().sqrt()
     assert 1e-6 < error / expected.std() < far
 
 
@@ -141,7 +141,7 @@ def test_the_vocabulary_of_gpt2() -> None:
     model = random_model(GPTConfig(50257, 8, 1, 2, 64), std=0.1)
     ids = torch.tensor([[0, 50256, 777]])
     expected = model.double()(ids)
-    got = Engine(model, "float32", 2).logits(ids)
+    got = Engine.from_model(model, "float32", 2).logits(ids)
     assert (got - expected).abs().max() <= 2e-5 * expected.std()
 
 
@@ -152,4 +152,4 @@ def test_arm_has_code_of_its_own() -> None:
 def test_an_unknown_code_is_refused() -> None:
     message = 'code "sse9" is not available on this processor; available: best, portable'
     with pytest.raises(ValueError, match=message):
-        Engine(random_model(GPTConfig(5, 8, 1, 1, 8)), code="sse9")
+        Engine.from_model(random_model(GPTConfig(5, 8, 1, 1, 8)), code="sse9")

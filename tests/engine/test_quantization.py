@@ -54,7 +54,7 @@ def test_threads_change_nothing() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_saved_is_loaded(tmp_path: Path, dtype: str, tied: bool) -> None:
     model = random_model(GPTConfig(61, 16, 2, 3, 48, bias=tied, tie_weights=tied))
-    engine = Engine(model, dtype, 2, group=32)
+    engine = Engine.from_model(model, dtype, 2, group=32)
     engine.save(tmp_path / "weights.safetensors")
     loaded = Engine.load(tmp_path / "weights.safetensors", 1)
     assert (loaded.config, loaded.dtype, loaded.group) == (engine.config, dtype, 32)
@@ -68,7 +68,7 @@ def test_files_are_as_small_as_they_should_be(tmp_path: Path) -> None:
     model = random_model(GPTConfig(64, 8, 2, 2, 128))
     sizes = {}
     for dtype in DTYPES:
-        Engine(model, dtype).save(tmp_path / dtype)
+        Engine.from_model(model, dtype).save(tmp_path / dtype)
         sizes[dtype] = (tmp_path / dtype).stat().st_size
     assert 0.45 < sizes["bfloat16"] / sizes["float32"] < 0.55
     assert 0.24 < sizes["int8"] / sizes["float32"] < 0.30
@@ -76,7 +76,7 @@ def test_files_are_as_small_as_they_should_be(tmp_path: Path) -> None:
 
 
 def saved(path: Path, dtype: str = "int4") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    Engine(small_model(), dtype, 1).save(path)
+    Engine.from_model(small_model(), dtype, 1).save(path)
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["fastgpt"])
         return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
@@ -135,7 +135,7 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(QuantizationError, match="text cannot be read"):
         Engine.load(tmp_path / "text")
     whole = tmp_path / "whole"
-    Engine(small_model(), "int8", 1).save(whole)
+    Engine.from_model(small_model(), "int8", 1).save(whole)
     (tmp_path / "half").write_bytes(whole.read_bytes()[:5000])
     with pytest.raises(QuantizationError, match="half cannot be read"):
         Engine.load(tmp_path / "half")
@@ -154,7 +154,7 @@ def test_weights_of_any_size_keep_it(n_bits: int, size: float) -> None:
 
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be written"):
-        Engine(small_model(), "int8").save(tmp_path / "nowhere" / "model.safetensors")
+        Engine.from_model(small_model(), "int8").save(tmp_path / "nowhere" / "model.safetensors")
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:

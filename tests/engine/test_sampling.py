@@ -21,7 +21,7 @@ def model() -> GPT:
 
 @pytest.fixture(scope="module")
 def engine(model: GPT) -> Engine:
-    return Engine(model, "float32", 1)
+    return Engine.from_model(model, "float32", 1)
 
 
 def choose(logits: list[float], text: list[int], n_prompt: int, s: Sampler, u: float) -> int:
@@ -99,7 +99,7 @@ def test_any_settings_lead_to_the_text_of_the_reference(
     model = small_model()
     sampling = Sampler(t, k, p, min_p, repetition, presence, presence / 2)
     ids = prompt(1, 6)
-    got = Engine(model, "float32", 1).generate(ids, 6, seed=seed, **vars(sampling))
+    got = Engine.from_model(model, "float32", 1).generate(ids, 6, seed=seed, **vars(sampling))
     assert got[0].tolist() == follow(model, ids[0], 6, sampling, seed)
 
 
@@ -119,7 +119,7 @@ def test_equal_logits_are_broken_by_the_first() -> None:
     model = small_model()
     with torch.no_grad():
         model.wte.weight.copy_(model.wte.weight[:1].expand(61, 32))
-    engine = Engine(model, "float32", 1)
+    engine = Engine.from_model(model, "float32", 1)
     assert engine.generate(prompt(), 3, temperature=0)[:, 5:].eq(0).all()
     drawn = engine.generate(prompt(1).expand(200, 5), 1, seed=0, top_k=4)[:, -1]
     assert set(drawn.tolist()) == {0, 1, 2, 3}

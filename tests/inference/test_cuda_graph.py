@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.inference import cuda_graph as replay
-from fastgpt.inference import generation
-from fastgpt.inference.generation import GenerationSession, complete, generate
+from fastgpt.inference import cuda_graph, session
+from fastgpt.inference.generation import complete, generate
 from fastgpt.inference.kv_cache import KVCache, StepCache
 from fastgpt.inference.sampling import Sampler
+from fastgpt.inference.session import GenerationRequest
 from tests.backends import INTERPRETED
 
 ATEN = torch.ops.aten
@@ -99,12 +99,12 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Replace CUDA graphs by tapes; the returned list has one entry per recording."""
     found: list[Any] = []
 
-    def record(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    def capture(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
         found.append(function.__name__)
         return record_on_tape(function)
 
-    monkeypatch.setattr(generation, "can_capture", lambda model: True)
-    monkeypatch.setattr(replay, "record", record)
+    monkeypatch.setattr(session, "can_capture", lambda model: True)
+    monkeypatch.setattr(cuda_graph, "capture", capture)
     return found
 
 
@@ -156,14 +156,14 @@ def test_what_has_been_written_leaves_nothing_for_the_collector(
     model: GPT, recordings: list[Any]
 ) -> None:
     """A reference cycle would keep the cache and the graph in GPU memory."""
-    writing = GenerationSession(model, [torch.tensor([1])], 30, Sampler(), 1)
-    while writing.step() is not None:
+    run = model.start_session(GenerationRequest([torch.tensor([1])], 30, Sampler(), 1))
+    while run.step() is not None:
         pass
-    assert recordings == ["_next"]
-    gone = weakref.ref(writing)
+    assert recordings == ["_decode_step"]
+    gone = weakref.ref(run)
     gc.disable()
     try:
-        del writing
+        del run
         assert gone() is None
     finally:
         gc.enable()
@@ -190,21 +190,22 @@ def test_the_host_waits_for_no_step(
 ) -> None:
     """A step without a window move or a new block of random numbers does not synchronize."""
     sampler = Sampler(**sampling)
-    writing = GenerationSession(model, [torch.tensor([1, 2]), torch.tensor([3])], 28, sampler, 1)
+    prompts = [torch.tensor([1, 2]), torch.tensor([3])]
+    run = model.start_session(GenerationRequest(prompts, 28, sampler, 1))
     for _ in range(4):
-        writing.step()
+        run.step()
     with Watch():
         for _ in range(20):
-            writing.step()
+            run.step()
     assert len(recordings) == 1
-    assert writing.lengths == [26, 25]
+    assert run.lengths == [26, 25]
 
 
 def test_a_step_depends_on_no_number_of_the_host(model: GPT) -> None:
     cache = KVCache(model, 2, 9)
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     model.hidden(ids, cache)
-    cache.hold([3, 1])
+    cache.set_lengths([3, 1])
     last = torch.tensor([[7], [8]])
     with torch.no_grad():
         play = record_on_tape(lambda: model.hidden(last, StepCache(cache)))
