@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 from fastgpt.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from fastgpt.inference.text import generate as generate
     from fastgpt.interop import load as load
     from fastgpt.interop.transformers_patch import patch as patch
     from fastgpt.interop.transformers_patch import unpatch as unpatch
@@ -46,9 +47,9 @@ _HOMES = {
     "unpatch": "interop.transformers_patch",
 }
 _MODULES = (
-    *("checkpoint", "data", "evaluate", "evaluation", "inference", "interop", "model", "ops"),
-    *("tokenizer", "training"),
+    *("checkpoint", "data", "evaluate", "evaluation", "generate", "inference", "interop", "model"),
+    *("ops", "tokenizer", "training"),
 )
 
-__all__ = sorted(_HOMES)
+__all__ = sorted([*_HOMES, "generate"])
 __getattr__, __dir__ = lazy_names(__name__, _HOMES, _MODULES)

@@ -1,4 +1,7 @@
-"""`python -m fastgpt.generate RUN --prompt "..."`: generate text with a model."""
+"""`python -m fastgpt.generate RUN --prompt "..."`: generate text with a model.
+
+The module can be called, too: `fastgpt.generate(...)` is `fastgpt.inference.text.generate`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -85,9 +89,9 @@ def main(args: Sequence[str]) -> None:
         if options.skip_unknown:
             prompts = [tokenizer.decode(tokenizer.encode(p, errors="ignore")) for p in prompts]
         if len(prompts) == options.n == 1 and not options.json:
-            _stream(model, tokenizer, prompts[0], options)
+            _print_stream(model, tokenizer, prompts[0], options)
         else:
-            _write(model, tokenizer, prompts, options)
+            _print_batches(model, tokenizer, prompts, options)
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -142,7 +146,9 @@ def _load(options: Options) -> tuple[GPT | Engine, BaseTokenizer]:
     return model.to(getattr(torch, options.dtype)), tokenizer
 
 
-def _stream(model: GPT | Engine, tokenizer: BaseTokenizer, prompt: str, options: Options) -> None:
+def _print_stream(
+    model: GPT | Engine, tokenizer: BaseTokenizer, prompt: str, options: Options
+) -> None:
     """Print one text while it is generated."""
     from fastgpt.inference.text import stream_text
 
@@ -154,10 +160,10 @@ def _stream(model: GPT | Engine, tokenizer: BaseTokenizer, prompt: str, options:
     for piece in text:
         print(piece, end="", flush=True)
     print()
-    _tell_speed(text.n_tokens, time.perf_counter() - began)
+    _print_speed(text.n_tokens, time.perf_counter() - began)
 
 
-def _write(
+def _print_batches(
     model: GPT | Engine, tokenizer: BaseTokenizer, prompts: list[str], options: Options
 ) -> None:
     """Generate and print all texts, one batch of prompts at a time."""
@@ -172,22 +178,21 @@ def _write(
             for text in texts:
                 n_tokens += len(text.completion.ids)
                 print(_as_json(text) if options.json else f"{text.prompt}{text.text}\n", flush=True)
-    _tell_speed(n_tokens, time.perf_counter() - began)
+    _print_speed(n_tokens, time.perf_counter() - began)
 
 
 def _settings(options: Options) -> dict[str, Any]:
-    names = ("temperature", "top_k", "top_p", "min_p")
-    penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-    settings = {name: getattr(options, name) for name in names + penalties}
-    return {**settings, "stop": options.stop}
+    from fastgpt.inference.sampling import Sampling
+
+    return {name: getattr(options, name) for name in (*Sampling.__annotations__, "stop")}
 
 
-def _as_json(written: GeneratedText) -> str:
-    completion = written.completion
+def _as_json(text: GeneratedText) -> str:
+    completion = text.completion
     return json.dumps(
         {
-            "prompt": written.prompt,
-            "text": written.text,
+            "prompt": text.prompt,
+            "text": text.text,
             "finish": completion.finish,
             "tokens": len(completion.ids),
             "logprob": sum(completion.logprobs),
@@ -196,10 +201,25 @@ def _as_json(written: GeneratedText) -> str:
     )
 
 
-def _tell_speed(n_tokens: int, seconds: float) -> None:
+def _print_speed(n_tokens: int, seconds: float) -> None:
     """Print the speed to standard error, which keeps standard output to the texts."""
     print(f"{n_tokens:,} tokens, {n_tokens / max(seconds, 1e-9):,.1f} tokens/s", file=sys.stderr)
 
 
+class _CallableModule(ModuleType):
+    """The type of this module, which makes it a function.
+
+    The package cannot have a function of this name instead: importing the module, which the command
+    line does, would replace it.
+    """
+
+    def __call__(self, *args: Any, **settings: Any) -> str:
+        from fastgpt.inference.text import generate
+
+        return generate(*args, **settings)
+
+
 if __name__ == "__main__":
     cli.run(main)
+else:
+    sys.modules[__name__].__class__ = _CallableModule

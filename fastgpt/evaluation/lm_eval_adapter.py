@@ -6,11 +6,10 @@ is described in the harness's ``docs/model_guide.md``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lm_eval.models  # noqa: F401  # registers its own models, only while no other is registered
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -18,8 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from fastgpt import interop
 from fastgpt.evaluation.log_likelihood import log_likelihoods
-from fastgpt.inference.generation import stream
-from fastgpt.tokenizer import StreamDecoder
+from fastgpt.inference.text import stream_text
 from fastgpt.utils.device import find_device
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.precision import choose_precision
@@ -106,7 +104,7 @@ class FastGPT(TemplateLM):
         with CountProgress("texts", len(requests), not disable_tqdm) as bar:
             for request in requests:
                 context, settings = request.args
-                texts.append(self._write(context, dict(settings)))
+                texts.append(self._generate(context, dict(settings)))
                 self.cache_hook.add_partial("generate_until", (context, settings), texts[-1])
                 bar.advance(1)
         return texts
@@ -128,52 +126,28 @@ class FastGPT(TemplateLM):
             )
         return [(total, greedy) for total, greedy in found]
 
-    def _write(self, context: str, settings: dict[str, Any]) -> str:
+    def _generate(self, context: str, settings: dict[str, Any]) -> str:
         """Continue one context, truncated on the left to leave room, as in the harness."""
-        until, most, sampling = _understand(settings)
-        room = max(1, self.max_length - most)
-        ids = self.tok_encode(context)[-room:] or [self.prefix_token_id]
-        tokens = stream(
-            self.model,
-            torch.tensor([ids], device=self._device),
-            most,
-            stop_token=self.gpt_tokenizer.eot_token,
-            **sampling,
-        )
+        stop, max_new_tokens, sampling = _parse_settings(settings)
+        ids = self.tok_encode(context)[-max(1, self.max_length - max_new_tokens) :]
         with self._precision.autocast():
-            return _until(self._decoded(tokens), until)
-
-    def _decoded(self, tokens: Iterator[torch.Tensor]) -> Iterator[str]:
-        decoder = StreamDecoder(self.gpt_tokenizer)
-        for token in map(int, tokens):
-            if token == self.gpt_tokenizer.eot_token:
-                break
-            yield decoder.push([token])
-        yield decoder.finish()
+            return "".join(
+                stream_text(
+                    self.model, self.gpt_tokenizer, ids, max_new_tokens, stop=stop, **sampling
+                )
+            )
 
 
-def _understand(settings: dict[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
-    """Parse generation settings: return the stop strings, the maximum length and the sampling.
+def _parse_settings(settings: dict[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
+    """Return the stop strings, the maximum length and the sampling of generation settings.
 
     Without ``do_sample``, decoding is greedy.
     """
-    ends = settings.get("until") or []
-    until = [ends] if isinstance(ends, str) else list(ends)
+    until = settings.get("until") or []
+    stop = [until] if isinstance(until, str) else [text for text in until if text]
     names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-    most = next((settings[n] for n in names if settings.get(n) is not None), MAX_NEW_TOKENS)
-    drawn = bool(settings.get("do_sample"))
-    temperature = float(settings.get("temperature", 1.0)) if drawn else 0.0
-    chosen = {name: settings.get(name) for name in ("top_k", "top_p")} if drawn else {}
-    return until, int(most), {"temperature": temperature, **chosen}
-
-
-def _until(pieces: Iterator[str], ends: Sequence[str]) -> str:
-    """Join pieces of text until one of `ends` occurs; return the text before it."""
-    text = ""
-    for piece in pieces:
-        text += piece
-        if any(end and end in text for end in ends):
-            break
-    for end in filter(None, ends):
-        text = text.split(end)[0]
-    return text
+    length = next((settings[n] for n in names if settings.get(n) is not None), MAX_NEW_TOKENS)
+    if not settings.get("do_sample"):
+        return stop, int(length), {"temperature": 0.0}
+    sampling = {name: settings.get(name) for name in ("top_k", "top_p")}
+    return stop, int(length), {"temperature": float(settings.get("temperature", 1.0)), **sampling}

@@ -9,9 +9,7 @@ from typing import SupportsIndex, TypedDict
 import torch
 from torch import Tensor
 
-MIN_TEMPERATURE = (
-    1e-30  # lower temperatures are treated as 0: fp32 logits cannot be divided by them
-)
+MIN_TEMPERATURE = 1e-30  # lower ones are treated as 0: fp32 logits cannot be divided by them
 
 
 class Sampling(TypedDict, total=False):
@@ -95,7 +93,7 @@ class Sampler:
         counts: the tokens of each row, required for penalties. Does not synchronize with the host.
         """
         if counts is not None and self.uses_penalties:
-            logits = self._penalised(logits.float(), counts)
+            logits = self._penalized(logits.float(), counts)
         if not self.draws:
             return logits.argmax(-1)
         # float64 keeps a cumulative sum over 50,257 entries accurate enough; MPS does not have it
@@ -120,12 +118,12 @@ class Sampler:
             logits = logits.masked_fill(logits < math.log(self.min_p), -math.inf)
         return logits.softmax(-1)
 
-    def _penalised(self, logits: Tensor, counts: "TokenCounts") -> Tensor:
+    def _penalized(self, logits: Tensor, counts: "TokenCounts") -> Tensor:
         if (factor := self.repetition_penalty) != 1.0:
             repeated = torch.where(logits > 0, logits / factor, logits * factor)
-            logits = torch.where(counts.held, repeated, logits)
-        logits = logits - self.frequency_penalty * counts.written
-        return logits - self.presence_penalty * (counts.written > 0)
+            logits = torch.where(counts.present, repeated, logits)
+        logits = logits - self.frequency_penalty * counts.generated
+        return logits - self.presence_penalty * (counts.generated > 0)
 
 
 class RandomStreams:
@@ -157,21 +155,21 @@ class RandomStreams:
 class TokenCounts:
     """The tokens of each of B rows.
 
-    held: bool `[B, V]`, whether the token occurs in the row or its prompt. written: fp32 `[B, V]`,
-    how often the token was generated after the prompt.
+    present: bool `[B, V]`, whether the token occurs in the row or its prompt. generated: fp32
+    `[B, V]`, how often the token was generated after the prompt.
     """
 
     def __init__(self, prompts: Sequence[Tensor], vocab_size: int) -> None:
         device = prompts[0].device
-        self.held = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-        self.written = torch.zeros(len(prompts), vocab_size, device=device)
+        self.present = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+        self.generated = torch.zeros(len(prompts), vocab_size, device=device)
         for row, prompt in enumerate(prompts):
-            self.held[row, prompt] = True
+            self.present[row, prompt] = True
 
     def add(self, tokens: Tensor) -> None:
         """Count one generated token per row, int64 `[B]`."""
-        self.held.scatter_(1, tokens[:, None], True)
-        self.written.scatter_add_(1, tokens[:, None], torch.ones_like(self.written[:, :1]))
+        self.present.scatter_(1, tokens[:, None], True)
+        self.generated.scatter_add_(1, tokens[:, None], torch.ones_like(self.generated[:, :1]))
 
 
 def expand_seeds(seed: int | Sequence[int] | None, n_rows: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Text generation with a model and its tokenizer: `generate_texts` and `stream_text`.
+"""Text generation with a model and its tokenizer: `generate`, `generate_texts`, `stream_text`.
 
 An empty prompt starts from the tokenizer's `start_token`: `<|endoftext|>`, if it has one. If the
 model generates `<|endoftext|>`, the text ends before it.
@@ -28,6 +28,34 @@ class GeneratedText:
     prompt: str
     text: str
     completion: Completion
+
+
+def generate(
+    model: GPT | Engine,
+    tokenizer: BaseTokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    errors: Literal["strict", "ignore"] = "strict",
+    **sampling: Unpack[Sampling],
+) -> str:
+    """Return the continuation of a prompt, without the prompt; also called `fastgpt.generate`.
+
+    The arguments are those of `generate_texts`.
+
+    Raises: ValueError for invalid arguments.
+    """
+    return "".join(
+        stream_text(
+            *(model, tokenizer, prompt, max_new_tokens),
+            stop=stop,
+            seed=seed,
+            errors=errors,
+            **sampling,
+        )
+    )
 
 
 def generate_texts(
@@ -72,7 +100,7 @@ def generate_texts(
 def stream_text(
     model: GPT | Engine,
     tokenizer: BaseTokenizer,
-    prompt: str,
+    prompt: str | Sequence[int],
     max_new_tokens: int,
     *,
     stop: Sequence[str] = (),
@@ -82,8 +110,8 @@ def stream_text(
 ) -> "TextStream":
     """Return an iterator over the continuation of a prompt while it is generated.
 
-    The arguments are those of `generate_texts`. Invalid arguments raise ValueError immediately,
-    not when iteration starts.
+    prompt: a text or its token ids. The other arguments are those of `generate_texts`. Invalid
+    arguments raise ValueError immediately, not when iteration starts.
     """
     text = _Text(tokenizer, stop)
     # on the model's device, so that `copy_to_host` copies the tokens asynchronously
@@ -164,9 +192,10 @@ class _Text:
 
 
 def _encode(
-    tokenizer: BaseTokenizer, prompt: str, errors: Literal["strict", "ignore"]
+    tokenizer: BaseTokenizer, prompt: str | Sequence[int], errors: Literal["strict", "ignore"]
 ) -> list[int]:
-    return tokenizer.encode(prompt, errors=errors) or [tokenizer.start_token]
+    ids = tokenizer.encode(prompt, errors=errors) if isinstance(prompt, str) else list(prompt)
+    return ids or [tokenizer.start_token]
 
 
 def _end(tokenizer: BaseTokenizer) -> tuple[int, ...]:

@@ -180,21 +180,12 @@ def test_other_kinds_of_models_are_still_known() -> None:
 
 @needs_harness
 @pytest.mark.filterwarnings("ignore")
-def test_what_ends_a_text() -> None:
-    from fastgpt.evaluation.lm_eval_adapter import _understand, _until
+def test_settings_of_the_harness() -> None:
+    from fastgpt.evaluation.lm_eval_adapter import _parse_settings
 
-    read = []
-
-    def pieces() -> Iterator[str]:
-        for piece in ("a b", "c\n", "\nd", "never"):
-            read.append(piece)
-            yield piece
-
-    assert _until(pieces(), ["\n\n", ""]) == "a bc"
-    assert read == ["a b", "c\n", "\nd"]
-    assert _until(iter(["ab"]), []) == "ab"
-    assert _understand({}) == ([], 256, {"temperature": 0.0})
+    assert _parse_settings({}) == ([], 256, {"temperature": 0.0})
     settings = {"until": ".", "max_gen_toks": 5, "temperature": 0.7, "do_sample": False}
-    assert _understand(settings) == (["."], 5, {"temperature": 0.0})
+    assert _parse_settings(settings) == (["."], 5, {"temperature": 0.0})
+    assert _parse_settings({"until": ["\n\n", ""]})[0] == ["\n\n"]
     drawn = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
-    assert _understand(drawn)[2] == {"temperature": 0.7, "top_k": None, "top_p": 0.9}
+    assert _parse_settings(drawn)[2] == {"temperature": 0.7, "top_k": None, "top_p": 0.9}

@@ -105,7 +105,7 @@ def test_repetition_penalty_as_transformers_do() -> None:
     counts.add(ids[:, 2])
     sampler = Sampler(temperature=0.0, repetition_penalty=1.7)
     assert torch.equal(
-        sampler._penalised(logits, counts), RepetitionPenaltyLogitsProcessor(1.7)(ids, logits)
+        sampler._penalized(logits, counts), RepetitionPenaltyLogitsProcessor(1.7)(ids, logits)
     )
     assert torch.equal(sampler.draw(logits, torch.zeros(2), counts), expected)
 
@@ -114,10 +114,10 @@ def test_presence_and_frequency_count_what_was_written_alone() -> None:
     counts = TokenCounts([torch.tensor([5, 5, 5])], 8)
     for token in (2, 2, 3):
         counts.add(torch.tensor([token]))
-    penalised = Sampler(presence_penalty=0.5, frequency_penalty=0.25)._penalised(
+    penalized = Sampler(presence_penalty=0.5, frequency_penalty=0.25)._penalized(
         torch.zeros(1, 8), counts
     )
-    assert penalised[0].tolist() == [0, 0, -1.0, -0.75, 0, 0, 0, 0]
+    assert penalized[0].tolist() == [0, 0, -1.0, -0.75, 0, 0, 0, 0]
 
 
 def test_penalties_keep_a_text_from_repeating_itself(model: GPT) -> None:

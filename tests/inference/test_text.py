@@ -1,12 +1,17 @@
 """Text generation: stop strings, streaming, prompts of different lengths."""
 
+import subprocess
+import sys
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fastgpt
 from fastgpt import GPT, CharTokenizer, GPTConfig, Tokenizer
-from fastgpt.inference.text import TextStream, _Text, generate_texts, stream_text
+from fastgpt.inference.text import TextStream, _Text, generate, generate_texts, stream_text
 
 CHARS = CharTokenizer("abc\n")
 
@@ -40,6 +45,12 @@ def test_pieces_come_as_soon_as_they_are_sure() -> None:
     assert list(TextStream(_Text(CHARS, ["bb"]), iter(CHARS.encode("ab")), ())) == ["a", "b"]
 
 
+def test_nothing_is_generated_after_the_stop_string() -> None:
+    tokens = iter(CHARS.encode("abccab"))
+    assert "".join(TextStream(_Text(CHARS, ["cc", "b\n"]), tokens, ())) == "ab"
+    assert CHARS.decode(list(tokens)) == "ab"
+
+
 def test_characters_come_whole() -> None:
     tokenizer = Tokenizer.gpt2()
     ids = tokenizer.encode("é🙂x")
@@ -65,6 +76,37 @@ def test_write_and_stream_are_the_same_text(model: GPT) -> None:
         )
         assert first[0][0].text == texts[0].text
         assert first[0][0].completion.ids == texts[0].completion.ids
+
+
+def test_one_text_from_the_package(model: GPT) -> None:
+    """`fastgpt.generate` is also a module, which is imported when it is used."""
+    settings: dict[str, Any] = {"seed": 5, "stop": ["ab"], "top_k": 3}
+    expected = generate_texts(model, CHARS, ["ca"], 40, **settings)[0][0].text
+    assert fastgpt.generate(model, CHARS, "ca", 40, **settings) == expected
+    assert generate(model, CHARS, "ca", 40, **settings) == expected
+    assert "".join(stream_text(model, CHARS, CHARS.encode("ca"), 40, **settings)) == expected
+    with pytest.raises(TypeError, match="heat"):
+        fastgpt.generate(model, CHARS, "ca", 40, heat=1.0)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import fastgpt", "import fastgpt.generate", "from fastgpt import *", "import fastgpt.train"],
+)
+def test_the_package_is_callable_however_it_is_imported(statement: str) -> None:
+    code = f"""if True:
+        {statement}
+        import fastgpt
+        from fastgpt import generate
+        assert callable(fastgpt.generate) and generate is fastgpt.generate
+        try:
+            generate()
+        except TypeError as error:
+            print(error)
+        assert callable(generate.main)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("generate() missing 4 required positional arguments")
 
 
 def test_end_of_text_ends_it_and_begins_it() -> None:
