@@ -36,9 +36,9 @@ class Options:
     """A run folder (runs/latest is the newest), another project's folder or file, or a model name
     on the Hugging Face Hub."""
     data: str | None = None
-    """Data to evaluate on: a text file (also .jsonl, .json, .parquet, and with .gz), a folder of
-    tokens (its validation part), "shakespeare" (its last tenth), or the questions of the task. By
-    default, the validation part of the data that a run was trained on."""
+    """Data to evaluate on: a text file (also .jsonl or .json, all also with .gz, or .parquet), a
+    folder of tokens (its validation part), "shakespeare" (its last tenth), or the questions of the
+    task. By default, the validation part of the data that a run was trained on."""
     task: Literal["text", "hellaswag", "lambada"] = "text"
     """text: loss, perplexity and bits per byte; hellaswag: hellaswag_val.jsonl; lambada:
     lambada_test.jsonl or one passage per line."""
@@ -70,8 +70,8 @@ def main(args: Sequence[str]) -> None:
     """Evaluate the model and print the results."""
     options = tyro.cli(Options, args=args, prog="python -m fastgpt.evaluate")
     _check_option_combinations(options)
-    found = evaluate(options)
-    print(json.dumps(_finite(found)) if options.json else describe(found))
+    results = evaluate(options)
+    print(json.dumps(_finite(results)) if options.json else describe(results))
 
 
 def evaluate(options: Options) -> dict[str, Any]:
@@ -92,23 +92,24 @@ def evaluate(options: Options) -> dict[str, Any]:
         raise UsageError(str(error)) from None
 
 
-def describe(found: dict[str, Any]) -> str:
+def describe(results: dict[str, Any]) -> str:
     """Return the metrics of `evaluate` as text."""
-    head = f"{found['model']} on {found['data']}"
-    where = f"{found['dtype']} on {found['device']}"
-    if found["task"] != "text":
-        rows = [f"{name:<16}{found[name]:.4f}" for name in _figures(found)]
-        seconds = f"{found['questions']:,} questions in {found['seconds']:.1f} s ({where})"
-        return "\n".join([f"{found['task']}: {head}", *rows, seconds])
+    head = f"{results['model']} on {results['data']}"
+    where = f"{results['dtype']} on {results['device']}"
+    if results["task"] != "text":
+        names = [name for name in results if name.startswith(("acc", "perplexity"))]
+        rows = [f"{name:<16}{results[name]:.4f}" for name in names]
+        seconds = f"{results['questions']:,} questions in {results['seconds']:.1f} s ({where})"
+        return "\n".join([f"{results['task']}: {head}", *rows, seconds])
     return "\n".join(
         [
             head,
-            f"loss            {found['loss']:.4f} nats per token",
-            f"perplexity      {found['perplexity']:,.2f}",
-            f"bits per byte   {found['bits_per_byte']:.4f}",
-            f"scored          {found['tokens']:,} tokens, {found['bytes']:,} bytes of text",
-            f"window          context {found['context']:,}, stride {found['stride']:,}",
-            f"speed           {found['tokens_per_s']:,.0f} tokens/s ({where})",
+            f"loss            {results['loss']:.4f} nats per token",
+            f"perplexity      {results['perplexity']:,.2f}",
+            f"bits per byte   {results['bits_per_byte']:.4f}",
+            f"scored          {results['tokens']:,} tokens, {results['bytes']:,} bytes of text",
+            f"window          context {results['context']:,}, stride {results['stride']:,}",
+            f"speed           {results['tokens_per_s']:,.0f} tokens/s ({where})",
         ]
     )
 
@@ -190,8 +191,8 @@ def _load_run_text(run: Run, tokenizer: BaseTokenizer, options: Options) -> Scor
     from fastgpt.training.run_folder import find_data, read_run
 
     _, recipe = read_run(run.path)
-    found = find_data(run.path, recipe)
-    data, val_data = found["data"], found["val_data"]
+    files = find_data(run.path, recipe)
+    data, val_data = files["data"], files["val_data"]
     if not data:
         raise UsageError(f"{run.path} does not record its training data; name a text with --data")
     sha256 = run.checkpoint.data_sha256
@@ -202,13 +203,13 @@ def _load_run_text(run: Run, tokenizer: BaseTokenizer, options: Options) -> Scor
 
 
 def _evaluate_task(options: Options, model: GPT, tokenizer: BaseTokenizer) -> dict[str, Any]:
-    from fastgpt.evaluation.tasks import TASKS, ask
+    from fastgpt.evaluation.tasks import TASKS, evaluate_task
 
     path = Path(options.data or "")
     questions = TASKS[options.task].read(path, options.limit)
     precision, began = _precision(options, model), time.perf_counter()
     with precision.autocast():
-        figures = ask(
+        metrics = evaluate_task(
             options.task,
             questions,
             model,
@@ -219,7 +220,7 @@ def _evaluate_task(options: Options, model: GPT, tokenizer: BaseTokenizer) -> di
         )
     return {
         **_head(options, str(path)),
-        **figures,
+        **metrics,
         "questions": len(questions),
         "seconds": time.perf_counter() - began,
         **_tail(options, precision),
@@ -250,15 +251,11 @@ def _tail(options: Options, precision: Precision) -> dict[str, Any]:
     return {"batch_size": options.batch_size, "dtype": precision.name, "device": device}
 
 
-def _figures(found: dict[str, Any]) -> list[str]:
-    return [name for name in found if name.startswith(("acc", "perplexity"))]
-
-
-def _finite(found: dict[str, Any]) -> dict[str, Any]:
+def _finite(results: dict[str, Any]) -> dict[str, Any]:
     """Replace NaN and infinities by None, as JSON cannot represent them."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in found.items()
+        for name, value in results.items()
     }
 
 

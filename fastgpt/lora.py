@@ -78,7 +78,7 @@ def add_lora(model: GPT, lora: Lora) -> None:
             block.mlp = LoraMLP(block.mlp, lora)
 
 
-def merged(tensors: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
+def merge_lora(tensors: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
     """Merge the LoRA matrices in a model's tensors and return the weights of the plain model."""
     plain = dict(tensors)
     for layer in [name.removesuffix(f".{A}") for name in tensors if name.endswith(f".{A}")]:

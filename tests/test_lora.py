@@ -14,7 +14,7 @@ from fastgpt import GPT, GPTConfig, Recipe, Trainer
 from fastgpt.checkpoint.load import CheckpointError, find_checkpoint
 from fastgpt.inference.engine import Engine
 from fastgpt.inference.generation import generate
-from fastgpt.lora import Lora, LoraAttention, LoraMLP, add_lora, merged
+from fastgpt.lora import Lora, LoraAttention, LoraMLP, add_lora, merge_lora
 from fastgpt.ops import cpu, products
 from fastgpt.training.memory_estimate import Setup, estimate
 from fastgpt.training.optimizer import Updater, trainable
@@ -45,7 +45,7 @@ def adapted(config: GPTConfig, lora: Lora, ops: str = "native") -> GPT:
 def plain(model: GPT, lora: Lora) -> GPT:
     """Return the plain model with the LoRA matrices merged into the weights."""
     result = GPT(model.config, "native")
-    result.load_state_dict(merged(model.state_dict(), lora))
+    result.load_state_dict(merge_lora(model.state_dict(), lora))
     return result
 
 
@@ -85,7 +85,7 @@ def test_its_gradients_are_those_of_the_merged_weights(targets: Any, backend: st
     wide = {n: p.detach().double() for n, p in model.named_parameters()}
     leaves = {n: wide[n].requires_grad_() for n in trainable(model)}
     truth = GPT(config, "reference").double()
-    functional_call(truth, merged(wide, lora), (ids, ids.roll(-1, 1))).backward()
+    functional_call(truth, merge_lora(wide, lora), (ids, ids.roll(-1, 1))).backward()
     for name, leaf in leaves.items():
         found = model.get_parameter(name).grad
         assert found is not None

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastgpt.lora import Lora, merged
+from fastgpt.lora import Lora, merge_lora
 from fastgpt.model import GPT, GPTConfig, meta_model, meta_weights
 from fastgpt.tokenizer import BaseTokenizer, load_tokenizer
 from fastgpt.utils.errors import UsageError
@@ -96,7 +96,7 @@ class Checkpoint:
         """
         tensors = self.model_tensors(ema=ema)
         if self.lora is not None:
-            tensors = merged(tensors, self.lora)
+            tensors = merge_lora(tensors, self.lora)
         expected = meta_weights(self.config)
         check_matching(self.path / (EMA if ema else MODEL), tensors, expected)
         return tensors

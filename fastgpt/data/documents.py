@@ -40,7 +40,11 @@ def find_sources(inputs: str | Path | Iterable[str | Path]) -> list[Path]:
     sources: list[Path] = []
     for path in map(Path, [inputs] if isinstance(inputs, str | Path) else inputs):
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if _kind(p) in TEXT_SUFFIXES and p.is_file())
+            found = sorted(
+                p
+                for p in path.rglob("*")
+                if uncompressed_suffix(p) in TEXT_SUFFIXES and p.is_file()
+            )
             if not found:
                 raise UsageError(f"folder {path} contains no *{', *'.join(TEXT_SUFFIXES)} file")
             sources += found
@@ -70,22 +74,28 @@ def read_documents(path: Path, field: str, advance: Advance = lambda n: None) ->
 
     Raises: UsageError that names the file and the position of an error.
     """
-    if _kind(path) == ".parquet":
-        return _parquet(path, field, advance)
-    if _kind(path) == ".jsonl":
-        return _json_lines(path, field, advance)
-    if _kind(path) == ".json":
-        return _json_list(path, field, advance)
-    return _text(path, advance)
+    suffix = uncompressed_suffix(path)
+    if suffix in (".jsonl", ".parquet"):
+        records = read_records(path, field, advance)
+        texts = (_field_of(record, field, place) for place, record in records)
+        return ((text, True) for text in texts if text)
+    return _json_list(path, field, advance) if suffix == ".json" else _text(path, advance)
 
 
-def read_json_lines(path: Path, advance: Advance = lambda n: None) -> Iterator[tuple[str, Any]]:
-    """Yield `(place, value)` for each line of a ``.jsonl`` or ``.jsonl.gz`` file.
+def read_records(
+    path: Path, field: str | None = None, advance: Advance = lambda n: None
+) -> Iterator[tuple[str, Any]]:
+    """Yield `(place, value)` for each row of a ``.parquet`` table or each line of JSON.
 
-    `place` names the file and the line for error messages. Empty lines are skipped.
+    `place` names the file and the line or row for error messages. JSON lines may be compressed,
+    with ``.gz`` at the end of the name; empty lines are skipped. field: the only column of a table
+    that is read.
 
-    Raises: UsageError that names the line with an error.
+    Raises: UsageError that names the line or row with an error.
     """
+    if uncompressed_suffix(path) == ".parquet":
+        yield from _parquet_rows(path, field, advance)
+        return
     with open_counted(path, advance) as file:
         for number, line in enumerate(file, 1):
             if number == 1:
@@ -93,6 +103,11 @@ def read_json_lines(path: Path, advance: Advance = lambda n: None) -> Iterator[t
             if line.strip():
                 place = f"{path}, line {number}"
                 yield place, _parse_json(line, place)
+
+
+def uncompressed_suffix(path: Path) -> str:
+    """Return the suffix of a file name, ignoring ``.gz`` at its end."""
+    return Path(path.name.removesuffix(".gz")).suffix
 
 
 def split_documents(text: str) -> list[str]:
@@ -149,12 +164,6 @@ def _text(path: Path, advance: Advance) -> Iterator[Piece]:
         yield "", True
 
 
-def _json_lines(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
-    for place, item in read_json_lines(path, advance):
-        if text := _field_of(item, field, place):
-            yield text, True
-
-
 def _json_list(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
     with open_counted(path, advance) as file:
         items = _parse_json(file.read().removeprefix(codecs.BOM_UTF8), str(path))
@@ -166,7 +175,12 @@ def _json_list(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
             yield text, True
 
 
-def _parquet(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
+def _parquet_rows(path: Path, field: str | None, advance: Advance) -> Iterator[tuple[str, Any]]:
+    if path.suffix == ".gz":
+        raise UsageError(
+            f"{path}: parquet files are compressed internally and cannot be read with .gz; first "
+            "decompress it with gunzip"
+        )
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -174,17 +188,15 @@ def _parquet(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
         raise UsageError(f"{path}: reading parquet files requires: pip install pyarrow") from None
     try:
         with ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
+            if field is not None and field not in file.schema_arrow.names:
                 raise _no_field(str(path), field, file.schema_arrow.names)
-            size, n_rows, row = path.stat().st_size, max(1, file.metadata.num_rows), 0
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                for text in batch.column(0).to_pylist():
-                    if not isinstance(text, str):
-                        raise _no_text(f"{path}, row {row}", field, text)
-                    if text:
-                        yield text, True
-                    row += 1
-                advance(size * row // n_rows - size * (row - batch.num_rows) // n_rows)
+            size, n_rows, number = path.stat().st_size, max(1, file.metadata.num_rows), 0
+            columns = None if field is None else [field]
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for row in batch.to_pylist():
+                    yield f"{path}, row {number}", row
+                    number += 1
+                advance(size * number // n_rows - size * (number - batch.num_rows) // n_rows)
     except (ArrowException, OSError) as error:
         raise UsageError(f"{path} cannot be read as a parquet file: {error}") from None
 
@@ -219,7 +231,3 @@ def _no_field(place: str, field: str, fields: Iterable[str]) -> UsageError:
 
 def _no_text(place: str, field: str, value: Any) -> UsageError:
     return UsageError(f"{place}: field {field!r} must be a string, not {value!r:.40}")
-
-
-def _kind(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix

@@ -47,7 +47,9 @@ def pairs(question: Question) -> list[tuple[str, str]]:
     return [(question.context, f" {ending}") for ending in question.endings]
 
 
-def figures(questions: Sequence[Question], found: Iterator[LogLikelihood]) -> dict[str, float]:
+def compute_metrics(
+    questions: Sequence[Question], found: Iterator[LogLikelihood]
+) -> dict[str, float]:
     """Return ``acc`` and ``acc_norm``, fractions of 1, each with its standard error.
 
     found: the log-likelihoods of the `pairs` of all questions, in order.

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastgpt.data.documents import uncompressed_suffix
 from fastgpt.evaluation.log_likelihood import LogLikelihood
 from fastgpt.evaluation.task_files import read_items, read_lines, standard_error, text_of
 from fastgpt.utils.errors import UsageError
@@ -35,7 +36,7 @@ def read(path: Path, limit: int | None = None) -> list[Passage]:
 
     Raises: UsageError with the file and the line of an invalid passage.
     """
-    if path.name.removesuffix(".gz").endswith(".txt"):
+    if uncompressed_suffix(path) == ".txt":
         return [_passage(place, line) for place, line in read_lines(path, limit)]
     items = read_items(path, limit)
     return [_passage(place, text_of(item, "text", place)) for place, item in items]
@@ -46,7 +47,9 @@ def pairs(passage: Passage) -> list[tuple[str, str]]:
     return [(passage.context, f" {passage.word}")]
 
 
-def figures(passages: Sequence[Passage], found: Iterator[LogLikelihood]) -> dict[str, float]:
+def compute_metrics(
+    passages: Sequence[Passage], found: Iterator[LogLikelihood]
+) -> dict[str, float]:
     """Return ``acc``, a fraction of 1, with its standard error, and ``perplexity``.
 
     found: the log-likelihoods of the `pairs` of all passages, in order.

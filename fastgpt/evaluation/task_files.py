@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastgpt.data.documents import read_json_lines
+from fastgpt.data.documents import read_records
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.text_files import read_blocks
 
@@ -23,8 +23,7 @@ def read_items(path: Path, limit: int | None = None) -> Iterator[tuple[str, Any]
 
     Raises: UsageError if the file cannot be read or is empty.
     """
-    rows = _rows(path) if path.suffix == ".parquet" else read_json_lines(path)
-    return _some(path, rows, limit)
+    return _first(path, read_records(path), limit)
 
 
 def read_lines(path: Path, limit: int | None = None) -> Iterator[tuple[str, str]]:
@@ -32,7 +31,7 @@ def read_lines(path: Path, limit: int | None = None) -> Iterator[tuple[str, str]
     text = b"".join(read_blocks(path)).decode()
     numbered = enumerate(text.split("\n"), 1)
     lines = ((f"{path}, line {number}", line) for number, line in numbered if line.strip())
-    return _some(path, lines, limit)
+    return _first(path, lines, limit)
 
 
 def text_of(item: Any, field: str, place: str) -> str:
@@ -51,7 +50,7 @@ def standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def _some(path: Path, items: Iterator[Any], limit: int | None) -> Iterator[Any]:
+def _first(path: Path, items: Iterator[Any], limit: int | None) -> Iterator[Any]:
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, not {limit}")
     empty = True
@@ -60,20 +59,3 @@ def _some(path: Path, items: Iterator[Any], limit: int | None) -> Iterator[Any]:
         yield item
     if empty:
         raise UsageError(f"{path} is empty: it contains no questions")
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise UsageError(f"{path}: reading parquet files requires: pip install pyarrow") from None
-    try:
-        with ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    yield f"{path}, row {number}", row
-                    number += 1
-    except (ArrowException, OSError) as error:
-        raise UsageError(f"{path} cannot be read as a parquet file: {error}") from None

@@ -28,14 +28,16 @@ class Task(Protocol):
     def pairs(self, question: Any) -> list[tuple[str, str]]:
         """Return the pairs of context and continuation to be scored for a question."""
 
-    def figures(self, questions: Sequence[Any], found: Iterator[LogLikelihood]) -> dict[str, float]:
+    def compute_metrics(
+        self, questions: Sequence[Any], found: Iterator[LogLikelihood]
+    ) -> dict[str, float]:
         """Return the metrics by name; `found` yields the scores of all pairs, in order."""
 
 
 TASKS: dict[str, Task] = {"hellaswag": hellaswag, "lambada": lambada}
 
 
-def ask(
+def evaluate_task(
     name: str,
     questions: Sequence[Any],
     model: GPT,
@@ -61,7 +63,7 @@ def ask(
     ]
     with CountProgress("answers", len(encoded), progress) as bar:
         found = log_likelihoods(model, encoded, batch_size=batch_size, advance=bar.advance)
-    return task.figures(questions, iter(found))
+    return task.compute_metrics(questions, iter(found))
 
 
 def encode_pair(

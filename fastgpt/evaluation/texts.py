@@ -16,7 +16,12 @@ from typing import Literal
 import numpy as np
 
 from fastgpt.data.corpus import PACKAGED, Tokens, load_corpus, read_text
-from fastgpt.data.documents import cut_at_pieces, read_documents, split_documents
+from fastgpt.data.documents import (
+    cut_at_pieces,
+    read_documents,
+    split_documents,
+    uncompressed_suffix,
+)
 from fastgpt.data.token_files import Ids
 from fastgpt.evaluation.log_likelihood import Advance, Scores, perplexity
 from fastgpt.model import GPT
@@ -127,11 +132,11 @@ def load_text(
 ) -> ScoredText:
     """Load and tokenize a text: a file, a folder of tokens, or the name of a packaged text.
 
-    A file is UTF-8 text, .jsonl, .json or .parquet (their field ``text``), also with .gz. The whole
-    file is used unless `part` is given: then the last tenth of the characters of a plain text is
-    the validation part, as in training. Folders (of `fastgpt.prepare`, nanoGPT, llm.c) have a
-    training and a validation part, and packaged texts are split like files; both use the validation
-    part unless `part` is "train". max_tokens: the maximum number of tokens to load.
+    A file is UTF-8 text, .jsonl, .json or .parquet (their field ``text``); all except .parquet also
+    with .gz. The whole file is used unless `part` is given: then the last tenth of the characters
+    of a plain text is the validation part, as in training. Folders (of `fastgpt.prepare`, nanoGPT,
+    llm.c) have a training and a validation part, and packaged texts are split like files; both use
+    the validation part unless `part` is "train". max_tokens: the maximum number of tokens to load.
 
     Raises: UsageError with the file and the position of the error.
     """
@@ -166,8 +171,7 @@ def _read_file(path: Path, tokenizer: BaseTokenizer, advance: Advance) -> Iterat
 
     For a tokenizer without an <|endoftext|> token, that string in a text file is ordinary text.
     """
-    kind = Path(path.name.removesuffix(".gz")).suffix
-    if tokenizer.eot_token is None and kind not in FORMATS:
+    if tokenizer.eot_token is None and uncompressed_suffix(path) not in FORMATS:
         for block in cut_at_pieces(read_blocks(path, advance=advance)):
             yield block.decode()
         return

@@ -11,7 +11,7 @@ import torch
 
 from fastgpt.data.corpus import gather
 from fastgpt.inference.generation import generate
-from fastgpt.lora import merged
+from fastgpt.lora import merge_lora
 from fastgpt.model import GPT, meta_model
 from fastgpt.training.distributed import reshard
 from fastgpt.training.step import Learner
@@ -71,7 +71,7 @@ def unsharded_model(learner: Learner) -> GPT:
     model = meta_model(learner.config, learner.recipe.ops)
     tensors = learner.model_tensors()
     if learner.lora:
-        tensors = merged(tensors, learner.lora)
+        tensors = merge_lora(tensors, learner.lora)
     model.load_state_dict(tensors, assign=True)
     return model
 

@@ -98,6 +98,9 @@ def test_parquet(tmp_path: Path) -> None:
     for field, message in (("text", "no field 'text'.*it has: id, story"), ("id", "row 0: ")):
         with pytest.raises(UsageError, match=message):
             read(path, field)
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(UsageError, match=r"a\.parquet\.gz: parquet files .* with gunzip"):
+        read(tmp_path / "a.parquet.gz")
     path.write_bytes(b"PAR1 not really")
     with pytest.raises(UsageError, match=r"a\.parquet cannot be read as a parquet file"):
         read(path)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from fastgpt import lm_eval
 from fastgpt.evaluation import hellaswag, lambada
 from fastgpt.evaluation.log_likelihood import log_likelihoods
-from fastgpt.evaluation.tasks import ask
+from fastgpt.evaluation.tasks import evaluate_task
 from fastgpt.model import GPT
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.utils import cli
@@ -118,7 +118,7 @@ def test_the_harness_finds_the_same_with_our_model_as_we_do(
     folder, model, tokenizer = taught
     found = ask_harness(folder, "fastgpt", batch_size=3)
     for name, module in {"hellaswag": hellaswag, "lambada": lambada}.items():
-        ours = ask(name, module.read(folder / f"{name}.jsonl"), model, tokenizer)
+        ours = evaluate_task(name, module.read(folder / f"{name}.jsonl"), model, tokenizer)
         theirs = found["figures"][f"our_{name}"]
         for figure, value in ours.items():
             if not figure.endswith("_stderr"):

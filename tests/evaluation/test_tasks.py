@@ -14,7 +14,7 @@ from fastgpt.evaluation import hellaswag, lambada
 from fastgpt.evaluation.hellaswag import Question
 from fastgpt.evaluation.log_likelihood import LogLikelihood
 from fastgpt.evaluation.task_files import standard_error
-from fastgpt.evaluation.tasks import ask, encode_pair
+from fastgpt.evaluation.tasks import encode_pair, evaluate_task
 from fastgpt.model import GPT
 from fastgpt.tokenizer import CharTokenizer, Tokenizer
 from fastgpt.utils.errors import UsageError
@@ -47,7 +47,7 @@ def test_a_question_is_cleaned_as_in_the_harness(tmp_path: Path) -> None:
 def test_acc_is_of_sums_and_acc_norm_of_characters() -> None:
     questions = [Question("c", ("ab", "abcdefgh"), 0), Question("c", ("ab", "éé"), 1)]
     found = [LogLikelihood(total, False) for total in (-2.0, -4.0, -3.0, -2.9)]
-    figures = hellaswag.figures(questions, iter(found))
+    figures = hellaswag.compute_metrics(questions, iter(found))
     assert figures["acc"] == 1.0  # -2 over -4, -2.9 over -3
     assert figures["acc_norm"] == 0.5  # -0.5 over -1: wrong; "éé" counts as two, not as four
     assert figures["acc_norm_stderr"] == standard_error([0, 1]) == 0.5
@@ -59,7 +59,7 @@ def test_hellaswag_is_what_one_ending_at_a_time_gives(
 ) -> None:
     model, tokenizer = taught
     questions = hellaswag.read(write_lines(tmp_path / "q.jsonl", hellaswag_items()))
-    found = ask("hellaswag", questions, model, tokenizer)
+    found = evaluate_task("hellaswag", questions, model, tokenizer)
     right = []
     for question in questions:
         losses = []
@@ -93,7 +93,7 @@ def test_lambada_scores_the_last_word_with_its_space(
     passages = lambada.read(write_lines(tmp_path / "p.jsonl", items))
     assert [f"{p.context} {p.word}" for p in passages] == [item["text"] for item in items]
     assert all(" " not in p.word for p in passages)
-    found = ask("lambada", passages, model, tokenizer, batch_size=3)
+    found = evaluate_task("lambada", passages, model, tokenizer, batch_size=3)
     nats = []
     for context, word in passages:
         ids = tokenizer.encode(f"{context} {word}")[-65:]
@@ -118,6 +118,10 @@ def test_the_hubs_tables_are_read_too(tmp_path: Path) -> None:
     parquet.write_table(pa.Table.from_pylist(items), tmp_path / "q.parquet")
     expected = hellaswag.read(write_lines(tmp_path / "q.jsonl", hellaswag_items()))
     assert hellaswag.read(tmp_path / "q.parquet") == expected
+    assert hellaswag.read(tmp_path / "q.parquet", 7) == expected[:7]
+    (tmp_path / "q.parquet").rename(tmp_path / "q.parquet.gz")
+    with pytest.raises(UsageError, match=r"q\.parquet\.gz: parquet files .* with gunzip"):
+        hellaswag.read(tmp_path / "q.parquet.gz")
 
 
 @pytest.mark.parametrize(
