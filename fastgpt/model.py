@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from fastgpt import ops as backends
 
 if TYPE_CHECKING:
     from fastgpt.inference.engine import Engine
+    from fastgpt.inference.generation import GenerationSettings
     from fastgpt.inference.kv_cache import KVCache, StepCache
     from fastgpt.inference.quantization import Dtype
     from fastgpt.inference.session import GenerationRequest, TorchSession
@@ -146,11 +147,13 @@ class GPT(nn.Module):
         head = self.head_weight
         return self._backend.linear_cross_entropy(hidden, head, targets)  # type: ignore[no-any-return]
 
-    def generate(self, ids: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
+    def generate(
+        self, ids: Tensor, max_new_tokens: int, **settings: "Unpack[GenerationSettings]"
+    ) -> Tensor:
         """Continue `ids` `[B, T]` by sampling; see `fastgpt.inference.generation.generate`."""
         from fastgpt.inference.generation import generate  # a higher layer: imported on use
 
-        return generate(self, ids, max_new_tokens, **sampling)
+        return generate(self, ids, max_new_tokens, **settings)
 
     def start_session(self, request: "GenerationRequest") -> "TorchSession":
         """Start generating one token at a time; see `fastgpt.inference.session`."""

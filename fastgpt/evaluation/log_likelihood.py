@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.data.token_files import Ids, ShardedIds
+from fastgpt.inference.sampling import check_prompts
 from fastgpt.model import GPT, eval_mode
 
 Tokens: TypeAlias = Sequence[int] | Ids | ShardedIds | Tensor
@@ -225,7 +226,7 @@ def _last_hidden(model: GPT, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
     inputs = np.zeros((len(rows), longest), np.int64)
     places, targets = [], []
     for number, (ids, n_scored) in enumerate(rows):
-        _check_ids(ids, model.config.vocab_size)
+        check_prompts(torch.from_numpy(ids)[None], model.config.vocab_size)
         last = len(ids) - 1
         inputs[number, :last] = ids[:-1]
         places.append(number * longest + np.arange(last - n_scored, last))
@@ -256,10 +257,3 @@ def _token_log_probs(
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _check_ids(ids: NDArray[np.int64], vocab_size: int) -> None:
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        wrong = low if low < 0 else high
-        raise ValueError(f"token id {wrong} is outside the model's vocabulary of {vocab_size}")

@@ -11,12 +11,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
 
 from fastgpt.inference import generation, quantization
+from fastgpt.inference.generation import GenerationSettings
 from fastgpt.inference.quantization import GROUP, Dtype, EngineWeights
 from fastgpt.inference.sampling import Sampler, check_prompts
 from fastgpt.inference.session import GenerationRequest
@@ -107,18 +108,17 @@ class Engine:
 
     def save(self, path: str | Path) -> None:
         """Save the rounded weights to a new safetensors file, for `Engine.load`."""
-        names = quantization.weight_names(self.config)
         tensors: dict[str, quantization.Weight] = {}
-        for name in names.matrices:
-            stored = self._core.matrix(name)
-            tensors[name] = (
-                quantization.as_tensors(stored, quantization.bits(name, self.dtype))
-                if isinstance(stored, tuple)
-                else torch.from_numpy(stored)
-            )
-        for name, shape in names.vectors.items():
-            vector = torch.from_numpy(self._core.vector(name))
-            tensors[name] = vector[: math.prod(shape)].view(shape)
+        for name, shape in quantization.weight_shapes(self.config).items():
+            if not quantization.is_matrix(name):
+                vector = torch.from_numpy(self._core.vector(name))
+                tensors[name] = vector[: math.prod(shape)].view(shape)
+            elif isinstance(matrix := self._core.matrix(name), tuple):
+                tensors[name] = quantization.as_tensors(
+                    *matrix, quantization.bits(name, self.dtype)
+                )
+            else:
+                tensors[name] = torch.from_numpy(matrix)
         weights = EngineWeights(self.config, self.dtype, self.group, tensors)
         quantization.save(Path(path), weights)
 
@@ -146,11 +146,15 @@ class Engine:
         rows = [torch.from_numpy(self._core.logits(row)) for row in ids.tolist()]
         return torch.stack(rows)
 
-    def generate(self, ids: Tensor, max_new_tokens: int, **settings: Any) -> Tensor:
+    def generate(
+        self, ids: Tensor, max_new_tokens: int, **settings: Unpack[GenerationSettings]
+    ) -> Tensor:
         """Continue `ids` `[B, T]`; see `fastgpt.inference.generation.generate`."""
         return generation.generate(self, ids, max_new_tokens, **settings)
 
-    def stream(self, ids: Tensor, max_new_tokens: int, **settings: Any) -> Iterator[Tensor]:
+    def stream(
+        self, ids: Tensor, max_new_tokens: int, **settings: Unpack[GenerationSettings]
+    ) -> Iterator[Tensor]:
         """Yield the new tokens of `ids`; see `fastgpt.inference.generation.stream`."""
         return generation.stream(self, ids, max_new_tokens, **settings)
 

@@ -36,36 +36,42 @@ class Completion:
     finish: Literal["length", "stop"] = "length"
 
 
+class GenerationSettings(Sampling, total=False):
+    """The keyword arguments of `generate` and `stream`, in addition to those of `Sampler`.
+
+    n: number of continuations of each row (default 1), in consecutive rows of the result; each
+    prompt is processed once.
+    seed: row i of the result draws from its own generator, seeded with `seed + i`, or with
+    `seed[i]` of a list, independently of the rest of the batch; None (default) draws fresh seeds.
+    stop_token: ends a row; the rest of the row is filled with it.
+    use_cache: if False, the whole window is recomputed for each token, which is the reference
+    implementation of the key/value cache (of a `GPT` only).
+    """
+
+    n: int
+    seed: int | Sequence[int] | None
+    stop_token: int | None
+    use_cache: bool
+
+
 def generate(
     model: "GPT | Engine",
     ids: Tensor,
     max_new_tokens: int,
-    *,
-    n: int = 1,
-    seed: int | Sequence[int] | None = None,
-    stop_token: int | None = None,
-    use_cache: bool = True,
-    **sampling: Unpack[Sampling],
+    **settings: Unpack[GenerationSettings],
 ) -> Tensor:
     """Continue each row of `ids` and return prompt and continuation, int64 `[B·n, T + new]`.
 
     model: a `GPT`, or an `Engine`.
     ids: int64 `[B, T]`, T at least 1. It may be longer than the context: the window slides.
-    n: number of continuations of each row, in consecutive rows of the result; each prompt is
-    processed once.
-    seed: row i of the result draws from its own generator, seeded with `seed + i`, or with
-    `seed[i]` of a list, independently of the rest of the batch; None draws fresh seeds.
-    stop_token: ends a row; the rest of the row is filled with it.
-    use_cache: if False, the whole window is recomputed for each token, which is the reference
-    implementation of the key/value cache (of a `GPT` only).
-    sampling: `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `presence_penalty`,
-    `frequency_penalty`; see `fastgpt.inference.sampling.Sampler`.
+    settings: `n`, `seed`, `stop_token`, `use_cache`, see `GenerationSettings`; `temperature`,
+    `top_k`, `top_p`, `min_p`, `repetition_penalty`, `presence_penalty`, `frequency_penalty`, see
+    `fastgpt.inference.sampling.Sampler`.
 
     Raises: ValueError for invalid arguments, with the valid range.
     """
-    sampler = Sampler(**sampling)
-    request = GenerationRequest(ids, max_new_tokens, sampler, seed, n, stop_token, use_cache)
-    new, prompts = list(_stream(model, ids, request)), ids.repeat_interleave(n, 0)
+    new = list(_stream(model, ids, max_new_tokens, **settings))
+    prompts = ids.repeat_interleave(settings.get("n", 1), 0)
     return torch.cat([prompts, torch.stack(new, dim=1).to(ids.device)], dim=1) if new else prompts
 
 
@@ -73,17 +79,10 @@ def stream(
     model: "GPT | Engine",
     ids: Tensor,
     max_new_tokens: int,
-    *,
-    n: int = 1,
-    seed: int | Sequence[int] | None = None,
-    stop_token: int | None = None,
-    use_cache: bool = True,
-    **sampling: Unpack[Sampling],
+    **settings: Unpack[GenerationSettings],
 ) -> Iterator[Tensor]:
     """Yield the new tokens one position at a time, int64 `[B·n]`; arguments as for `generate`."""
-    sampler = Sampler(**sampling)
-    request = GenerationRequest(ids, max_new_tokens, sampler, seed, n, stop_token, use_cache)
-    steps = _stream(model, ids, request)
+    steps = _stream(model, ids, max_new_tokens, **settings)
     return (tokens.to(ids.device) for tokens in steps)
 
 
@@ -174,14 +173,26 @@ class _AsyncCopy:
         return values
 
 
-def _stream(model: "GPT | Engine", ids: Tensor, request: GenerationRequest) -> Iterator[Tensor]:
-    """Yield the tokens of a request for the prompts `ids` `[B, T]`, on the model's device.
+def _stream(
+    model: "GPT | Engine",
+    ids: Tensor,
+    max_new_tokens: int,
+    *,
+    n: int = 1,
+    seed: int | Sequence[int] | None = None,
+    stop_token: int | None = None,
+    use_cache: bool = True,
+    **sampling: Unpack[Sampling],
+) -> Iterator[Tensor]:
+    """Implement `stream`, with the tokens on the model's device.
 
     Arguments are checked here rather than at the first step, as this is not a generator.
     """
     check_prompts(ids, model.config.vocab_size)
+    sampler = Sampler(**sampling)
+    request = GenerationRequest(ids, max_new_tokens, sampler, seed, n, stop_token, use_cache)
     steps = _steps(model.start_session(request))
-    return steps if request.stop_token is None else _until_all_end(steps, request.stop_token)
+    return steps if stop_token is None else _until_all_end(steps, stop_token)
 
 
 def _steps(session: GenerationSession, with_logprobs: bool = False) -> Iterator[Tensor]:

@@ -45,20 +45,15 @@ class QuantizationError(UsageError, ValueError):
     """Raised if a file of engine weights is missing, damaged or of another kind."""
 
 
-@dataclass(frozen=True)
-class Names:
-    """The shapes of a model's weights by name: the matrices of products, and all others."""
-
-    matrices: dict[str, tuple[int, int]]
-    vectors: dict[str, tuple[int, ...]]
+def weight_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's weights by name, as in its `state_dict`."""
+    return {name: tuple(weight.shape) for name, weight in meta_weights(config).items()}
 
 
-def weight_names(config: GPTConfig) -> Names:
-    """Return the names and shapes of a model's weights, as in its `state_dict`."""
-    shapes = {name: tuple(t.shape) for name, t in meta_weights(config).items()}
-    matrices = {n: s for n, s in shapes.items() if len(s) == 2 and n != "wpe.weight"}
-    vectors = {n: s for n, s in shapes.items() if n not in matrices}
-    return Names(matrices, vectors)
+def is_matrix(name: str) -> bool:
+    """Return whether a weight is the matrix of a product; the position table is not."""
+    linear = ".c_" in name and name.endswith(".weight")
+    return linear or name in ("wte.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -89,11 +84,10 @@ def round_weights(
     Raises: ValueError for an unknown dtype or group, and on access for non-finite weights.
     """
     check(dtype, group)
-    matrices = weight_names(config).matrices
 
     def convert(name: str) -> Weight:
         plain = tensors[name]().detach().to("cpu", torch.float32).contiguous()
-        if name not in matrices or dtype not in ("int8", "int4"):
+        if not is_matrix(name) or dtype not in ("int8", "int4"):
             return plain
         return quantize(plain, bits(name, dtype), group, threads, name)
 
@@ -134,19 +128,16 @@ def quantize(
     """
     dtype = "int8" if n_bits == 8 else "int4"
     rounded = _C.quantize(weight.contiguous(), weight.size(0), dtype, group, threads, name)
-    return as_tensors(rounded, n_bits)
+    return as_tensors(*rounded, n_bits)
 
 
 def as_tensors(
-    rounded: tuple[NDArray[np.uint8], NDArray[np.float32]], n_bits: int
+    integers: NDArray[np.uint8], scales: NDArray[np.float32], n_bits: int
 ) -> tuple[Tensor, Tensor]:
     """Convert a matrix quantized by the compiled module to the tensors described in `quantize`."""
-    integers, scales = map(torch.from_numpy, rounded)
-    return (
-        (integers.view(torch.int8), scales[:, 0].contiguous())
-        if n_bits == 8
-        else (integers, scales)
-    )
+    if n_bits == 8:
+        return torch.from_numpy(integers.view(np.int8)), torch.from_numpy(scales[:, 0].copy())
+    return torch.from_numpy(integers), torch.from_numpy(scales)
 
 
 def dequantize(integers: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -172,10 +163,9 @@ def save(path: Path, weights: EngineWeights) -> None:
     Raises: UsageError if the file cannot be written.
     """
     stored: dict[str, Tensor] = {}
-    matrices = weight_names(weights.config).matrices
     for name, weight in weights.tensors.items():
         if isinstance(weight, Tensor):
-            narrow = weights.dtype == "bfloat16" and name in matrices
+            narrow = weights.dtype == "bfloat16" and is_matrix(name)
             stored[name] = weight.to(torch.bfloat16) if narrow else weight.contiguous()
         else:
             stored[name], stored[f"{name}.scales"] = weight
@@ -203,8 +193,8 @@ def load(path: Path) -> EngineWeights:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise QuantizationError(f"{path} cannot be read: {error}") from None
-    names = weight_names(config)
-    expected = _expected(names, dtype, group)
+    shapes = weight_shapes(config)
+    expected = _expected(shapes, dtype, group)
     for name, required in expected.items():
         if name not in stored:
             raise QuantizationError(f"{path}: {name} is missing")
@@ -214,7 +204,7 @@ def load(path: Path) -> EngineWeights:
     if unknown := sorted(stored.keys() - expected.keys()):
         raise QuantizationError(f"{path}: {unknown[0]} is not a weight of this model")
     tensors: dict[str, Weight] = {}
-    for name in (*names.matrices, *names.vectors):
+    for name in shapes:
         scales = stored.get(f"{name}.scales")
         tensors[name] = stored[name].float() if scales is None else (stored[name], scales)
     return EngineWeights(config, dtype, group, tensors)
@@ -239,20 +229,20 @@ def _read_about(path: Path, metadata: dict[str, str] | None) -> tuple[GPTConfig,
 
 
 def _expected(
-    names: Names, dtype: str, group: int
+    shapes: Mapping[str, tuple[int, ...]], dtype: Dtype, group: int
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return the expected dtype and shape of each tensor in a file."""
-    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        name: (torch.float32, shape) for name, shape in names.vectors.items()
-    }
-    for name, (rows, columns) in names.matrices.items():
-        if dtype in ("float32", "bfloat16"):
-            expected[name] = (getattr(torch, dtype), (rows, columns))
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        if not is_matrix(name):
+            expected[name] = (torch.float32, shape)
+        elif dtype in ("float32", "bfloat16"):
+            expected[name] = (getattr(torch, dtype), shape)
         elif bits(name, dtype) == 8:
-            expected[name] = (torch.int8, (rows, columns))
-            expected[f"{name}.scales"] = (torch.float32, (rows,))
+            expected[name] = (torch.int8, shape)
+            expected[f"{name}.scales"] = (torch.float32, shape[:1])
         else:
-            groups = math.ceil(columns / group)
-            expected[name] = (torch.uint8, (rows, groups * group // 2))
-            expected[f"{name}.scales"] = (torch.float32, (rows, groups))
+            groups = math.ceil(shape[1] / group)
+            expected[name] = (torch.uint8, (shape[0], groups * group // 2))
+            expected[f"{name}.scales"] = (torch.float32, (shape[0], groups))
     return expected

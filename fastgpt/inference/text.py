@@ -30,32 +30,28 @@ class GeneratedText:
     completion: Completion
 
 
+class TextSettings(Sampling, total=False):
+    """The keyword arguments of `generate`, which are those of `stream_text`."""
+
+    stop: Sequence[str]
+    seed: int | None
+    errors: Literal["strict", "ignore"]
+
+
 def generate(
     model: GPT | Engine,
     tokenizer: BaseTokenizer,
     prompt: str,
     max_new_tokens: int,
-    *,
-    stop: Sequence[str] = (),
-    seed: int | None = None,
-    errors: Literal["strict", "ignore"] = "strict",
-    **sampling: Unpack[Sampling],
+    **settings: Unpack[TextSettings],
 ) -> str:
     """Return the continuation of a prompt, without the prompt; also called `fastgpt.generate`.
 
-    The arguments are those of `generate_texts`.
+    settings: `stop`, `seed`, `errors` and the sampling settings, as for `generate_texts`.
 
     Raises: ValueError for invalid arguments.
     """
-    return "".join(
-        stream_text(
-            *(model, tokenizer, prompt, max_new_tokens),
-            stop=stop,
-            seed=seed,
-            errors=errors,
-            **sampling,
-        )
-    )
+    return "".join(stream_text(model, tokenizer, prompt, max_new_tokens, **settings))
 
 
 def generate_texts(
