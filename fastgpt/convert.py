@@ -15,7 +15,7 @@ from fastgpt.utils.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastgpt.interop.foreign import Foreign
+    from fastgpt.interop.external import ExternalModel
     from fastgpt.model import GPT
     from fastgpt.tokenizer import BaseTokenizer
 
@@ -63,7 +63,7 @@ def convert(source: str | Path, to: Kind, out: Path, precision: Precision = "f32
         `out` already exists, or if the written model differs from the source.
     """
     from fastgpt.interop import load, open_source
-    from fastgpt.interop.foreign import NoTokenizerError
+    from fastgpt.interop.external import NoTokenizerError
 
     if precision != "f32" and to != "gguf":
         raise UsageError(f"precision is for GGUF files only: {to} stores float32")
@@ -85,7 +85,7 @@ def convert(source: str | Path, to: Kind, out: Path, precision: Precision = "f32
 
 def _write(
     model: GPT, tokenizer: BaseTokenizer | None, to: Kind, out: Path, precision: Precision
-) -> Foreign:
+) -> ExternalModel:
     """Write a model in a format, and open the result."""
     from fastgpt.interop import gguf, hugging_face, nanogpt
 
@@ -101,7 +101,7 @@ def _write(
 
 def check_written(
     path: Path,
-    written: Foreign,
+    written: ExternalModel,
     model: GPT,
     tokenizer: BaseTokenizer | None,
     precision: Precision = "f32",

@@ -6,7 +6,7 @@ model computes what it computed before. After training, the weights can be merge
 ``W + scale · B A``, which gives a plain GPT.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any, Literal
@@ -101,16 +101,13 @@ class LoraAttention(Attention):
     ) -> tuple[Tensor, Tensor]:
         """See `Attention`."""
         normed, total = norm(x, residual, ops)
-        qkv = _rounded(self._linear(normed, self.c_attn, ops))  # [B, T, 3C]
+        qkv = _cast(_linear(normed, self.c_attn, self, ops))  # [B, T, 3C]
         if cache is None:
             y = ops.causal_attention(qkv, self.n_head, self.dropout if self.training else 0.0)
         else:
             y = cache.attend(qkv, self.n_head, ops)
-        y = self._linear(y, self.c_proj, ops)
+        y = _linear(y, self.c_proj, self, ops)
         return F.dropout(y, self.dropout, self.training), total
-
-    def _linear(self, x: Tensor, layer: nn.Linear, ops: ModuleType) -> Tensor:
-        return _linear(x, layer, self.lora, self.training, ops)
 
 
 class LoraMLP(MLP):
@@ -127,39 +124,36 @@ class LoraMLP(MLP):
     ) -> tuple[Tensor, Tensor]:
         """See `MLP`."""
         normed, total = norm(x, residual, ops)
-        y = ops.gelu(self._linear(normed, self.c_fc, ops))  # [B, T, 4C]
-        y = self._linear(y, self.c_proj, ops)
+        y = ops.gelu(_linear(normed, self.c_fc, self, ops))  # [B, T, 4C]
+        y = _linear(y, self.c_proj, self, ops)
         return F.dropout(y, self.dropout, self.training), total
-
-    def _linear(self, x: Tensor, layer: nn.Linear, ops: ModuleType) -> Tensor:
-        return _linear(x, layer, self.lora, self.training, ops)
 
 
 def _with_matrices(layer: nn.Linear, lora: Lora) -> nn.Linear:
     """Register the two LoRA matrices as parameters of a layer, and return the layer."""
     weight = layer.weight
-    for name, matrix in _matrices(layer, lora):
+    device = "meta" if weight.device.type == "meta" else "cpu"
+    a = torch.randn(lora.rank, layer.in_features, device=device) * layer.in_features**-0.5
+    b = torch.zeros(layer.out_features, lora.rank, device=device)
+    for name, matrix in ((A, a), (B, b)):
         layer.register_parameter(name, nn.Parameter(matrix.to(weight.device, weight.dtype)))
     return layer
 
 
-def _matrices(layer: nn.Linear, lora: Lora) -> Iterator[tuple[str, Tensor]]:
-    device = "meta" if layer.weight.device.type == "meta" else "cpu"
-    wide = torch.randn(lora.rank, layer.in_features, device=device)
-    yield A, wide * layer.in_features**-0.5
-    yield B, torch.zeros(layer.out_features, lora.rank, device=device)
-
-
-def _linear(x: Tensor, layer: nn.Linear, lora: Lora, training: bool, ops: ModuleType) -> Tensor:
+def _linear(
+    x: Tensor, layer: nn.Linear, module: LoraAttention | LoraMLP, ops: ModuleType
+) -> Tensor:
     """Apply a linear layer with its LoRA matrices to `x`: `[..., in]` to `[..., out]`."""
-    x = _rounded(x)
-    narrow = ops.linear(F.dropout(x, lora.dropout, training), layer.lora_a, None)  # [..., rank]
-    added = ops.linear(_rounded(narrow), layer.lora_b, None)
+    x, lora = _cast(x), module.lora
+    narrow = ops.linear(
+        F.dropout(x, lora.dropout, module.training), layer.lora_a, None
+    )  # [..., rank]
+    added = ops.linear(_cast(narrow), layer.lora_b, None)
     y: Tensor = ops.linear(x, layer.weight, layer.bias) + lora.scale * added
     return y
 
 
-def _rounded(x: Tensor) -> Tensor:
+def _cast(x: Tensor) -> Tensor:
     """Cast the input of a product to autocast's dtype, if autocast is on.
 
     Casting once here avoids a separate cast in each product that uses `x`. It also gives the C++

@@ -21,7 +21,6 @@ module             in   out
 =================  ===  ===  ====================================================================
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias, get_args
@@ -29,30 +28,13 @@ from typing import Literal, Protocol, TypeAlias, get_args
 import torch
 
 from fastgpt.interop import gguf, hub, hugging_face, llmc, mingpt, nanogpt, openai, run
-from fastgpt.interop.foreign import LazyTensor
+from fastgpt.interop.external import ExternalModel, LazyTensor
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer
 from fastgpt.utils.errors import UsageError
 
 Which: TypeAlias = Literal["best", "newest"]
-
-
-class Source(Protocol):
-    """An opened model on disk."""
-
-    def load_model(self, device: torch.device | str = "cpu", ops: str = "auto") -> GPT:
-        """Return the model in evaluation mode."""
-
-    def open_tensors(self) -> Mapping[str, LazyTensor]:
-        """Return the weights by fastgpt's names; they are read lazily."""
-
-    @property
-    def config(self) -> GPTConfig:
-        """The model's configuration."""
-
-    @property
-    def read_tokenizer(self) -> Callable[[], BaseTokenizer]:
-        """A function that returns the tokenizer, or raises UsageError if it is unknown."""
+Source: TypeAlias = run.Run | ExternalModel  # an opened model on disk
 
 
 class Format(Protocol):

@@ -18,7 +18,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -28,8 +28,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgpt.interop.foreign import Foreign, LazyTensor, NoTokenizerError, make_config
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.interop.external import (
+    ExternalModel,
+    LazyTensor,
+    NoTokenizerError,
+    make_config,
+    starts_with,
+    zero_biases,
+)
+from fastgpt.model import GPT, GPTConfig, meta_weights
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer
 from fastgpt.tokenizer.vocabulary_files import read_hugging_face, to_hugging_face
 from fastgpt.utils.errors import UsageError
@@ -60,14 +67,10 @@ _NAMES = {  # fastgpt's name -> GGUF's name
 
 def recognises(path: Path) -> bool:
     """Return whether a path is a GGUF file, judging by its first four bytes."""
-    try:
-        with path.open("rb") as file:
-            return file.read(4) == b"GGUF"
-    except OSError:
-        return False
+    return starts_with(path, (b"GGUF",))
 
 
-def read(path: Path) -> Foreign:
+def read(path: Path) -> ExternalModel:
     """Open a GGUF file; UsageError if it has another architecture or is damaged."""
     gguf = _import_gguf(path)
     try:
@@ -78,7 +81,7 @@ def read(path: Path) -> Foreign:
         raise UsageError(f"{path} cannot be read: {error!r:.200}") from None
     if (architecture := keys.get("general.architecture")) != "gpt2":
         raise UsageError(f"{path} has a model of architecture {architecture!r:.40}, not 'gpt2'")
-    tensors = {_our_name(path, tensor.name): _lazy(path, tensor) for tensor in reader.tensors}
+    tensors = {_from_gguf_name(path, tensor.name): _lazy(path, tensor) for tensor in reader.tensors}
     config = make_config(
         path,
         vocab_size=len(_list(path, keys, "tokens")),
@@ -89,7 +92,7 @@ def read(path: Path) -> Foreign:
         tie_weights="lm_head.weight" not in tensors,
         layer_norm_eps=_shortest(keys.get("gpt2.attention.layer_norm_epsilon", 1e-5)),
     )
-    return Foreign(path, config, tensors, partial(_read_tokenizer, path, keys))
+    return ExternalModel(path, config, tensors, partial(_read_tokenizer, path, keys))
 
 
 def write(
@@ -161,7 +164,7 @@ def _check_lengths(path: Path) -> None:
                 raise ValueError(f"it ends at byte {len(content):,}, inside its keys")
 
 
-def _our_name(path: Path, name: str) -> str:
+def _from_gguf_name(path: Path, name: str) -> str:
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     ours = {theirs: ours for ours, theirs in _NAMES.items()}
     if match is None or match[2] not in ours:
@@ -371,16 +374,12 @@ def _write_file(writer: GGUFWriter, path: Path, model: GPT, precision: Precision
 
 def _tensors(model: GPT) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights by GGUF's names; a tied head is omitted, which marks it as tied."""
-    weights = model.state_dict()
-    for name, tensor in weights.items():
-        yield _name(name), tensor
-        bias = name.removesuffix("weight") + "bias"
-        has_one = not name.startswith(("wte", "wpe", "lm_head")) and name.endswith("weight")
-        if has_one and bias not in weights:
-            yield _name(bias), torch.zeros(tensor.shape[0])
+    tensors = model.state_dict() | zero_biases(model.config)
+    for name in meta_weights(replace(model.config, bias=True)):  # each bias after its weight
+        yield _gguf_name(name), tensors[name]
 
 
-def _name(name: str) -> str:
+def _gguf_name(name: str) -> str:
     """Return GGUF's name of a tensor: ``blk.3.attn_norm.bias`` for ``h.3.ln_1.bias``."""
     match = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(weight|bias)", name)
     assert match is not None

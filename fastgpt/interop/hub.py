@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from fastgpt.interop import hugging_face
-from fastgpt.interop.foreign import Foreign
+from fastgpt.interop.external import ExternalModel
 from fastgpt.utils.errors import UsageError
 
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -21,7 +21,7 @@ def recognises(path: Path) -> bool:
     return not path.exists() and _NAME.fullmatch(path.as_posix()) is not None
 
 
-def read(path: Path) -> Foreign:
+def read(path: Path) -> ExternalModel:
     """Open the model of that name, downloading it if it is not cached.
 
     Raises: UsageError, with instructions, if that is not possible.

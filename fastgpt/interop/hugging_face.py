@@ -5,18 +5,25 @@ Weights are in `model.safetensors`, a single file or shards with an index, or in
 are documented in https://huggingface.co/docs/transformers/model_doc/gpt2, "GPT2Config".
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastgpt.checkpoint.load import read_json
 from fastgpt.checkpoint.tensor_file import stored_tensors, write_tensors
-from fastgpt.interop.foreign import Foreign, LazyTensor, find_tokenizer, make_config
-from fastgpt.interop.pickled import lazy, unpickle
+from fastgpt.interop.external import (
+    PREFIX,
+    ExternalModel,
+    LazyTensor,
+    find_tokenizer,
+    make_config,
+    strip_names,
+    zero_biases,
+)
+from fastgpt.interop.pickled import lazy, named_tensors, unpickle
 from fastgpt.interop.tokenizer_files import TOKENIZER_FILES, write_tokenizer
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer
@@ -29,9 +36,7 @@ CONFIG, WEIGHTS, PICKLED, INDEX = (
     "pytorch_model.bin",
     ".index.json",
 )
-_PREFIX = "transformer."
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-_MASKS = (".attn.bias", ".attn.masked_bias")  # constant buffers saved by old versions
 # Settings that change the computation, with their supported values, the default first.
 _COMPUTED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -46,11 +51,11 @@ def recognises(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def read(path: Path) -> Foreign:
+def read(path: Path) -> ExternalModel:
     """Open a transformers folder; UsageError names an invalid file or unsupported setting."""
     config = _read_config(path / CONFIG)
-    tensors = _ours(_open_weights(path), config)
-    return Foreign(path, config, tensors, partial(find_tokenizer, path, config.vocab_size))
+    tensors = _to_fastgpt(_open_weights(path), config)
+    return ExternalModel(path, config, tensors, partial(find_tokenizer, path, config.vocab_size))
 
 
 def write(model: GPT, folder: Path, tokenizer: BaseTokenizer | None = None) -> None:
@@ -66,7 +71,7 @@ def write(model: GPT, folder: Path, tokenizer: BaseTokenizer | None = None) -> N
             raise UsageError(f"{folder} already contains {name}; give another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / WEIGHTS, _theirs(model), metadata={"format": "pt"})
+        write_tensors(folder / WEIGHTS, _from_fastgpt(model), metadata={"format": "pt"})
         if tokenizer is not None:
             write_tokenizer(tokenizer, folder, model.config.block_size)
         write_json(folder / CONFIG, _config(model.config, tokenizer))  # last: marks completeness
@@ -132,44 +137,30 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def _open_pickled(path: Path) -> dict[str, LazyTensor]:
-    content = unpickle(path)
-    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
-        raise UsageError(f"{path} does not map names to tensors, as {PICKLED} does")
-    return {str(name): lazy(tensor) for name, tensor in content.items()}
+    return {name: lazy(tensor) for name, tensor in named_tensors(path, unpickle(path)).items()}
 
 
-def _ours(tensors: Mapping[str, LazyTensor], config: GPTConfig) -> dict[str, LazyTensor]:
+def _to_fastgpt(tensors: Mapping[str, LazyTensor], config: GPTConfig) -> dict[str, LazyTensor]:
     """Return the tensors by fastgpt's names and in its orientation."""
-    ours = {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix(_PREFIX)
-        if name.endswith(_MASKS) or (name == "lm_head.weight" and config.tie_weights):
-            continue  # transformers, too, uses the embedding for a tied head
-        ours[name] = tensor.transposed() if name.endswith(_CONV1D) else tensor
-    return ours
+    named = strip_names(tensors)
+    if config.tie_weights:
+        named.pop("lm_head.weight", None)  # transformers, too, uses the embedding for a tied head
+    return {
+        name: tensor.transpose() if name.endswith(_CONV1D) else tensor
+        for name, tensor in named.items()
+    }
 
 
 # --- export ----------------------------------------------------------------------------------
 
 
-def _theirs(model: GPT) -> dict[str, Tensor]:
+def _from_fastgpt(model: GPT) -> dict[str, Tensor]:
     """Return the weights by transformers' names; those of `Conv1D` are transposed views."""
     tensors = {}
-    for name, tensor in model.state_dict().items():
-        prefix = "" if name == "lm_head.weight" else _PREFIX
+    for name, tensor in (model.state_dict() | zero_biases(model.config)).items():
+        prefix = "" if name == "lm_head.weight" else PREFIX
         tensors[prefix + name] = (tensor.T if name.endswith(_CONV1D) else tensor).cpu()
-    if not model.config.bias:
-        tensors |= {_PREFIX + name: torch.zeros(size) for name, size in _biases(model.config)}
     return tensors
-
-
-def _biases(config: GPTConfig) -> Iterator[tuple[str, int]]:
-    """Yield the name and the size of each bias."""
-    sizes = {"ln_1": 1, "attn.c_attn": 3, "attn.c_proj": 1, "ln_2": 1, "mlp.c_fc": 4}
-    for layer in range(config.n_layer):
-        for name, times in {**sizes, "mlp.c_proj": 1}.items():
-            yield f"h.{layer}.{name}.bias", times * config.n_embd
-    yield "ln_f.bias", config.n_embd
 
 
 def _config(config: GPTConfig, tokenizer: BaseTokenizer | None) -> dict[str, Any]:

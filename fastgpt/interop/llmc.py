@@ -15,7 +15,13 @@ from typing import NamedTuple
 import torch
 
 from fastgpt.checkpoint.tensor_file import StoredTensor
-from fastgpt.interop.foreign import Foreign, LazyTensor, find_tokenizer, make_config
+from fastgpt.interop.external import (
+    ExternalModel,
+    LazyTensor,
+    find_tokenizer,
+    make_config,
+    starts_with,
+)
 from fastgpt.model import GPTConfig
 from fastgpt.utils.errors import UsageError
 
@@ -46,15 +52,10 @@ class _Header(NamedTuple):
 
 def recognises(path: Path) -> bool:
     """Return whether a path is a file of llm.c, judging by its first four bytes."""
-    try:
-        with path.open("rb") as file:
-            begin = file.read(4)
-    except OSError:
-        return False
-    return begin in [struct.pack("<i", magic) for magic in (MAGIC, *_OTHERS)]
+    return starts_with(path, tuple(struct.pack("<i", magic) for magic in (MAGIC, *_OTHERS)))
 
 
-def read(path: Path) -> Foreign:
+def read(path: Path) -> ExternalModel:
     """Open an llm.c model; UsageError if it is of another kind or its size does not match."""
     header = _read_header(path)
     config = make_config(
@@ -66,7 +67,9 @@ def read(path: Path) -> Foreign:
         n_embd=header.n_embd,
     )
     tensors = _tensors(path, header, config)
-    return Foreign(path, config, tensors, partial(find_tokenizer, path.parent, config.vocab_size))
+    return ExternalModel(
+        path, config, tensors, partial(find_tokenizer, path.parent, config.vocab_size)
+    )
 
 
 def _read_header(path: Path) -> _Header:

@@ -6,7 +6,6 @@ https://github.com/karpathy/minGPT, ``mingpt/model.py``. A file contains tensors
 heads, which is in the `config.json` that minGPT writes to the same folder.
 """
 
-import zipfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,12 +16,14 @@ import torch
 from torch import Tensor
 
 from fastgpt.checkpoint.load import read_json
-from fastgpt.interop.foreign import (
-    Foreign,
+from fastgpt.interop.external import (
+    PREFIX,
+    ExternalModel,
     LazyTensor,
     count_layers,
     find_tokenizer,
     make_config,
+    strip_names,
 )
 from fastgpt.interop.pickled import lazy, named_tensors, unpickle
 from fastgpt.model import GPTConfig
@@ -31,7 +32,6 @@ from fastgpt.utils.errors import UsageError
 CONFIG = "config.json"
 _FILES = ("model.npz", "model.pt")
 _OTHERS = ("model.safetensors", "pytorch_model.bin")  # mark a Hugging Face folder
-_PREFIX, _MASK = "transformer.", ".attn.bias"
 _HEADS = {
     **{"gpt2": 12, "gpt2-medium": 16, "gpt2-large": 20, "gpt2-xl": 25, "openai-gpt": 12},
     **{"gopher-44m": 16, "gpt-mini": 6, "gpt-micro": 4, "gpt-nano": 3},
@@ -47,26 +47,24 @@ def recognises(path: Path) -> bool:
     return path.suffix in (".npz", ".pt") and path.is_file()
 
 
-def read(path: Path) -> Foreign:
+def read(path: Path) -> ExternalModel:
     """Open a minGPT model; UsageError if it is invalid or its number of heads is unknown."""
     file = path
     if path.is_dir():
         file = next(path / name for name in _FILES if (path / name).is_file())
     stored = dict(_open_npz(file) if file.suffix == ".npz" else _open_pt(file))
-    tensors = {
-        name.removeprefix(_PREFIX): tensor
-        for name, tensor in stored.items()
-        if not name.endswith(_MASK)
-    }
+    tensors = strip_names(stored)
     config = _config(file, tensors)
-    return Foreign(file, config, tensors, partial(find_tokenizer, file.parent, config.vocab_size))
+    return ExternalModel(
+        file, config, tensors, partial(find_tokenizer, file.parent, config.vocab_size)
+    )
 
 
 def _config(file: Path, tensors: Mapping[str, LazyTensor]) -> GPTConfig:
     """Return the config derived from the tensors; UsageError if `config.json` contradicts it."""
     for name in ("wte.weight", "wpe.weight"):
         if name not in tensors or len(tensors[name].shape) != 2:
-            raise UsageError(f"{file} is not a minGPT model: it has no matrix {_PREFIX}{name}")
+            raise UsageError(f"{file} is not a minGPT model: it has no matrix {PREFIX}{name}")
     vocab_size, n_embd = tensors["wte.weight"].shape
     found = {
         "vocab_size": vocab_size,
@@ -111,45 +109,27 @@ def _open_pt(file: Path) -> Iterator[tuple[str, LazyTensor]]:
 
 
 def _open_npz(file: Path) -> Iterator[tuple[str, LazyTensor]]:
-    """Yield the arrays of a NumPy archive by reading their headers; data is read lazily.
+    """Yield the arrays of a NumPy archive, each of which is read again when it is used.
 
-    The format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+    Thus only one array is in memory at a time.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
-            for entry in archive.infolist():
-                name = entry.filename.removesuffix(".npy")
-                shape = _shape(file, archive, entry)
-                yield name, LazyTensor(shape, partial(_read_array, file, entry.filename))
+        with file.open("rb") as content, np.load(content, allow_pickle=False) as archive:
+            for name in archive.files:
+                array = archive[name]
+                if array.dtype.kind != "f":
+                    raise UsageError(f"{file}: {name} has dtype {array.dtype}: it is not a weight")
+                yield name, LazyTensor(array.shape, partial(_read_array, file, name))
     except UsageError:
         raise
     except Exception as error:  # a damaged archive may raise anything
         raise UsageError(f"{file} cannot be read: {error!r:.200}") from None
 
 
-def _shape(file: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[int, ...]:
-    """Return the shape in the header of an array after checking it against the array's size."""
-    with archive.open(entry) as part:
-        version = np.lib.format.read_magic(part)
-        read_header = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = read_header(part)
-        left = entry.file_size - part.tell()
-    if dtype.kind != "f" or np.prod(shape, dtype=object) * dtype.itemsize != left:
-        raise UsageError(
-            f"{file}: {entry.filename} has shape {list(shape)} and dtype {dtype}, which does not "
-            f"match its {left:,} bytes, or is not a weight"
-        )
-    return tuple(shape)
-
-
 def _read_array(file: Path, name: str) -> Tensor:
     try:
-        with zipfile.ZipFile(file) as archive, archive.open(name) as part:
-            array = np.lib.format.read_array(part, allow_pickle=False)
+        with file.open("rb") as content, np.load(content, allow_pickle=False) as archive:
+            array = archive[name]
     except Exception as error:  # as above
         raise UsageError(f"{file}: {name} cannot be read: {error!r:.200}") from None
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from fastgpt.data.external import read_meta
-from fastgpt.interop.foreign import Foreign, LazyTensor, NoTokenizerError, make_config
+from fastgpt.interop.external import (
+    PREFIX,
+    ExternalModel,
+    LazyTensor,
+    NoTokenizerError,
+    make_config,
+    strip_names,
+)
 from fastgpt.interop.pickled import lazy, named_tensors, pickle_contains, unpickle
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer, load_tokenizer
@@ -29,8 +36,7 @@ CHECKPOINT, META = "ckpt.pt", "meta.pkl"
 PADDED_GPT2 = 50304  # GPT-2's vocabulary size, padded to a multiple of 64
 _EPS = 1e-5
 _WRAPPERS = ("_orig_mod.", "module.")  # name prefixes added by `torch.compile` and DDP
-_PREFIX, _HEAD = "transformer.", "lm_head.weight"
-_MASK = ".attn.bias"  # a constant buffer, saved if PyTorch has no fused attention
+_HEAD = "lm_head.weight"
 # Default optimizer settings of train.py, which restores them from the checkpoint when it resumes.
 _WEIGHT_DECAY, _BETAS, _LR = 0.1, (0.9, 0.95), 6e-4
 
@@ -44,17 +50,19 @@ def recognises(path: Path) -> bool:
     return path.name == CHECKPOINT or pickle_contains(path, "model_args")
 
 
-def read(path: Path) -> Foreign:
+def read(path: Path) -> ExternalModel:
     """Open a nanoGPT checkpoint without executing code in it; UsageError if it is invalid."""
     file = path / CHECKPOINT if path.is_dir() else path
     content = unpickle(file)
     if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
         raise UsageError(f"{file} is not a nanoGPT checkpoint: it has no 'model' and 'model_args'")
     config = _read_config(file, content["model_args"])
-    tensors = _ours(file, named_tensors(file, content["model"]))
+    tensors = _to_fastgpt(file, named_tensors(file, content["model"]))
     settings = content.get("config")
     dataset = settings.get("dataset") if isinstance(settings, dict) else None
-    return Foreign(file, config, tensors, partial(_tokenizer, file, config.vocab_size, dataset))
+    return ExternalModel(
+        file, config, tensors, partial(_tokenizer, file, config.vocab_size, dataset)
+    )
 
 
 def write(model: GPT, folder: Path, tokenizer: BaseTokenizer | None = None) -> None:
@@ -99,22 +107,22 @@ def _read_config(file: Path, args: Any) -> GPTConfig:
     )
 
 
-def _ours(file: Path, tensors: dict[str, Tensor]) -> dict[str, LazyTensor]:
+def _to_fastgpt(file: Path, tensors: dict[str, Tensor]) -> dict[str, LazyTensor]:
     """Return the tensors by fastgpt's names; UsageError for a head that is not tied."""
-    named = {_our_name(name): tensor for name, tensor in tensors.items()}
+    named = strip_names({_unwrap(name): tensor for name, tensor in tensors.items()})
     head, embedding = named.pop(_HEAD, None), named.get("wte.weight")
     if head is not None and embedding is not None and not _equal(head, embedding):
         raise UsageError(
-            f"{file}: {_HEAD} differs from {_PREFIX}wte.weight, but nanoGPT ties them: this file "
+            f"{file}: {_HEAD} differs from {PREFIX}wte.weight, but nanoGPT ties them: this file "
             "was made by a modified nanoGPT, whose computation is unknown"
         )
-    return {name: lazy(tensor) for name, tensor in named.items() if not name.endswith(_MASK)}
+    return {name: lazy(tensor) for name, tensor in named.items()}
 
 
-def _our_name(name: str) -> str:
+def _unwrap(name: str) -> str:
     while name.startswith(_WRAPPERS):
         name = name.split(".", 1)[1]
-    return name.removeprefix(_PREFIX)
+    return name
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -199,8 +207,8 @@ def _meta(tokenizer: BaseTokenizer | None) -> dict[str, Any]:
 def _checkpoint(model: GPT, settings: dict[str, Any]) -> dict[str, Any]:
     config = model.config
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-    weights = {_PREFIX + name: p.detach().float().cpu() for name, p in model.state_dict().items()}
-    weights[_HEAD] = weights[_PREFIX + "wte.weight"]  # one storage: saved once
+    weights = {PREFIX + name: p.detach().float().cpu() for name, p in model.state_dict().items()}
+    weights[_HEAD] = weights[PREFIX + "wte.weight"]  # one storage: saved once
     return {
         "model": weights,
         "optimizer": _new_optimizer(model),

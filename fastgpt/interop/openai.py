@@ -12,12 +12,10 @@ convolutions of width 1 with weights `[1, in, out]`.
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fastgpt.checkpoint.load import CheckpointError, read_json
-from fastgpt.interop.foreign import Foreign, LazyTensor, find_tokenizer
+from fastgpt.interop.external import ExternalModel, LazyTensor, find_tokenizer, make_config
 from fastgpt.interop.tensor_bundle import TensorBundle
-from fastgpt.model import GPTConfig
 
 HPARAMS, STATE = "hparams.json", "checkpoint"
 LARGEST_STATE = 1 << 20  # bytes
@@ -47,21 +45,23 @@ def recognises(path: Path) -> bool:
     return (path / HPARAMS).is_file() and any(path.glob("*.index"))
 
 
-def read(path: Path) -> Foreign:
+def read(path: Path) -> ExternalModel:
     """Open the checkpoint named by the folder's `checkpoint` file, or its only checkpoint.
 
     Tensors that belong neither to the model nor to the training state keep their names.
 
-    Raises: CheckpointError with the file and what in it is damaged, missing or not supported.
+    Raises: UsageError with the file and what in it is damaged, missing or not supported.
     """
     bundle = TensorBundle(_find_checkpoint(path))
-    config = _read_config(path / HPARAMS, bundle)
+    hparams = read_json(path / HPARAMS)
+    settings = {ours: hparams.get(theirs) for theirs, ours in _CONFIG.items()}
+    config = make_config(path / HPARAMS, **settings)
     tensors = {
-        _our_name(name): _our_tensor(bundle, name)
+        _fastgpt_name(name): _lazy_tensor(bundle, name)
         for name in bundle.entries
         if not _is_of_training(name, bundle)
     }
-    return Foreign(path, config, tensors, partial(find_tokenizer, path, config.vocab_size))
+    return ExternalModel(path, config, tensors, partial(find_tokenizer, path, config.vocab_size))
 
 
 def _find_checkpoint(folder: Path) -> Path:
@@ -113,48 +113,7 @@ def _unescaped(text: bytes) -> bytes:
     return re.sub(rb"\\(?:([0-7]{1,3})|(.))", byte, text)
 
 
-def _read_config(path: Path, bundle: TensorBundle) -> GPTConfig:
-    """Return the model's config after checking it against the shapes of the tensors.
-
-    This happens before the model is built, as a damaged number could request any size.
-    """
-    hparams = read_json(path)
-    settings: dict[str, Any] = {
-        ours: _whole_number(path, hparams, theirs) for theirs, ours in _CONFIG.items()
-    }
-    layers = {match[1] for name in bundle.entries if (match := _LAYER.fullmatch(name))}
-    expected = {
-        "model/wte": (settings["vocab_size"], settings["n_embd"]),
-        "model/wpe": (settings["block_size"], settings["n_embd"]),
-    }
-    for name, shape in expected.items():
-        entry = bundle.entries.get(name)
-        if entry is None:
-            raise CheckpointError(f"{bundle.index_path} has no {name}: it is not a GPT-2")
-        if entry.shape != shape:
-            raise CheckpointError(
-                f"{path} says that {name} is {list(shape)}, but in {bundle.index_path} it is "
-                f"{list(entry.shape)}: take both from one model"
-            )
-    if len(layers) != settings["n_layer"]:
-        raise CheckpointError(
-            f"{path} says n_layer {settings['n_layer']}, but {bundle.index_path} has the weights "
-            f"of {len(layers)} layers: take both from one model"
-        )
-    try:
-        return GPTConfig(**settings)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def _whole_number(path: Path, hparams: dict[str, Any], name: str) -> int:
-    value = hparams.get(name)
-    if type(value) is not int:
-        raise CheckpointError(f"{path}: {name} must be an integer, not {value!r:.80}")
-    return value
-
-
-def _our_name(name: str) -> str:
+def _fastgpt_name(name: str) -> str:
     """Return fastgpt's name of a tensor; tensors that are not the model's keep their name."""
     if match := _EMBEDDING.fullmatch(name):
         return f"{match[1]}.weight"
@@ -167,17 +126,17 @@ def _our_name(name: str) -> str:
     return name
 
 
-def _our_tensor(bundle: TensorBundle, name: str) -> LazyTensor:
+def _lazy_tensor(bundle: TensorBundle, name: str) -> LazyTensor:
     """Return a tensor in fastgpt's orientation: a weight `[1, in, out]` as `[out, in]`."""
     entry = bundle.entries[name]
-    if _our_name(name) != name and not entry.dtype.is_floating_point:
+    if _fastgpt_name(name) != name and not entry.dtype.is_floating_point:
         raise CheckpointError(
             f"{bundle.index_path}: {name!r:.80} has dtype {entry.dtype}, but weights must be "
             "floating-point"
         )
     layer = _LAYER.fullmatch(name)
     if layer and layer[3] == "w" and len(entry.shape) == 3 and entry.shape[0] == 1:
-        return LazyTensor(entry.shape[1:], lambda: bundle.read(name)[0]).transposed()
+        return LazyTensor(entry.shape[1:], lambda: bundle.read(name)[0]).transpose()
     return LazyTensor(entry.shape, partial(bundle.read, name))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.interop.foreign import LazyTensor
+from fastgpt.interop.external import LazyTensor
 from fastgpt.utils.errors import UsageError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fastgpt.checkpoint.load import Checkpoint, find_checkpoint, load_run_tokenizer, resolve_run
-from fastgpt.interop.foreign import LazyTensor
+from fastgpt.interop.external import LazyTensor
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer
 

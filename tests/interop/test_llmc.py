@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.interop import load, open_source
-from fastgpt.interop.foreign import NoTokenizerError
+from fastgpt.interop.external import NoTokenizerError
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.utils.errors import UsageError
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.interop import load, open_source
-from fastgpt.interop.foreign import NoTokenizerError
+from fastgpt.interop.external import NoTokenizerError
 from fastgpt.tokenizer import CharTokenizer
 from fastgpt.utils.errors import UsageError
 
@@ -134,7 +134,7 @@ def test_code_in_its_files_does_not_run(tmp_path: Path) -> None:
     arrays: dict[str, Any] = {name: t.numpy() for name, t in named(random_model()).items()}
     arrays["lm_head.weight"] = np.array([[Malicious()]], dtype=object)
     np.savez(tmp_path / "model.npz", **arrays)
-    with pytest.raises(UsageError, match=r"lm_head\.weight\.npy has shape"):
+    with pytest.raises(UsageError, match=r"model\.npz cannot be read: .*[Oo]bject arrays"):
         GPT.from_pretrained(tmp_path)
     assert not (tmp_path / "ran").exists()
 

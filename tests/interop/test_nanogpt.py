@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.interop import load, nanogpt, open_source
-from fastgpt.interop.foreign import NoTokenizerError
+from fastgpt.interop.external import NoTokenizerError
 from fastgpt.tokenizer import CharTokenizer, Tokenizer
 from fastgpt.utils.errors import UsageError
 

@@ -1,15 +1,15 @@
 """Models of other projects: opened, with a known configuration and lazily read tensors.
 
 Each format has a module with two functions: ``recognises(path)`` returns whether a path has that
-format, judging by file names and first bytes, and ``read(path)`` opens it as a `Foreign`. Building
-a model from a `Foreign` is common to all formats: either the whole model is loaded, or an error
+format, judging by file names and first bytes, and ``read(path)`` opens it as an `ExternalModel`.
+Building a model from that is common to all formats: either the whole model is loaded, or an error
 lists every difference from the tensors that the configuration requires.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from fastgpt.checkpoint.load import check_matching
 from fastgpt.model import GPT, GPTConfig, meta_model, meta_weights
 from fastgpt.tokenizer import BaseTokenizer, Tokenizer, load_tokenizer
 from fastgpt.utils.errors import UsageError
+
+PREFIX = "transformer."  # of the names in most formats
+T = TypeVar("T")
 
 
 class NoTokenizerError(UsageError):
@@ -34,19 +37,19 @@ class LazyTensor:
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-    turned: bool = False  # `read` returns a transposed view: a copy is needed to be contiguous
+    transposed: bool = False  # `read` returns a transposed view, which is not contiguous
 
-    def transposed(self) -> "LazyTensor":
+    def transpose(self) -> "LazyTensor":
         """Return the transposed matrix, for formats that store `[in, out]`."""
-        return LazyTensor(self.shape[::-1], lambda: self.read().T, not self.turned)
+        return LazyTensor(self.shape[::-1], lambda: self.read().T, not self.transposed)
 
     def first_rows(self, size: int) -> "LazyTensor":
         """Return the matrix truncated to its first `size` rows."""
-        return LazyTensor((size, *self.shape[1:]), lambda: self.read()[:size], self.turned)
+        return LazyTensor((size, *self.shape[1:]), lambda: self.read()[:size], self.transposed)
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ExternalModel:
     """A model of another project.
 
     tensors: the weights by fastgpt's names. read_tokenizer: returns the tokenizer, or raises
@@ -83,6 +86,33 @@ def make_config(path: Path, **settings: Any) -> GPTConfig:
         raise UsageError(f"{path}: {error}") from None
 
 
+def strip_names(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Return the tensors of a file by fastgpt's names, without "transformer.".
+
+    Constant attention masks, which some versions of the projects save as buffers, are left out.
+    """
+    return {
+        name.removeprefix(PREFIX): tensor
+        for name, tensor in tensors.items()
+        if not name.endswith((".attn.bias", ".attn.masked_bias"))
+    }
+
+
+def zero_biases(config: GPTConfig) -> dict[str, Tensor]:
+    """Return zeros for the biases that a model lacks, for formats that require them."""
+    names = {} if config.bias else meta_weights(replace(config, bias=True))
+    return {name: torch.zeros(b.shape) for name, b in names.items() if name.endswith("bias")}
+
+
+def starts_with(path: Path, prefixes: tuple[bytes, ...]) -> bool:
+    """Return whether a path is a file whose first bytes are one of `prefixes`."""
+    try:
+        with path.open("rb") as file:
+            return file.read(max(map(len, prefixes))).startswith(prefixes)
+    except OSError:
+        return False
+
+
 def count_layers(names: Iterable[str]) -> int:
     """Return the number of layers in fastgpt's tensor names (such as `h.0.ln_1.weight`)."""
     return len({name.split(".")[1] for name in names if name.startswith("h.")})
@@ -114,7 +144,9 @@ def _check_sizes(path: Path, config: GPTConfig, tensors: Mapping[str, LazyTensor
         "wpe.weight": (config.block_size, config.n_embd),
     }
     for name, shape in stated.items():
-        if name in tensors and tensors[name].shape != shape:
+        if name not in tensors:
+            raise UsageError(f"{path} does not fit the model: {name} is missing")
+        if tensors[name].shape != shape:
             raise UsageError(
                 f"{path} does not fit the model: {name} is {list(tensors[name].shape)} instead of "
                 f"{list(shape)}"
@@ -133,10 +165,14 @@ def _read_all(tensors: Mapping[str, LazyTensor], device: torch.device) -> dict[s
     destinations are allocated beforehand. Each temporary can then reuse the memory of the previous
     one, since no allocation happens in between.
     """
-    as_read = {name: tensor for name, tensor in tensors.items() if not tensor.turned}
-    turned = {name: tensor for name, tensor in tensors.items() if tensor.turned}
-    weights = {name: tensor.read().to(device, torch.float32) for name, tensor in as_read.items()}
-    weights |= {name: torch.empty(tensor.shape, device=device) for name, tensor in turned.items()}
-    for name, tensor in turned.items():
+    transposed = {name: tensor for name, tensor in tensors.items() if tensor.transposed}
+    weights = {
+        name: tensor.read().to(device, torch.float32)
+        for name, tensor in tensors.items()
+        if name not in transposed
+    }
+    for name, tensor in transposed.items():
+        weights[name] = torch.empty(tensor.shape, device=device)
+    for name, tensor in transposed.items():
         weights[name].copy_(tensor.read())
     return weights
