@@ -1,8 +1,9 @@
-// Bit operations on 64-bit words.
+// Bit operations on 64-bit words, and the bits of floats.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace fastgpt {
 
@@ -39,4 +40,25 @@ inline std::size_t count_bits(std::uint64_t bits) {
 #endif
 }
 
+// Internal linkage, because files that are compiled for different instruction sets use these
+// functions, and the linker would otherwise keep one copy for all of them. The calls of memcpy
+// compile to register moves.
+namespace {
+
+inline std::int32_t bits_of(float x) {
+  std::int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline std::uint32_t unsigned_bits(float x) { return static_cast<std::uint32_t>(bits_of(x)); }
+
+template <typename Bits>
+inline float float_of(Bits bits) {
+  float x;
+  static_assert(sizeof bits == sizeof x);
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+}  // namespace
 }  // namespace fastgpt

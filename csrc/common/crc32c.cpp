@@ -5,8 +5,9 @@
 
 #include <array>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define FASTGPT_HAS_SSE42 1
+#include "common/processor.hpp"
+
+#if defined(FASTGPT_X86)
 #include <nmmintrin.h>
 
 #include <cstring>
@@ -56,7 +57,7 @@ std::uint32_t update_portable(std::uint32_t crc, const unsigned char* data, std:
   return crc;
 }
 
-#if defined(FASTGPT_HAS_SSE42)
+#if defined(FASTGPT_X86)
 
 // The crc32 instruction has a throughput of one per cycle but a latency of three cycles. Therefore
 // three independent streams, which are consecutive stretches of the data, are computed interleaved.
@@ -119,19 +120,14 @@ __attribute__((target("sse4.2"))) std::uint32_t update_sse42(std::uint32_t crc,
   return crc;
 }
 
-bool has_sse42() {
-  static const bool has = __builtin_cpu_supports("sse4.2");
-  return has;
-}
-
 #endif
 
 }  // namespace
 
 std::uint32_t crc32c(const unsigned char* data, std::size_t size, std::uint32_t initial,
                      [[maybe_unused]] bool hardware) {
-#if defined(FASTGPT_HAS_SSE42)
-  if (hardware && has_sse42()) return ~update_sse42(~initial, data, size);
+#if defined(FASTGPT_X86)
+  if (hardware && processor().sse42) return ~update_sse42(~initial, data, size);
 #endif
   return ~update_portable(~initial, data, size);
 }

@@ -17,22 +17,6 @@ if(NOT MSVC)
   endif()
 endif()
 
-# Sets the options of the source file `name`; further arguments select its instruction set.
-function(fastgpt_engine_file name)
-  set_source_files_properties(${CMAKE_SOURCE_DIR}/csrc/${name}.cpp
-                              PROPERTIES COMPILE_OPTIONS "${FASTGPT_ENGINE_FLAGS};${ARGN}")
-endfunction()
-
-fastgpt_engine_file(engine/kernels_portable)
-fastgpt_engine_file(engine/kernels_avx2 ${FASTGPT_AVX2})
-fastgpt_engine_file(engine/kernels_avx512 ${FASTGPT_AVX512})
-if(FASTGPT_KNOWS_BF16)
-  fastgpt_engine_file(engine/kernels_avx512_bf16 ${FASTGPT_AVX512_BF16})
-endif()
-if(FASTGPT_KNOWS_VNNI)
-  fastgpt_engine_file(engine/kernels_avx512_vnni ${FASTGPT_AVX512_VNNI})
-endif()
-fastgpt_engine_file(engine/kernels_neon)
-if(FASTGPT_KNOWS_NEON_DOT)
-  fastgpt_engine_file(engine/kernels_neon_dot ${FASTGPT_NEON_DOT})
-endif()
+set_source_files_properties(${CMAKE_SOURCE_DIR}/csrc/engine/kernels_portable.cpp
+                            PROPERTIES COMPILE_OPTIONS "${FASTGPT_ENGINE_FLAGS}")
+fastgpt_set_options(engine ${FASTGPT_ENGINE_FLAGS})

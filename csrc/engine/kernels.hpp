@@ -11,6 +11,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/arithmetic.hpp"
+
 namespace fastgpt::engine {
 
 // The storage format of weights, which determines how they are multiplied:
@@ -63,7 +65,7 @@ struct Product {
   float* y = nullptr;
   std::size_t y_stride = 0;
   Finish finish = Finish::kStore;
-  std::size_t row_begin = 0, row_end = 0, panel_begin = 0, panel_end = 0;
+  Range rows, panels;
 };
 
 // The destination of a converted input row. Only the members that the format uses are set.
@@ -118,14 +120,11 @@ struct Kernels {
   void (*multiply[kFormats])(const Product& product);  // null if not in this file's set
 };
 
-// Each returns null if the compiler does not support the instruction set.
-const Kernels* kernels_portable();
-const Kernels* kernels_avx2();
-const Kernels* kernels_avx512();
-const Kernels* kernels_neon();
-// These have only `multiply`: the first for kBfloat16, the others for kInt8 and kInt4.
-const Kernels* kernels_avx512_bf16();
-const Kernels* kernels_avx512_vnni();
-const Kernels* kernels_neon_dot();
+// Those of the instruction sets that this build has: see csrc/instructions.cmake. The names say
+// which; the comments, which members are set if not all are.
+extern const Kernels kKernelsPortable, kKernelsAvx2, kKernelsNeon;
+extern const Kernels kKernelsAvx512;                       // not the products in kInt8 and kInt4
+extern const Kernels kKernelsAvx512Bf16;                   // only the product in kBfloat16
+extern const Kernels kKernelsAvx512Vnni, kKernelsNeonDot;  // only those in kInt8 and kInt4
 
 }  // namespace fastgpt::engine

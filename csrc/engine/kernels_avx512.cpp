@@ -1,30 +1,17 @@
-#include "engine/kernels.hpp"
-
-#if defined(__AVX512F__)
+#include "engine/kernels_of.hpp"
 #include "simd/avx512_vector.hpp"
 
 namespace fastgpt::engine {
 namespace {
 
-constexpr Kernels kKernels = [] {
-  Kernels kernels = kernels_without_products<Avx512>();
-  kernels.multiply[0] = multiply<Avx512, Format::kFloat32>;
-  kernels.multiply[1] = multiply<Avx512, Format::kBfloat16>;
-  return kernels;
-}();
+// Of 32 registers, 24 are accumulators (12 rows by a panel of two registers), and 2 for weights.
+struct Vector : Avx512 {
+  static constexpr std::size_t kFloatRows = 12, kIntegerRows = 12, kPanelRows = 12;
+};
 
 }  // namespace
 
-const Kernels* kernels_avx512() { return &kKernels; }
+constexpr Kernels kKernelsAvx512 =
+    products_of<Vector, Format::kFloat32, Format::kBfloat16>(kernels_without_products<Vector>());
 
 }  // namespace fastgpt::engine
-
-#else
-
-namespace fastgpt::engine {
-
-const Kernels* kernels_avx512() { return nullptr; }
-
-}  // namespace fastgpt::engine
-
-#endif

@@ -1,35 +1,15 @@
-#include "engine/kernels.hpp"
-
-#if defined(__AVX512BF16__)
+#include "engine/kernels_of.hpp"
 #include "simd/avx512_vector.hpp"
 
 namespace fastgpt::engine {
 namespace {
 
-struct Avx512Bf16 : Avx512 {
-  static Register multiply_pairs(Register x, Register y, Register sum) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));
-  }
+struct Vector : Avx512Bf16 {  // see kernels_avx512.cpp
+  static constexpr std::size_t kFloatRows = 12, kIntegerRows = 12, kPanelRows = 12;
 };
-
-constexpr Kernels kKernels = [] {
-  Kernels kernels{};
-  kernels.multiply[1] = multiply<Avx512Bf16, Format::kBfloat16>;
-  return kernels;
-}();
 
 }  // namespace
 
-const Kernels* kernels_avx512_bf16() { return &kKernels; }
+constexpr Kernels kKernelsAvx512Bf16 = products_of<Vector, Format::kBfloat16>();
 
 }  // namespace fastgpt::engine
-
-#else
-
-namespace fastgpt::engine {
-
-const Kernels* kernels_avx512_bf16() { return nullptr; }
-
-}  // namespace fastgpt::engine
-
-#endif

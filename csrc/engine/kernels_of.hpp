@@ -1,20 +1,18 @@
 // The kernels other than products, as templates over a vector type: conversion of inputs,
-// LayerNorm, attention and sampling. See products_of.hpp for the rules of inclusion and the members
-// of Vector, to which are added:
-//   load_narrow     loads kWidth bfloat16 numbers as floats
-//   square_root     of one float
-//   kManyRegisters  whether there are 32 registers, not 16
+// LayerNorm, attention and sampling. See products_of.hpp for the rules of inclusion.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
+#include "common/arithmetic.hpp"
 #include "common/bfloat16.hpp"
 #include "common/repeat.hpp"
 #include "engine/kernels.hpp"
 #include "engine/products_of.hpp"
-#include "training/gelu_formula.hpp"
+#include "simd/math.hpp"
+#include "simd/reductions.hpp"
 
 namespace fastgpt::engine {
 namespace {
@@ -22,22 +20,6 @@ namespace {
 // --- inputs --------------------------------------------------------------------------------------
 
 constexpr std::size_t kLanes = 16;  // independent accumulators of a reduction, to be vectorized
-
-// Returns the largest absolute value of x[0, size).
-inline float max_abs(const float* x, std::size_t size) {
-  float lanes[kLanes] = {};
-  std::size_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    for (std::size_t lane = 0; lane < kLanes; ++lane) {
-      const float a = absolute(x[i + lane]);
-      lanes[lane] = a > lanes[lane] ? a : lanes[lane];
-    }
-  }
-  float largest = 0.0F;
-  for (float lane : lanes) largest = lane > largest ? lane : largest;
-  for (; i < size; ++i) largest = absolute(x[i]) > largest ? absolute(x[i]) : largest;
-  return largest;
-}
 
 // Rounds x[i] · inverse to integers, and returns their sum. Adding 1.5 · 2²³ rounds to the nearest
 // integer, ties to even, which is then in the low bits of the float.
@@ -58,7 +40,8 @@ inline void quantize(std::size_t group, const float* x, std::size_t size, const 
   std::int8_t whole[kInt8Group] = {};
   for (std::size_t begin = 0, index = 0; begin < size; begin += group, ++index) {
     const std::size_t n = min_of(group, size - begin);
-    const float largest = max_abs(x + begin, n);
+    const float largest = lane_max<kLanes>(
+        n, 0.0F, [=](std::size_t i) FASTGPT_INLINE { return absolute(x[begin + i]); });
     const bool tiny = largest < 1e-30F;  // its inverse would be infinite
     if (n < group) std::memset(whole, 0, sizeof whole);
     to.sums[index] = round_group(x + begin, n, tiny ? 0.0F : 127.0F / largest, whole);
@@ -70,11 +53,9 @@ inline void quantize(std::size_t group, const float* x, std::size_t size, const 
 // Rounds a row of inputs to bfloat16, two to a word; an odd last one is paired with zero.
 inline void narrow_pairs(const float* x, std::size_t size, float* to) {
   for (std::size_t word = 0; word < size / 2; ++word) {
-    const std::uint32_t bits =
-        to_bfloat16(x[2 * word]) | static_cast<std::uint32_t>(to_bfloat16(x[2 * word + 1])) << 16;
-    to[word] = float_of(static_cast<std::int32_t>(bits));
+    to[word] = float_of(bfloat16_pair(x[2 * word], x[2 * word + 1]));
   }
-  if (size % 2 != 0) to[size / 2] = float_of(static_cast<std::int32_t>(to_bfloat16(x[size - 1])));
+  if (size % 2 != 0) to[size / 2] = float_of(bfloat16_pair(x[size - 1], 0.0F));
 }
 
 inline void prepare(Format format, std::size_t group, const float* x, std::size_t size,
@@ -90,29 +71,15 @@ inline void prepare(Format format, std::size_t group, const float* x, std::size_
 
 // --- LayerNorm -----------------------------------------------------------------------------------
 
-// Returns the sum of value(i) for i in [0, size), in kLanes accumulators that are added pairwise.
-template <typename Value>
-FASTGPT_INLINE inline float lane_sum(std::size_t size, const Value& value) {
-  float lanes[kLanes] = {};
-  std::size_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    for (std::size_t lane = 0; lane < kLanes; ++lane) lanes[lane] += value(i + lane);
-  }
-  for (std::size_t lane = 0; i + lane < size; ++lane) lanes[lane] += value(i + lane);
-  for (std::size_t width = kLanes / 2; width > 0; width /= 2) {
-    for (std::size_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  }
-  return lanes[0];
-}
-
 template <typename Vector>
 void layer_norm(const float* x, const float* gain, const float* bias, float epsilon,
                 std::size_t size, float* y) {
   const auto n = static_cast<float>(size);
-  const float mean = lane_sum(size, [=](std::size_t i) FASTGPT_INLINE { return x[i]; }) / n;
+  const auto sum_of = [=](const auto& value)
+                          FASTGPT_INLINE { return lane_sum<float, kLanes>(size, value); };
+  const float mean = sum_of([=](std::size_t i) FASTGPT_INLINE { return x[i]; }) / n;
   const float variance =
-      lane_sum(size, [=](std::size_t i) FASTGPT_INLINE { return (x[i] - mean) * (x[i] - mean); }) /
-      n;
+      sum_of([=](std::size_t i) FASTGPT_INLINE { return (x[i] - mean) * (x[i] - mean); }) / n;
   const float scale = 1.0F / Vector::square_root(variance + epsilon);
   for (std::size_t i = 0; i < size; ++i) y[i] = (x[i] - mean) * scale * gain[i] + bias[i];
 }
@@ -162,13 +129,13 @@ struct AttentionTile {
   using Register = typename Vector::Register;
   static constexpr std::size_t kPerBlock = kKeys / Vector::kWidth;
   static constexpr std::size_t kBlocks = kCount == 1 ? 4 : (kPerBlock == 1 ? 2 : 1);
-  static constexpr std::size_t kOutVectors = kCount == 1 || Vector::kManyRegisters ? 4 : 2;
+  static constexpr std::size_t kOutVectors = kCount == 1 || Vector::kRegisters > 16 ? 4 : 2;
 
   const Attention& a;
   std::size_t stride;  // of a query's scores
 
   explicit AttentionTile(const Attention& attention) : a(attention) {
-    stride = (a.visible + kCount - 1 + kKeysAtOnce - 1) / kKeysAtOnce * kKeysAtOnce;
+    stride = round_up(a.visible + kCount - 1, kKeysAtOnce);
   }
 
   void run() const {
@@ -222,21 +189,11 @@ struct AttentionTile {
   float softmax_row(std::size_t q, std::size_t positions) const {
     float* scores = a.scores + q * stride;
     const std::size_t visible = a.visible + q;
-    float lanes[kLanes];
-    for (float& lane : lanes) lane = scores[0];
-    std::size_t i = 0;
-    for (; i + kLanes <= visible; i += kLanes) {
-      for (std::size_t lane = 0; lane < kLanes; ++lane) {
-        const float s = scores[i + lane];
-        lanes[lane] = s > lanes[lane] ? s : lanes[lane];
-      }
-    }
-    float largest = lanes[0];
-    for (float lane : lanes) largest = lane > largest ? lane : largest;
-    for (; i < visible; ++i) largest = scores[i] > largest ? scores[i] : largest;
-    for (i = 0; i < visible; ++i) scores[i] = exp_minus(largest - scores[i]);
-    for (i = visible; i < positions; ++i) scores[i] = 0.0F;
-    return 1.0F / lane_sum(visible, [=](std::size_t k) FASTGPT_INLINE { return scores[k]; });
+    const auto score = [=](std::size_t key) FASTGPT_INLINE { return scores[key]; };
+    const float largest = lane_max<kLanes>(visible, scores[0], score);
+    for (std::size_t i = 0; i < visible; ++i) scores[i] = exp_minus(largest - scores[i]);
+    for (std::size_t i = visible; i < positions; ++i) scores[i] = 0.0F;
+    return 1.0F / lane_sum<float, kLanes>(visible, score);
   }
 
   // Computes kVectors registers of each query's output from dimension d on: the sum of the values,
@@ -305,27 +262,9 @@ void attend(const Attention& attention) {
 // Returns the maximum, or NaN if any element is not finite: y - y is 0 for finite numbers and NaN
 // for others, and the sum of these is added to the result. Unlike a test, this can be vectorized.
 inline float largest_of(const float* x, std::size_t size) {
-  float lanes[kLanes];
-  for (float& lane : lanes) lane = x[0];
-  std::size_t i = 0;
-  float poison[kLanes] = {};  // NaN where an element is not finite
-  for (; i + kLanes <= size; i += kLanes) {
-    for (std::size_t lane = 0; lane < kLanes; ++lane) {
-      const float y = x[i + lane];
-      lanes[lane] = y > lanes[lane] ? y : lanes[lane];
-      poison[lane] += y - y;
-    }
-  }
-  float largest = x[0], sum = 0.0F;
-  for (std::size_t lane = 0; lane < kLanes; ++lane) {
-    largest = lanes[lane] > largest ? lanes[lane] : largest;
-    sum += poison[lane];
-  }
-  for (; i < size; ++i) {
-    largest = x[i] > largest ? x[i] : largest;
-    sum += x[i] - x[i];
-  }
-  return largest + sum;
+  const auto element = [=](std::size_t i) FASTGPT_INLINE { return x[i]; };
+  const auto poison = [=](std::size_t i) FASTGPT_INLINE { return x[i] - x[i]; };
+  return lane_max<kLanes>(size, x[0], element) + lane_sum<float, kLanes>(size, poison);
 }
 
 inline void exponentials(const float* x, std::size_t size, float largest, float temperature,
@@ -340,12 +279,8 @@ constexpr Kernels kernels_without_products() {
 
 template <typename Vector>
 constexpr Kernels kernels_of() {
-  Kernels kernels = kernels_without_products<Vector>();
-  kernels.multiply[0] = multiply<Vector, Format::kFloat32>;
-  kernels.multiply[1] = multiply<Vector, Format::kBfloat16>;
-  kernels.multiply[2] = multiply<Vector, Format::kInt8>;
-  kernels.multiply[3] = multiply<Vector, Format::kInt4>;
-  return kernels;
+  return products_of<Vector, Format::kFloat32, Format::kBfloat16, Format::kInt8, Format::kInt4>(
+      kernels_without_products<Vector>());
 }
 
 }  // namespace

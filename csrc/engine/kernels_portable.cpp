@@ -1,12 +1,15 @@
+#include "engine/kernels_of.hpp"
 #include "simd/plain_vector.hpp"
 
 namespace fastgpt::engine {
 namespace {
 
-constexpr Kernels kKernels = kernels_of<Plain>();
+struct Vector : Plain {
+  static constexpr std::size_t kFloatRows = 2, kIntegerRows = 1, kPanelRows = 2;
+};
 
 }  // namespace
 
-const Kernels* kernels_portable() { return &kKernels; }
+constexpr Kernels kKernelsPortable = kernels_of<Vector>();
 
 }  // namespace fastgpt::engine

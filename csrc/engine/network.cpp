@@ -4,14 +4,13 @@
 #include <cmath>
 #include <cstring>
 
+#include "common/arithmetic.hpp"
 #include "common/bfloat16.hpp"
 
 namespace fastgpt::engine {
 namespace {
 
 constexpr std::size_t kCacheLine = 16;  // words or floats
-
-std::size_t round_up(std::size_t a, std::size_t b) { return (a + b - 1) / b * b; }
 
 Linear make_linear(Format format, std::size_t outputs, std::size_t inputs, std::size_t group) {
   return {Matrix(format, outputs, inputs, group), std::vector<float>(round_up(outputs, kPanel))};
@@ -263,10 +262,6 @@ std::vector<Segment> segments_of(const std::vector<Token>& tokens) {
   return segments;
 }
 
-struct Range {
-  std::size_t begin, end;
-};
-
 // A forward pass, which every thread of the pool runs with its own rank. Each step is divided among
 // the threads; `barrier_wait` is a barrier, after every step whose results other threads read, or
 // whose inputs the next step overwrites.
@@ -333,9 +328,7 @@ class Pass {
   }
 
   // Returns this thread's contiguous share of n items.
-  Range share(std::size_t n, std::size_t rank) const {
-    return {n * rank / pool_.size(), n * (rank + 1) / pool_.size()};
-  }
+  Range share(std::size_t n, std::size_t rank) const { return share_of(n, rank, pool_.size()); }
 
   // Converts rows of inputs for `matrix`, by put(row, destination). If there are few rows, each
   // thread converts all of them into its own buffer, which saves a barrier; otherwise each converts
@@ -387,7 +380,7 @@ class Pass {
   void multiply(std::size_t rank, const Linear& linear, const Inputs& x, std::size_t rows,
                 const Rows& y, Finish finish) const {
     const std::size_t panels = linear.weight.panels();
-    const std::size_t chunks = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+    const std::size_t chunks = ceil_div(rows, kRowsAtOnce);
     Product product = linear.weight.product(linear.bias.data());
     product.x = x;
     product.y = y.first;
@@ -398,10 +391,8 @@ class Pass {
     for (std::size_t i = mine.begin; i < mine.end;) {
       const std::size_t chunk = i / panels, panel = i % panels;
       const std::size_t end = std::min(panels, panel + mine.end - i);
-      product.row_begin = rows * chunk / chunks;
-      product.row_end = rows * (chunk + 1) / chunks;
-      product.panel_begin = panel;
-      product.panel_end = end;
+      product.rows = share_of(rows, chunk, chunks);
+      product.panels = {panel, end};
       kernel(product);
       i += end - panel;
     }

@@ -7,10 +7,11 @@
 #include <string>
 #include <vector>
 
+#include "common/lazy_array.hpp"
+#include "common/matrix_view.hpp"
 #include "engine/kernels.hpp"
 #include "engine/thread_pool.hpp"
 #include "engine/weights.hpp"
-#include "tokenizer/lazy_array.hpp"
 
 namespace fastgpt::engine {
 
@@ -100,11 +101,7 @@ class Workspace {
   // Makes room for a pass over `tokens` tokens that attend to up to `positions` positions.
   void reserve(std::size_t tokens, std::size_t positions);
 
-  struct Rows {  // of floats
-    float* first = nullptr;
-    std::size_t stride = 0;
-    float* operator[](std::size_t i) const { return first + i * stride; }
-  };
+  using Rows = MatrixView<float*>;
   struct InputRows {
     float* words = nullptr;
     std::int32_t* quads = nullptr;

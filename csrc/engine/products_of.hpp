@@ -9,29 +9,19 @@
 // broadcasts the word of each row, and multiplies and adds every pair into an accumulator register.
 // The weights, by far the larger operand, are thus loaded once for all rows of a tile.
 //
-// A Vector has registers of kWidth floats (Register) or 32-bit integers (Integers), and:
-//   zero, load, store, broadcast, add, multiply, multiply_add       on floats
-//   multiply_pairs(x, y, sum)                        on words of two bfloat16 numbers
-//   load_integers, broadcast_integer, to_floats
-//   dot8, dot4(weights, inputs, sum)                 on words of four bytes: adds the four products
-//                                                    to the lane's sum. Weights are unsigned, for
-//                                                    dot8 with kInt8Zero added, for dot4 from 0 to
-//                                                    15; inputs are from -127 to 127
-//   low_nibbles, high_nibbles                        the halves of each byte, as bytes
-//   kDot8Offset                                      the offset that dot8 leaves in the weights: 0
-//                                                    if it subtracts kInt8Zero itself
-//   kFloatRows, kIntegerRows                         the maximum number of rows of a tile
-//   kPanelRows                                       the maximum number of rows of a tile that has
-//                                                    all outputs of a panel; a tile of more rows
-//                                                    has half of them, for lack of registers
+// Vector: a vector type (see simd/plain_vector.hpp), to which are added the sizes of the tiles:
+//   kFloatRows, kIntegerRows  the maximum number of rows of a tile
+//   kPanelRows                the maximum number of rows of a tile that has all outputs of a panel.
+//                             A tile of more rows has half of them, for lack of registers.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "common/arithmetic.hpp"
 #include "common/repeat.hpp"
 #include "engine/kernels.hpp"
-#include "training/gelu_formula.hpp"
+#include "simd/math.hpp"
 
 namespace fastgpt::engine {
 namespace {
@@ -39,8 +29,6 @@ namespace {
 // Sums are accumulated in registers over blocks of this many words, and the blocks' sums are then
 // added in memory. This is faster than a single long loop, and reduces the rounding error.
 constexpr std::size_t kBlock = 256;
-
-inline std::size_t min_of(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
 // The sums of a tile of kRows rows by one panel of outputs.
 template <std::size_t kRows>
@@ -224,14 +212,21 @@ void multiply_rows(const Product& p, std::size_t row, std::size_t rows, std::siz
 template <typename Vector, Format kFormat>
 void multiply(const Product& p) {
   constexpr std::size_t kMost = is_integer(kFormat) ? Vector::kIntegerRows : Vector::kFloatRows;
-  for (std::size_t panel = p.panel_begin; panel < p.panel_end; ++panel) {
-    std::size_t tiles = (p.row_end - p.row_begin + kMost - 1) / kMost;
-    for (std::size_t row = p.row_begin; row < p.row_end; --tiles) {
-      const std::size_t rows = (p.row_end - row + tiles - 1) / tiles;
+  for (std::size_t panel = p.panels.begin; panel < p.panels.end; ++panel) {
+    std::size_t tiles = ceil_div(p.rows.end - p.rows.begin, kMost);
+    for (std::size_t row = p.rows.begin; row < p.rows.end; --tiles) {
+      const std::size_t rows = ceil_div(p.rows.end - row, tiles);
       multiply_rows<Vector, kFormat, kMost>(p, row, rows, panel);
       row += rows;
     }
   }
+}
+
+// Returns `kernels` with the products in the given formats.
+template <typename Vector, Format... kOf>
+constexpr Kernels products_of(Kernels kernels = {}) {
+  ((kernels.multiply[static_cast<std::size_t>(kOf)] = multiply<Vector, kOf>), ...);
+  return kernels;
 }
 
 }  // namespace

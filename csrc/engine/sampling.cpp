@@ -5,6 +5,9 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "common/arithmetic.hpp"
+#include "simd/reductions.hpp"
+
 namespace fastgpt::engine {
 namespace {
 
@@ -93,7 +96,7 @@ std::uint32_t Sampler::draw(const Sampling& sampling, const Kernels& kernels, fl
 // Draws from all tokens: locates a block of kBlock tokens by the blocks' sums, then a token within
 // it.
 std::uint32_t Sampler::draw_from_all(std::size_t size, float uniform) const {
-  const std::size_t blocks = (size + kBlock - 1) / kBlock;
+  const std::size_t blocks = ceil_div(size, kBlock);
   std::vector<double> sums(blocks);
   for (std::size_t b = 0; b < blocks; ++b) {
     sums[b] = sum_of(weights_.data() + b * kBlock, std::min(kBlock, size - b * kBlock));
@@ -117,23 +120,14 @@ std::uint32_t Sampler::draw_from_all(std::size_t size, float uniform) const {
 // lower bound of the k-th largest logit, since k blocks have a logit at least as large. Only logits
 // that reach it, usually few, need to be ordered.
 void Sampler::keep_top_k(const float* logits, std::size_t size, std::size_t top_k) {
-  const std::size_t blocks = (size + kBlock - 1) / kBlock;
+  const std::size_t blocks = ceil_div(size, kBlock);
   float least = -INFINITY;
   if (top_k <= blocks) {
     largest_of_block_.resize(blocks);
     for (std::size_t b = 0; b < blocks; ++b) {
       const float* block = logits + b * kBlock;
-      float lanes[8];
-      std::fill(lanes, lanes + 8, block[0]);
       const std::size_t n = std::min(kBlock, size - b * kBlock);
-      std::size_t i = 0;
-      for (; i + 8 <= n; i += 8) {
-        for (std::size_t lane = 0; lane < 8; ++lane) {
-          lanes[lane] = block[i + lane] > lanes[lane] ? block[i + lane] : lanes[lane];
-        }
-      }
-      for (; i < n; ++i) lanes[0] = std::max(lanes[0], block[i]);
-      largest_of_block_[b] = *std::max_element(lanes, lanes + 8);
+      largest_of_block_[b] = lane_max<8>(n, block[0], [=](std::size_t i) { return block[i]; });
     }
     const auto kth = largest_of_block_.begin() + static_cast<long>(top_k - 1);
     std::nth_element(largest_of_block_.begin(), kth, largest_of_block_.end(), std::greater<>());

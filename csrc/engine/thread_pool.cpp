@@ -4,9 +4,8 @@
 #include <string>
 #include <system_error>
 
-#if defined(__x86_64__) || defined(_M_X64)
-#include <immintrin.h>
-#endif
+#include "common/parallel.hpp"
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #endif
@@ -17,20 +16,6 @@ namespace {
 // Spinning lasts about as long as it takes to return a token to Python and to be called for the
 // next one. Waking a sleeping thread takes nearly as long.
 constexpr int kSpins = 4000;
-
-// Pauses for a moment within a spin loop.
-void cpu_pause() {
-#if defined(__x86_64__) || defined(_M_X64)
-  _mm_pause();
-#elif defined(__aarch64__) && defined(__GNUC__)
-  // `isb` takes some time, like the x86 instruction. The `yield` instruction takes none, so that
-  // kSpins iterations would pass too quickly (measured in
-  // https://github.com/rust-lang/rust/pull/84725).
-  asm volatile("isb");
-#else
-  std::this_thread::yield();
-#endif
-}
 
 long this_process() {
 #if defined(__unix__) || defined(__APPLE__)

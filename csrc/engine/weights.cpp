@@ -5,22 +5,14 @@
 #include <cstring>
 
 #include "common/bfloat16.hpp"
+#include "simd/reductions.hpp"
 
 namespace fastgpt::engine {
 namespace {
 
-std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
-
 constexpr float kInt8Largest = 127.0F;
 
 constexpr std::size_t kLanes = 16;  // independent accumulators of a reduction, to be vectorized
-
-// Returns the largest absolute value of x[0, size).
-float max_abs(const float* x, std::size_t size) {
-  float largest = 0.0F;
-  for (std::size_t i = 0; i < size; ++i) largest = std::max(largest, std::fabs(x[i]));
-  return largest;
-}
 
 float rounded_to_bf16(float x) { return to_float32(to_bfloat16(x)); }
 
@@ -76,7 +68,8 @@ float best_scale4(const float* x, std::size_t size) {
 
 // Quantizes a row to int8, and sets its scale.
 void quantize_row8(const float* row, std::size_t inputs, std::uint8_t* integers, float& scale) {
-  const float largest = max_abs(row, inputs);
+  const auto magnitude = [=](std::size_t i) { return std::fabs(row[i]); };
+  const float largest = lane_max<kLanes>(inputs, 0.0F, magnitude);
   const bool tiny = largest < 1e-30F;
   const float inverse = tiny ? 0.0F : kInt8Largest / largest;
   scale = tiny ? 0.0F : largest / kInt8Largest;
@@ -105,7 +98,8 @@ float quantize_group4(const float* x, std::size_t size, std::size_t group, std::
 
 }  // namespace
 
-Integers::Integers(Format format, std::size_t outputs, std::size_t inputs, std::size_t group) {
+QuantizedMatrix::QuantizedMatrix(Format format, std::size_t outputs, std::size_t inputs,
+                                 std::size_t group) {
   const bool nibbles = format == Format::kInt4;
   groups = nibbles ? ceil_div(inputs, group) : 1;
   stride = nibbles ? groups * group / 2 : inputs;
@@ -113,9 +107,9 @@ Integers::Integers(Format format, std::size_t outputs, std::size_t inputs, std::
   scales.resize(outputs * groups);
 }
 
-void quantize(const float* weights, std::size_t begin, std::size_t end, std::size_t inputs,
-              Format format, std::size_t group, Integers& to) {
-  for (std::size_t n = begin; n < end; ++n) {
+void quantize(const float* weights, Range rows, std::size_t inputs, Format format,
+              std::size_t group, QuantizedMatrix& to) {
+  for (std::size_t n = rows.begin; n < rows.end; ++n) {
     const float* row = weights + n * inputs;
     std::uint8_t* integers = to.integers.data() + n * to.stride;
     float* scales = to.scales.data() + n * to.groups;
@@ -210,7 +204,7 @@ float Matrix::scale(std::size_t output, std::size_t group) const {
 // outputs of the matrix, and `empty` for those that pad the last panel. `first` is the offset of
 // word 0 in a panel; consecutive words of an output are kPanel apart.
 template <typename WordOf>
-void Matrix::fill(Panels panels, std::size_t first, std::size_t words, std::uint32_t empty,
+void Matrix::fill(Range panels, std::size_t first, std::size_t words, std::uint32_t empty,
                   const WordOf& word_of) {
   for (std::size_t panel = panels.begin; panel < panels.end; ++panel) {
     std::uint32_t* to = memory_ + panel * panel_words_ + first;
@@ -222,24 +216,20 @@ void Matrix::fill(Panels panels, std::size_t first, std::size_t words, std::uint
   }
 }
 
-void Matrix::pack_floats(const float* weights, Panels panels) {
+void Matrix::pack_floats(const float* weights, Range panels) {
   const std::size_t inputs = inputs_;
   if (format_ == Format::kFloat32) {
-    fill(panels, 0, words_, 0, [=](std::size_t n, std::size_t k) {
-      std::uint32_t bits;
-      std::memcpy(&bits, weights + n * inputs + k, sizeof bits);
-      return bits;
-    });
+    fill(panels, 0, words_, 0,
+         [=](std::size_t n, std::size_t k) { return unsigned_bits(weights[n * inputs + k]); });
     return;
   }
   fill(panels, 0, words_, 0, [=](std::size_t n, std::size_t pair) {
     const float* x = weights + n * inputs + 2 * pair;
-    const std::uint32_t second = 2 * pair + 1 < inputs ? to_bfloat16(x[1]) : Bfloat16{0};
-    return to_bfloat16(x[0]) | second << 16;
+    return bfloat16_pair(x[0], 2 * pair + 1 < inputs ? x[1] : 0.0F);
   });
 }
 
-void Matrix::pack_integers(const std::uint8_t* integers, const float* scales, Panels panels) {
+void Matrix::pack_integers(const std::uint8_t* integers, const float* scales, Range panels) {
   if (format_ == Format::kInt8) {
     pack_int8(integers, panels);
     const std::size_t end = std::min(outputs_, panels.end * kPanel);
@@ -249,7 +239,7 @@ void Matrix::pack_integers(const std::uint8_t* integers, const float* scales, Pa
   for (std::size_t g = 0; g < groups_; ++g) pack_int4_group(integers, scales, g, panels);
 }
 
-void Matrix::pack_int8(const std::uint8_t* integers, Panels panels) {
+void Matrix::pack_int8(const std::uint8_t* integers, Range panels) {
   constexpr std::uint32_t kZeros = 0x80808080U;  // kInt8Zero, four times
   const std::size_t inputs = inputs_;
   // Four weights per word. Inputs past the end are weights of zero; XOR adds kInt8Zero to all four.
@@ -274,7 +264,7 @@ inline std::uint32_t spread(std::uint32_t halves) {
 }  // namespace
 
 void Matrix::pack_int4_group(const std::uint8_t* integers, const float* scales, std::size_t g,
-                             Panels panels) {
+                             Range panels) {
   constexpr std::uint32_t kZeros = 0x88888888U;  // kInt4Zero, eight times
   const std::size_t groups = groups_, stride = groups_ * group_ / 2;
   const std::size_t first = g * group_words4(group_);
@@ -300,9 +290,9 @@ std::vector<float> Matrix::floats() const {
   return all;
 }
 
-Integers Matrix::integers() const {
+QuantizedMatrix Matrix::integers() const {
   const bool nibbles = format_ == Format::kInt4;
-  Integers all(format_, outputs_, inputs_, group_);
+  QuantizedMatrix all(format_, outputs_, inputs_, group_);
   for (std::size_t n = 0; n < outputs_; ++n) {
     std::uint8_t* row = all.integers.data() + n * all.stride;
     for (std::size_t k = 0; k < (nibbles ? groups_ * group_ : inputs_); ++k) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/arithmetic.hpp"
 #include "engine/kernels.hpp"
 
 namespace fastgpt::engine {
@@ -13,24 +14,19 @@ namespace fastgpt::engine {
 //   kInt8: `integers` [outputs, inputs], `scales` [outputs];
 //   kInt4: `integers` [outputs, groups · group / 2], two weights per byte, each with 8 added, the
 //          first in the low nibble; `scales` [outputs, groups].
-struct Integers {
-  Integers(Format format, std::size_t outputs, std::size_t inputs, std::size_t group);
+struct QuantizedMatrix {
+  QuantizedMatrix(Format format, std::size_t outputs, std::size_t inputs, std::size_t group);
 
   std::vector<std::uint8_t> integers;
   std::vector<float> scales;           // kInt4: bfloat16 values
   std::size_t stride = 0, groups = 0;  // bytes and scales per row
 };
 
-// Quantizes rows `begin` to `end` of a matrix of floats [outputs, inputs]; several threads may
+// Quantizes some rows of a matrix of floats [outputs, inputs]; several threads may
 // process different rows at once. The scale of a row in kInt8 maps its largest absolute value to
 // 127; that of a group in kInt4 is the candidate with the smallest squared error.
-void quantize(const float* weights, std::size_t begin, std::size_t end, std::size_t inputs,
-              Format format, std::size_t group, Integers& to);
-
-// A range of panels.
-struct Panels {
-  std::size_t begin, end;
-};
+void quantize(const float* weights, Range rows, std::size_t inputs, Format format,
+              std::size_t group, QuantizedMatrix& to);
 
 // A packed matrix [outputs, inputs]. `place` must be called with memory for it before any other
 // function that reads or writes weights.
@@ -44,11 +40,11 @@ class Matrix {
   void place(std::uint32_t* memory) { memory_ = memory; }
 
   // Pack a range of panels of a matrix. Several threads may pack different panels at once.
-  void pack_floats(const float* weights, Panels panels);
-  void pack_integers(const std::uint8_t* integers, const float* scales, Panels panels);
+  void pack_floats(const float* weights, Range panels);
+  void pack_integers(const std::uint8_t* integers, const float* scales, Range panels);
   // Unpack the whole matrix.
   std::vector<float> floats() const;
-  Integers integers() const;
+  QuantizedMatrix integers() const;
 
   // Converts row `output` to floats, for an embedding lookup.
   void read_row(std::size_t output, float* to) const;
@@ -70,11 +66,11 @@ class Matrix {
 
  private:
   template <typename WordOf>
-  void fill(Panels panels, std::size_t first, std::size_t words, std::uint32_t empty,
+  void fill(Range panels, std::size_t first, std::size_t words, std::uint32_t empty,
             const WordOf& word_of);
-  void pack_int8(const std::uint8_t* integers, Panels panels);
+  void pack_int8(const std::uint8_t* integers, Range panels);
   void pack_int4_group(const std::uint8_t* integers, const float* scales, std::size_t g,
-                       Panels panels);
+                       Range panels);
   const std::uint32_t* word(std::size_t output, std::size_t index) const;
   std::uint8_t integer(std::size_t output, std::size_t input) const;
   float scale(std::size_t output, std::size_t group) const;

@@ -281,13 +281,13 @@ std::uint32_t crc32c_of(const py::object& data, std::uint32_t initial, bool hard
   return crc32c(bytes.data(), bytes.size(), initial, hardware);
 }
 
-using Floats = py::array_t<float, py::array::c_style>;
+using FloatArray = py::array_t<float, py::array::c_style>;
 
-void require_size(const Floats& array, py::ssize_t size) {
+void require_size(const FloatArray& array, py::ssize_t size) {
   if (array.size() != size) throw std::invalid_argument("arrays must have the same size");
 }
 
-void gelu(const Floats& x, Floats& y, unsigned threads) {
+void gelu(const FloatArray& x, FloatArray& y, unsigned threads) {
   require_size(y, x.size());
   const float* from = x.data();
   float* to = y.mutable_data();
@@ -296,7 +296,8 @@ void gelu(const Floats& x, Floats& y, unsigned threads) {
   gelu_forward(from, to, size, threads);
 }
 
-void gelu_gradient(const Floats& grad, const Floats& x, Floats& grad_x, unsigned threads) {
+void gelu_gradient(const FloatArray& grad, const FloatArray& x, FloatArray& grad_x,
+                   unsigned threads) {
   require_size(grad, x.size());
   require_size(grad_x, x.size());
   const float* from = grad.data();

@@ -4,8 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
-#include <future>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -13,10 +13,13 @@
 #include <utility>
 #include <vector>
 
+#include "common/arithmetic.hpp"
+#include "common/parallel.hpp"
 #include "engine/generation.hpp"
 #include "engine/kernel_set.hpp"
 #include "python/bindings.hpp"
 #include "python/tensor_argument.hpp"
+#include "simd/reductions.hpp"
 
 namespace py = pybind11;
 
@@ -51,18 +54,10 @@ std::size_t checked_group(std::size_t group) {
 }
 
 // Throws std::invalid_argument if an element is NaN or infinite. x - x is 0 for finite numbers and
-// NaN otherwise, and NaN persists in the sums; independent lanes allow vectorization.
+// NaN otherwise, and NaN persists in the sum.
 void check_finite(const std::string& name, const float* x, std::size_t size) {
-  constexpr std::size_t kLanes = 16;
-  float poison[kLanes] = {};
-  std::size_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    for (std::size_t lane = 0; lane < kLanes; ++lane) poison[lane] += x[i + lane] - x[i + lane];
-  }
-  for (; i < size; ++i) poison[0] += x[i] - x[i];
-  for (const float lane : poison) {
-    if (!(lane == 0.0F)) fail_weight(name, "contains NaN or infinity");
-  }
+  const float sum = lane_sum<float, 16>(size, [=](std::size_t i) { return x[i] - x[i]; });
+  if (!(sum == 0.0F)) fail_weight(name, "contains NaN or infinity");
 }
 
 // Returns the data of a contiguous CPU tensor of `size` elements of dtype int8 (`with_sign`) or
@@ -80,11 +75,8 @@ const std::uint8_t* bytes(py::handle tensor, const std::string& name, std::size_
 // Splits a matrix's panels evenly among the threads of the pool, and calls take(panels) on each.
 template <typename Take>
 void in_parts(engine::ThreadPool& pool, const engine::Matrix& matrix, const Take& take) {
-  const std::size_t panels = matrix.panels(), size = pool.size();
   const py::gil_scoped_release unlocked;
-  pool.run([&](std::size_t rank) {
-    take(engine::Panels{panels * rank / size, panels * (rank + 1) / size});
-  });
+  pool.run([&](std::size_t rank) { take(share_of(matrix.panels(), rank, pool.size())); });
 }
 
 // Loads a weight matrix into the engine: a float32 tensor, or for int8 and int4 a tuple of integers
@@ -95,7 +87,7 @@ void take_matrix(Engine& to, const std::string& name, py::handle value) {
   if (!engine::is_integer(matrix.format())) {
     const float* weights = floats(value, name.c_str(), outputs * inputs);
     check_finite(name, weights, outputs * inputs);
-    in_parts(to.pool, matrix, [&](engine::Panels part) { matrix.pack_floats(weights, part); });
+    in_parts(to.pool, matrix, [&](Range part) { matrix.pack_floats(weights, part); });
     return;
   }
   if (!py::isinstance<py::tuple>(value) || py::len(value) != 2) {
@@ -112,8 +104,7 @@ void take_matrix(Engine& to, const std::string& name, py::handle value) {
   for (std::size_t i = 0; eight && i < outputs * columns; ++i) {
     if (integers[i] == 0x80) fail_weight(name, "contains -128; weights must be in [-127, 127]");
   }
-  in_parts(to.pool, matrix,
-           [&](engine::Panels part) { matrix.pack_integers(integers, scales, part); });
+  in_parts(to.pool, matrix, [&](Range part) { matrix.pack_integers(integers, scales, part); });
 }
 
 // Loads a bias or a LayerNorm parameter into the engine.
@@ -177,7 +168,7 @@ std::shared_ptr<Engine> make_engine(const py::dict& config, const std::string& d
 
 // --- reading weights -----------------------------------------------------------------------------
 
-py::tuple integer_arrays(const engine::Integers& from, std::size_t outputs) {
+py::tuple integer_arrays(const engine::QuantizedMatrix& from, std::size_t outputs) {
   const auto rows = static_cast<py::ssize_t>(outputs);
   const auto columns = static_cast<py::ssize_t>(from.integers.size()) / rows;
   const auto groups = static_cast<py::ssize_t>(from.scales.size()) / rows;
@@ -217,18 +208,13 @@ py::tuple quantize_weights(py::handle weights, std::size_t outputs, const std::s
   check_finite(name, numbers.data, numbers.size);
   const std::size_t inputs = numbers.size / outputs;
   const std::size_t parts = std::min(std::max(threads, std::size_t{1}), outputs);
-  engine::Integers all(format, outputs, inputs, group);
+  engine::QuantizedMatrix all(format, outputs, inputs, group);
   {
     const py::gil_scoped_release unlocked;
-    // With the default launch policy, a part for which no thread is started runs in get().
-    std::vector<std::future<void>> team;
-    for (std::size_t i = 0; i < parts; ++i) {
-      team.push_back(std::async([&, i] {
-        engine::quantize(numbers.data, outputs * i / parts, outputs * (i + 1) / parts, inputs,
-                         format, group, all);
-      }));
-    }
-    for (std::future<void>& part : team) part.get();
+    run_concurrently(parts, [&](std::size_t i) {
+      const Range rows = share_of(outputs, i, parts);
+      engine::quantize(numbers.data, rows, inputs, format, group, all);
+    });
   }
   return integer_arrays(all, outputs);
 }
@@ -359,8 +345,8 @@ FloatArray multiply_with(Engine& self, const std::string& name, py::handle x, st
   std::vector<float> y(rows * columns);
   product.y = y.data();
   product.y_stride = columns;
-  product.row_end = rows;
-  product.panel_end = matrix.panels();
+  product.rows.end = rows;
+  product.panels.end = matrix.panels();
   self.kernels.multiply[static_cast<std::size_t>(matrix.format())](product);
   FloatArray all({static_cast<py::ssize_t>(rows), static_cast<py::ssize_t>(matrix.outputs())});
   for (std::size_t i = 0; i < rows; ++i) {

@@ -52,7 +52,7 @@ void set_matrix(View& view, py::handle tensor, const char* name, std::size_t row
     refuse(name, "has shape [" + std::to_string(t.rows) + ", " + std::to_string(t.columns) +
                      "], not [" + std::to_string(rows) + ", " + std::to_string(columns) + "]");
   }
-  view = {{t.numbers.data, t.numbers.bf16}, t.stride};
+  view = {t.numbers, t.stride};
 }
 
 float* vector(py::handle tensor, const char* name, std::size_t size) {
@@ -63,36 +63,18 @@ float* vector(py::handle tensor, const char* name, std::size_t size) {
   return static_cast<float*>(t.numbers.data);
 }
 
-GemmCode code_named(const std::string& name) {
-  GemmCode code = GemmCode::kPortable;
-  if (name == "avx2") {
-    code = GemmCode::kAvx2;
-  } else if (name == "avx512") {
-    code = GemmCode::kAvx512;
-  } else if (name == "bf16-portable") {
-    code = GemmCode::kBf16Portable;
-  } else if (name == "bf16-avx512") {
-    code = GemmCode::kBf16Avx512;
-  } else if (name != "portable") {
-    throw std::invalid_argument(
-        "code must be portable, avx2, avx512, bf16-portable or bf16-avx512");
-  }
-  if (!can_run(code)) throw std::invalid_argument("this processor cannot run the code for " + name);
-  return code;
-}
-
 void check_combination(const Gemm& g) {
-  if (g.pre.numbers.data != nullptr && !g.gelu) {
+  if (g.pre.first.data != nullptr && !g.gelu) {
     throw std::invalid_argument("pre receives the input of GELU and requires gelu");
   }
-  const bool of_gelu = g.gelu_grad.numbers.data != nullptr;
+  const bool of_gelu = g.gelu_grad.first.data != nullptr;
   if (g.gelu && of_gelu) {
     throw std::invalid_argument("gelu and gelu_grad cannot be combined");
   }
   if (g.accumulate && (g.gelu || of_gelu)) {
     throw std::invalid_argument("accumulate cannot be combined with gelu or gelu_grad");
   }
-  if (g.accumulate && g.c.numbers.bf16) {
+  if (g.accumulate && g.c.first.bf16) {
     throw std::invalid_argument("accumulate requires c in float32");
   }
 }
@@ -100,15 +82,15 @@ void check_combination(const Gemm& g) {
 void multiply(py::handle a, py::handle b, py::handle c, bool transpose_a, bool transpose_b,
               bool accumulate, py::handle bias, bool gelu, py::handle pre, py::handle gelu_grad,
               bool gelu_b, py::handle row_sums, unsigned threads, bool bf16, py::handle code) {
-  const GemmCode chosen =
-      code.is_none() ? best_gemm_code(bf16) : code_named(py::cast<std::string>(code));
-  const bool any = is_bf16(chosen);
+  const GemmKernels& kernels =
+      code.is_none() ? best_gemm_kernels(bf16) : gemm_kernels(py::cast<std::string>(code));
+  const bool any = kernels.bf16();
   if (bf16 && !any) throw std::invalid_argument("bf16 requires a bf16 code, e.g. bf16-portable");
   const Tensor left(a, "a", 2, any), result(c, "c", 2, any);
   Gemm g;
   g.m = transpose_a ? left.columns : left.rows;
   g.k = transpose_a ? left.rows : left.columns;
-  g.a = {{left.numbers.data, left.numbers.bf16}, left.stride};
+  g.a = {left.numbers, left.stride};
   g.n = result.columns;
   if (result.rows != g.m) {
     refuse("c", "has " + std::to_string(result.rows) + " rows, but the product has " +
@@ -127,7 +109,7 @@ void multiply(py::handle a, py::handle b, py::handle c, bool transpose_a, bool t
   if (!row_sums.is_none()) g.row_sums = vector(row_sums, "row_sums", g.m);
   check_combination(g);
   const py::gil_scoped_release unlocked;
-  fastgpt::gemm(g, threads, chosen);
+  gemm(g, threads, kernels);
 }
 
 }  // namespace

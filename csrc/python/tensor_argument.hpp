@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "common/bfloat16.hpp"
 #include "python/dlpack.hpp"

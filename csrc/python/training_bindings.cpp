@@ -89,8 +89,7 @@ Attention attention_of(py::handle qkv, py::handle log_sums, std::size_t heads, s
   Attention attention;
   attention.heads = heads;
   attention.time = time;
-  const Floats numbers = numbers_in(seen);
-  attention.qkv = {numbers.data, numbers.bf16};
+  attention.qkv = numbers_in(seen);
   if (heads == 0 || time == 0 || rows == 0) return attention;
   attention.batch = rows / (heads * time);
   attention.size = size / (3 * rows);
@@ -129,8 +128,7 @@ void backward_of_attention(py::handle qkv, std::size_t heads, std::size_t time, 
   const Floats grad = like_qkv(attention, grad_y, "grad_y", size);
   const Floats to = like_qkv(attention, grad_qkv, "grad_qkv", 3 * size);
   const py::gil_scoped_release unlocked;
-  attention_backward(attention, {result.data, result.bf16}, sums, {grad.data, grad.bf16}, to,
-                     threads);
+  attention_backward(attention, result, sums, grad, to, threads);
 }
 
 void check_targets(const LogitsChunk& chunk) {

@@ -1,23 +1,21 @@
-// The base vector type of the engine's AVX-512 kernels. kernels_avx512_bf16.cpp replaces
-// `multiply_pairs` with the bfloat16 instruction; kernels_avx512_vnni.cpp adds the operations on
-// integers.
+// The vector types for AVX-512 and for its extensions BF16 and VNNI. See plain_vector.hpp for their
+// members.
 #pragma once
 
 #include <immintrin.h>
 
-#include "engine/kernels_of.hpp"
+#include <cstddef>
+#include <cstdint>
 
-namespace fastgpt::engine {
+#include "simd/transpose_avx.hpp"
+
+namespace fastgpt {
 namespace {
 
-// Register budget, of 32 registers: 24 accumulators (12 rows by a panel of two registers) and 2 for
-// weights.
 struct Avx512 {
   using Register = __m512;
-  using Integers = __m512i;
   static constexpr std::size_t kWidth = 16;
-  static constexpr bool kManyRegisters = true;
-  static constexpr std::size_t kFloatRows = 12, kIntegerRows = 12, kPanelRows = 12;
+  static constexpr std::size_t kRegisters = 32;
 
   static Register zero() { return _mm512_setzero_ps(); }
   static Register load(const void* from) { return _mm512_loadu_ps(from); }
@@ -31,16 +29,17 @@ struct Avx512 {
   static Register multiply_pairs(Register x, Register y, Register sum) {
     return _mm512_fmadd_ps(second(x), second(y), _mm512_fmadd_ps(first(x), first(y), sum));
   }
-  // Widens 16 bfloat16 numbers: a bfloat16 is the upper half of a float.
   static Register load_narrow(const void* from) {
     const __m256i narrow = _mm256_loadu_si256(static_cast<const __m256i*>(from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
   }
   static float square_root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
+  static void transpose_8x4(const float* const* rows, float* to, std::size_t stride) {
+    transpose_8x4_avx([rows](int i) { return _mm_loadu_ps(rows[i]); }, to, stride);
+  }
 
  private:
-  // The two bfloat16 numbers of each 32-bit lane as floats: the low half is shifted up, the high
-  // half only needs the low bits cleared.
+  // As in Avx2.
   static Register first(Register pair) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pair), 16));
   }
@@ -50,5 +49,34 @@ struct Avx512 {
   }
 };
 
+#if defined(__AVX512BF16__)
+struct Avx512Bf16 : Avx512 {
+  static Register multiply_pairs(Register x, Register y, Register sum) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));
+  }
+};
+#endif
+
+#if defined(__AVX512VNNI__)
+struct Avx512Vnni : Avx512 {
+  using Integers = __m512i;
+  static constexpr std::int32_t kDot8Offset = 128;
+
+  static Integers load_integers(const std::uint32_t* from) { return _mm512_loadu_si512(from); }
+  static Integers broadcast_integer(std::int32_t x) { return _mm512_set1_epi32(x); }
+  static Register to_floats(Integers x) { return _mm512_cvtepi32_ps(x); }
+  static Integers dot8(Integers weights, Integers inputs, Integers sum) {
+    return _mm512_dpbusd_epi32(sum, weights, inputs);
+  }
+  static Integers dot4(Integers weights, Integers inputs, Integers sum) {
+    return _mm512_dpbusd_epi32(sum, weights, inputs);
+  }
+  static Integers low_nibbles(Integers x) {
+    return _mm512_and_si512(x, _mm512_set1_epi32(0x0F0F0F0F));
+  }
+  static Integers high_nibbles(Integers x) { return low_nibbles(_mm512_srli_epi32(x, 4)); }
+};
+#endif
+
 }  // namespace
-}  // namespace fastgpt::engine
+}  // namespace fastgpt

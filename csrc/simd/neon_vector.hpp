@@ -1,21 +1,21 @@
-// The base vector type of the engine's kernels for 64-bit ARM, without `dot8` and `dot4`.
+// The vector types for 64-bit ARM, without and with the dot product of bytes. See plain_vector.hpp
+// for their members.
 #pragma once
 
 #include <arm_neon.h>
 
-#include "engine/kernels_of.hpp"
+#include <cstddef>
+#include <cstdint>
 
-namespace fastgpt::engine {
+namespace fastgpt {
 namespace {
 
-// Register budget, of 32 registers: a tile of 5 rows by half a panel has 20 accumulators and 4 or 8
-// registers of weights; a tile of 2 rows by a whole panel has 16 accumulators and 8 of weights.
-struct NeonBase {
+struct Neon {
   using Register = float32x4_t;
   using Integers = int32x4_t;
   static constexpr std::size_t kWidth = 4;
-  static constexpr bool kManyRegisters = true;
-  static constexpr std::size_t kFloatRows = 5, kPanelRows = 2;
+  static constexpr std::size_t kRegisters = 32;
+  static constexpr std::int32_t kDot8Offset = 0;
 
   static Register zero() { return vdupq_n_f32(0.0F); }
   static Register load(const void* from) { return vld1q_f32(static_cast<const float*>(from)); }
@@ -29,7 +29,6 @@ struct NeonBase {
   static Register multiply_pairs(Register x, Register y, Register sum) {
     return vfmaq_f32(vfmaq_f32(sum, first(x), first(y)), second(x), second(y));
   }
-  // Widens four bfloat16 numbers: a bfloat16 is the upper half of a float.
   static Register load_narrow(const void* from) {
     const uint16x4_t narrow = vld1_u16(static_cast<const std::uint16_t*>(from));
     return vreinterpretq_f32_u32(vshll_n_u16(narrow, 16));
@@ -41,6 +40,12 @@ struct NeonBase {
   }
   static Integers broadcast_integer(const std::int32_t& from) { return vld1q_dup_s32(&from); }
   static Register to_floats(Integers x) { return vcvtq_f32_s32(x); }
+  static Integers dot8(Integers weights, Integers inputs, Integers sum) {
+    return dot(signed_bytes(weights), inputs, sum);
+  }
+  static Integers dot4(Integers weights, Integers inputs, Integers sum) {
+    return dot(vreinterpretq_s8_s32(weights), inputs, sum);
+  }
   static Integers low_nibbles(Integers x) {
     return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(x), vdupq_n_u8(15)));
   }
@@ -49,12 +54,19 @@ struct NeonBase {
   }
 
  protected:
-  // Converts stored weights to signed bytes: flipping the top bit subtracts kInt8Zero.
+  // Flipping the top bit of a byte subtracts 128.
   static int8x16_t signed_bytes(Integers weights) {
     return vreinterpretq_s8_u8(veorq_u8(vreinterpretq_u8_s32(weights), vdupq_n_u8(128)));
   }
 
  private:
+  // Multiplies to 16 bits, adds neighbouring products, which do not overflow (2 · 127²), and adds
+  // these pairs to the 32-bit sums.
+  static Integers dot(int8x16_t weights, Integers inputs, Integers sum) {
+    const int8x16_t x = vreinterpretq_s8_s32(inputs);
+    const int16x8_t low = vmull_s8(vget_low_s8(weights), vget_low_s8(x));
+    return vpadalq_s16(sum, vpaddq_s16(low, vmull_high_s8(weights, x)));
+  }
   // The two bfloat16 numbers of each 32-bit lane as floats: the low half is shifted up, the high
   // half only needs the low bits cleared.
   static Register first(Register pair) {
@@ -65,5 +77,16 @@ struct NeonBase {
   }
 };
 
+#if defined(__ARM_FEATURE_DOTPROD)
+struct NeonDot : Neon {
+  static Integers dot8(Integers weights, Integers inputs, Integers sum) {
+    return vdotq_s32(sum, signed_bytes(weights), vreinterpretq_s8_s32(inputs));
+  }
+  static Integers dot4(Integers weights, Integers inputs, Integers sum) {
+    return vdotq_s32(sum, vreinterpretq_s8_s32(weights), vreinterpretq_s8_s32(inputs));
+  }
+};
+#endif
+
 }  // namespace
-}  // namespace fastgpt::engine
+}  // namespace fastgpt

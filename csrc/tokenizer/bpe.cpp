@@ -1,66 +1,15 @@
 #include "tokenizer/bpe.hpp"
 
-#include <algorithm>
 #include <cstring>
-#include <exception>
-#include <system_error>
-#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "common/parallel.hpp"
 #include "tokenizer/piece_encoder.hpp"
 #include "tokenizer/pretokenizer.hpp"
 
 namespace fastgpt {
-namespace {
-
-// The minimum bytes of text per thread: some hundred microseconds of work, which is worth the cost
-// of starting a thread.
-constexpr std::size_t kMinPart = std::size_t{1} << 18;
-
-// Splits the text into up to `parts` parts of about the same size. Each part starts where a piece
-// is guaranteed to start, so encoding the parts separately gives the same pieces as encoding the
-// whole.
-std::vector<std::string_view> split(std::string_view text, std::size_t parts) {
-  std::vector<std::string_view> list;
-  const std::size_t size = text.size() / parts + 1;
-  for (std::size_t begin = 0; begin < text.size();) {
-    const std::size_t end = find_start(text, begin + size);
-    list.push_back(text.substr(begin, end - begin));
-    begin = end;
-  }
-  return list;
-}
-
-// Runs work(i) for each i < count concurrently: the last one on the calling thread, each of the
-// others on a new thread. Waits for all of them, then rethrows the exception of the lowest i that
-// threw one.
-template <typename Work>
-void run_concurrently(std::size_t count, const Work& work) {
-  std::vector<std::exception_ptr> errors(count);
-  const auto guarded = [&](std::size_t i) {
-    try {
-      work(i);
-    } catch (...) {
-      errors[i] = std::current_exception();
-    }
-  };
-  std::vector<std::thread> threads;
-  threads.reserve(count);
-  std::size_t started = 0;
-  try {
-    for (; started + 1 < count; ++started) threads.emplace_back(guarded, started);
-  } catch (const std::system_error&) {  // cannot start another thread: run the rest on this one
-  }
-  for (; started < count; ++started) guarded(started);
-  for (std::thread& thread : threads) thread.join();
-  for (const std::exception_ptr& error : errors) {
-    if (error) std::rethrow_exception(error);
-  }
-}
-
-}  // namespace
 
 template <typename Id>
 PieceEncoderPool<Id>::~PieceEncoderPool() {
@@ -93,10 +42,8 @@ BytePairEncoder::~BytePairEncoder() = default;
 
 template <typename Id>
 void BytePairEncoder::encode(std::string_view text, unsigned threads, IdBuffer<Id>& ids) const {
-  const std::size_t parts = std::min<std::size_t>(threads, text.size() / kMinPart);
-  if (parts <= 1) return encode_part(text, ids);
-
-  const std::vector<std::string_view> texts = split(text, parts);
+  if (threads <= 1 || text.size() < 2 * kMinPart) return encode_part(text, ids);
+  const std::vector<std::string_view> texts = split_for_threads(text, threads);
   std::vector<IdBuffer<Id>> others(texts.size() - 1);
   run_concurrently(texts.size(),
                    [&](std::size_t i) { encode_part(texts[i], i == 0 ? ids : others[i - 1]); });

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <array>
-#include <future>
 #include <limits>
 #include <stdexcept>
 
+#include "common/parallel.hpp"
 #include "common/prefetch.hpp"
 #include "tokenizer/merges_file.hpp"
 #include "tokenizer/pretokenizer.hpp"
@@ -26,9 +26,6 @@ constexpr std::uint64_t kCollectedFraction = 512;
 
 // Binary logarithm of the number of bounds (see bound_counts): few enough to stay in the cache.
 constexpr int kBoundBits = 18;
-
-// The minimum number of bytes per thread, for which counting takes longer than starting a thread.
-constexpr std::size_t kMinBytesPerThread = std::size_t{1} << 18;
 
 // Prefetch distance, in steps.
 constexpr std::size_t kAhead = 16;
@@ -356,20 +353,10 @@ void BpeTrainer::end_text() {
   unfinished_.clear();
 }
 
-// Splits parts of about the same size off the end of the text, counts each of them on another
-// thread, and counts the rest on this one.
+// Counts parts of the text on several threads.
 void BpeTrainer::count(std::string_view text) {
-  std::vector<std::future<void>> others;
-  for (std::size_t n = std::min(counters_.size(), text.size() / kMinBytesPerThread); n > 1; --n) {
-    const std::size_t part = text.size() - text.size() / n;
-    const std::size_t begin = find_start(text, part + 1);
-    others.push_back(std::async(
-        std::launch::async,
-        [counter = &counters_[n - 1], rest = text.substr(begin)] { counter->count(rest); }));
-    text = text.substr(0, begin);
-  }
-  counters_[0].count(text);
-  for (std::future<void>& other : others) other.get();
+  const std::vector<std::string_view> parts = split_for_threads(text, counters_.size());
+  run_concurrently(parts.size(), [&](std::size_t i) { counters_[i].count(parts[i]); });
 }
 
 std::uint64_t BpeTrainer::n_pieces() const {

@@ -7,7 +7,7 @@
 #include "common/bits.hpp"
 #include "common/processor.hpp"
 
-#if defined(FASTGPT_HAS_AVX2)
+#if defined(FASTGPT_X86)
 #include <immintrin.h>
 #endif
 
@@ -21,7 +21,7 @@ struct Portable {
   }
 };
 
-#if defined(FASTGPT_HAS_AVX2)
+#if defined(FASTGPT_X86)
 struct Avx2 {
   template <std::size_t kCount>
   FASTGPT_AVX2 static std::int32_t lowest(const std::int32_t* numbers) {
@@ -141,7 +141,7 @@ inline void merge_all(const Vocabulary& vocabulary, const std::string_view* piec
   }
 }
 
-#if defined(FASTGPT_HAS_AVX2)
+#if defined(FASTGPT_X86)
 template <typename Id>
 FASTGPT_AVX2_FLAT void merge_all_with_avx2(const Vocabulary& vocabulary,
                                            const std::string_view* pieces,
@@ -155,8 +155,8 @@ FASTGPT_AVX2_FLAT void merge_all_with_avx2(const Vocabulary& vocabulary,
 template <typename Id>
 void merge_short(const Vocabulary& vocabulary, const std::string_view* pieces,
                  ShortTokens<Id>* const* tokens, std::size_t count) {
-#if defined(FASTGPT_HAS_AVX2)
-  if (has_avx2()) return merge_all_with_avx2(vocabulary, pieces, tokens, count);
+#if defined(FASTGPT_X86)
+  if (processor().avx2) return merge_all_with_avx2(vocabulary, pieces, tokens, count);
 #endif
   merge_all<Portable>(vocabulary, pieces, tokens, count);
 }

@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "common/lazy_array.hpp"
 #include "common/prefetch.hpp"
-#include "tokenizer/lazy_array.hpp"
 #include "tokenizer/piece_key.hpp"
 #include "tokenizer/token_bytes.hpp"
 
@@ -70,7 +70,9 @@ class PieceCache {
   struct HalfLine {
     Slot slots[2];
 
-    // Returns the only slot that can hold the short piece, except as described at copy_short().
+    // Returns the slot that holds the short piece, if it is in this bucket. There is one exception:
+    // it is in the second slot, and the first one holds a piece with an equal key, that is, one
+    // that differs from it only in trailing NUL bytes. find() finds it even then.
     const Slot& slot_for(std::uint64_t piece) const { return slots[slots[0].key == piece ? 0 : 1]; }
     bool is_long() const { return slots[1].size() == kLong; }
     bool holds_long(PieceKey piece, std::size_t marked_size) const {
@@ -79,18 +81,9 @@ class PieceCache {
   };
   static_assert(sizeof(HalfLine) == 32);
 
-  // Copies the tokens of a piece of up to kShortSize bytes to `to`, which must have room for
-  // kWrittenIds, and returns their number. Returns 0 if the piece is not in this bucket as a short
-  // piece. Also returns 0 if it is in the second slot and the first one holds a piece with an equal
-  // key, that is, one that differs from it only in trailing NUL bytes; find() finds it even then.
-  static std::size_t copy_short(const HalfLine& half, std::uint64_t piece, std::size_t size,
-                                Id* to) {
-    const Slot& slot = half.slot_for(piece);
-    return slot.holds(piece, size) ? slot.copy(to) : 0;
-  }
-
-  // Does the same for a piece of up to PieceKey::kMaxSize bytes that is stored as a long piece with
-  // at most kLongIds tokens. Returns 0 for any other.
+  // Copies the tokens of a piece of up to PieceKey::kMaxSize bytes to `to`, which must have room
+  // for kWrittenIds, and returns their number. Returns 0 if the piece is not in this bucket as a
+  // long piece with at most kLongIds tokens.
   static std::size_t copy_long(const HalfLine& half, PieceKey piece, std::size_t size, Id* to) {
     if (!half.holds_long(piece, size + kLong)) return 0;
     const std::size_t count = half.slots[0].copy(to);

@@ -6,7 +6,7 @@
 #include "common/bits.hpp"
 #include "common/processor.hpp"
 
-#if defined(FASTGPT_HAS_AVX2)
+#if defined(FASTGPT_X86)
 #include <immintrin.h>
 #endif
 
@@ -131,7 +131,7 @@ struct Portable {
   }
 };
 
-#if defined(FASTGPT_HAS_AVX2)
+#if defined(FASTGPT_X86)
 struct Avx2 {
   FASTGPT_AVX2 static std::uint64_t lowest_or_any(std::uint64_t bits) { return _tzcnt_u64(bits); }
 
@@ -234,6 +234,18 @@ std::size_t find_start(std::string_view text, std::size_t at) {
   return std::min(at, text.size());
 }
 
+std::vector<std::string_view> split_for_threads(std::string_view text, std::size_t threads) {
+  const std::size_t parts = std::max<std::size_t>(std::min(threads, text.size() / kMinPart), 1);
+  std::vector<std::string_view> list;
+  const std::size_t size = text.size() / parts + 1;
+  for (std::size_t begin = 0; begin < text.size();) {
+    const std::size_t end = find_start(text, begin + size);
+    list.push_back(text.substr(begin, end - begin));
+    begin = end;
+  }
+  return list;
+}
+
 Pretokenizer::Pretokenizer(std::string_view text, bool vectorized)
     : text_(text), vectorized_(vectorized) {
   // Treat what precedes the text as white space, which no word or number continues. It is not a
@@ -243,13 +255,13 @@ Pretokenizer::Pretokenizer(std::string_view text, bool vectorized)
 }
 
 Ends Pretokenizer::next() {
-#if defined(FASTGPT_HAS_AVX2)
-  if (vectorized_ && has_avx2()) return {ends_.data(), find_ends_avx2()};
+#if defined(FASTGPT_X86)
+  if (vectorized_ && processor().avx2) return {ends_.data(), find_ends_avx2()};
 #endif
   return {ends_.data(), cut<Portable>()};
 }
 
-#if defined(FASTGPT_HAS_AVX2)
+#if defined(FASTGPT_X86)
 FASTGPT_AVX2_FLAT std::size_t Pretokenizer::find_ends_avx2() { return cut<Avx2>(); }
 #endif
 

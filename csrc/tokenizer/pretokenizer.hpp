@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
+#include <vector>
 
 namespace fastgpt {
 
@@ -32,6 +33,13 @@ bool starts_piece(std::string_view text, std::size_t at);
 // Returns the first offset >= max(at, 1) at which starts_piece() holds, or the size of the text if
 // there is none.
 std::size_t find_start(std::string_view text, std::size_t at);
+
+// Splits the text into at most `threads` parts of about the same size, so that processing them on
+// as many threads gives the pieces of the whole: each part starts where a piece is guaranteed to
+// start. A part has about kMinPart bytes or more, some hundred microseconds of work, which is worth
+// the cost of starting a thread.
+constexpr std::size_t kMinPart = std::size_t{1} << 18;
+std::vector<std::string_view> split_for_threads(std::string_view text, std::size_t threads);
 
 // Splits one text incrementally, some kilobytes per call. The pieces are the successive matches of
 // GPT-2's pattern,

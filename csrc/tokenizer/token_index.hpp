@@ -6,8 +6,8 @@
 #include <string_view>
 #include <utility>
 
+#include "common/lazy_array.hpp"
 #include "common/prefetch.hpp"
-#include "tokenizer/lazy_array.hpp"
 #include "tokenizer/piece_key.hpp"
 #include "tokenizer/token_bytes.hpp"
 

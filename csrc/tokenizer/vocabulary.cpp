@@ -18,10 +18,13 @@ std::string numbered(const char* what, std::size_t number) {
 // Returns the merges. Throws std::invalid_argument if ids or ranks do not fit into their bits of
 // the packed tables, or if a merge refers to an id that is out of range.
 std::vector<Merge> checked_size(std::vector<Merge> merges, const TokenBytes& tokens) {
-  if (tokens.size() > kMaxTokens || merges.size() >= kNoMerge) {
-    throw std::invalid_argument("a vocabulary can have at most " + std::to_string(kMaxTokens) +
-                                " tokens, not " + std::to_string(tokens.size()));
-  }
+  const auto check_size = [](std::size_t size, std::size_t most, const char* what) {
+    if (size <= most) return;
+    throw std::invalid_argument("a vocabulary can have at most " + std::to_string(most) + what +
+                                ", not " + std::to_string(size));
+  };
+  check_size(tokens.size(), kMaxTokens, " tokens");
+  check_size(merges.size(), kNoMerge - 1, " merges");
   for (std::size_t i = 0; i < merges.size(); ++i) {
     const Merge& merge = merges[i];
     if (std::max({merge.left, merge.right, merge.merged}) >= tokens.size()) {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/parallel.hpp"
 #include "simd/vector_loops.hpp"
 
 namespace fastgpt {
@@ -28,7 +29,7 @@ std::vector<Tile> cut(const std::vector<AdamWTensor>& tensors) {
 }
 
 void add_squares(std::size_t n, const float* x, double* sum) {
-  *sum = lane_sum<double>(n, [=](std::size_t i) {
+  *sum = lane_sum<double, kLanes>(n, [=](std::size_t i) {
     const double value = x[i];
     return value * value;
   });

@@ -8,15 +8,15 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/arithmetic.hpp"
+#include "common/matrix_view.hpp"
+#include "common/parallel.hpp"
+#include "simd/math.hpp"
 #include "simd/vector_loops.hpp"
-#include "training/gelu_formula.hpp"
 #include "training/gemm.hpp"
-#include "training/gemm_kernels.hpp"
 
 namespace fastgpt {
 namespace {
-
-std::size_t round_up(std::size_t n, std::size_t step) { return (n + step - 1) / step * step; }
 
 // Memory for packed operands and scores, which each thread keeps for its next head. `restart` makes
 // room for all buffers and frees those taken before; `take` then returns them one by one.
@@ -38,16 +38,8 @@ class Workspace {
   std::size_t used_ = 0;
 };
 
-// A matrix in row-major order.
-template <typename AnyFloats>
-struct RowsOf {
-  AnyFloats first;
-  std::size_t stride;
-
-  RowsOf from(std::size_t row) const { return {first + row * stride, stride}; }
-};
-using ConstRows = RowsOf<ConstFloats>;
-using Rows = RowsOf<Floats>;
+using ConstRows = MatrixView<ConstFloats>;
+using Rows = MatrixView<Floats>;
 
 // How a matrix becomes an operand of a product A · B. kByRows: its rows are the rows of A, or the
 // columns of B. kAcross: each of its rows is one depth of all rows of A, or columns of B.
@@ -56,7 +48,7 @@ enum class Reads { kByRows, kAcross };
 // The products of one head, with operands in fp32 or in bfloat16 and sums in fp32.
 class Products {
  public:
-  explicit Products(bool bf16) : kernels_(gemm_kernels(best_gemm_code(bf16))) {}
+  explicit Products(bool bf16) : kernels_(best_gemm_kernels(bf16)) {}
 
   // The number of queries in a block: large enough to amortize reading the packed keys, small
   // enough for the block's scores to stay in the L2 cache, and a multiple of a tile's rows.
@@ -120,11 +112,11 @@ void write_row(std::size_t n, const float* __restrict from, Number* __restrict t
 }
 
 // Returns the rows in fp32: either the given ones, or a converted copy in `aside`.
-RowsOf<const float*> in_floats(const ConstRows& rows, std::size_t n, std::size_t size,
-                               float* aside) {
+MatrixView<const float*> in_floats(const ConstRows& rows, std::size_t n, std::size_t size,
+                                   float* aside) {
   if (!rows.first.bf16) return {static_cast<const float*>(rows.first.data), rows.stride};
   for (std::size_t row = 0; row < n; ++row) {
-    const auto* from = static_cast<const Bfloat16*>(rows.from(row).first.data);
+    const auto* from = static_cast<const Bfloat16*>(rows[row].data);
     run_vectorized<widen_row<Bfloat16>>(size, from, aside + row * size);
   }
   return {aside, size};
@@ -133,7 +125,7 @@ RowsOf<const float*> in_floats(const ConstRows& rows, std::size_t n, std::size_t
 // Writes n rows of fp32 sums to `to`, rounded to its type.
 void write_rows(const float* sums, std::size_t n, std::size_t size, const Rows& to) {
   for (std::size_t row = 0; row < n; ++row) {
-    of_type(to.from(row).first, [&](auto* numbers) {
+    of_type(to[row], [&](auto* numbers) {
       using Number = std::remove_pointer_t<decltype(numbers)>;
       run_vectorized<write_row<Number>>(size, sums + row * size, numbers);
     });
@@ -157,11 +149,12 @@ void softmax_rows(const Scores& block, float* all, float* log_sums) {
   const std::size_t n = block.length();
   for (std::size_t row = 0; row < block.rows; ++row) {
     float* __restrict scores = all + row * block.stride;
+    const auto score = [=](std::size_t i) { return scores[i]; };
     const float scale = block.scale;
     std::fill(scores + block.seen + row, scores + n, -HUGE_VALF);
-    const float largest = lane_max(scores, n) * scale;
+    const float largest = lane_max<kLanes>(n, scores[0], score) * scale;
     for (std::size_t i = 0; i < n; ++i) scores[i] = exp_minus(largest - scores[i] * scale);
-    const float sum = lane_sum<float>(n, [=](std::size_t i) { return scores[i]; });
+    const float sum = lane_sum<float, kLanes>(n, score);
     const float factor = 1.0F / sum;
     for (std::size_t i = 0; i < n; ++i) scores[i] *= factor;
     log_sums[row] = largest + std::log(sum);
@@ -172,14 +165,15 @@ void softmax_rows(const Scores& block, float* all, float* log_sums) {
 // by that of the unscaled scores, P ∘ (dP - δ) · scale. The row sums of P ∘ dP are taken from the
 // output of these rows and its gradient: δ = Σ y ∘ grad_y.
 void softmax_rows_backward(const Scores& block, std::size_t size, const float* log_sums,
-                           const RowsOf<const float*>& y, const RowsOf<const float*>& grad_y,
-                           float* all, float* all_grad) {
+                           const MatrixView<const float*>& y,
+                           const MatrixView<const float*>& grad_y, float* all, float* all_grad) {
   const std::size_t n = block.length();
   for (std::size_t row = 0; row < block.rows; ++row) {
-    const float *of_y = y.from(row).first, *of_grad = grad_y.from(row).first;
+    const float *of_y = y[row], *of_grad = grad_y[row];
     float* __restrict scores = all + row * block.stride;
     float* __restrict grad = all_grad + row * block.stride;
-    const float delta = lane_sum<float>(size, [=](std::size_t i) { return of_y[i] * of_grad[i]; });
+    const float delta =
+        lane_sum<float, kLanes>(size, [=](std::size_t i) { return of_y[i] * of_grad[i]; });
     const float scale = block.scale, log_sum = log_sums[row];
     std::fill(scores + block.seen + row, scores + n, -HUGE_VALF);
     std::fill(grad + block.seen + row, grad + n, 0.0F);
@@ -299,7 +293,7 @@ Workspace& workspace() {
 
 }  // namespace
 
-bool attention_is_fast() { return best_gemm_code() != GemmCode::kPortable; }
+bool attention_is_fast() { return &best_gemm_kernels() != &kGemmPortable; }
 
 void attention_forward(const Attention& attention, const Floats& y, float* log_sums,
                        unsigned threads) {

@@ -3,8 +3,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/parallel.hpp"
+#include "simd/math.hpp"
 #include "simd/vector_loops.hpp"
-#include "training/gelu_formula.hpp"
 
 namespace fastgpt {
 namespace {
@@ -18,13 +19,15 @@ void multiply(std::size_t n, float factor, float* __restrict x) {
 }
 
 void sum_exponentials(std::size_t n, float largest, const float* x, float* sum) {
-  *sum = lane_sum<float>(n, [=](std::size_t i) { return exp_minus(largest - x[i]); });
+  *sum = lane_sum<float, kLanes>(n, [=](std::size_t i) { return exp_minus(largest - x[i]); });
 }
 
-void find_largest(std::size_t n, const float* x, float* largest) { *largest = lane_max(x, n); }
+void find_largest(std::size_t n, const float* x, float* largest) {
+  *largest = lane_max<kLanes>(n, x[0], [=](std::size_t i) { return x[i]; });
+}
 
 void add_up(std::size_t n, const float* x, float* sum) {
-  *sum = lane_sum<float>(n, [=](std::size_t i) { return x[i]; });
+  *sum = lane_sum<float, kLanes>(n, [=](std::size_t i) { return x[i]; });
 }
 
 // Returns the loss of a row; with `gradient`, replaces its logits by their gradient. The row is

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "common/arithmetic.hpp"
+#include "common/parallel.hpp"
 #include "simd/vector_loops.hpp"
 
 namespace fastgpt {
@@ -11,15 +13,11 @@ namespace {
 // terms are added in the order of the ids.
 constexpr std::size_t kTileColumns = 64;
 
-void add_to(std::size_t n, const float* __restrict from, float* __restrict to) {
-  for (std::size_t i = 0; i < n; ++i) to[i] += from[i];
-}
-
 }  // namespace
 
 void add_rows(const std::int64_t* ids, std::size_t n, std::size_t columns, const float* values,
               float* table, unsigned threads) {
-  for_each_tile((columns + kTileColumns - 1) / kTileColumns, threads, [&](std::size_t tile) {
+  for_each_tile(ceil_div(columns, kTileColumns), threads, [&](std::size_t tile) {
     const std::size_t begin = tile * kTileColumns;
     const std::size_t size = std::min(kTileColumns, columns - begin);
     for (std::size_t i = 0; i < n; ++i) {

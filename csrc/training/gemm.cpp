@@ -3,17 +3,14 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cstring>
 #include <memory>
+#include <stdexcept>
 #include <thread>
 
+#include "common/arithmetic.hpp"
+#include "common/lazy_array.hpp"
 #include "common/parallel.hpp"
-#include "tokenizer/lazy_array.hpp"
-#include "training/gemm_kernels.hpp"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <cpuid.h>
-#endif
+#include "common/processor.hpp"
 
 namespace fastgpt {
 namespace {
@@ -32,20 +29,12 @@ constexpr std::size_t kFewRows = 24, kFewColumns = 64;     // smallest tile that
 constexpr std::size_t kWorthATile = std::size_t{1} << 19;  // multiplications
 constexpr std::size_t kMinBytesPerThread = std::size_t{1} << 20;  // multiplications
 
-std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
-std::size_t round_up(std::size_t a, std::size_t b) { return ceil_div(a, b) * b; }
-
 // Returns the part size that splits n into the fewest parts of at most `limit`, as equal as
 // possible, rounded up to a multiple of `unit`.
 std::size_t equal_part(std::size_t n, std::size_t limit, std::size_t unit) {
   const std::size_t parts = std::max(ceil_div(n, limit), std::size_t{1});
   return std::max(round_up(ceil_div(n, parts), unit), unit);
 }
-
-struct Range {
-  std::size_t begin, end;
-  std::size_t size() const { return end - begin; }
-};
 
 // Returns the `index`th part of [0, n), in parts of size `part`.
 Range part_of(std::size_t n, std::size_t part, std::size_t index) {
@@ -54,11 +43,11 @@ Range part_of(std::size_t n, std::size_t part, std::size_t index) {
 
 // Returns the matrix that receives A · B + bias before GELU: `pre` where it is given, else C.
 const MatrixView<Floats>& target_of_sums(const Gemm& g) {
-  return g.pre.numbers.data != nullptr ? g.pre : g.c;
+  return g.pre.first.data != nullptr ? g.pre : g.c;
 }
 
 // Returns whether partial sums need a separate fp32 buffer, because the target is in bfloat16.
-bool sums_aside(const Gemm& g) { return target_of_sums(g).numbers.bf16; }
+bool sums_aside(const Gemm& g) { return target_of_sums(g).first.bf16; }
 
 // The blocking of a product.
 //
@@ -207,9 +196,7 @@ class Job {
     constexpr int kPatience = 2000;
     for (int spins = 0; counter.load(std::memory_order_acquire) < count; ++spins) {
       if (spins > kPatience) std::this_thread::yield();  // the thread waited for may need this core
-#if defined(__x86_64__) && defined(__GNUC__)
-      __builtin_ia32_pause();
-#endif
+      cpu_pause();
     }
   }
 
@@ -230,8 +217,8 @@ class Job {
     for (std::size_t block = 0; block < blocks_in(depths); ++block) {
       const Range part = part_of(depths.size(), plan_.depth, block);
       const std::size_t column = all.begin + columns.begin, depth = depths.begin + part.begin;
-      const ConstFloats from = g_.b.numbers + (g_.transpose_b ? column * g_.b.stride + depth
-                                                              : depth * g_.b.stride + column);
+      const ConstFloats from = g_.b.first + (g_.transpose_b ? column * g_.b.stride + depth
+                                                            : depth * g_.b.stride + column);
       kernels_.pack_b({from, g_.b.stride, !g_.transpose_b, columns.size(), part.size(), g_.gelu_b},
                       packed_b(chunk, part, columns.begin));
     }
@@ -257,8 +244,8 @@ class Job {
     for (std::size_t block = 0; block < blocks_in(depths); ++block) {
       const Range part = part_of(depths.size(), plan_.depth, block);
       const std::size_t depth = depths.begin + part.begin;
-      const ConstFloats from = g_.a.numbers + (g_.transpose_a ? depth * g_.a.stride + rows.begin
-                                                              : rows.begin * g_.a.stride + depth);
+      const ConstFloats from = g_.a.first + (g_.transpose_a ? depth * g_.a.stride + rows.begin
+                                                            : rows.begin * g_.a.stride + depth);
       kernels_.pack_a({from, g_.a.stride, g_.transpose_a, rows.size(), part.size()}, own);
       if (sums) {
         float* to = g_.row_sums + rows.begin;
@@ -278,9 +265,9 @@ class Job {
   // for the last depth block, when the sums are complete.
   GemmBlock block_of(const Range& rows, std::size_t column, std::size_t depth, std::size_t depths,
                      float* sums) const {
-    const auto at = [&](const auto& matrix) {
-      return GemmRows<decltype(matrix.numbers)>{
-          matrix.numbers + (rows.begin * matrix.stride + column), matrix.stride};
+    const auto at = [&](auto matrix) {
+      matrix.first = matrix[rows.begin] + column;
+      return matrix;
     };
     const MatrixView<Floats>& target = target_of_sums(g_);
     GemmBlock block{};
@@ -298,8 +285,8 @@ class Job {
     }
     if (depth + depths == g_.k) {
       block.bias = g_.bias != nullptr ? g_.bias + column : nullptr;
-      if (g_.gelu_grad.numbers.data != nullptr) block.gelu_grad = at(g_.gelu_grad);
-      if (sums_aside(g_) && (!g_.gelu || g_.pre.numbers.data != nullptr)) block.c = at(target);
+      if (g_.gelu_grad.first.data != nullptr) block.gelu_grad = at(g_.gelu_grad);
+      if (sums_aside(g_) && (!g_.gelu || g_.pre.first.data != nullptr)) block.c = at(target);
       if (g_.gelu) block.gelu = at(g_.c);
     }
     return block;
@@ -316,85 +303,63 @@ class Job {
   alignas(64) std::array<Counter, kBuffers> multiplied_{};
 };
 
-const GemmKernels* kernels_of(GemmCode code) {
-  switch (code) {
-    case GemmCode::kAvx2:
-      return gemm_kernels_avx2();
-    case GemmCode::kAvx512:
-      return gemm_kernels_avx512();
-    case GemmCode::kBf16Portable:
-      return gemm_kernels_bf16_portable();
-    case GemmCode::kBf16Avx512:
-      return gemm_kernels_bf16_avx512();
-    default:
-      return gemm_kernels_portable();
-  }
-}
+struct Code {
+  const char* name;
+  const GemmKernels* kernels;  // null if this processor or this build does not support them
+};
 
-// Returns whether CPUID names the vendor AMD, or Hygon, whose processors are based on AMD's.
-bool is_amd() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  unsigned level = 0;
-  std::array<unsigned, 3> name{};
-  if (__get_cpuid(0, &level, &name[0], &name[2], &name[1]) == 0) return false;
-  return std::memcmp(name.data(), "AuthenticAMD", 12) == 0 ||
-         std::memcmp(name.data(), "HygonGenuine", 12) == 0;
-#else
-  return false;
+// Returns the codes, for each precision from the slowest to the fastest.
+const std::array<Code, 5>& gemm_codes() {
+  static const auto all = [] {
+    std::array<Code, 5> codes{{{"portable", &kGemmPortable},
+                               {"bf16-portable", &kGemmBf16Portable},
+                               {"avx2", nullptr},
+                               {"avx512", nullptr},
+                               {"bf16-avx512", nullptr}}};
+#if defined(FASTGPT_HAS_AVX2)
+    if (processor().avx2) codes[2].kernels = &kGemmAvx2;
 #endif
-}
-
-// Returns whether the processor has AMX-BF16: CPUID leaf 7, bit 22 of EDX.
-bool has_amx() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22U & 1U) != 0;
-#else
-  return false;
+#if defined(FASTGPT_HAS_AVX512)
+    if (processor().avx512) codes[3].kernels = &kGemmAvx512;
 #endif
+#if defined(FASTGPT_HAS_AVX512_BF16)
+    if (processor().avx512_bf16) codes[4].kernels = &kGemmAvx512Bf16;
+#endif
+    return codes;
+  }();
+  return all;
 }
 
 }  // namespace
 
-bool can_run(GemmCode code) {
-  if (kernels_of(code) == nullptr) return false;
-#if defined(__x86_64__) && defined(__GNUC__)
-  const bool avx512 = __builtin_cpu_supports("avx512f");
-  if (code == GemmCode::kAvx512) return avx512;
-  if (code == GemmCode::kBf16Avx512) {
-    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl");
+const GemmKernels& gemm_kernels(const std::string& code) {
+  for (const auto& [name, kernels] : gemm_codes()) {
+    if (code != name) continue;
+    if (kernels != nullptr) return *kernels;
+    throw std::invalid_argument("this processor cannot run the code for " + code);
   }
-  if (code == GemmCode::kAvx2) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  }
-#endif
-  return true;
+  throw std::invalid_argument("code must be portable, avx2, avx512, bf16-portable or bf16-avx512");
 }
 
-const GemmKernels& gemm_kernels(GemmCode code) { return *kernels_of(code); }
-
-GemmCode best_gemm_code(bool bf16) {
-  static const GemmCode best = can_run(GemmCode::kAvx512) ? GemmCode::kAvx512
-                               : can_run(GemmCode::kAvx2) ? GemmCode::kAvx2
-                                                          : GemmCode::kPortable;
-  static const GemmCode best_bf16 =
-      can_run(GemmCode::kBf16Avx512) ? GemmCode::kBf16Avx512 : GemmCode::kBf16Portable;
-  return bf16 ? best_bf16 : best;
+const GemmKernels& best_gemm_kernels(bool bf16) {
+  const GemmKernels* best = nullptr;
+  for (const Code& code : gemm_codes()) {
+    if (code.kernels != nullptr && code.kernels->bf16() == bf16) best = code.kernels;
+  }
+  return *best;
 }
 
 bool gemm_is_faster(bool bf16) {
-  static const bool faster = best_gemm_code() != GemmCode::kPortable && is_amd();
-  static const bool faster_bf16 = best_gemm_code(true) == GemmCode::kBf16Avx512 && !has_amx();
-  return bf16 ? faster_bf16 : faster;
+  if (bf16) return &best_gemm_kernels(true) != &kGemmBf16Portable && !processor().amx_bf16;
+  return &best_gemm_kernels() != &kGemmPortable && processor().amd;
 }
 
-void gemm(const Gemm& product, unsigned threads, GemmCode code) {
+void gemm(const Gemm& product, unsigned threads, const GemmKernels& kernels) {
   if (product.m == 0) return;
   const std::size_t work = product.m * product.n * std::max(product.k, std::size_t{1});
   const std::size_t useful = std::max(work / kMinBytesPerThread, std::size_t{1});
   const auto team = static_cast<unsigned>(std::min(std::size_t{std::max(threads, 1U)}, useful));
-  Job job(product, gemm_kernels(code), team);
+  Job job(product, kernels, team);
   run_team(team, [&job](std::size_t rank) { job.work(rank); });
 }
 

@@ -7,17 +7,13 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 #include "common/bfloat16.hpp"
+#include "common/matrix_view.hpp"
+#include "training/gemm_kernels.hpp"
 
 namespace fastgpt {
-
-// A matrix in row-major order: element (i, j) is number i * stride + j.
-template <typename AnyFloats>
-struct MatrixView {
-  AnyFloats numbers;
-  std::size_t stride = 0;
-};
 
 // The arguments of a product C[m, n] = A[m, k] · B[k, n] with its optional fused operations. C and
 // `pre` must not overlap any other operand.
@@ -37,22 +33,15 @@ struct Gemm {
   float* row_sums = nullptr;          // [m], receives the sums of A's rows; optional
 };
 
-// The instruction set and precision of the kernels. The last two round operands to bfloat16 and
-// accumulate in fp32, for matrices of either type; the others compute in fp32, and require all
-// matrices to be in fp32.
-enum class GemmCode { kPortable, kAvx2, kAvx512, kBf16Portable, kBf16Avx512 };
+// Returns the kernels for an instruction set and a precision: "portable", "avx2" and "avx512"
+// compute in fp32, and require all matrices to be in fp32; "bf16-portable" and "bf16-avx512" round
+// operands to bfloat16 and accumulate in fp32, for matrices of either type. Throws
+// std::invalid_argument for other names, and for those that this processor or this build does not
+// support.
+const GemmKernels& gemm_kernels(const std::string& code);
 
-inline bool is_bf16(GemmCode code) { return code >= GemmCode::kBf16Portable; }
-
-// Returns whether this build has kernels for `code` and this processor can run them.
-bool can_run(GemmCode code);
-
-// Returns the kernels for `code`. The processor must be able to run them: see `can_run`.
-struct GemmKernels;
-const GemmKernels& gemm_kernels(GemmCode code);
-
-// Returns the fastest code that this processor can run, for products in fp32 or in bfloat16.
-GemmCode best_gemm_code(bool bf16 = false);
+// Returns the fastest kernels that this processor can run, for products in fp32 or in bfloat16.
+const GemmKernels& best_gemm_kernels(bool bf16 = false);
 
 // Returns whether `gemm` should be preferred to PyTorch's matrix multiplication. In fp32, on AMD
 // processors with AVX2, on which MKL is slower; in bfloat16, on processors with AVX512-BF16 and
@@ -61,6 +50,6 @@ bool gemm_is_faster(bool bf16);
 
 // Computes the product on up to `threads` threads, whose number does not change any bit of the
 // result. Throws std::bad_alloc before anything is written.
-void gemm(const Gemm& product, unsigned threads, GemmCode code);
+void gemm(const Gemm& product, unsigned threads, const GemmKernels& kernels);
 
 }  // namespace fastgpt

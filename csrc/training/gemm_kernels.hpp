@@ -4,16 +4,11 @@
 
 #include <cstddef>
 
+#include "common/arithmetic.hpp"
 #include "common/bfloat16.hpp"
+#include "common/matrix_view.hpp"
 
 namespace fastgpt {
-
-// Rows of numbers, `stride` numbers apart.
-template <typename AnyFloats>
-struct GemmRows {
-  AnyFloats first;
-  std::size_t stride = 0;
-};
 
 // A block of C that a kernel computes from packed operands, or adds terms to.
 //
@@ -30,9 +25,9 @@ struct GemmBlock {
 
   // The epilogue, applied when the sums are complete; null for what is not wanted.
   const float* bias;
-  GemmRows<ConstFloats> gelu_grad;  // the sum is multiplied by gelu' of these numbers
-  GemmRows<Floats> c;               // receives the sum, if `sum` is a separate buffer
-  GemmRows<Floats> gelu;            // receives gelu of the sum
+  MatrixView<ConstFloats> gelu_grad;  // the sum is multiplied by gelu' of these numbers
+  MatrixView<Floats> c;               // receives the sum, if `sum` is a separate buffer
+  MatrixView<Floats> gelu;            // receives gelu of the sum
 };
 
 // The source of a packed operand.
@@ -60,16 +55,11 @@ struct GemmKernels {
   // sums[i] += the sum of row i over the `depth` words of the packed panels
   void (*add_row_sums)(const float* a, std::size_t rows, std::size_t depth, float* sums);
 
-  std::size_t words(std::size_t depths) const {
-    return (depths + depths_per_word - 1) / depths_per_word;
-  }
+  bool bf16() const { return depths_per_word == 2; }
+  std::size_t words(std::size_t depths) const { return ceil_div(depths, depths_per_word); }
 };
 
-// Each returns null if the compiler does not support the instruction set.
-const GemmKernels* gemm_kernels_portable();
-const GemmKernels* gemm_kernels_avx2();
-const GemmKernels* gemm_kernels_avx512();
-const GemmKernels* gemm_kernels_bf16_portable();
-const GemmKernels* gemm_kernels_bf16_avx512();
+// Those of the instruction sets that this build has: see csrc/instructions.cmake.
+extern const GemmKernels kGemmPortable, kGemmAvx2, kGemmAvx512, kGemmBf16Portable, kGemmAvx512Bf16;
 
 }  // namespace fastgpt

@@ -7,22 +7,22 @@
 
 #include <cstddef>
 
+#include "common/arithmetic.hpp"
 #include "common/prefetch.hpp"
-#include "training/gelu_formula.hpp"
+#include "simd/math.hpp"
 #include "training/gemm_kernels.hpp"
 #include "training/gemm_packing.hpp"
 
 namespace fastgpt {
 namespace {
 
-// Vector: a register of kWidth floats and its operations. kTileRows × kTileVectors registers hold a
-// tile of C. `multiply_add` multiplies registers of packed words.
-// Packing: how words are packed, one float or two bfloat16 numbers each.
-template <typename Vector, typename Packing = FloatPacking<Vector>>
+// Vector: a vector type, see simd/plain_vector.hpp. kRows × kTileVectors registers hold a tile of
+// C. Packing: how words are packed, one float or two bfloat16 numbers each.
+template <typename Vector, std::size_t kRows, std::size_t kTileVectors,
+          typename Packing = FloatPacking<Vector>>
 class Kernels {
  public:
-  static constexpr std::size_t kRows = Vector::kTileRows;
-  static constexpr std::size_t kColumns = Vector::kTileVectors * Vector::kWidth;
+  static constexpr std::size_t kColumns = kTileVectors * Vector::kWidth;
   // Otherwise packing a panel would overwrite the start of the next, which may be another thread's.
   static_assert(kColumns % 8 == 0, "packing writes whole eights, and threads pack side by side");
 
@@ -37,22 +37,24 @@ class Kernels {
   }
 
  private:
+  using Register = typename Vector::Register;
+
   // --- multiplying -----------------------------------------------------------------------------
 
   // Panels of B are in the outer loop: one stays in the L1 cache while the panels of A, from the L2
   // cache, are multiplied with it one after the other.
   static void multiply(const GemmBlock& block) {
     for (std::size_t j = 0; j < block.columns; j += kColumns) {
-      const std::size_t columns = smaller(kColumns, block.columns - j);
+      const std::size_t columns = min_of(kColumns, block.columns - j);
       float* sum = block.sum + j / kColumns * block.panel_step;
       const float* bias = block.bias != nullptr ? block.bias + j : nullptr;
       for (std::size_t i = 0; i < block.rows; i += kRows) {
-        const std::size_t rows = smaller(kRows, block.rows - i);
+        const std::size_t rows = min_of(kRows, block.rows - i);
         float* to = sum + i * block.sum_stride;
         if (rows == kRows && columns == kColumns) {
-          tile<Vector::kTileVectors>(block, i, j, to, block.sum_stride, block.add, bias);
+          tile<kTileVectors>(block, i, j, to, block.sum_stride, block.add, bias);
         } else {
-          edge_tile<Vector::kTileVectors>(block, i, j, to, bias, rows, columns);
+          edge_tile<kTileVectors>(block, i, j, to, bias, rows, columns);
         }
       }
       if (columns == kColumns) {  // a constant, to specialize the inlined loops
@@ -83,19 +85,18 @@ class Kernels {
       prefetch(c + r * stride);
       prefetch(c + r * stride + kVectors * Vector::kWidth - 1);
     }
-    typename Vector::Register sum[kRows][kVectors];
+    Register sum[kRows][kVectors];
     repeat<kRows * kVectors>(
         [&](auto t) FASTGPT_INLINE { sum[t / kVectors][t % kVectors] = Vector::zero(); });
     const auto add_depth = [&](std::size_t d) FASTGPT_INLINE {
-      typename Vector::Register from_b[kVectors];
+      Register from_b[kVectors];
       repeat<kVectors>([&](auto v) FASTGPT_INLINE {
         from_b[v] = Vector::load(b + d * kColumns + v * Vector::kWidth);
       });
       repeat<kRows>([&](auto r) FASTGPT_INLINE {
-        const typename Vector::Register from_a = Vector::broadcast(a[d * kRows + r]);
-        repeat<kVectors>([&](auto v) FASTGPT_INLINE {
-          sum[r][v] = Vector::multiply_add(from_a, from_b[v], sum[r][v]);
-        });
+        const Register from_a = Vector::broadcast(a[d * kRows + r]);
+        repeat<kVectors>(
+            [&](auto v) FASTGPT_INLINE { sum[r][v] = add_product(from_a, from_b[v], sum[r][v]); });
       });
     };
     std::size_t depths = block.depth;
@@ -114,11 +115,17 @@ class Kernels {
     repeat<kRows * kVectors>([&](auto t) FASTGPT_INLINE {
       constexpr std::size_t r = t / kVectors, v = t % kVectors;
       float* to = c + r * stride + v * Vector::kWidth;
-      typename Vector::Register value = sum[r][v];
+      Register value = sum[r][v];
       if (add) value = Vector::add(value, Vector::load(to));
       if (bias != nullptr) value = Vector::add(value, Vector::load(bias + v * Vector::kWidth));
       Vector::store(to, value);
     });
+  }
+
+  // Multiplies lanes of packed words, and adds to `sum`.
+  static inline Register add_product(Register a, Register b, Register sum) {
+    if constexpr (Packing::kDepthsPerWord == 2) return Vector::multiply_pairs(a, b, sum);
+    return Vector::multiply_add(a, b, sum);
   }
 
   // Computes a tile that extends past the end of C, with as few vectors as cover its columns. It
@@ -166,15 +173,14 @@ class Kernels {
   }
 
   static inline void multiply_by_gelu_gradient(const ConstFloats& of, std::size_t n, float* grad) {
-    if (of.bf16) {
-      const auto* at = static_cast<const Bfloat16*>(of.data);
+    of_type(of, [=](const auto* at) {
       for (std::size_t i = 0; i < n; ++i) grad[i] = gelu_gradient_of(grad[i], to_float32(at[i]));
-    } else {
-      const auto* at = static_cast<const float*>(of.data);
-      for (std::size_t i = 0; i < n; ++i) grad[i] = gelu_gradient_of(grad[i], at[i]);
-    }
+    });
   }
 
+  // Two loops instead of a generic one with `of_type` and `put`: with -mavx512f alone, GCC uses no
+  // fused multiply-add in 256-bit vectors, and for the generic loop it would vectorize the last
+  // columns of a matrix in another way, so that gelu_of would round differently there.
   template <typename Function>
   static inline void write(const float* from, std::size_t n, const Floats& to,
                            const Function& function) {
@@ -189,8 +195,6 @@ class Kernels {
 
   // --- row sums --------------------------------------------------------------------------------
 
-  static float in_word(float word) { return Packing::first(word) + Packing::second(word); }
-
   // Processes kStep words at a time, with kStep partial sums per row: the kRows numbers of one word
   // need not fill vector registers.
   static void add_row_sums(const float* a, std::size_t rows, std::size_t depth, float* sums) {
@@ -200,12 +204,13 @@ class Kernels {
       const float* panel = a + i * depth;
       std::size_t d = 0;
       for (; d + kStep <= depth; d += kStep) {
-        for (std::size_t p = 0; p < kStep * kRows; ++p) parts[p] += in_word(panel[d * kRows + p]);
+        for (std::size_t p = 0; p < kStep * kRows; ++p)
+          parts[p] += Packing::sum(panel[d * kRows + p]);
       }
       for (std::size_t p = 0; p < (depth - d) * kRows; ++p) {
-        parts[p] += in_word(panel[d * kRows + p]);
+        parts[p] += Packing::sum(panel[d * kRows + p]);
       }
-      for (std::size_t r = 0; r < smaller(kRows, rows - i); ++r) {
+      for (std::size_t r = 0; r < min_of(kRows, rows - i); ++r) {
         sums[i + r] +=
             (parts[r] + parts[r + kRows]) + (parts[r + 2 * kRows] + parts[r + 3 * kRows]);
       }

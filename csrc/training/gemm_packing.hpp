@@ -6,14 +6,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/arithmetic.hpp"
 #include "common/repeat.hpp"
-#include "training/gelu_formula.hpp"
+#include "simd/math.hpp"
 #include "training/gemm_kernels.hpp"
 
 namespace fastgpt {
 namespace {
-
-inline std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
 // Packs a panel whose matrix rows hold all depths of one index, that is, transposes kWidth rows.
 // `transpose(rows, word, to)` packs four words of eight indices; `rest(word)` packs a single word
@@ -33,7 +32,7 @@ inline void transpose_panel(const Number* from, std::size_t stride, std::size_t 
     for (std::size_t block = kBlocks; block-- > 0;) {
       const Number* rows[8];
       for (std::size_t i = 0; i < 8; ++i) {
-        rows[i] = from + smaller(8 * block + i, kWidth - 1) * stride;
+        rows[i] = from + min_of(8 * block + i, kWidth - 1) * stride;
       }
       transpose(rows, w, to + w * kWidth + 8 * block);
     }
@@ -64,13 +63,12 @@ class FloatPacking {
     }
     if (whole < from.size) pack_rest<kWidth>(from, first, whole, to + whole * from.depth);
     if (!from.gelu) return;
-    const std::size_t packed = (from.size + kWidth - 1) / kWidth * kWidth * from.depth;
+    const std::size_t packed = round_up(from.size, kWidth) * from.depth;
     for (std::size_t i = 0; i < packed; ++i) to[i] = gelu_of(to[i]);
   }
 
-  // The first and the second number of a word; a float is the only one of its word.
-  static float first(float word) { return word; }
-  static float second(float /*word*/) { return 0.0F; }
+  // The sum of the numbers in a word, of which there is one.
+  static float sum(float word) { return word; }
 
  private:
   static constexpr std::size_t kDepthsAtOnce = 4;
@@ -86,10 +84,10 @@ class FloatPacking {
                           float* to) {
     constexpr std::size_t kVectors = (kWidth + Vector::kWidth - 1) / Vector::kWidth;
     for (std::size_t begin = 0; begin < from.depth; begin += kDepthsAtOnce) {
-      const std::size_t end = smaller(begin + kDepthsAtOnce, from.depth);
+      const std::size_t end = min_of(begin + kDepthsAtOnce, from.depth);
       for (std::size_t i = 0; i < size; i += kWidth) {
         const bool whole_vectors = i + kVectors * Vector::kWidth <= from.size;
-        const std::size_t vector_end = !whole_vectors ? begin : smaller(end, from.depth - 1);
+        const std::size_t vector_end = !whole_vectors ? begin : min_of(end, from.depth - 1);
         const float* row = first + begin * from.stride + i;
         float* panel = to + i * from.depth + begin * kWidth;
         std::size_t d = begin;
@@ -138,13 +136,7 @@ class FloatPacking {
 // --- bfloat16 ------------------------------------------------------------------------------------
 
 // Returns the word of two depths of one index, rounded to bfloat16; the first is the lower half.
-inline float word_of(float first, float second) {
-  const std::uint32_t bits = to_bfloat16(first) | static_cast<std::uint32_t>(to_bfloat16(second))
-                                                      << 16;
-  float word;
-  std::memcpy(&word, &bits, sizeof word);
-  return word;
-}
+inline float word_of(float first, float second) { return float_of(bfloat16_pair(first, second)); }
 
 // Packs words of two consecutive depths in bfloat16, from an operand in fp32 or in bfloat16. If the
 // number of depths is odd, the second half of the last word is zero.
@@ -158,24 +150,18 @@ class PairPacking {
 
   template <std::size_t kWidth>
   static void pack(const GemmPacking& from, float* to) {
-    if (from.from.bf16) {
-      pack_from<kWidth>(from, static_cast<const Bfloat16*>(from.from.data), to);
-    } else {
-      pack_from<kWidth>(from, static_cast<const float*>(from.from.data), to);
-    }
+    of_type(from.from, [&](const auto* first) { pack_from<kWidth>(from, first, to); });
   }
 
-  static float first(float word) { return to_float32(static_cast<Bfloat16>(unsigned_bits(word))); }
-  static float second(float word) {
-    return to_float32(static_cast<Bfloat16>(unsigned_bits(word) >> 16));
-  }
+  // The sum of the numbers in a word.
+  static float sum(float word) { return first_of_pair(word) + second_of_pair(word); }
 
  private:
   static constexpr std::size_t kWordsAtOnce = 4;
 
   template <std::size_t kWidth, typename Number>
   static void pack_from(const GemmPacking& from, const Number* first, float* to) {
-    const std::size_t words = (from.depth + 1) / 2;
+    const std::size_t words = ceil_div(from.depth, 2);
     const std::size_t whole = from.size / kWidth * kWidth;
     std::size_t packed = whole;
     if (from.across && from.gelu) {
@@ -199,7 +185,7 @@ class PairPacking {
   static void pack_panels(const GemmPacking& from, const Number* first, std::size_t size,
                           std::size_t words, float* to) {
     for (std::size_t begin = 0; begin < words; begin += kWordsAtOnce) {
-      const std::size_t end = smaller(begin + kWordsAtOnce, words);
+      const std::size_t end = min_of(begin + kWordsAtOnce, words);
       for (std::size_t i = 0; i < size; i += kWidth) {
         for (std::size_t w = begin; w < end; ++w) {
           const Number* row = first + 2 * w * from.stride + i;
@@ -219,7 +205,7 @@ class PairPacking {
     for (std::size_t w = 0; w < words; ++w) {
       const bool two = 2 * w + 1 < from.depth;
       for (std::size_t begin = 0; begin < size; begin += kAside) {
-        const std::size_t n = smaller(kAside, size - begin);
+        const std::size_t n = min_of(kAside, size - begin);
         for (std::size_t r = 0; r < (two ? 2U : 1U); ++r) {
           const Number* row = first + (2 * w + r) * from.stride + begin;
           for (std::size_t i = 0; i < n; ++i) rows[r][i] = gelu_of(to_float32(row[i]));
@@ -236,7 +222,7 @@ class PairPacking {
   template <std::size_t kWidth, typename Number>
   static void pack_transposed(const Number* from, std::size_t stride, std::size_t depth,
                               float* to) {
-    const std::size_t words = (depth + 1) / 2;
+    const std::size_t words = ceil_div(depth, 2);
     const auto rest = [=](std::size_t w) {
       for (std::size_t i = 0; i < kWidth; ++i) {
         const Number* at = from + i * stride + 2 * w;

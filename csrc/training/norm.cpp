@@ -5,6 +5,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/arithmetic.hpp"
+#include "common/parallel.hpp"
 #include "simd/vector_loops.hpp"
 
 namespace fastgpt {
@@ -16,7 +18,7 @@ namespace {
 constexpr std::size_t kTileRows = 32, kMostTiles = 64;
 
 std::size_t rows_of_a_tile(std::size_t rows) {
-  return std::max(kTileRows, (rows + kMostTiles - 1) / kMostTiles);
+  return std::max(kTileRows, ceil_div(rows, kMostTiles));
 }
 
 template <typename Number>
@@ -39,8 +41,8 @@ void forward_row(std::size_t n, const float* __restrict x, const float* __restri
     row = total;
   }
   const auto width = static_cast<float>(n);
-  const float centre = lane_sum<float>(n, [=](std::size_t i) { return row[i]; }) / width;
-  const float squares = lane_sum<float>(n, [=](std::size_t i) {
+  const float centre = lane_sum<float, kLanes>(n, [=](std::size_t i) { return row[i]; }) / width;
+  const float squares = lane_sum<float, kLanes>(n, [=](std::size_t i) {
     const float centred = row[i] - centre;
     return centred * centred;
   });
@@ -59,9 +61,9 @@ void backward_row(std::size_t n, const float* __restrict grad_y, const float* __
                   float* __restrict grad_weight, float* __restrict grad_bias) {
   const auto width = static_cast<float>(n);
   const float g_mean =
-      lane_sum<float>(n, [=](std::size_t i) { return grad_y[i] * weight[i]; }) / width;
+      lane_sum<float, kLanes>(n, [=](std::size_t i) { return grad_y[i] * weight[i]; }) / width;
   const float gh_mean =
-      lane_sum<float>(
+      lane_sum<float, kLanes>(
           n, [=](std::size_t i) { return grad_y[i] * weight[i] * ((total[i] - mean) * rstd); }) /
       width;
   for (std::size_t i = 0; i < n; ++i) {
@@ -72,10 +74,6 @@ void backward_row(std::size_t n, const float* __restrict grad_y, const float* __
   }
   if (grad_total == nullptr) return;
   for (std::size_t i = 0; i < n; ++i) grad_x[i] += grad_total[i];
-}
-
-void add_to(std::size_t n, const float* __restrict from, float* __restrict to) {
-  for (std::size_t i = 0; i < n; ++i) to[i] += from[i];
 }
 
 // Sums the parts of the tiles, [tiles, columns], in order; does nothing if `sum` is null.
@@ -91,7 +89,7 @@ void add_parts(const std::vector<float>& parts, std::size_t columns, float* sum)
 template <typename Body>
 void for_each_row(std::size_t rows, unsigned threads, const Body& body) {
   const std::size_t tile = rows_of_a_tile(rows);
-  for_each_tile((rows + tile - 1) / tile, threads, [&](std::size_t index) {
+  for_each_tile(ceil_div(rows, tile), threads, [&](std::size_t index) {
     const std::size_t end = std::min(rows, (index + 1) * tile);
     for (std::size_t row = index * tile; row < end; ++row) body(index, row);
   });
@@ -129,7 +127,7 @@ void norm_backward(const Norm& norm, const float* grad_y, const float* grad_tota
                    const float* total, const float* mean, const float* rstd, float* grad_x,
                    float* grad_weight, float* grad_bias, unsigned threads) {
   const std::size_t columns = norm.columns, tile = rows_of_a_tile(norm.rows);
-  const std::size_t tiles = (norm.rows + tile - 1) / tile;
+  const std::size_t tiles = ceil_div(norm.rows, tile);
   std::vector<float> weight_parts(tiles * columns), bias_parts(tiles * columns);
   for_each_row(norm.rows, threads, [&](std::size_t index, std::size_t row) {
     const std::size_t at = row * columns, part = index * columns;

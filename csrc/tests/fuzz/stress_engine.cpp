@@ -65,12 +65,13 @@ void fill_matrix(Engine& engine, Matrix& matrix, std::mt19937& random) {
   const std::size_t outputs = matrix.outputs(), inputs = matrix.inputs();
   const std::size_t threads = engine.pool.size();
   const bool whole = is_integer(matrix.format());
-  Integers integers(whole ? matrix.format() : Format::kInt8, outputs, inputs, matrix.group());
+  QuantizedMatrix integers(whole ? matrix.format() : Format::kInt8, outputs, inputs,
+                           matrix.group());
   engine.pool.run([&](std::size_t rank) {
-    const Panels mine{matrix.panels() * rank / threads, matrix.panels() * (rank + 1) / threads};
+    const Range mine = share_of(matrix.panels(), rank, threads);
     if (!whole) return matrix.pack_floats(weights.data(), mine);
-    quantize(weights.data(), outputs * rank / threads, outputs * (rank + 1) / threads, inputs,
-             matrix.format(), matrix.group(), integers);
+    quantize(weights.data(), share_of(outputs, rank, threads), inputs, matrix.format(),
+             matrix.group(), integers);
     engine.pool.barrier_wait();
     matrix.pack_integers(integers.integers.data(), integers.scales.data(), mine);
   });

@@ -47,10 +47,8 @@ class Random {
     return all;
   }
   float bfloat16_pair() {
-    const std::uint32_t pair = to_bfloat16(number()) | std::uint32_t{to_bfloat16(number())} << 16;
-    float word;
-    std::memcpy(&word, &pair, sizeof word);
-    return word;
+    const float first = number();
+    return float_of(fastgpt::bfloat16_pair(first, number()));
   }
 
  private:
@@ -158,8 +156,8 @@ class RandomProduct {
     product.weights = weights_.data();
     product.bias = bias_.data();
     product.y_stride = kPanels * kPanel;
-    product.row_end = rows;
-    product.panel_end = kPanels;
+    product.rows.end = rows;
+    product.panels.end = kPanels;
   }
 
   Product product;
@@ -250,7 +248,7 @@ class RandomProduct {
 
 void check_product(Checker& checker, const RandomProduct& random, const std::string& what) {
   const Format format = random.product.format;
-  const std::size_t size = random.product.row_end * random.product.y_stride;
+  const std::size_t size = random.product.rows.end * random.product.y_stride;
   checker.compare(what, checker.exact(format), size, [&](const Kernels& kernels, float* y) {
     Product product = random.product;
     product.y = y;
@@ -258,8 +256,8 @@ void check_product(Checker& checker, const RandomProduct& random, const std::str
       // First all rows and panels, then all panels except the first, then also only the last rows.
       product.finish = finish;
       kernels.multiply[static_cast<std::size_t>(format)](product);
-      if (finish == Finish::kStore) product.panel_begin = 1;
-      if (finish == Finish::kAdd) product.row_begin = product.row_end / 2;
+      if (finish == Finish::kStore) product.panels.begin = 1;
+      if (finish == Finish::kAdd) product.rows.begin = product.rows.end / 2;
     }
   });
 }
@@ -337,8 +335,6 @@ void check_inputs(Checker& checker, Random& random) {
 }
 
 // --- attention -----------------------------------------------------------------------------------
-
-std::size_t round_up(std::size_t a, std::size_t b) { return (a + b - 1) / b * b; }
 
 // The cache of one head, filled by the kernels to check. The memory is allocated as floats for both
 // formats.

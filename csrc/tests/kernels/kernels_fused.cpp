@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "engine/kernels_of.hpp"
 #include "simd/plain_vector.hpp"
 
 namespace fastgpt::engine {
@@ -17,18 +18,13 @@ struct Fused : Plain {
     }
     return sum;
   }
-  static Register multiply_pairs(const Register& x, const Register& y, const Register& sum) {
-    return multiply_add(half<16>(x), half<16>(y), multiply_add(half<0>(x), half<0>(y), sum));
-  }
-
- private:
-  template <std::uint32_t kShift>
-  static Register half(const Register& pairs) {
-    Register floats;
+  static Register multiply_pairs(const Register& x, const Register& y, Register sum) {
     for (std::size_t i = 0; i < kWidth; ++i) {
-      floats.lane[i] = to_float32(static_cast<Bfloat16>(unsigned_bits(pairs.lane[i]) >> kShift));
+      const float a = x.lane[i], b = y.lane[i];
+      sum.lane[i] = std::fma(first_of_pair(a), first_of_pair(b), sum.lane[i]);
+      sum.lane[i] = std::fma(second_of_pair(a), second_of_pair(b), sum.lane[i]);
     }
-    return floats;
+    return sum;
   }
 };
 

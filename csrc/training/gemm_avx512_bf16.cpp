@@ -1,21 +1,10 @@
-// The bfloat16 GEMM kernels for AVX512-BF16. CMakeLists.txt sets this file's instruction set.
-#include "training/gemm_kernels.hpp"
-
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include "simd/avx512_registers.hpp"
-#include "simd/transpose_avx.hpp"
+#include "simd/avx512_vector.hpp"
 #include "training/gemm_kernels_of.hpp"
 
 namespace fastgpt {
 namespace {
 
-struct Avx512Bf16 : Avx512Registers {
-  static Register multiply_add(Register x, Register y, Register z) {
-    return _mm512_dpbf16_ps(z, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));
-  }
-};
-
-// Packs words of two bfloat16 numbers: the first depth in the lower half, the second in the upper.
+// Packing of pairs of depths: see PairPacking.
 struct Pairs {
   // Masks the last vector, so that exactly n words are read and written. `next` is null where the
   // second depth does not exist; the upper halves are then zero.
@@ -66,13 +55,9 @@ struct Pairs {
   }
 };
 
-constexpr GemmKernels kKernels = Kernels<Avx512Bf16, PairPacking<Pairs>>::table();
-
 }  // namespace
 
-const GemmKernels* gemm_kernels_bf16_avx512() { return &kKernels; }
+// The tile is that of gemm_avx512.cpp.
+constexpr GemmKernels kGemmAvx512Bf16 = Kernels<Avx512Bf16, 12, 2, PairPacking<Pairs>>::table();
 
 }  // namespace fastgpt
-#else
-const fastgpt::GemmKernels* fastgpt::gemm_kernels_bf16_avx512() { return nullptr; }
-#endif

@@ -3,12 +3,12 @@
 //
 // Everything has internal linkage: the files that include this are compiled for different
 // instruction sets, and the linker would otherwise keep one copy for all of them. For the same
-// reason no function of the standard library is called, except memcpy, which compilers expand
-// inline.
+// reason no function of the standard library is called.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+
+#include "common/bits.hpp"
 
 namespace fastgpt {
 namespace {
@@ -16,20 +16,6 @@ namespace {
 // gelu(x) = x · sigmoid(z) with z = 2u = x (kLinear + kCubic x²), where u is the argument of tanh.
 constexpr float kLinear = 1.5957691216057308F;  // 2 √(2/π)
 constexpr float kCubic = 0.071354816272279F;    // 0.044715 · kLinear
-
-inline std::int32_t bits_of(float x) {
-  std::int32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-inline std::uint32_t unsigned_bits(float x) { return static_cast<std::uint32_t>(bits_of(x)); }
-
-inline float float_of(std::int32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 // Returns exp(-x) for x ≥ 0, accurate to about one ulp: 2ⁿ times a polynomial in r with
 // |r| ≤ ln(2)/2, as in Cephes' expf. The result is 0 for x ≥ 87, infinity included; NaN stays NaN.
@@ -55,7 +41,7 @@ inline float exp_minus(float x) {
   p = p * (r * r) + r + 1.0F;
   // The low bits of `rounded` are n; n + 127 is the exponent field of 2ⁿ.
   const std::uint32_t exponent = unsigned_bits(rounded) - unsigned_bits(kRound) + 127;
-  const float power = float_of(static_cast<std::int32_t>(exponent << 23));
+  const float power = float_of(exponent << 23);
   return vanishes ? 0.0F : p * power;
 }
 
