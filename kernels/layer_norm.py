@@ -66,11 +66,11 @@ def layer_norm_forward(
         out_dtype: dtype of the normalized result (None: that of total).
 
     Returns:
-        total: contiguous `[..., C]`, in the dtype of PyTorch's type promotion (fp32 for
-            fp16 + fp32); None without a residual. The normalization uses total as rounded to this
-            dtype, because the backward recomputes it from the stored tensor.
-        y: the normalized total, contiguous `[..., C]`.
-        mean, rstd: `[n_rows]`, fp32 (fp64 for fp64).
+        `(total, y, mean, rstd)`. total is contiguous `[..., C]`, in the dtype of PyTorch's type
+        promotion (fp32 for fp16 + fp32), or None without a residual; the normalization uses total
+        as rounded to this dtype, because the backward recomputes it from the stored tensor. y is
+        the normalized total, contiguous `[..., C]`; mean and rstd are `[n_rows]`, fp32 (fp64 for
+        fp64).
 
     Raises:
         ValueError: for unsupported inputs.

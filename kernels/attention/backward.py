@@ -1,11 +1,18 @@
 """The backward kernels of attention.
 
-With S the scaled scores, P = softmax(S), O = P V and delta = rowsum(dO * O), the gradients are
-dV = Pᵀ dO, dS = P * (dO Vᵀ - delta), dQ = dS K / sqrt(D) and dK = dSᵀ Q / sqrt(D). Dropout
-multiplies P in O (and thus in dV) and dO Vᵀ in dS by the mask and by 1 / (1 - dropout_p).
+With S the scaled scores, P = softmax(S), O = P V and D the head dimension, the gradients are
+
+    delta = sum(dO * O, over the head dimension)
+    dV = Pᵀ dO
+    dS = P * (dO Vᵀ - delta)
+    dQ = dS K / sqrt(D)
+    dK = dSᵀ Q / sqrt(D)
+
+Dropout multiplies P in O (and thus in dV) and ``dO Vᵀ`` in dS by the mask and by
+``1 / (1 - dropout_p)``.
 
 P is recomputed as 2^(S log2(e) - lse). Queries past the end are loaded as zeros, with lse and delta
-0: their P is 1, but their dO, dO Vᵀ and delta are 0, so they contribute nothing.
+0: their P is 1, but their dO, ``dO Vᵀ`` and delta are 0, so they contribute nothing.
 
 dQ is a sum over keys, dK and dV are sums over queries. The deterministic backward therefore takes
 two passes, each of which recomputes P: one in which a program has a block of queries and iterates

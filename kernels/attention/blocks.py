@@ -53,7 +53,7 @@ def dropout_mask(
 
     The random numbers come from Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as
     easy as 1, 2, 3") with the seed as its key. The counter (key // 4, query, head) yields four
-    numbers, one for each of four neighbouring keys, so the mask depends on positions only. `key`
+    numbers, one for each of four neighboring keys, so the mask depends on positions only. `key`
     must be a multiple of 4.
     """
     queries = query + tl.arange(0, BLOCK_M)

@@ -13,7 +13,7 @@ class Specialization(NamedTuple):
     dtype: str
     """fp32, fp16, bf16 or fp64 (interpreter only)."""
     precision: str
-    """Precision of the products: tf32 (of fp32 only) or ieee."""
+    """Precision of the products: `tf32` (of fp32 only) or `ieee`."""
     dim: int
     """Width of a head in registers, a power of two."""
     padded: bool
