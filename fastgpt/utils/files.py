@@ -24,7 +24,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for path in (*temporary.iterdir(), temporary):
+        for path in (*temporary.rglob("*"), temporary):
             fsync(path)
         if target.exists():  # a directory with contents cannot be replaced in one step
             shutil.rmtree(old, ignore_errors=True)

@@ -62,7 +62,7 @@ class ConfigTable(NamedTuple):
 
 # No configuration spills. Except for SMALL_90 they were chosen from the compiler's statistics
 # (registers, shared memory, spills), not from measurements.
-HALVES = ConfigTable(
+CONFIGS_16BIT = ConfigTable(
     small=KernelConfigs(
         forward=TileConfig(64, 64, 4, 2),
         backward_q=TileConfig(64, 64, 4, 2),
@@ -99,32 +99,32 @@ SMALL_90 = KernelConfigs(
     backward_kv=TileConfig(32, 64, 4, 2),
     backward_one_pass=TileConfig(64, 128, 8, 3),
 )
-HALVES_90 = HALVES._replace(small=SMALL_90)
+CONFIGS_16BIT_90 = CONFIGS_16BIT._replace(small=SMALL_90)
 # Before sm_90 and on sm_120, the operands of matrix products are held in registers, as are the
 # masks of padded heads, and a block is limited to 99 KB of shared memory.
-HALVES_80 = HALVES._replace(
-    small_dropout=HALVES.small_dropout._replace(backward_one_pass=TileConfig(16, 64, 8, 2)),
-    large=HALVES.large._replace(
+CONFIGS_16BIT_80 = CONFIGS_16BIT._replace(
+    small_dropout=CONFIGS_16BIT.small_dropout._replace(backward_one_pass=TileConfig(16, 64, 8, 2)),
+    large=CONFIGS_16BIT.large._replace(
         backward_q=TileConfig(128, 32, 8, 2),
         backward_kv=TileConfig(32, 64, 8, 2),
         backward_one_pass=TileConfig(32, 64, 8, 2),
     ),
-    large_dropout=HALVES.large_dropout._replace(
+    large_dropout=CONFIGS_16BIT.large_dropout._replace(
         backward_kv=TileConfig(16, 64, 8, 2), backward_one_pass=TileConfig(16, 64, 8, 2)
     ),
 )
-HALVES_80_PADDED = HALVES_80._replace(
-    small=HALVES_80.small._replace(backward_kv=TileConfig(32, 128, 8, 3))
+CONFIGS_16BIT_80_PADDED = CONFIGS_16BIT_80._replace(
+    small=CONFIGS_16BIT_80.small._replace(backward_kv=TileConfig(32, 128, 8, 3))
 )
 # On sm_100 fewer registers are available at head dim 128.
-HALVES_100 = HALVES._replace(
-    small_dropout=HALVES.small_dropout._replace(
+CONFIGS_16BIT_100 = CONFIGS_16BIT._replace(
+    small_dropout=CONFIGS_16BIT.small_dropout._replace(
         backward_kv=TileConfig(32, 64, 4, 2, 255), backward_one_pass=TileConfig(32, 64, 4, 2, 255)
     ),
-    large=HALVES.large._replace(
+    large=CONFIGS_16BIT.large._replace(
         backward_q=TileConfig(128, 32, 8, 2), backward_kv=TileConfig(32, 128, 8, 2, 255)
     ),
-    large_dropout=HALVES.large_dropout._replace(
+    large_dropout=CONFIGS_16BIT.large_dropout._replace(
         backward_q=TileConfig(64, 32, 8, 2), backward_kv=TileConfig(16, 64, 8, 2)
     ),
 )
@@ -187,8 +187,10 @@ COMMON = {
 def select_config(kernel: str, spec: Specialization, capability: int) -> LaunchConfig:
     """Return the configuration of a kernel (a field of `KernelConfigs`) on a GPU."""
     if spec.dtype in ("fp16", "bf16"):
-        table = HALVES_80_PADDED if spec.padded else HALVES_80
-        table = {9: HALVES_90, 10: HALVES_100, 11: HALVES_100}.get(capability // 10, table)
+        table = CONFIGS_16BIT_80_PADDED if spec.padded else CONFIGS_16BIT_80
+        table = {9: CONFIGS_16BIT_90, 10: CONFIGS_16BIT_100, 11: CONFIGS_16BIT_100}.get(
+            capability // 10, table
+        )
     else:
         table = TF32 if spec.precision == "tf32" else IEEE
     name = ("large" if spec.dim > 64 else "small") + "_dropout" * spec.dropout
