@@ -152,8 +152,10 @@ struct AttentionTile {
   }
 
  private:
-  // Computes the scores of kBlocks blocks of keys, from `key` on. A block may extend past the last
-  // position; the softmax does not read those scores.
+  // Computes the scores of kBlocks blocks of keys, from `key` on. A lane of a register is a key:
+  // for each dimension, the query's number is multiplied by those of kKeys keys, which the layout
+  // of HeadCache has side by side. A block may extend past the last position; the softmax does not
+  // read those scores.
   void score(std::size_t key) const {
     constexpr std::size_t kVectors = kBlocks * kPerBlock;
     const std::size_t block = a.head.dimensions * kKeys;
@@ -197,7 +199,8 @@ struct AttentionTile {
   }
 
   // Computes kVectors registers of each query's output from dimension d on: the sum of the values,
-  // weighted by the scores. Dimensions that pad the values are not stored.
+  // weighted by the scores. Here a lane is a dimension. Dimensions that pad the values are not
+  // stored.
   template <std::size_t kVectors>
   void mix(std::size_t d, std::size_t positions, const float* inverse) const {
     const Number* values = static_cast<const Number*>(a.head.values) + d;

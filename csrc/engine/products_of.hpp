@@ -41,7 +41,8 @@ template <typename Vector, std::size_t kRows>
 constexpr std::size_t kOutputs = kRows <= Vector::kPanelRows ? kPanel : kPanel / 2;
 
 // Computes the sums of a tile in kFloat32, or in kBfloat16 (kPairs), for the outputs of a panel
-// from kFirst on.
+// from kFirst on: for each word, tile[r][v] += x[r] · w[v], where a lane of w[v] is an output, and
+// x[r] is in all lanes. `repeat` unrolls the loops over r and v, so that `tile` is in registers.
 template <typename Vector, std::size_t kRows, bool kPairs, std::size_t kFirst>
 void accumulate_floats(const Product& p, std::size_t row, const std::uint32_t* weights,
                        Sums<kRows>& sums) {

@@ -17,6 +17,14 @@ namespace fastgpt {
 // with that rank the leftmost, until none is left. The next merge is found by a linear search for
 // the minimum, which is fastest for this few candidates.
 //
+// For example, the merge of "h" and "e" in "there":
+//
+//   position   0  1  2  3  4  5  6   0 and 6 are sentinels
+//   before     -  t  h  e  r  e  -   starts_: 1111111, position 0 on the left
+//   after      -  t  he .  r  e  -   starts_: 1110111
+//
+// The candidate at 3 is removed; those at 1 (t, he) and 2 (he, r) are looked up again.
+//
 // Most of the time is spent on cache misses in the vocabulary's tables and on mispredicted
 // branches. Therefore each merge is split into two steps without branches: merge_next() applies the
 // merge and prefetches the table entries of the new token, and look_up() reads them. The caller

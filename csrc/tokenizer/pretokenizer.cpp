@@ -292,6 +292,17 @@ std::size_t Pretokenizer::cut() {
 // it, unless that byte is a blank: ` ?\p{L}+` and its like take the blank into the piece, which
 // then starts at the blank (see space_starts). The bytes of one multi-byte character have one
 // class, so only its first byte can start a piece.
+//
+// An example, with the first byte, which is the lowest bit, on the left; _ is a blank:
+//
+//   text          H i _ _ t h e r e _ 4 2 ! _ x
+//   letters       1 1 0 0 1 1 1 1 1 0 0 0 0 0 1
+//   blanks        0 0 1 1 0 0 0 0 0 1 0 0 0 1 0   (here the same as spaces)
+//   continued     0 1 0 0 0 1 1 1 1 0 0 1 0 0 0
+//   after_blank   0 0 0 1 1 0 0 0 0 0 1 0 0 0 1
+//   words         1 0 0 0 0 0 0 0 0 0 0 0 1 0 0
+//   space_starts  0 0 1 1 0 0 0 0 0 1 0 0 0 1 0
+//   pieces        Hi|_|_there|_42|!|_x
 std::uint64_t Pretokenizer::starts(const Block& next) {
   const Block& block = current_;
   const std::uint64_t others = ~(block.letters | block.numbers | block.spaces);

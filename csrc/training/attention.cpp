@@ -204,18 +204,23 @@ Head head_of(const Attention& all, std::size_t index) {
   return {all.time, all.size, scale, {q, stride}, {q + width, stride}, {q + 2 * width, stride}};
 }
 
+// Computes the output of one head, block of queries by block of queries:
+//   S = q · kᵀ;  P = softmax(S);  y = P · v.
+// Keys and values are packed once, for all blocks. A block sees only the `seen` keys up to its last
+// query: S has that many columns, and P · v has that depth, so that about half of the work is
+// saved.
 void forward_head(const Products& products, const Head& head, Workspace& space, const Rows& y,
                   float* log_sums) {
   const std::size_t time = head.time, size = head.size, most = products.queries_at_once();
   const std::size_t padded = products.padded_time(time);
   const std::size_t packed = padded * products.whole_columns(size);
   space.restart(2 * packed + most * (2 * size + 2 * padded) + 6 * 64);
-  float* keys = space.take(padded * size);
-  float* values = space.take(packed);
-  float* queries = space.take(most * size);
-  float* scores = space.take(most * padded);
-  float* shares = space.take(most * padded);
-  float* sums = space.take(most * size);
+  float* keys = space.take(padded * size);    // operand of S
+  float* values = space.take(packed);         // operand of y
+  float* queries = space.take(most * size);   // operand of S
+  float* scores = space.take(most * padded);  // S, then P
+  float* shares = space.take(most * padded);  // P, packed: operand of y
+  float* sums = space.take(most * size);      // y in fp32
   products.pack_b(head.k, time, size, Reads::kByRows, keys);
   products.pack_b(head.v, size, time, Reads::kAcross, values);
   for (std::size_t first = 0; first < time; first += most) {

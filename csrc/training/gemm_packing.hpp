@@ -1,5 +1,16 @@
 // Packing of GEMM operands into panels; see GemmPacking for the layout. Only for inclusion by
 // gemm_kernels_of.hpp, whose rules on linkage apply here as well.
+//
+// For a panel of 4 rows of A (a0 to a3), with depths 0, 1, 2, ...:
+//
+//   a matrix row holds           in memory               packed
+//   all depths of one index      a0: 0 1 2 3 ...         a0[0] a1[0] a2[0] a3[0]
+//   (a transpose)                a1: 0 1 2 3 ...         a0[1] a1[1] a2[1] a3[1]
+//                                ...                     ...
+//   one depth of all indices     0: a0 a1 a2 a3 a4 ...   the same: each depth is copied as it is,
+//   (`across`)                   1: a0 a1 a2 a3 a4 ...   in pieces of the panel's width
+//
+// In bfloat16 a word has two depths: a0[0 1] a1[0 1] a2[0 1] a3[0 1], then a0[2 3] and so on.
 #pragma once
 
 #include <cstddef>
