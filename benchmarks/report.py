@@ -147,8 +147,8 @@ def draw(groups: Groups, path: Path) -> None:
     for name, entries in groups.items():
         axes.text(0.0, y, name, fontsize=8, fontweight="bold", va="center")
         heights = [y + line + 1 for line in range(len(entries))]
-        colours = ["C0" if entry.variant.startswith(OURS) else "0.6" for entry in entries]
-        bars = axes.barh(heights, [speed or 0.0 for speed in speeds(entries)], color=colours)
+        colors = ["C0" if entry.variant.startswith(OURS) else "0.6" for entry in entries]
+        bars = axes.barh(heights, [speed or 0.0 for speed in speeds(entries)], color=colors)
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
         ticks += heights
         labels += [entry.variant for entry in entries]

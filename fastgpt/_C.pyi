@@ -1,4 +1,4 @@
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -298,14 +298,6 @@ class Generation:
 
     def logprobs(self) -> list[float]:
         """Return the model's log-probability of the last token of each row, in nats."""
-
-    def run(self, on_tokens: Callable[[list[int]], bool | None] | None) -> list[list[int]]:
-        """Do all steps, checking for Ctrl-C after each one.
-
-        on_tokens: called with the tokens of each step; generation stops if it returns true.
-
-        Returns: the tokens of all steps. The GIL is released while a step is computed.
-        """
 
 class Engine:
     """GPT-2 inference on a CPU without PyTorch; see fastgpt/inference/engine.py."""

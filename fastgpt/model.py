@@ -82,7 +82,7 @@ class GPT(nn.Module):
         if not config.tie_weights:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if self.device.type != "meta":
-            self._initialise()
+            self._initialize()
 
     @classmethod
     def from_pretrained(
@@ -249,7 +249,7 @@ class GPT(nn.Module):
         return cache.advance(time)[:, None] + steps
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Initialize every matrix from N(0, 0.02), residual projections with a smaller deviation.
 
         2 · n_layer sub-layers add to the residual stream; scaling each of their projections by
@@ -401,7 +401,7 @@ class MLP(nn.Module):
 def _embedding(n_rows: int, width: int, rows: Tensor | None = None) -> nn.Embedding:
     """Return an embedding `[n_rows, width]` with a copy of `rows`, or uninitialized memory.
 
-    Passing `_weight` skips PyTorch's own initialization, which `GPT._initialise` would overwrite
+    Passing `_weight` skips PyTorch's own initialization, which `GPT._initialize` would overwrite
     (and which is slow on the meta device).
     """
     weight = torch.empty(n_rows, width) if rows is None else rows.detach().clone()

@@ -3,7 +3,7 @@
 The reference implementations are `fastgpt.ops.reference.layer_norm` and `add_layer_norm`.
 
 A program of the forward holds several whole rows in registers. It reads them once and computes the
-mean and then the variance of the centred values (the mean of squares minus the squared mean would
+mean and then the variance of the centered values (the mean of squares minus the squared mean would
 suffer from cancellation). The backward reads the rows, normalizes them again with the saved mean
 and 1 / std, and accumulates the gradients of weight and bias in the same pass: it is a persistent
 kernel, in which a few programs per multiprocessor iterate over all rows and keep the sums in
@@ -124,7 +124,7 @@ def layer_norm_backward(
     """
     _check_gradients(grad_y, grad_total, total, weight, mean, rstd, x_dtype)
     # All are usually contiguous results of kernels. Other layouts are rare (the gradient of a sum
-    # has stride 0) and are copied, so that each row is a contiguous range for vectorised loads.
+    # has stride 0) and are copied, so that each row is a contiguous range for vectorized loads.
     grad_y, total, weight = grad_y.contiguous(), total.contiguous(), weight.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     grad = torch.empty_like(total)
@@ -267,13 +267,13 @@ def _layer_norm_forward(
         x = upcast(total)
 
     mean = tl.sum(x, axis=1, keep_dims=True) / width  # [ROWS, 1]
-    centred = tl.where(inside, x - mean, 0.0)
-    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / width
+    centered = tl.where(inside, x - mean, 0.0)
+    variance = tl.sum(centered * centered, axis=1, keep_dims=True) / width
     rstd = 1.0 / tl.sqrt(variance + eps)
     tl.store(mean_ptr + rows, mean, mask=present)
     tl.store(rstd_ptr + rows, rstd, mask=present)
 
-    y = centred * rstd * weight
+    y = centered * rstd * weight
     if bias_ptr is not None:
         y += bias
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)

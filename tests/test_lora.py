@@ -318,6 +318,6 @@ def test_without_weights_to_begin_with_it_is_refused() -> None:
 
 def test_a_manifest_whose_lora_is_none(recipe: Recipe) -> None:
     checkpoint = find_checkpoint(Trainer(replace(recipe, max_steps=1)).fit().run, "newest")
-    damaged = replace(checkpoint, extra={"lora": {"rank": 2, "colour": "red"}})
-    with pytest.raises(CheckpointError, match=r"manifest.json: lora is \{'rank': 2, 'colour'"):
+    damaged = replace(checkpoint, extra={"lora": {"rank": 2, "color": "red"}})
+    with pytest.raises(CheckpointError, match=r"manifest.json: lora is \{'rank': 2, 'color'"):
         damaged.load_model()

@@ -1,5 +1,4 @@
 // Python bindings of engine/.
-#include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -292,19 +291,6 @@ std::vector<double> logprobs(const Generation& self) {
   return all;
 }
 
-// Runs all steps and returns their tokens. Between steps, holds the GIL to check for signals and to
-// call `on_tokens`, which stops the generation by returning true.
-std::vector<std::vector<std::int64_t>> run(Generation& self, const py::object& on_tokens) {
-  std::vector<std::vector<std::int64_t>> all;
-  for (;;) {
-    std::optional<std::vector<std::int64_t>> tokens = step(self);
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    if (!tokens) return all;
-    all.push_back(std::move(*tokens));
-    if (!on_tokens.is_none() && py::bool_(on_tokens(all.back()))) return all;
-  }
-}
-
 FloatArray logits_of(Engine& self, const std::vector<std::int64_t>& ids) {
   const Generation::Ids checked = checked_ids(ids, self);
   if (checked.size() > self.network.shape.block_size) {
@@ -362,7 +348,6 @@ void bind_engine(py::module_& m) {
   py::class_<Generation>(m, "Generation", "Generation of continuations for a batch of prompts")
       .def("read", &read_logits, py::arg("vocab_size"))
       .def("step", &step)
-      .def("run", &run, py::arg("on_tokens").none(true))
       .def("end", &Generation::end, py::arg("row"))
       .def("logprobs", &logprobs);
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine", "GPT-2 inference on a CPU")

@@ -60,7 +60,7 @@ struct Neon {
   }
 
  private:
-  // Multiplies to 16 bits, adds neighbouring products, which do not overflow (2 · 127²), and adds
+  // Multiplies to 16 bits, adds neighboring products, which do not overflow (2 · 127²), and adds
   // these pairs to the 32-bit sums.
   static Integers dot(int8x16_t weights, Integers inputs, Integers sum) {
     const int8x16_t x = vreinterpretq_s8_s32(inputs);

@@ -269,32 +269,32 @@ void PairMerger::replace_at(Place place, Merge merge) {
   if (after < kBoundary) right_.add(after, place, count);
 }
 
-void PairMerger::Side::add(TokenId neighbour, Place place, Count count) {
-  Neighbour& entry = by_token[neighbour];
-  if (entry.n_places++ == 0) touched.push_back(neighbour);
+void PairMerger::Side::add(TokenId neighbor, Place place, Count count) {
+  Neighbor& entry = by_token[neighbor];
+  if (entry.n_places++ == 0) touched.push_back(neighbor);
   entry.count += count;
-  events.push_back({neighbour, place});
+  events.push_back({neighbor, place});
 }
 
-// Updates the counts of the pairs around a merge: the neighbours now form pairs with the merged
+// Updates the counts of the pairs around a merge: the neighbors now form pairs with the merged
 // token instead of its left or right part.
 void PairMerger::update_counts(Merge merge) {
   const auto& [left, right, merged] = merge;
   for (const TokenId before : left_.touched) pairs_.prefetch_slot(pair_of(before, left));
   for (const TokenId after : right_.touched) pairs_.prefetch_slot(pair_of(right, after));
   for (const TokenId before : left_.touched) {
-    Neighbour& neighbour = left_.by_token[before];
-    subtract_count(pair_of(before, left), neighbour.count);
-    add_pair(pair_of(before, merged), neighbour, neighbour.count);
+    Neighbor& neighbor = left_.by_token[before];
+    subtract_count(pair_of(before, left), neighbor.count);
+    add_pair(pair_of(before, merged), neighbor, neighbor.count);
   }
   for (const TokenId after : right_.touched) {
-    Neighbour& neighbour = right_.by_token[after];
-    subtract_count(pair_of(right, after), neighbour.count);
+    Neighbor& neighbor = right_.by_token[after];
+    subtract_count(pair_of(right, after), neighbor.count);
     // In "abab", the first "ab" is followed by an "a" only until that is merged as well: these
     // occurrences were added on the right side and are counted on the left side of the second
     // merge.
     const Count merged_since = after == left ? left_.by_token[merged].count : 0;
-    add_pair(pair_of(merged, after), neighbour, neighbour.count - merged_since);
+    add_pair(pair_of(merged, after), neighbor, neighbor.count - merged_since);
   }
   write_set_bits(left_);
   write_set_bits(right_);
@@ -304,19 +304,19 @@ void PairMerger::subtract_count(std::uint64_t pair, Count count) {
   if (PairTable::Entry* entry = pairs_.find(pair)) entry->count -= count;
 }
 
-// Inserts a new pair with `neighbour.n_places` places, which write_set_bits() fills in.
+// Inserts a new pair with `neighbor.n_places` places, which write_set_bits() fills in.
 //
 // A pair becomes possible only in the merge that creates the later of its two tokens, because no
 // two merges create the same token: wherever the bytes of a token form a token, no token ever
 // crossed their ends, so the merges inside were the same in every word. Therefore all places of the
 // pair are known here, and neither their list nor the pair's count ever grows.
-void PairMerger::add_pair(std::uint64_t pair, Neighbour& neighbour, Count count) {
-  neighbour.next_place = kNowhere;
+void PairMerger::add_pair(std::uint64_t pair, Neighbor& neighbor, Count count) {
+  neighbor.next_place = kNowhere;
   if (count < threshold_) return;
-  neighbour.next_place = places_.size();
+  neighbor.next_place = places_.size();
   PairTable::Entry& entry = pairs_.insert(pair);
-  entry = {pair, count, places_.size(), neighbour.n_places};
-  places_.resize(places_.size() + neighbour.n_places);
+  entry = {pair, count, places_.size(), neighbor.n_places};
+  places_.resize(places_.size() + neighbor.n_places);
   heap_.push_back({count, pair});
   std::push_heap(heap_.begin(), heap_.end());
 }
@@ -324,10 +324,10 @@ void PairMerger::add_pair(std::uint64_t pair, Neighbour& neighbour, Count count)
 // Writes the places of the new pairs on one side, and resets the side for the next merge.
 void PairMerger::write_set_bits(Side& side) {
   for (const Event& event : side.events) {
-    std::size_t& next_place = side.by_token[event.neighbour].next_place;
+    std::size_t& next_place = side.by_token[event.neighbor].next_place;
     if (next_place != kNowhere) places_[next_place++] = event.place;
   }
-  for (const TokenId neighbour : side.touched) side.by_token[neighbour] = Neighbour{};
+  for (const TokenId neighbor : side.touched) side.by_token[neighbor] = Neighbor{};
   side.events.clear();
   side.touched.clear();
 }

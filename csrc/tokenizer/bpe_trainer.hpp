@@ -53,7 +53,7 @@ class PairTable {
   std::size_t size_;
 };
 
-// Repeatedly merges the most frequent pair of neighbouring tokens in a set of words with counts.
+// Repeatedly merges the most frequent pair of neighboring tokens in a set of words with counts.
 //
 // All words are stored in one array of slots, with one slot per byte. A token is stored at the
 // slots of its bytes, so that a merge changes at most four slots of a word and moves nothing:
@@ -96,24 +96,24 @@ class PairMerger {
       return count != other.count ? count < other.count : pair > other.pair;
     }
   };
-  // The changes that a merge makes to the pairs of the merged token with one particular neighbour
+  // The changes that a merge makes to the pairs of the merged token with one particular neighbor
   // on one of its sides.
-  struct Neighbour {
+  struct Neighbor {
     Count count = 0;
     std::size_t n_places = 0;
     std::size_t next_place = 0;  // index in places_ to write the next place to, or kNowhere
   };
   struct Event {
-    TokenId neighbour;
+    TokenId neighbor;
     Place place;
   };
   // All changes on one side of a merge.
   struct Side {
-    std::vector<Neighbour> by_token;
-    std::vector<TokenId> touched;  // the neighbours with changes
+    std::vector<Neighbor> by_token;
+    std::vector<TokenId> touched;  // the neighbors with changes
     std::vector<Event> events;     // the places of the new pairs, in order
 
-    void add(TokenId neighbour, Place place, Count count);
+    void add(TokenId neighbor, Place place, Count count);
   };
 
   void lay_out(const PieceCounter& pieces);
@@ -129,7 +129,7 @@ class PairMerger {
   void replace_at(Place place, Merge merge);
   void update_counts(Merge merge);
   void subtract_count(std::uint64_t pair, Count count);
-  void add_pair(std::uint64_t pair, Neighbour& neighbour, Count count);
+  void add_pair(std::uint64_t pair, Neighbor& neighbor, Count count);
   void write_set_bits(Side& side);
 
   Count min_count_;

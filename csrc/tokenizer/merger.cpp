@@ -29,7 +29,7 @@ struct Avx2 {
     for (std::size_t i = 8; i < kCount; i += 8) eight = _mm256_min_epi32(eight, load(numbers + i));
     __m128i four = _mm_min_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
     four = _mm_min_epi32(four, _mm_shuffle_epi32(four, 0x4E));  // swaps the 64-bit halves
-    four = _mm_min_epi32(four, _mm_shuffle_epi32(four, 0xB1));  // swaps neighbouring lanes
+    four = _mm_min_epi32(four, _mm_shuffle_epi32(four, 0xB1));  // swaps neighboring lanes
     return _mm_cvtsi128_si32(four);
   }
 

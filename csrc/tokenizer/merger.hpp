@@ -41,7 +41,7 @@ class ShortMerge {
   // possible.
   template <typename Isa>
   bool merge_next(const Vocabulary& vocabulary);
-  // Looks up the merges of the new token with its neighbours. Must be called after each
+  // Looks up the merges of the new token with its neighbors. Must be called after each
   // merge_next() that returned true.
   void look_up(const Vocabulary& vocabulary);
 
@@ -73,13 +73,13 @@ class ShortMerge {
   }
 
   // Positions are those of bytes, counted from 1. Positions 0 and size + 1 are sentinels, so that
-  // every token has a neighbour on both sides. A token is stored at the position of its first byte.
+  // every token has a neighbor on both sides. A token is stored at the position of its first byte.
   std::uint64_t starts_;  // bit i: a token starts at position i; the sentinels' bits are set, too
   std::array<TokenId, kCapacity + 2> ids_;
   std::array<std::int32_t, kCapacity + 1> candidates_;  // [0] is written but never read
 
   // Passed from merge_next() to look_up(): the positions of the new token and of the one before it,
-  // and the pairs that the new token forms with its neighbours.
+  // and the pairs that the new token forms with its neighbors.
   unsigned changed_;
   unsigned previous_;
   MergeTable::Pair with_next_;

@@ -330,7 +330,7 @@ const std::vector<Id>& PieceEncoder<Id>::merge_again(std::string_view bytes) {
 
 // Returns whether the concatenated bytes of the two tokens are encoded to exactly these two tokens.
 //
-// If this holds for every two neighbours in a list of tokens, then the list is the encoding of the
+// If this holds for every two neighbors in a list of tokens, then the list is the encoding of the
 // concatenation of all of them. Proof: suppose that encoding the concatenation makes a merge across
 // a boundary between tokens of the list, and consider the first such merge. All merges before it
 // were within tokens, and those within the two tokens at this boundary are the same, in the same

@@ -53,7 +53,7 @@ std::vector<std::string_view> split_for_threads(std::string_view text, std::size
 //
 // Algorithm (after simdjson, Langdale & Lemire 2019): the text is processed in blocks of 64 bytes.
 // Each block is classified into 64-bit masks, one mask per character class and one bit per byte.
-// Shifting a mask by one aligns each byte with its neighbour, so that a few shifts and bitwise
+// Shifting a mask by one aligns each byte with its neighbor, so that a few shifts and bitwise
 // operations find the starts of all pieces in the block, without a branch per byte. Bits that a
 // shift moves across a block boundary come from the previous or the next block.
 class Pretokenizer {

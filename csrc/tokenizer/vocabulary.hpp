@@ -15,7 +15,7 @@
 
 namespace fastgpt {
 
-// A merge: the neighbouring tokens `left` and `right` are replaced by `merged`.
+// A merge: the neighboring tokens `left` and `right` are replaced by `merged`.
 struct Merge {
   TokenId left;
   TokenId right;

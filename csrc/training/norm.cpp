@@ -41,15 +41,15 @@ void forward_row(std::size_t n, const float* __restrict x, const float* __restri
     row = total;
   }
   const auto width = static_cast<float>(n);
-  const float centre = lane_sum<float, kLanes>(n, [=](std::size_t i) { return row[i]; }) / width;
+  const float center = lane_sum<float, kLanes>(n, [=](std::size_t i) { return row[i]; }) / width;
   const float squares = lane_sum<float, kLanes>(n, [=](std::size_t i) {
-    const float centred = row[i] - centre;
-    return centred * centred;
+    const float centered = row[i] - center;
+    return centered * centered;
   });
   const float scale = 1.0F / std::sqrt(squares / width + eps);
-  *mean = centre;
+  *mean = center;
   *rstd = scale;
-  apply_row(n, row, centre, scale, weight, bias, y);
+  apply_row(n, row, center, scale, weight, bias, y);
 }
 
 // Computes one row of the backward pass, and adds its terms to the gradients of weight and bias.

@@ -256,8 +256,8 @@ def load_run_tokenizer(run: Path, checkpoint: Checkpoint) -> BaseTokenizer:
     """
     try:
         tokenizer = load_tokenizer(run / "tokenizer.json")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{run / 'tokenizer.json'}: {error}") from None
+    except (OSError, ValueError) as error:  # both name the file
+        raise CheckpointError(str(error)) from None
     if tokenizer.fingerprint != checkpoint.tokenizer_hash:
         raise CheckpointError(
             f"{run / 'tokenizer.json'} is not what {checkpoint.path.name} was trained with: "

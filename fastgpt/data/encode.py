@@ -51,7 +51,10 @@ def encode_file(
         exist. No shards are written in case of an error.
     """
     path = Path(path)
-    size = path.stat().st_size if path.is_file() else 0  # errors are reported by read_blocks
+    try:
+        size = path.stat().st_size
+    except OSError:
+        size = 0  # read_blocks reports the error
     with (
         FileProgress(path.name, size, progress) as bar,
         ShardWriter(out, tokenizer, tokens_per_shard) as writer,

@@ -29,9 +29,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
     x: `[..., C]`, weight and bias: `[C]`; returns `[..., C]` in the dtype of `x`.
     """
     wide = _upcast(x)
-    centred = wide - wide.mean(-1, keepdim=True)
-    variance = centred.square().mean(-1, keepdim=True)  # biased: divided by C, as in GPT-2
-    normed = centred / torch.sqrt(variance + eps) * weight
+    centered = wide - wide.mean(-1, keepdim=True)
+    variance = centered.square().mean(-1, keepdim=True)  # biased: divided by C, as in GPT-2
+    normed = centered / torch.sqrt(variance + eps) * weight
     return (normed if bias is None else normed + bias).to(x.dtype)
 
 

@@ -16,9 +16,10 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
     Its files are synced to disk before. If the block raises, the temporary directory is deleted and
     an existing `target` is kept. A process that is killed may leave `.saving-NAME`, and
-    `.old-NAME`, which is the previous `target` if there is no `target`.
+    `.old-NAME`, which is the previous `target` if there is no `target`. If `target` is a symbolic
+    link, the directory that it points to is replaced.
     """
-    target = target.absolute()  # with_name fails for ".", which has no name
+    target = target.resolve()  # also gives "." a name
     temporary, old = (target.with_name(f".{word}-{target.name}") for word in ("saving", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -78,7 +78,7 @@ def test_unix_newlines(text):
     assert _C.unix_newlines(text) == text.replace(b"\r\n", b"\n")
 
 
-def test_valid_utf8_of_all_characters_and_their_neighbours():
+def test_valid_utf8_of_all_characters_and_their_neighbors():
     for point in range(0x7F, 0x110000, 0x3F):
         data = chr(point).encode("utf-8", "surrogatepass")
         valid = not 0xD800 <= point < 0xE000
@@ -145,8 +145,9 @@ def test_empty_and_missing_files_are_rejected(gpt2, tmp_path):
         message = rf"empty\.txt is empty \({len(content.encode())} bytes\)"
         with pytest.raises(UsageError, match=message):
             encode_file(gpt2, tmp_path / "empty.txt", tmp_path / "a")
-    for name, what in (("no.txt", "No such file"), (".", "Is a directory")):
-        with pytest.raises(UsageError, match=f"cannot be read: {what}"):
+    unreadable = {"no.txt": "No such file", ".": "Is a directory", "a" * 300: "File name too long"}
+    for name, reason in unreadable.items():
+        with pytest.raises(UsageError, match=f"cannot be read: {reason}"):
             encode_file(gpt2, tmp_path / name, tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
 

@@ -258,9 +258,9 @@ def _logits(ids: Array, values: dict[str, Array]) -> Array:
     v = {name: value.astype(np.float64) for name, value in values.items()}
 
     def norm(x: Array, name: str) -> Array:
-        centred = x - x.mean(-1, keepdims=True)
-        scale = np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
-        return centred / scale * v[f"{name}/g"] + v[f"{name}/b"]
+        centered = x - x.mean(-1, keepdims=True)
+        scale = np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5)
+        return centered / scale * v[f"{name}/g"] + v[f"{name}/b"]
 
     def layer(x: Array, name: str) -> Array:
         return x @ v[f"{name}/w"][0] + v[f"{name}/b"]

@@ -24,6 +24,18 @@ def test_a_directory_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, leftov
     assert list(target.parent.iterdir()) == [target]
 
 
+def test_the_directory_behind_a_link_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    link, target = tmp_path / "link", tmp_path / "elsewhere" / "x"
+    link.symlink_to(target)
+    for text in ("one", "two"):
+        with atomic_directory(link) as folder:
+            (folder / text).write_text(text)
+        assert link.is_symlink()
+        assert [path.name for path in target.iterdir()] == [text]
+    assert list(target.parent.iterdir()) == [target]
+
+
 def test_a_directory_that_cannot_be_renamed_is_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,7 +137,7 @@ def test_the_second_signal_stops_immediately(
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_second_signal_insists_and_handlers_are_put_back() -> None:
+def test_a_second_signal_stops_at_once_and_handlers_are_put_back() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGTERM)
