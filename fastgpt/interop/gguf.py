@@ -28,14 +28,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgpt.interop.external import (
-    ExternalModel,
-    LazyTensor,
-    NoTokenizerError,
-    make_config,
-    starts_with,
-    zero_biases,
-)
+from fastgpt.interop import external
+from fastgpt.interop.external import ExternalModel, LazyTensor, NoTokenizerError
 from fastgpt.model import GPT, GPTConfig, meta_weights
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer
 from fastgpt.tokenizer.vocabulary_files import read_hugging_face, to_hugging_face
@@ -67,7 +61,7 @@ _NAMES = {  # fastgpt's name -> GGUF's name
 
 def recognises(path: Path) -> bool:
     """Return whether a path is a GGUF file, judging by its first four bytes."""
-    return starts_with(path, (b"GGUF",))
+    return external.starts_with(path, (b"GGUF",))
 
 
 def read(path: Path) -> ExternalModel:
@@ -82,7 +76,7 @@ def read(path: Path) -> ExternalModel:
     if (architecture := keys.get("general.architecture")) != "gpt2":
         raise UsageError(f"{path} has a model of architecture {architecture!r:.40}, not 'gpt2'")
     tensors = {_from_gguf_name(path, tensor.name): _lazy(path, tensor) for tensor in reader.tensors}
-    config = make_config(
+    config = external.make_config(
         path,
         vocab_size=len(_list(path, keys, "tokens")),
         block_size=keys.get("gpt2.context_length"),
@@ -374,7 +368,7 @@ def _write_file(writer: GGUFWriter, path: Path, model: GPT, precision: Precision
 
 def _tensors(model: GPT) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights by GGUF's names; a tied head is omitted, which marks it as tied."""
-    tensors = model.state_dict() | zero_biases(model.config)
+    tensors = model.state_dict() | external.zero_biases(model.config)
     for name in meta_weights(replace(model.config, bias=True)):  # each bias after its weight
         yield _gguf_name(name), tensors[name]
 

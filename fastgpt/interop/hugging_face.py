@@ -14,15 +14,8 @@ from torch import Tensor
 
 from fastgpt.checkpoint.load import read_json
 from fastgpt.checkpoint.tensor_file import stored_tensors, write_tensors
-from fastgpt.interop.external import (
-    PREFIX,
-    ExternalModel,
-    LazyTensor,
-    find_tokenizer,
-    make_config,
-    strip_names,
-    zero_biases,
-)
+from fastgpt.interop import external
+from fastgpt.interop.external import PREFIX, ExternalModel, LazyTensor
 from fastgpt.interop.pickled import lazy, named_tensors, unpickle
 from fastgpt.interop.tokenizer_files import TOKENIZER_FILES, write_tokenizer
 from fastgpt.model import GPT, GPTConfig
@@ -55,7 +48,9 @@ def read(path: Path) -> ExternalModel:
     """Open a transformers folder; UsageError names an invalid file or unsupported setting."""
     config = _read_config(path / CONFIG)
     tensors = _to_fastgpt(_open_weights(path), config)
-    return ExternalModel(path, config, tensors, partial(find_tokenizer, path, config.vocab_size))
+    return ExternalModel(
+        path, config, tensors, partial(external.find_tokenizer, path, config.vocab_size)
+    )
 
 
 def write(model: GPT, folder: Path, tokenizer: BaseTokenizer | None = None) -> None:
@@ -89,7 +84,7 @@ def _read_config(path: Path) -> GPTConfig:
     for name, values in _COMPUTED.items():
         if (value := settings.get(name, values[0])) not in values:
             raise UsageError(f"{path}: {name} = {value!r} is not supported, only {values[0]!r}")
-    config = make_config(
+    config = external.make_config(
         path,
         vocab_size=settings.get("vocab_size", 50257),
         block_size=settings.get("n_positions", 1024),
@@ -142,7 +137,7 @@ def _open_pickled(path: Path) -> dict[str, LazyTensor]:
 
 def _to_fastgpt(tensors: Mapping[str, LazyTensor], config: GPTConfig) -> dict[str, LazyTensor]:
     """Return the tensors by fastgpt's names and in its orientation."""
-    named = strip_names(tensors)
+    named = external.strip_names(tensors)
     if config.tie_weights:
         named.pop("lm_head.weight", None)  # transformers, too, uses the embedding for a tied head
     return {
@@ -157,7 +152,7 @@ def _to_fastgpt(tensors: Mapping[str, LazyTensor], config: GPTConfig) -> dict[st
 def _from_fastgpt(model: GPT) -> dict[str, Tensor]:
     """Return the weights by transformers' names; those of `Conv1D` are transposed views."""
     tensors = {}
-    for name, tensor in (model.state_dict() | zero_biases(model.config)).items():
+    for name, tensor in (model.state_dict() | external.zero_biases(model.config)).items():
         prefix = "" if name == "lm_head.weight" else PREFIX
         tensors[prefix + name] = (tensor.T if name.endswith(_CONV1D) else tensor).cpu()
     return tensors

@@ -15,13 +15,8 @@ from typing import NamedTuple
 import torch
 
 from fastgpt.checkpoint.tensor_file import StoredTensor
-from fastgpt.interop.external import (
-    ExternalModel,
-    LazyTensor,
-    find_tokenizer,
-    make_config,
-    starts_with,
-)
+from fastgpt.interop import external
+from fastgpt.interop.external import ExternalModel, LazyTensor
 from fastgpt.model import GPTConfig
 from fastgpt.utils.errors import UsageError
 
@@ -52,13 +47,15 @@ class _Header(NamedTuple):
 
 def recognises(path: Path) -> bool:
     """Return whether a path is a file of llm.c, judging by its first four bytes."""
-    return starts_with(path, tuple(struct.pack("<i", magic) for magic in (MAGIC, *_OTHERS)))
+    return external.starts_with(
+        path, tuple(struct.pack("<i", magic) for magic in (MAGIC, *_OTHERS))
+    )
 
 
 def read(path: Path) -> ExternalModel:
     """Open an llm.c model; UsageError if it is of another kind or its size does not match."""
     header = _read_header(path)
-    config = make_config(
+    config = external.make_config(
         path,
         vocab_size=header.vocab_size,
         block_size=header.block_size,
@@ -68,7 +65,7 @@ def read(path: Path) -> ExternalModel:
     )
     tensors = _tensors(path, header, config)
     return ExternalModel(
-        path, config, tensors, partial(find_tokenizer, path.parent, config.vocab_size)
+        path, config, tensors, partial(external.find_tokenizer, path.parent, config.vocab_size)
     )
 
 

@@ -16,15 +16,8 @@ import torch
 from torch import Tensor
 
 from fastgpt.checkpoint.load import read_json
-from fastgpt.interop.external import (
-    PREFIX,
-    ExternalModel,
-    LazyTensor,
-    count_layers,
-    find_tokenizer,
-    make_config,
-    strip_names,
-)
+from fastgpt.interop import external
+from fastgpt.interop.external import PREFIX, ExternalModel, LazyTensor
 from fastgpt.interop.pickled import lazy, named_tensors, unpickle
 from fastgpt.model import GPTConfig
 from fastgpt.utils.errors import UsageError
@@ -53,10 +46,10 @@ def read(path: Path) -> ExternalModel:
     if path.is_dir():
         file = next(path / name for name in _FILES if (path / name).is_file())
     stored = dict(_open_npz(file) if file.suffix == ".npz" else _open_pt(file))
-    tensors = strip_names(stored)
+    tensors = external.strip_names(stored)
     config = _config(file, tensors)
     return ExternalModel(
-        file, config, tensors, partial(find_tokenizer, file.parent, config.vocab_size)
+        file, config, tensors, partial(external.find_tokenizer, file.parent, config.vocab_size)
     )
 
 
@@ -69,7 +62,7 @@ def _config(file: Path, tensors: Mapping[str, LazyTensor]) -> GPTConfig:
     found = {
         "vocab_size": vocab_size,
         "block_size": tensors["wpe.weight"].shape[0],
-        "n_layer": count_layers(tensors),
+        "n_layer": external.count_layers(tensors),
         "n_embd": n_embd,
     }
     settings = _settings(file.parent / CONFIG)
@@ -79,7 +72,7 @@ def _config(file: Path, tensors: Mapping[str, LazyTensor]) -> GPTConfig:
                 f"{file} has {name} = {value}, but {CONFIG} next to it says {settings[name]!r:.40}"
             )
     n_head, dropout = _n_head(file, settings), settings.get("resid_pdrop", 0.1)
-    return make_config(file, **found, n_head=n_head, dropout=dropout, tie_weights=False)
+    return external.make_config(file, **found, n_head=n_head, dropout=dropout, tie_weights=False)
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -18,14 +18,8 @@ import torch
 from torch import Tensor
 
 from fastgpt.data.external import read_meta
-from fastgpt.interop.external import (
-    PREFIX,
-    ExternalModel,
-    LazyTensor,
-    NoTokenizerError,
-    make_config,
-    strip_names,
-)
+from fastgpt.interop import external
+from fastgpt.interop.external import PREFIX, ExternalModel, LazyTensor, NoTokenizerError
 from fastgpt.interop.pickled import lazy, named_tensors, pickle_contains, unpickle
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer, load_tokenizer
@@ -98,7 +92,7 @@ def _read_config(file: Path, args: Any) -> GPTConfig:
     if not isinstance(args, dict):
         raise UsageError(f"{file}: 'model_args' is not a dict of settings")
     names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
-    return make_config(
+    return external.make_config(
         file,
         **{name: args.get(name) for name in names},
         bias=bool(args.get("bias", True)),  # the first versions always had biases
@@ -109,7 +103,7 @@ def _read_config(file: Path, args: Any) -> GPTConfig:
 
 def _to_fastgpt(file: Path, tensors: dict[str, Tensor]) -> dict[str, LazyTensor]:
     """Return the tensors by fastgpt's names; UsageError for a head that is not tied."""
-    named = strip_names({_unwrap(name): tensor for name, tensor in tensors.items()})
+    named = external.strip_names({_unwrap(name): tensor for name, tensor in tensors.items()})
     head, embedding = named.pop(_HEAD, None), named.get("wte.weight")
     if head is not None and embedding is not None and not _equal(head, embedding):
         raise UsageError(

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from fastgpt.checkpoint.load import CheckpointError, read_json
-from fastgpt.interop.external import ExternalModel, LazyTensor, find_tokenizer, make_config
+from fastgpt.interop import external
+from fastgpt.interop.external import ExternalModel, LazyTensor
 from fastgpt.interop.tensor_bundle import TensorBundle
 
 HPARAMS, STATE = "hparams.json", "checkpoint"
@@ -55,13 +56,15 @@ def read(path: Path) -> ExternalModel:
     bundle = TensorBundle(_find_checkpoint(path))
     hparams = read_json(path / HPARAMS)
     settings = {ours: hparams.get(theirs) for theirs, ours in _CONFIG.items()}
-    config = make_config(path / HPARAMS, **settings)
+    config = external.make_config(path / HPARAMS, **settings)
     tensors = {
         _fastgpt_name(name): _lazy_tensor(bundle, name)
         for name in bundle.entries
         if not _is_of_training(name, bundle)
     }
-    return ExternalModel(path, config, tensors, partial(find_tokenizer, path, config.vocab_size))
+    return ExternalModel(
+        path, config, tensors, partial(external.find_tokenizer, path, config.vocab_size)
+    )
 
 
 def _find_checkpoint(folder: Path) -> Path:
