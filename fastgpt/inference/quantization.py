@@ -19,10 +19,12 @@ metadata is JSON under the key ``fastgpt``: format, dtype, group, config.
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -91,26 +93,15 @@ def round_weights(
             return plain
         return quantize(plain, bits(name, dtype), group, threads, name)
 
-    return EngineWeights(config, dtype, group, _LazyMapping(tensors, convert))
+    functions = {name: partial(convert, name) for name in tensors}
+    return EngineWeights(config, dtype, group, _LazyDict(functions))
 
 
-class _LazyMapping(Mapping[str, Weight]):
-    """A mapping with the keys of `keys`, whose values are computed when they are accessed."""
+class _LazyDict(UserDict[str, Any]):
+    """A dict of functions without arguments, which are called when an item is read."""
 
-    def __init__(self, keys: Collection[str], compute: Callable[[str], Weight]) -> None:
-        self._keys, self._compute = keys, compute
-
-    def __getitem__(self, name: str) -> Weight:
-        return self._compute(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._keys
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
+    def __getitem__(self, name: str) -> Any:
+        return self.data[name]()
 
 
 def bits(name: str, dtype: str) -> int:
