@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import tyro
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastgpt.tokenizer import BaseTokenizer
     from fastgpt.utils.precision import Precision
 
+Evaluation: TypeAlias = "tuple[str, Precision, dict[str, Any]]"
 TRIAL_TOKENS = 2048  # size of the trial that finds the fastest precision
 
 
@@ -84,12 +85,18 @@ def evaluate(options: Options) -> dict[str, Any]:
 
     device = find_device(options.device)
     model, tokenizer = interop.load(options.model, device)
+    run_evaluation = _evaluate_text if options.task == "text" else _evaluate_task
     try:
-        if options.task == "text":
-            return _evaluate_text(options, model, tokenizer)
-        return _evaluate_task(options, model, tokenizer)
+        data, precision, metrics = run_evaluation(options, model, tokenizer)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    return {
+        **{"task": options.task, "model": options.model, "data": data},
+        **metrics,
+        "batch_size": options.batch_size,
+        "dtype": precision.name,
+        "device": str(precision.device),
+    }
 
 
 def describe(results: dict[str, Any]) -> str:
@@ -132,7 +139,8 @@ def _check_option_combinations(options: Options) -> None:
         raise UsageError(f"batch_size must be at least 1, not {options.batch_size}")
 
 
-def _evaluate_text(options: Options, model: GPT, tokenizer: BaseTokenizer) -> dict[str, Any]:
+def _evaluate_text(options: Options, model: GPT, tokenizer: BaseTokenizer) -> Evaluation:
+    """Return the name of the text, the precision used, and the metrics."""
     from fastgpt.evaluation.log_likelihood import check_window
     from fastgpt.utils.progress import CountProgress
 
@@ -140,15 +148,9 @@ def _evaluate_text(options: Options, model: GPT, tokenizer: BaseTokenizer) -> di
     context, stride = check_window(model, options.context, options.stride)
     precision = _precision(options, model)
     with precision.autocast(), CountProgress("tokens", text.n_scored) as bar:
-        scores = text.score(
-            model,
-            context=context,
-            stride=stride,
-            batch_size=options.batch_size,
-            advance=bar.advance,
-        )
-    return {
-        **_head(options, text.name),
+        window = {"context": context, "stride": stride, "batch_size": options.batch_size}
+        scores = text.score(model, **window, advance=bar.advance)
+    metrics = {
         "loss": scores.loss,
         "perplexity": scores.perplexity,
         "bits_per_byte": scores.bits_per_byte,
@@ -158,8 +160,8 @@ def _evaluate_text(options: Options, model: GPT, tokenizer: BaseTokenizer) -> di
         "stride": stride,
         "tokens_per_s": scores.tokens_per_s,
         "seconds": scores.seconds,
-        **_tail(options, precision),
     }
+    return text.name, precision, metrics
 
 
 def _load_text(options: Options, tokenizer: BaseTokenizer) -> ScoredText:
@@ -202,7 +204,8 @@ def _load_run_text(run: Run, tokenizer: BaseTokenizer, options: Options) -> Scor
     return text.cut(options.max_tokens)
 
 
-def _evaluate_task(options: Options, model: GPT, tokenizer: BaseTokenizer) -> dict[str, Any]:
+def _evaluate_task(options: Options, model: GPT, tokenizer: BaseTokenizer) -> Evaluation:
+    """Return the name of the questions' file, the precision used, and the metrics."""
     from fastgpt.evaluation.tasks import TASKS, evaluate_task
 
     path = Path(options.data or "")
@@ -210,21 +213,13 @@ def _evaluate_task(options: Options, model: GPT, tokenizer: BaseTokenizer) -> di
     precision, began = _precision(options, model), time.perf_counter()
     with precision.autocast():
         metrics = evaluate_task(
-            options.task,
-            questions,
-            model,
-            tokenizer,
+            *(options.task, questions, model, tokenizer),
             batch_size=options.batch_size,
             skip_unknown=options.skip_unknown,
             progress=True,
         )
-    return {
-        **_head(options, str(path)),
-        **metrics,
-        "questions": len(questions),
-        "seconds": time.perf_counter() - began,
-        **_tail(options, precision),
-    }
+    seconds = time.perf_counter() - began
+    return str(path), precision, {**metrics, "questions": len(questions), "seconds": seconds}
 
 
 def _precision(options: Options, model: GPT) -> Precision:
@@ -240,15 +235,6 @@ def _precision(options: Options, model: GPT) -> Precision:
             perplexity(model, tokens, stride=size)
 
     return fastest(choose_precision(options.dtype, model.device), trial)
-
-
-def _head(options: Options, data: str) -> dict[str, Any]:
-    return {"task": options.task, "model": options.model, "data": data}
-
-
-def _tail(options: Options, precision: Precision) -> dict[str, Any]:
-    device = str(precision.device)
-    return {"batch_size": options.batch_size, "dtype": precision.name, "device": device}
 
 
 def _finite(results: dict[str, Any]) -> dict[str, Any]:

@@ -172,8 +172,7 @@ def _read_file(path: Path, tokenizer: BaseTokenizer, advance: Advance) -> Iterat
     For a tokenizer without an <|endoftext|> token, that string in a text file is ordinary text.
     """
     if tokenizer.eot_token is None and uncompressed_suffix(path) not in FORMATS:
-        for block in cut_at_pieces(read_blocks(path, advance=advance)):
-            yield block.decode()
+        yield from map(bytes.decode, cut_at_pieces(read_blocks(path, advance=advance)))
         return
     for text, ends in read_documents(path, FIELD, advance):
         if text:
@@ -218,8 +217,9 @@ def _tokenize(
             ended = False
         try:
             rows.append(tokenizer.encode_to_numpy(piece, errors=errors))
-        except ValueError as error:
-            raise _unknown(name, n_read, error) from None
+        except ValueError as error:  # an unknown character
+            place = f", after {n_read:,} bytes" if n_read else ""
+            raise UsageError(f"{name}{place}: {error}") from None
         n_tokens += len(rows[-1])
         n_read += len(piece.encode("utf-8", "replace"))
         n_known += _n_bytes(tokenizer, rows[-1]) if skip_unknown else 0
@@ -237,11 +237,6 @@ def _separator(tokenizer: BaseTokenizer) -> Ids:
     if tokenizer.eot_token is not None:
         return np.array([tokenizer.eot_token], np.uint32)
     return tokenizer.encode_to_numpy("\n", errors="ignore")
-
-
-def _unknown(name: str, n_bytes_before: int, error: ValueError) -> UsageError:
-    place = f", after {n_bytes_before:,} bytes" if n_bytes_before else ""
-    return UsageError(f"{name}{place}: {error}")
 
 
 def _n_bytes(tokenizer: BaseTokenizer, ids: Ids) -> int:
