@@ -16,7 +16,7 @@ from fastgpt.checkpoint.load import read_json
 from fastgpt.checkpoint.tensor_file import stored_tensors, write_tensors
 from fastgpt.interop import external
 from fastgpt.interop.external import PREFIX, ExternalModel, LazyTensor
-from fastgpt.interop.pickled import lazy, named_tensors, unpickle
+from fastgpt.interop.pickled import open_tensors
 from fastgpt.interop.tokenizer_files import TOKENIZER_FILES, write_tokenizer
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer
@@ -102,7 +102,7 @@ def _read_config(path: Path) -> GPTConfig:
 
 def _open_weights(folder: Path) -> dict[str, LazyTensor]:
     """Return the tensors of the first weight file found in a folder, by their names in it."""
-    for name, open_file in ((WEIGHTS, _open_safetensors), (PICKLED, _open_pickled)):
+    for name, open_file in ((WEIGHTS, _open_safetensors), (PICKLED, open_tensors)):
         if (folder / name).is_file():
             return open_file(folder / name)
         if (folder / (name + INDEX)).is_file():
@@ -129,10 +129,6 @@ def _open_parts(
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     stored = stored_tensors(path)
     return {name: LazyTensor(tensor.shape, tensor.read) for name, tensor in stored.items()}
-
-
-def _open_pickled(path: Path) -> dict[str, LazyTensor]:
-    return {name: lazy(tensor) for name, tensor in named_tensors(path, unpickle(path)).items()}
 
 
 def _to_fastgpt(tensors: Mapping[str, LazyTensor], config: GPTConfig) -> dict[str, LazyTensor]:

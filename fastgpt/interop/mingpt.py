@@ -18,7 +18,7 @@ from torch import Tensor
 from fastgpt.checkpoint.load import read_json
 from fastgpt.interop import external
 from fastgpt.interop.external import PREFIX, ExternalModel, LazyTensor
-from fastgpt.interop.pickled import lazy, named_tensors, unpickle
+from fastgpt.interop.pickled import open_tensors
 from fastgpt.model import GPTConfig
 from fastgpt.utils.errors import UsageError
 
@@ -45,7 +45,7 @@ def read(path: Path) -> ExternalModel:
     file = path
     if path.is_dir():
         file = next(path / name for name in _FILES if (path / name).is_file())
-    stored = dict(_open_npz(file) if file.suffix == ".npz" else _open_pt(file))
+    stored = dict(_open_npz(file)) if file.suffix == ".npz" else open_tensors(file)
     tensors = external.strip_names(stored)
     config = _config(file, tensors)
     return ExternalModel(
@@ -94,11 +94,6 @@ def _n_head(file: Path, settings: Mapping[str, Any]) -> Any:
         f"{file} does not record its number of attention heads: write it to "
         f'{file.parent / CONFIG}: {{"n_head": 6}} (with the value it was trained with)'
     )
-
-
-def _open_pt(file: Path) -> Iterator[tuple[str, LazyTensor]]:
-    for name, tensor in named_tensors(file, unpickle(file)).items():
-        yield name, lazy(tensor)
 
 
 def _open_npz(file: Path) -> Iterator[tuple[str, LazyTensor]]:

@@ -49,6 +49,11 @@ def named_tensors(path: Path, content: Any) -> dict[str, Tensor]:
     return content
 
 
+def open_tensors(path: Path) -> dict[str, LazyTensor]:
+    """Return the tensors of a `torch.save` file that maps names to tensors."""
+    return {name: lazy(tensor) for name, tensor in named_tensors(path, unpickle(path)).items()}
+
+
 def pickle_contains(path: Path, word: str) -> bool:
     """Return whether a word occurs in the pickle of a `torch.save` file, without loading it."""
     try:
