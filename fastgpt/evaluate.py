@@ -91,7 +91,9 @@ def evaluate(options: Options) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(str(error)) from None
     return {
-        **{"task": options.task, "model": options.model, "data": data},
+        "task": options.task,
+        "model": options.model,
+        "data": data,
         **metrics,
         "batch_size": options.batch_size,
         "dtype": precision.name,
@@ -213,7 +215,10 @@ def _evaluate_task(options: Options, model: GPT, tokenizer: BaseTokenizer) -> Ev
     precision, began = _precision(options, model), time.perf_counter()
     with precision.autocast():
         metrics = evaluate_task(
-            *(options.task, questions, model, tokenizer),
+            options.task,
+            questions,
+            model,
+            tokenizer,
             batch_size=options.batch_size,
             skip_unknown=options.skip_unknown,
             progress=True,
