@@ -233,7 +233,7 @@ def gemm(
     row_sums: Tensor | None = ...,
     threads: int = ...,
     bf16: bool = ...,
-    code: str | None = ...,
+    instruction_set: str | None = ...,
 ) -> None:
     """Write the matrix product op(a) · op(b) to `c`: [M, K] · [K, N] = [M, N].
 
@@ -254,7 +254,7 @@ def gemm(
         row_sums: [M], receives the sums of the rows of op(a), which are the gradient of a bias if
             the product is the gradient of its weight.
         bf16: round the operands to bf16; products are accumulated in fp32.
-        code: "portable", "avx2", "avx512", or for products in bf16 "bf16-portable" or
+        instruction_set: "portable", "avx2", "avx512", or for products in bf16 "bf16-portable" or
             "bf16-avx512"; by default the best for this processor.
 
     Raises ValueError for other arguments.
@@ -308,14 +308,14 @@ class Engine:
         dtype: str,
         group: int,
         threads: int,
-        code: str,
+        instruction_set: str,
         weights: Mapping[str, Tensor | tuple[Tensor, Tensor]],
     ) -> None:
         """Create an engine with a copy of the weights.
 
         dtype: "float32", "bfloat16", "int8" or "int4".
         group: number of weights that share a scale in "int4", 32 or 64.
-        code: "best" or one of `engine_codes`.
+        instruction_set: "best" or one of `engine_instruction_sets`.
         weights: fp32 tensors, or pairs of integers and scales as returned by `quantize`. Missing
         biases are zeros.
 
@@ -372,5 +372,5 @@ def quantize(
 
 MOST_THREADS: int  # maximum number of threads of an engine
 
-def engine_codes() -> list[str]:
+def engine_instruction_sets() -> list[str]:
     """Return the names of the instruction sets that engines can use on this processor."""

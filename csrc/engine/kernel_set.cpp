@@ -7,17 +7,17 @@
 namespace fastgpt::engine {
 namespace {
 
-// A code and the kernels that it adds to those of the codes before it.
-struct Code {
+// An instruction set and the kernels that it adds to those of the sets before it.
+struct InstructionSet {
   std::string name;
   const Kernels& kernels;
 };
 
-// Returns the codes that this processor can run, from the slowest to the fastest.
-std::vector<Code> available_codes() {
-  std::vector<Code> codes{{"portable", kKernelsPortable}};
+// Returns the instruction sets that this processor supports, from the slowest to the fastest.
+std::vector<InstructionSet> available_sets() {
+  std::vector<InstructionSet> sets{{"portable", kKernelsPortable}};
   [[maybe_unused]] const auto add = [&](bool runs, const char* name, const Kernels& kernels) {
-    if (runs) codes.push_back({name, kernels});
+    if (runs) sets.push_back({name, kernels});
   };
 #if defined(FASTGPT_HAS_AVX2)
   add(processor().avx2, "avx2", kKernelsAvx2);
@@ -37,11 +37,11 @@ std::vector<Code> available_codes() {
 #if defined(FASTGPT_HAS_NEON_DOT)
   add(processor().neon_dot, "neon-dot", kKernelsNeonDot);
 #endif
-  return codes;
+  return sets;
 }
 
-// Replaces kernels by those that the next code has. A code with `attend` has everything except,
-// possibly, some products; the others have only products.
+// Replaces kernels by those of the next instruction set. A set with `attend` has everything
+// except, possibly, some products; the others have only products.
 void replace(Kernels& all, const Kernels& next) {
   Kernels merged = next.attend != nullptr ? next : all;
   for (std::size_t i = 0; i < kFormats; ++i) {
@@ -52,22 +52,22 @@ void replace(Kernels& all, const Kernels& next) {
 
 }  // namespace
 
-Kernels kernel_set(const std::string& code) {
+Kernels kernel_set(const std::string& instruction_set) {
   Kernels all{};
   std::string known;
-  for (const Code& next : available_codes()) {
+  for (const InstructionSet& next : available_sets()) {
     replace(all, next.kernels);
-    if (code == next.name) return all;
+    if (instruction_set == next.name) return all;
     known += ", " + next.name;
   }
-  if (code == "best") return all;
-  throw std::invalid_argument("code \"" + code +
+  if (instruction_set == "best") return all;
+  throw std::invalid_argument("instruction set \"" + instruction_set +
                               "\" is not available on this processor; available: best" + known);
 }
 
-std::vector<std::string> kernel_codes() {
+std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const Code& code : available_codes()) names.push_back(code.name);
+  for (const InstructionSet& set : available_sets()) names.push_back(set.name);
   return names;
 }
 

@@ -1,4 +1,4 @@
-#include "engine/kernels_of.hpp"
+#include "engine/kernel_templates.hpp"
 #include "simd/avx2_vector.hpp"
 
 namespace fastgpt::engine {
@@ -12,6 +12,6 @@ struct Vector : Avx2 {
 
 }  // namespace
 
-constexpr Kernels kKernelsAvx2 = kernels_of<Vector>();
+constexpr Kernels kKernelsAvx2 = make_kernels<Vector>();
 
 }  // namespace fastgpt::engine

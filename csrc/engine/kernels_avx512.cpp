@@ -1,4 +1,4 @@
-#include "engine/kernels_of.hpp"
+#include "engine/kernel_templates.hpp"
 #include "simd/avx512_vector.hpp"
 
 namespace fastgpt::engine {
@@ -11,7 +11,7 @@ struct Vector : Avx512 {
 
 }  // namespace
 
-constexpr Kernels kKernelsAvx512 =
-    products_of<Vector, Format::kFloat32, Format::kBfloat16>(kernels_without_products<Vector>());
+constexpr Kernels kKernelsAvx512 = make_products<Vector, Format::kFloat32, Format::kBfloat16>(
+    make_kernels_without_products<Vector>());
 
 }  // namespace fastgpt::engine

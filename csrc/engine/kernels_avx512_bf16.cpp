@@ -1,4 +1,4 @@
-#include "engine/kernels_of.hpp"
+#include "engine/kernel_templates.hpp"
 #include "simd/avx512_vector.hpp"
 
 namespace fastgpt::engine {
@@ -10,6 +10,6 @@ struct Vector : Avx512Bf16 {  // see kernels_avx512.cpp
 
 }  // namespace
 
-constexpr Kernels kKernelsAvx512Bf16 = products_of<Vector, Format::kBfloat16>();
+constexpr Kernels kKernelsAvx512Bf16 = make_products<Vector, Format::kBfloat16>();
 
 }  // namespace fastgpt::engine

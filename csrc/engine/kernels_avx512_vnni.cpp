@@ -1,4 +1,4 @@
-#include "engine/kernels_of.hpp"
+#include "engine/kernel_templates.hpp"
 #include "simd/avx512_vector.hpp"
 
 namespace fastgpt::engine {
@@ -10,6 +10,6 @@ struct Vector : Avx512Vnni {  // see kernels_avx512.cpp
 
 }  // namespace
 
-constexpr Kernels kKernelsAvx512Vnni = products_of<Vector, Format::kInt8, Format::kInt4>();
+constexpr Kernels kKernelsAvx512Vnni = make_products<Vector, Format::kInt8, Format::kInt4>();
 
 }  // namespace fastgpt::engine

@@ -1,4 +1,4 @@
-#include "engine/kernels_of.hpp"
+#include "engine/kernel_templates.hpp"
 #include "simd/neon_vector.hpp"
 
 namespace fastgpt::engine {
@@ -12,6 +12,6 @@ struct Vector : Neon {
 
 }  // namespace
 
-constexpr Kernels kKernelsNeon = kernels_of<Vector>();
+constexpr Kernels kKernelsNeon = make_kernels<Vector>();
 
 }  // namespace fastgpt::engine

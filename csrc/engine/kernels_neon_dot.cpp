@@ -1,4 +1,4 @@
-#include "engine/kernels_of.hpp"
+#include "engine/kernel_templates.hpp"
 #include "simd/neon_vector.hpp"
 
 namespace fastgpt::engine {
@@ -10,6 +10,6 @@ struct Vector : NeonDot {  // see kernels_neon.cpp
 
 }  // namespace
 
-constexpr Kernels kKernelsNeonDot = products_of<Vector, Format::kInt8, Format::kInt4>();
+constexpr Kernels kKernelsNeonDot = make_products<Vector, Format::kInt8, Format::kInt4>();
 
 }  // namespace fastgpt::engine

@@ -1,4 +1,4 @@
-#include "engine/kernels_of.hpp"
+#include "engine/kernel_templates.hpp"
 #include "simd/plain_vector.hpp"
 
 namespace fastgpt::engine {
@@ -10,6 +10,6 @@ struct Vector : Plain {
 
 }  // namespace
 
-constexpr Kernels kKernelsPortable = kernels_of<Vector>();
+constexpr Kernels kKernelsPortable = make_kernels<Vector>();
 
 }  // namespace fastgpt::engine

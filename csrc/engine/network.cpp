@@ -263,7 +263,7 @@ std::vector<Segment> segments_of(const std::vector<Token>& tokens) {
 }
 
 // A forward pass, which every thread of the pool runs with its own rank. Each step is divided among
-// the threads; `barrier_wait` is a barrier, after every step whose results other threads read, or
+// the threads. They meet at `barrier_wait` after every step whose results other threads read, or
 // whose inputs the next step overwrites.
 class Pass {
  public:

@@ -125,8 +125,8 @@ bool ends_with(const std::string& text, const std::string& end) {
 }
 
 std::shared_ptr<Engine> make_engine(const py::dict& config, const std::string& dtype,
-                                    std::size_t group, std::size_t threads, const std::string& code,
-                                    const py::object& weights) {
+                                    std::size_t group, std::size_t threads,
+                                    const std::string& instruction_set, const py::object& weights) {
   if (threads < 1 || threads > kMostThreads) {
     throw std::invalid_argument("threads must be from 1 to 1024, not " + std::to_string(threads));
   }
@@ -138,7 +138,7 @@ std::shared_ptr<Engine> make_engine(const py::dict& config, const std::string& d
   shape.n_embd = config["n_embd"].cast<std::size_t>();
   shape.epsilon = config["layer_norm_eps"].cast<float>();
   shape.tied = config["tie_weights"].cast<bool>();
-  const engine::Kernels kernels = engine::kernel_set(code);
+  const engine::Kernels kernels = engine::kernel_set(instruction_set);
   const auto made =
       std::make_shared<Engine>(shape, format_named(dtype), checked_group(group), threads, kernels);
   std::size_t taken = 0;
@@ -352,7 +352,7 @@ void bind_engine(py::module_& m) {
       .def("logprobs", &logprobs);
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine", "GPT-2 inference on a CPU")
       .def(py::init(&make_engine), py::arg("config"), py::arg("dtype"), py::arg("group"),
-           py::arg("threads"), py::arg("code"), py::arg("weights"))
+           py::arg("threads"), py::arg("instruction_set"), py::arg("weights"))
       .def("generation", &make_generation, py::arg("prompts"), py::arg("copies"),
            py::arg("max_new_tokens"), py::arg("settings"), py::arg("seeds"),
            py::arg("stop").none(true), py::arg("with_logprobs"))
@@ -365,7 +365,7 @@ void bind_engine(py::module_& m) {
                              [](const Engine& self) { return self.network.bytes_per_token(); });
   m.def("quantize", &quantize_weights, py::arg("weights"), py::arg("outputs"), py::arg("dtype"),
         py::arg("group"), py::arg("threads"), py::arg("name") = "weights");
-  m.def("engine_codes", &engine::kernel_codes);
+  m.def("engine_instruction_sets", &engine::instruction_sets);
   m.attr("MOST_THREADS") = kMostThreads;
 }
 

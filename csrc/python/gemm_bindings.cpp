@@ -81,11 +81,14 @@ void check_combination(const Gemm& g) {
 
 void multiply(py::handle a, py::handle b, py::handle c, bool transpose_a, bool transpose_b,
               bool accumulate, py::handle bias, bool gelu, py::handle pre, py::handle gelu_grad,
-              bool gelu_b, py::handle row_sums, unsigned threads, bool bf16, py::handle code) {
-  const GemmKernels& kernels =
-      code.is_none() ? best_gemm_kernels(bf16) : gemm_kernels(py::cast<std::string>(code));
+              bool gelu_b, py::handle row_sums, unsigned threads, bool bf16,
+              py::handle instruction_set) {
+  const GemmKernels& kernels = instruction_set.is_none()
+                                   ? best_gemm_kernels(bf16)
+                                   : gemm_kernels(py::cast<std::string>(instruction_set));
   const bool any = kernels.bf16();
-  if (bf16 && !any) throw std::invalid_argument("bf16 requires a bf16 code, e.g. bf16-portable");
+  if (bf16 && !any)
+    throw std::invalid_argument("bf16 requires a bf16 instruction set, e.g. bf16-portable");
   const Tensor left(a, "a", 2, any), result(c, "c", 2, any);
   Gemm g;
   g.m = transpose_a ? left.columns : left.rows;
@@ -120,7 +123,7 @@ void bind_gemm(py::module_& m) {
         py::arg("accumulate") = false, py::arg("bias") = py::none(), py::arg("gelu") = false,
         py::arg("pre") = py::none(), py::arg("gelu_grad") = py::none(), py::arg("gelu_b") = false,
         py::arg("row_sums") = py::none(), py::arg("threads") = 1, py::arg("bf16") = false,
-        py::arg("code") = py::none());
+        py::arg("instruction_set") = py::none());
   m.def("gemm_is_faster", &gemm_is_faster, py::arg("bf16"));
 }
 

@@ -296,15 +296,15 @@ void PairMerger::update_counts(Merge merge) {
     const Count merged_since = after == left ? left_.by_token[merged].count : 0;
     add_pair(pair_of(merged, after), neighbor, neighbor.count - merged_since);
   }
-  write_set_bits(left_);
-  write_set_bits(right_);
+  write_places(left_);
+  write_places(right_);
 }
 
 void PairMerger::subtract_count(std::uint64_t pair, Count count) {
   if (PairTable::Entry* entry = pairs_.find(pair)) entry->count -= count;
 }
 
-// Inserts a new pair with `neighbor.n_places` places, which write_set_bits() fills in.
+// Inserts a new pair with `neighbor.n_places` places, which write_places() fills in.
 //
 // A pair becomes possible only in the merge that creates the later of its two tokens, because no
 // two merges create the same token: wherever the bytes of a token form a token, no token ever
@@ -322,7 +322,7 @@ void PairMerger::add_pair(std::uint64_t pair, Neighbor& neighbor, Count count) {
 }
 
 // Writes the places of the new pairs on one side, and resets the side for the next merge.
-void PairMerger::write_set_bits(Side& side) {
+void PairMerger::write_places(Side& side) {
   for (const Event& event : side.events) {
     std::size_t& next_place = side.by_token[event.neighbor].next_place;
     if (next_place != kNowhere) places_[next_place++] = event.place;

@@ -130,7 +130,7 @@ class PairMerger {
   void update_counts(Merge merge);
   void subtract_count(std::uint64_t pair, Count count);
   void add_pair(std::uint64_t pair, Neighbor& neighbor, Count count);
-  void write_set_bits(Side& side);
+  void write_places(Side& side);
 
   Count min_count_;
   std::vector<std::uint32_t> slots_;

@@ -27,7 +27,7 @@ constexpr std::size_t kWordsToPack = std::size_t{1} << 14;  // in one task
 constexpr std::size_t kTilesPerThread = 8;  // for load balance: a slow thread delays others little
 constexpr std::size_t kFewRows = 24, kFewColumns = 64;     // smallest tile that C is split into
 constexpr std::size_t kWorthATile = std::size_t{1} << 19;  // multiplications
-constexpr std::size_t kMinBytesPerThread = std::size_t{1} << 20;  // multiplications
+constexpr std::size_t kMinWorkPerThread = std::size_t{1} << 20;  // multiplications
 
 // Returns the part size that splits n into the fewest parts of at most `limit`, as equal as
 // possible, rounded up to a multiple of `unit`.
@@ -303,48 +303,49 @@ class Job {
   alignas(64) std::array<Counter, kBuffers> multiplied_{};
 };
 
-struct Code {
+struct InstructionSet {
   const char* name;
   const GemmKernels* kernels;  // null if this processor or this build does not support them
 };
 
-// Returns the codes, for each precision from the slowest to the fastest.
-const std::array<Code, 5>& gemm_codes() {
+// Returns the instruction sets, for each precision from the slowest to the fastest.
+const std::array<InstructionSet, 5>& instruction_sets() {
   static const auto all = [] {
-    std::array<Code, 5> codes{{{"portable", &kGemmPortable},
-                               {"bf16-portable", &kGemmBf16Portable},
-                               {"avx2", nullptr},
-                               {"avx512", nullptr},
-                               {"bf16-avx512", nullptr}}};
+    std::array<InstructionSet, 5> sets{{{"portable", &kGemmPortable},
+                                        {"bf16-portable", &kGemmBf16Portable},
+                                        {"avx2", nullptr},
+                                        {"avx512", nullptr},
+                                        {"bf16-avx512", nullptr}}};
 #if defined(FASTGPT_HAS_AVX2)
-    if (processor().avx2) codes[2].kernels = &kGemmAvx2;
+    if (processor().avx2) sets[2].kernels = &kGemmAvx2;
 #endif
 #if defined(FASTGPT_HAS_AVX512)
-    if (processor().avx512) codes[3].kernels = &kGemmAvx512;
+    if (processor().avx512) sets[3].kernels = &kGemmAvx512;
 #endif
 #if defined(FASTGPT_HAS_AVX512_BF16)
-    if (processor().avx512_bf16) codes[4].kernels = &kGemmAvx512Bf16;
+    if (processor().avx512_bf16) sets[4].kernels = &kGemmAvx512Bf16;
 #endif
-    return codes;
+    return sets;
   }();
   return all;
 }
 
 }  // namespace
 
-const GemmKernels& gemm_kernels(const std::string& code) {
-  for (const auto& [name, kernels] : gemm_codes()) {
-    if (code != name) continue;
+const GemmKernels& gemm_kernels(const std::string& instruction_set) {
+  for (const auto& [name, kernels] : instruction_sets()) {
+    if (instruction_set != name) continue;
     if (kernels != nullptr) return *kernels;
-    throw std::invalid_argument("this processor cannot run the code for " + code);
+    throw std::invalid_argument("this processor does not support " + instruction_set);
   }
-  throw std::invalid_argument("code must be portable, avx2, avx512, bf16-portable or bf16-avx512");
+  throw std::invalid_argument(
+      "instruction_set must be portable, avx2, avx512, bf16-portable or bf16-avx512");
 }
 
 const GemmKernels& best_gemm_kernels(bool bf16) {
   const GemmKernels* best = nullptr;
-  for (const Code& code : gemm_codes()) {
-    if (code.kernels != nullptr && code.kernels->bf16() == bf16) best = code.kernels;
+  for (const InstructionSet& set : instruction_sets()) {
+    if (set.kernels != nullptr && set.kernels->bf16() == bf16) best = set.kernels;
   }
   return *best;
 }
@@ -357,7 +358,7 @@ bool gemm_is_faster(bool bf16) {
 void gemm(const Gemm& product, unsigned threads, const GemmKernels& kernels) {
   if (product.m == 0) return;
   const std::size_t work = product.m * product.n * std::max(product.k, std::size_t{1});
-  const std::size_t useful = std::max(work / kMinBytesPerThread, std::size_t{1});
+  const std::size_t useful = std::max(work / kMinWorkPerThread, std::size_t{1});
   const auto team = static_cast<unsigned>(std::min(std::size_t{std::max(threads, 1U)}, useful));
   Job job(product, kernels, team);
   run_team(team, [&job](std::size_t rank) { job.work(rank); });

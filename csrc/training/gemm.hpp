@@ -38,7 +38,7 @@ struct Gemm {
 // operands to bfloat16 and accumulate in fp32, for matrices of either type. Throws
 // std::invalid_argument for other names, and for those that this processor or this build does not
 // support.
-const GemmKernels& gemm_kernels(const std::string& code);
+const GemmKernels& gemm_kernels(const std::string& instruction_set);
 
 // Returns the fastest kernels that this processor can run, for products in fp32 or in bfloat16.
 const GemmKernels& best_gemm_kernels(bool bf16 = false);

@@ -1,5 +1,5 @@
 #include "simd/avx512_vector.hpp"
-#include "training/gemm_kernels_of.hpp"
+#include "training/gemm_templates.hpp"
 
 namespace fastgpt {
 namespace {

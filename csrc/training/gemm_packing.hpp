@@ -1,5 +1,5 @@
 // Packing of GEMM operands into panels; see GemmPacking for the layout. Only for inclusion by
-// gemm_kernels_of.hpp, whose rules on linkage apply here as well.
+// gemm_templates.hpp, whose rules on linkage apply here as well.
 //
 // For a panel of 4 rows of A (a0 to a3), with depths 0, 1, 2, ...:
 //

@@ -1,6 +1,6 @@
 // The bfloat16 kernels in portable code are slower than those for fp32; they exist for tests.
 #include "simd/plain_vector.hpp"
-#include "training/gemm_kernels_of.hpp"
+#include "training/gemm_templates.hpp"
 
 namespace fastgpt {
 namespace {

@@ -36,7 +36,7 @@ class Engine:
 
     Made by `from_model`, `from_pretrained` or `load`. threads: the number of threads (None: as many
     as PyTorch would use). Results are bitwise independent of it and of the other rows of a batch.
-    code: the instruction set to use, ``"best"`` or one of `_C.engine_codes()`.
+    instruction_set: ``"best"`` or one of `_C.engine_instruction_sets()`.
 
     Several Python threads may share an engine; it computes one step at a time.
 
@@ -44,13 +44,13 @@ class Engine:
     """
 
     def __init__(
-        self, weights: EngineWeights, threads: int | None = None, *, code: str = "best"
+        self, weights: EngineWeights, threads: int | None = None, *, instruction_set: str = "best"
     ) -> None:
         self.config, self.dtype, self.group = weights.config, weights.dtype, weights.group
         self.device = torch.device("cpu")
         threads = _resolve_threads(threads)
         self._core = _C.Engine(
-            asdict(self.config), self.dtype, self.group, threads, code, weights.tensors
+            asdict(self.config), self.dtype, self.group, threads, instruction_set, weights.tensors
         )
 
     @classmethod
@@ -61,7 +61,7 @@ class Engine:
         threads: int | None = None,
         *,
         group: int = GROUP,
-        code: str = "best",
+        instruction_set: str = "best",
     ) -> "Engine":
         """Return an engine with a rounded copy of a model's weights.
 
@@ -70,7 +70,7 @@ class Engine:
         tensors = {name: tensor.detach for name, tensor in model.state_dict().items()}
         threads = _resolve_threads(threads)
         weights = quantization.round_weights(model.config, tensors, dtype, group, threads)
-        return cls(weights, threads, code=code)
+        return cls(weights, threads, instruction_set=instruction_set)
 
     @classmethod
     def from_pretrained(
@@ -81,7 +81,7 @@ class Engine:
         *,
         checkpoint: "Which" = "best",
         group: int = GROUP,
-        code: str = "best",
+        instruction_set: str = "best",
     ) -> "tuple[Engine, BaseTokenizer]":
         """Return an engine and the tokenizer, loaded from any source that `fastgpt.load` opens.
 
@@ -94,15 +94,17 @@ class Engine:
         config, tensors, tokenizer = open_weights(source, checkpoint)
         read = {name: tensor.read for name, tensor in tensors.items()}
         weights = quantization.round_weights(config, read, dtype, group, threads)
-        return cls(weights, threads, code=code), tokenizer
+        return cls(weights, threads, instruction_set=instruction_set), tokenizer
 
     @classmethod
-    def load(cls, path: str | Path, threads: int | None = None, *, code: str = "best") -> "Engine":
+    def load(
+        cls, path: str | Path, threads: int | None = None, *, instruction_set: str = "best"
+    ) -> "Engine":
         """Load an engine saved by `save`; raises QuantizationError if the file is invalid."""
         threads = _resolve_threads(threads)
         weights = quantization.load(Path(path))
         try:
-            return cls(weights, threads, code=code)
+            return cls(weights, threads, instruction_set=instruction_set)
         except ValueError as error:
             raise quantization.QuantizationError(f"{path}: {error}") from None
 

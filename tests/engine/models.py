@@ -8,7 +8,7 @@ from fastgpt import _C, GPT, GPTConfig
 from fastgpt.inference.quantization import bits, dequantize, quantize
 from fastgpt.ops.reference import merge_heads, split_heads
 
-CODES = _C.engine_codes()
+INSTRUCTION_SETS = _C.engine_instruction_sets()
 DTYPES = ["float32", "bfloat16", "int8", "int4"]
 
 

@@ -16,17 +16,17 @@ from torch import Tensor
 from fastgpt import _C
 
 
-def _runs(code: str) -> bool:
+def _runs(isa: str) -> bool:
     one = torch.ones(1, 1)
     try:
-        _C.gemm(one, one, torch.empty(1, 1), code=code)
+        _C.gemm(one, one, torch.empty(1, 1), instruction_set=isa)
     except ValueError:
         return False
     return True
 
 
-CODES = [code for code in ("portable", "avx2", "avx512") if _runs(code)]
-BF16_CODES = [code for code in ("bf16-portable", "bf16-avx512") if _runs(code)]
+ISAS = [isa for isa in ("portable", "avx2", "avx512") if _runs(isa)]
+BF16_ISAS = [isa for isa in ("bf16-portable", "bf16-avx512") if _runs(isa)]
 DTYPES = (torch.float32, torch.bfloat16)
 FORMS = list(itertools.product((False, True), (False, True), (False, True)))
 EPSILON = torch.finfo(torch.float32).eps
@@ -57,7 +57,7 @@ def error_bound(a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> T
 
 
 def check(
-    m: int, n: int, k: int, form: tuple[bool, bool, bool], code: str, padding: int = 0
+    m: int, n: int, k: int, form: tuple[bool, bool, bool], isa: str, padding: int = 0
 ) -> None:
     transpose_a, transpose_b, accumulate = form
     a, b = operand(m, k, transpose_a, padding), operand(k, n, transpose_b, padding)
@@ -72,17 +72,17 @@ def check(
     _C.gemm(
         a, b, c,
         transpose_a=transpose_a, transpose_b=transpose_b, accumulate=accumulate,
-        threads=2, code=code,
+        threads=2, instruction_set=isa,
     )  # fmt: skip
     assert ((c - truth).abs() <= bound).all()
     assert torch.equal(whole[:, n:], before[:, n:]), "wrote outside of C"
 
 
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_all_forms(shape: tuple[int, int, int], code: str) -> None:
+def test_all_forms(shape: tuple[int, int, int], isa: str) -> None:
     for form, padding in itertools.product(FORMS, (0, 3)):
-        check(*shape, form, code, padding)
+        check(*shape, form, isa, padding)
 
 
 @settings(max_examples=150, deadline=None)
@@ -92,12 +92,12 @@ def test_all_forms(shape: tuple[int, int, int], code: str) -> None:
     k=st.integers(1, 200),
     form=st.sampled_from(FORMS),
     padding=st.sampled_from([0, 1, 16]),
-    code=st.sampled_from(CODES),
+    isa=st.sampled_from(ISAS),
 )
 def test_any_shape(
-    m: int, n: int, k: int, form: tuple[bool, bool, bool], padding: int, code: str
+    m: int, n: int, k: int, form: tuple[bool, bool, bool], padding: int, isa: str
 ) -> None:
-    check(m, n, k, form, code, padding)
+    check(m, n, k, form, isa, padding)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(192, 768, 768), (65, 128, 768), (768, 65, 128)])
@@ -110,9 +110,9 @@ def test_no_less_exact_than_pytorch(m: int, n: int, k: int) -> None:
         assert (c - truth).norm() <= 2 * (theirs - truth).norm()
 
 
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("shape", [(768, 384, 128), (65, 128, 768), (300, 2500, 1100), (7, 900, 3)])
-def test_threads_change_no_bit(shape: tuple[int, int, int], code: str) -> None:
+def test_threads_change_no_bit(shape: tuple[int, int, int], isa: str) -> None:
     m, n, k = shape
     for transpose_a, transpose_b, _ in FORMS[::2]:
         a, b = operand(m, k, transpose_a), operand(k, n, transpose_b)
@@ -123,7 +123,7 @@ def test_threads_change_no_bit(shape: tuple[int, int, int], code: str) -> None:
                 a, b, c,
                 transpose_a=transpose_a, transpose_b=transpose_b,
                 gelu_grad=torch.linspace(-3, 3, m * n).view(m, n), gelu_b=True, row_sums=sums,
-                threads=threads, code=code,
+                threads=threads, instruction_set=isa,
             )  # fmt: skip
             results.append((c, sums))
         for c, sums in results[1:]:
@@ -140,39 +140,42 @@ def close(ours: Tensor, truth: Tensor) -> None:
     torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("m", "n", "k"), SIZES)
-def test_bias_and_gelu(m: int, n: int, k: int, code: str) -> None:
+def test_bias_and_gelu(m: int, n: int, k: int, isa: str) -> None:
     x, weight, bias = torch.randn(m, k), torch.randn(n, k) / math.sqrt(k + 1), torch.randn(n)
     truth = F.linear(x.double(), weight.double(), bias.double())
     c, pre = torch.full((m, n), math.nan), torch.full((m, n), math.nan)
-    _C.gemm(x, weight, c, transpose_b=True, bias=bias, threads=2, code=code)
+    _C.gemm(x, weight, c, transpose_b=True, bias=bias, threads=2, instruction_set=isa)
     close(c, truth)
-    _C.gemm(x, weight, c, transpose_b=True, bias=bias, gelu=True, threads=2, code=code)
+    _C.gemm(x, weight, c, transpose_b=True, bias=bias, gelu=True, threads=2, instruction_set=isa)
     close(c, F.gelu(truth, approximate="tanh"))
     c.fill_(math.nan)
-    _C.gemm(x, weight, c, transpose_b=True, bias=bias, gelu=True, pre=pre, threads=2, code=code)
+    _C.gemm(
+        x, weight, c,
+        transpose_b=True, bias=bias, gelu=True, pre=pre, threads=2, instruction_set=isa,
+    )  # fmt: skip
     close(c, F.gelu(truth, approximate="tanh"))
     close(pre, truth)
 
 
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("m", "n", "k"), SIZES)
-def test_gradient_of_gelu(m: int, n: int, k: int, code: str) -> None:
+def test_gradient_of_gelu(m: int, n: int, k: int, isa: str) -> None:
     grad, weight = torch.randn(m, k), torch.randn(k, n) / math.sqrt(k + 1)
     pre = torch.randn(m, n) * 3
     c = torch.full((m, n), math.nan)
-    _C.gemm(grad, weight, c, gelu_grad=pre, threads=2, code=code)
+    _C.gemm(grad, weight, c, gelu_grad=pre, threads=2, instruction_set=isa)
     at = pre.double().requires_grad_()
     F.gelu(at, approximate="tanh").backward(grad.double() @ weight.double())
     close(c, at.grad)
 
 
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("m", "n", "k"), SIZES)
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_gradient_of_a_weight_and_a_bias(
-    m: int, n: int, k: int, accumulate: bool, code: str
+    m: int, n: int, k: int, accumulate: bool, isa: str
 ) -> None:
     """The gradient of gelu(pre) · Wᵀ + bias, W [m, n], with GELU recomputed in the product."""
     grad, pre = torch.randn(k, m), torch.randn(k, n)
@@ -183,7 +186,8 @@ def test_gradient_of_a_weight_and_a_bias(
         truth, true_sums = truth + c, true_sums + sums
     _C.gemm(
         grad, pre, c,
-        transpose_a=True, gelu_b=True, row_sums=sums, accumulate=accumulate, threads=2, code=code,
+        transpose_a=True, gelu_b=True, row_sums=sums, accumulate=accumulate, threads=2,
+        instruction_set=isa,
     )  # fmt: skip
     torch.testing.assert_close(c.double(), truth, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(sums.double(), true_sums, rtol=1e-5, atol=1e-4)
@@ -208,7 +212,7 @@ def rounded(x: Tensor) -> Tensor:
 
 def check_bf16(
     m: int, n: int, k: int, form: tuple[bool, bool, bool], dtypes: tuple[torch.dtype, ...],
-    code: str, padding: int = 0,
+    isa: str, padding: int = 0,
 ) -> None:  # fmt: skip
     """Compare to fp64 on rounded operands: only fp32 sums and the result may round further."""
     transpose_a, transpose_b, accumulate = form
@@ -225,7 +229,7 @@ def check_bf16(
     _C.gemm(
         a, b, c,
         transpose_a=transpose_a, transpose_b=transpose_b, accumulate=accumulate,
-        threads=2, code=code,
+        threads=2, instruction_set=isa,
     )  # fmt: skip
     if dtypes[2] == torch.bfloat16:
         bound = bound + truth.abs() * 2**-8
@@ -237,12 +241,12 @@ def bf16_forms(dtype: torch.dtype) -> list[tuple[bool, bool, bool]]:
     return [form for form in FORMS if dtype == torch.float32 or not form[2]]
 
 
-@pytest.mark.parametrize("code", BF16_CODES)
+@pytest.mark.parametrize("isa", BF16_ISAS)
 @pytest.mark.parametrize("shape", [*SHAPES, (13, 40, 9001), (40, 90, 513)])
-def test_all_forms_in_bf16(shape: tuple[int, int, int], code: str) -> None:
+def test_all_forms_in_bf16(shape: tuple[int, int, int], isa: str) -> None:
     for dtypes in itertools.product(DTYPES, repeat=3):
         for form in bf16_forms(dtypes[2]):
-            check_bf16(*shape, form, dtypes, code, padding=3 if form[0] else 0)
+            check_bf16(*shape, form, dtypes, isa, padding=3 if form[0] else 0)
 
 
 @settings(max_examples=200, deadline=None)
@@ -253,14 +257,14 @@ def test_all_forms_in_bf16(shape: tuple[int, int, int], code: str) -> None:
     form=st.sampled_from(FORMS),
     dtypes=st.tuples(*[st.sampled_from(DTYPES)] * 3),
     padding=st.sampled_from([0, 1, 16]),
-    code=st.sampled_from(BF16_CODES),
+    isa=st.sampled_from(BF16_ISAS),
 )
 def test_any_shape_in_bf16(
     m: int, n: int, k: int, form: tuple[bool, bool, bool], dtypes: tuple[torch.dtype, ...],
-    padding: int, code: str,
+    padding: int, isa: str,
 ) -> None:  # fmt: skip
     if form in bf16_forms(dtypes[2]):
-        check_bf16(m, n, k, form, dtypes, code, padding)
+        check_bf16(m, n, k, form, dtypes, isa, padding)
 
 
 def close_bf16(ours: Tensor, truth: Tensor) -> None:
@@ -268,44 +272,47 @@ def close_bf16(ours: Tensor, truth: Tensor) -> None:
     torch.testing.assert_close(ours.double(), truth, rtol=tolerance, atol=2e-5)
 
 
-@pytest.mark.parametrize("code", BF16_CODES)
+@pytest.mark.parametrize("isa", BF16_ISAS)
 @pytest.mark.parametrize(("m", "n", "k"), [*SIZES, (50, 70, 1300)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bias_and_gelu_in_bf16(m: int, n: int, k: int, dtype: torch.dtype, code: str) -> None:
+def test_bias_and_gelu_in_bf16(m: int, n: int, k: int, dtype: torch.dtype, isa: str) -> None:
     x, weight, bias = torch.randn(m, k), torch.randn(n, k) / math.sqrt(k + 1), torch.randn(n)
     truth = F.linear(rounded(x), rounded(weight), bias.double())
     c, pre = (torch.full((m, n), math.nan, dtype=dtype) for _ in range(2))
-    _C.gemm(x, weight, c, transpose_b=True, bias=bias, threads=2, code=code)
+    _C.gemm(x, weight, c, transpose_b=True, bias=bias, threads=2, instruction_set=isa)
     close_bf16(c, truth)
-    _C.gemm(x, weight, c, transpose_b=True, bias=bias, gelu=True, threads=2, code=code)
+    _C.gemm(x, weight, c, transpose_b=True, bias=bias, gelu=True, threads=2, instruction_set=isa)
     close_bf16(c, F.gelu(truth, approximate="tanh"))
     c.fill_(math.nan)
-    _C.gemm(x, weight, c, transpose_b=True, bias=bias, gelu=True, pre=pre, threads=2, code=code)
+    _C.gemm(
+        x, weight, c,
+        transpose_b=True, bias=bias, gelu=True, pre=pre, threads=2, instruction_set=isa,
+    )  # fmt: skip
     close_bf16(c, F.gelu(truth, approximate="tanh"))
     close_bf16(pre, truth)
 
 
-@pytest.mark.parametrize("code", BF16_CODES)
+@pytest.mark.parametrize("isa", BF16_ISAS)
 @pytest.mark.parametrize(("m", "n", "k"), [*SIZES, (50, 70, 1300)])
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)))
 def test_gradient_of_gelu_in_bf16(
-    m: int, n: int, k: int, dtypes: tuple[torch.dtype, ...], code: str
+    m: int, n: int, k: int, dtypes: tuple[torch.dtype, ...], isa: str
 ) -> None:
     grad, weight = torch.randn(m, k), torch.randn(k, n) / math.sqrt(k + 1)
     pre = (torch.randn(m, n) * 3).to(dtypes[0])
     c = torch.full((m, n), math.nan, dtype=dtypes[1])
-    _C.gemm(grad, weight, c, gelu_grad=pre, threads=2, code=code)
+    _C.gemm(grad, weight, c, gelu_grad=pre, threads=2, instruction_set=isa)
     at = pre.double().requires_grad_()
     F.gelu(at, approximate="tanh").backward(rounded(grad) @ rounded(weight))
     close_bf16(c, at.grad)
 
 
-@pytest.mark.parametrize("code", BF16_CODES)
+@pytest.mark.parametrize("isa", BF16_ISAS)
 @pytest.mark.parametrize(("m", "n", "k"), [*SIZES, (33, 300, 257)])
 @pytest.mark.parametrize("transpose_b", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gelu_and_sums_of_operands_in_bf16(
-    m: int, n: int, k: int, transpose_b: bool, dtype: torch.dtype, code: str
+    m: int, n: int, k: int, transpose_b: bool, dtype: torch.dtype, isa: str
 ) -> None:
     """GELU is computed in fp32 from the stored values and then rounded; sums add rounded values."""
     grad, pre = torch.randn(k, m).to(dtype), operand(k, n, transpose_b).to(dtype)
@@ -315,22 +322,22 @@ def test_gelu_and_sums_of_operands_in_bf16(
     _C.gemm(
         grad, pre, c,
         transpose_a=True, transpose_b=transpose_b, gelu_b=True, row_sums=sums, threads=2,
-        code=code,
+        instruction_set=isa,
     )  # fmt: skip
     # GELU in fp32 may round to the neighboring bf16 value; the factor 3 allows for that.
     torch.testing.assert_close(c.double(), truth, rtol=1e-3, atol=3 * 3 * 2**-7)
     torch.testing.assert_close(sums.double(), rounded(grad).sum(0), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("code", BF16_CODES)
+@pytest.mark.parametrize("isa", BF16_ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_change_no_bit_in_bf16(dtype: torch.dtype, code: str) -> None:
+def test_threads_change_no_bit_in_bf16(dtype: torch.dtype, isa: str) -> None:
     for m, n, k in [(768, 384, 128), (300, 2500, 1100), (7, 900, 3)]:
         a, b = torch.randn(m, k), torch.randn(n, k)
         results = []
         for threads in (1, 2, 3, 4):
             c = torch.empty(m, n, dtype=dtype)
-            _C.gemm(a, b, c, transpose_b=True, gelu=True, threads=threads, code=code)
+            _C.gemm(a, b, c, transpose_b=True, gelu=True, threads=threads, instruction_set=isa)
             results.append(c)
         assert all(torch.equal(c, results[0]) for c in results)
 
@@ -339,12 +346,12 @@ def test_rounding_to_bf16_is_pytorchs() -> None:
     """Ties, overflow, infinities and NaN, tested with a product with 1 and fp32 sums."""
     bits = torch.arange(0x3F7FFFF0, 0x3F818010, 8).int()
     x = torch.cat([bits.view(torch.float32), torch.tensor([3.4e38, -3.4e38, math.inf, math.nan])])
-    for code in BF16_CODES:
+    for isa in BF16_ISAS:
         for like in (x[:, None], x[None, :]):
             c = torch.empty(like.shape[0], like.shape[1], dtype=torch.bfloat16)
             ones = torch.ones(1, 1)
             operands = (like, ones) if like.size(1) == 1 else (ones, like)
-            _C.gemm(*operands, c, code=code)
+            _C.gemm(*operands, c, instruction_set=isa)
             assert torch.equal(c.isnan(), like.isnan())
             finite = ~like.isnan()
             assert torch.equal(c[finite], like.to(torch.bfloat16)[finite])
@@ -355,8 +362,8 @@ def test_refuses_bf16_where_it_computes_in_fp32() -> None:
         _C.gemm(A, B.bfloat16(), C)
     with pytest.raises(ValueError, match="c must be of dtype float32 or bfloat16"):
         _C.gemm(A, B, C.half(), bf16=True)
-    with pytest.raises(ValueError, match="bf16 requires a bf16 code"):
-        _C.gemm(A, B, C, bf16=True, code="portable")
+    with pytest.raises(ValueError, match="bf16 requires a bf16 instruction set"):
+        _C.gemm(A, B, C, bf16=True, instruction_set="portable")
     with pytest.raises(ValueError, match="accumulate requires c in float32"):
         _C.gemm(A, B, C.bfloat16(), accumulate=True, bf16=True)
 
@@ -364,30 +371,31 @@ def test_refuses_bf16_where_it_computes_in_fp32() -> None:
 # --- what is at the edge --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("code", CODES)
-def test_no_terms_and_no_elements(code: str) -> None:
+@pytest.mark.parametrize("isa", ISAS)
+def test_no_terms_and_no_elements(isa: str) -> None:
     for transpose_a, transpose_b, accumulate in FORMS:
         for m, n, k in [(0, 3, 2), (3, 0, 2), (3, 2, 0), (0, 0, 0)]:
             a, b, c = operand(m, k, transpose_a), operand(k, n, transpose_b), torch.ones(m, n)
             _C.gemm(
                 a, b, c,
-                transpose_a=transpose_a, transpose_b=transpose_b, accumulate=accumulate, code=code,
+                transpose_a=transpose_a, transpose_b=transpose_b, accumulate=accumulate,
+                instruction_set=isa,
             )  # fmt: skip
             assert torch.equal(c, torch.ones(m, n) * accumulate)
 
 
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_nan_and_infinity_go_where_they_belong(value: float, code: str) -> None:
+def test_nan_and_infinity_go_where_they_belong(value: float, isa: str) -> None:
     for m, n, k in [(20, 50, 300), (96, 256, 256)]:
         a, b, c = torch.rand(m, k) + 1, torch.rand(k, n) + 1, torch.empty(m, n)
         a[m - 1, k - 1] = value
         b[0, n - 1] = value
-        _C.gemm(a, b, c, threads=2, code=code)
+        _C.gemm(a, b, c, threads=2, instruction_set=isa)
         assert c[:-1, :-1].isfinite().all()
         odd = torch.cat([c[-1], c[:, -1]])
         assert (odd.isnan() if math.isnan(value) else odd == value).all()
-        _C.gemm(a, b, c, gelu=True, threads=2, code=code)
+        _C.gemm(a, b, c, gelu=True, threads=2, instruction_set=isa)
         odd = torch.cat([c[-1], c[:, -1]])
         assert (odd.isnan() if math.isnan(value) else odd == value).all()
 
@@ -419,7 +427,7 @@ def test_a_vector_in_a_matrix_may_have_any_stride_along_one() -> None:
         ((A, B, C), {"pre": C}, "requires gelu"),
         ((A, B, C), {"gelu": True, "gelu_grad": C}, "cannot be combined"),
         ((A, B, C), {"accumulate": True, "gelu": True}, "accumulate"),
-        ((A, B, C), {"code": "sse9"}, "code must be"),
+        ((A, B, C), {"instruction_set": "sse9"}, "instruction_set must be"),
     ],
 )
 def test_refuses(arguments: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
@@ -468,6 +476,6 @@ def test_works_in_a_forked_process() -> None:
 
 def test_says_where_it_is_faster() -> None:
     if _C.gemm_is_faster(bf16=False):
-        assert "avx2" in CODES
+        assert "avx2" in ISAS
     if _C.gemm_is_faster(bf16=True):
-        assert "bf16-avx512" in BF16_CODES
+        assert "bf16-avx512" in BF16_ISAS

@@ -1,9 +1,9 @@
 // Stress test of engines used by many threads. Meant to be run with ThreadSanitizer,
 // AddressSanitizer or Valgrind:
 //
-//   stress_engine [CODE]
+//   stress_engine [INSTRUCTION_SET]
 //
-// CODE is one of the engine's codes, by default "best". Valgrind does not support AVX-512: use
+// INSTRUCTION_SET is one of the engine's, by default "best". Valgrind does not support AVX-512: use
 // "avx2".
 #include <algorithm>
 #include <chrono>
@@ -38,7 +38,7 @@ namespace {
 
 using Ids = Generation::Ids;
 
-std::string code = "best";
+std::string instruction_set = "best";
 
 constexpr Format kAllFormats[] = {Format::kFloat32, Format::kBfloat16, Format::kInt8,
                                   Format::kInt4};
@@ -79,7 +79,8 @@ void fill_matrix(Engine& engine, Matrix& matrix, std::mt19937& random) {
 
 std::shared_ptr<Engine> make_engine(Format format, std::size_t threads, unsigned seed = 1) {
   constexpr std::size_t kGroup = 32;
-  auto engine = std::make_shared<Engine>(small_shape(), format, kGroup, threads, kernel_set(code));
+  auto engine =
+      std::make_shared<Engine>(small_shape(), format, kGroup, threads, kernel_set(instruction_set));
   std::mt19937 random(seed);
   for (const std::string& name : engine->network.matrix_names()) {
     fill_matrix(*engine, engine->network.linear(name)->weight, random);
@@ -305,7 +306,7 @@ void stress() {
 }  // namespace fastgpt::engine
 
 int main(int argc, char** argv) {
-  if (argc > 1) fastgpt::engine::code = argv[1];
+  if (argc > 1) fastgpt::engine::instruction_set = argv[1];
   fastgpt::engine::stress();
-  std::printf("stress_engine %s: passed\n", fastgpt::engine::code.c_str());
+  std::printf("stress_engine %s: passed\n", fastgpt::engine::instruction_set.c_str());
 }

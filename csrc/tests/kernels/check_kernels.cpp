@@ -55,10 +55,11 @@ class Random {
   std::uint64_t state_ = 1;
 };
 
-// Compares the results of the kernels of one instruction set ("code") with the reference.
+// Compares the results of the kernels of one instruction set with the reference.
 class Checker {
  public:
-  Checker(std::string code, const Kernels& kernels) : code_(std::move(code)), kernels_(kernels) {}
+  Checker(std::string instruction_set, const Kernels& kernels)
+      : instruction_set_(std::move(instruction_set)), kernels_(kernels) {}
 
   // Calls run(kernels, results) with the reference kernels and with those to check, each on a
   // zero-initialized array of `size` results, and compares the results.
@@ -75,11 +76,11 @@ class Checker {
 
   // Returns whether products in that format (for attention, kFloat32) must match bit for bit.
   bool exact(Format format) const {
-    if (code_ == "portable") return false;
-    const std::vector<std::string> codes = kernel_codes();
+    if (instruction_set_ == "portable") return false;
+    const std::vector<std::string> sets = instruction_sets();
     const bool rounds_otherwise =
-        std::find(codes.begin(), codes.end(), "avx512-bf16") != codes.end() &&
-        (code_ == "avx512-bf16" || code_ == "avx512-vnni");
+        std::find(sets.begin(), sets.end(), "avx512-bf16") != sets.end() &&
+        (instruction_set_ == "avx512-bf16" || instruction_set_ == "avx512-vnni");
     return format != Format::kBfloat16 || !rounds_otherwise;
   }
 
@@ -112,11 +113,11 @@ class Checker {
     std::size_t i = 0;
     while (i + 1 < got.size() && bits(expected[i]) == bits(got[i])) ++i;
     std::fprintf(stderr, "%s: mismatch in %s (%zu values), first at %zu: %.9g instead of %.9g\n",
-                 code_.c_str(), what.c_str(), got.size(), i, static_cast<double>(got[i]),
+                 instruction_set_.c_str(), what.c_str(), got.size(), i, static_cast<double>(got[i]),
                  static_cast<double>(expected[i]));
   }
 
-  std::string code_;
+  std::string instruction_set_;
   Kernels kernels_;
   std::uint64_t digest_ = 0xCBF29CE484222325;
   std::size_t comparisons_ = 0, failures_ = 0;
@@ -418,9 +419,9 @@ void check_sampling(Checker& checker, Random& random) {
   }
 }
 
-Checker check(const std::string& code) {
-  const Kernels kernels = kernel_set(code);
-  Checker checker(code, kernels);
+Checker check(const std::string& instruction_set) {
+  const Kernels kernels = kernel_set(instruction_set);
+  Checker checker(instruction_set, kernels);
   Random random;
   check_products(checker, random, Format::kFloat32, 0);
   check_products(checker, random, Format::kBfloat16, 0);
@@ -429,7 +430,7 @@ Checker check(const std::string& code) {
   check_inputs(checker, random);
   check_attentions(checker, random);
   check_sampling(checker, random);
-  std::printf("%s: %zu comparisons, %zu failed\n", code.c_str(), checker.comparisons(),
+  std::printf("%s: %zu comparisons, %zu failed\n", instruction_set.c_str(), checker.comparisons(),
               checker.failures());
   return checker;
 }
@@ -438,12 +439,12 @@ Checker check(const std::string& code) {
 }  // namespace fastgpt::engine
 
 int main(int count, char** arguments) {
-  std::vector<std::string> codes(arguments + 1, arguments + count);
-  if (codes.empty()) codes = fastgpt::engine::kernel_codes();
+  std::vector<std::string> sets(arguments + 1, arguments + count);
+  if (sets.empty()) sets = fastgpt::engine::instruction_sets();
   bool right = true;
   std::uint64_t digest = 0;
-  for (const std::string& code : codes) {
-    const auto checker = fastgpt::engine::check(code);
+  for (const std::string& set : sets) {
+    const auto checker = fastgpt::engine::check(set);
     right = right && checker.failures() == 0;
     digest = checker.digest();
   }

@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "engine/kernels_of.hpp"
+#include "engine/kernel_templates.hpp"
 #include "simd/plain_vector.hpp"
 
 namespace fastgpt::engine {
@@ -28,7 +28,7 @@ struct Fused : Plain {
   }
 };
 
-constexpr Kernels kKernels = kernels_of<Fused>();
+constexpr Kernels kKernels = make_kernels<Fused>();
 
 }  // namespace
 

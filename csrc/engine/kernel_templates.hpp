@@ -1,5 +1,5 @@
 // The kernels other than products, as templates over a vector type: conversion of inputs,
-// LayerNorm, attention and sampling. See products_of.hpp for the rules of inclusion.
+// LayerNorm, attention and sampling. See product_templates.hpp for the rules of inclusion.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 #include "common/bfloat16.hpp"
 #include "common/repeat.hpp"
 #include "engine/kernels.hpp"
-#include "engine/products_of.hpp"
+#include "engine/product_templates.hpp"
 #include "simd/math.hpp"
 #include "simd/reductions.hpp"
 
@@ -276,14 +276,14 @@ inline void exponentials(const float* x, std::size_t size, float largest, float 
 }
 
 template <typename Vector>
-constexpr Kernels kernels_without_products() {
+constexpr Kernels make_kernels_without_products() {
   return {prepare, layer_norm<Vector>, append, attend<Vector>, largest_of, exponentials, {}};
 }
 
 template <typename Vector>
-constexpr Kernels kernels_of() {
-  return products_of<Vector, Format::kFloat32, Format::kBfloat16, Format::kInt8, Format::kInt4>(
-      kernels_without_products<Vector>());
+constexpr Kernels make_kernels() {
+  return make_products<Vector, Format::kFloat32, Format::kBfloat16, Format::kInt8, Format::kInt4>(
+      make_kernels_without_products<Vector>());
 }
 
 }  // namespace

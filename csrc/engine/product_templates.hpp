@@ -225,7 +225,7 @@ void multiply(const Product& p) {
 
 // Returns `kernels` with the products in the given formats.
 template <typename Vector, Format... kOf>
-constexpr Kernels products_of(Kernels kernels = {}) {
+constexpr Kernels make_products(Kernels kernels = {}) {
   ((kernels.multiply[static_cast<std::size_t>(kOf)] = multiply<Vector, kOf>), ...);
   return kernels;
 }
