@@ -180,7 +180,7 @@ def _load_text(options: Options, tokenizer: BaseTokenizer) -> ScoredText:
             max_tokens=options.max_tokens,
         )
     path = Path(options.model)
-    if not run.recognises(path):
+    if not run.recognizes(path):
         raise UsageError(f"{path} is not a run folder, so it has no default text: give --data")
     return _load_run_text(run.read(path), tokenizer, options)
 

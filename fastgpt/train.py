@@ -1,4 +1,7 @@
-"""`python -m fastgpt.train [RECIPE] [--data my.txt] [--any-setting value]`: train a model."""
+"""`python -m fastgpt.train [RECIPE] [--data my.txt] [--any-setting value]`: train a model.
+
+The options are the fields of `fastgpt.training.recipes.Recipe`.
+"""
 
 import argparse
 import dataclasses

@@ -2,7 +2,8 @@
 
 Every kernel module has two kinds of public names: launchers, which take and return tensors, and
 `variants`, which yields every configuration in which the launchers can launch the kernels. Both
-use the same `LaunchConfig`s, so that each one can be compiled ahead of time without a GPU.
+use the same `LaunchConfig`s, so that each one can be compiled ahead of time without a GPU. The
+masks and the dropout of attention are in `attention/blocks.py`.
 """
 
 import functools
@@ -49,7 +50,7 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Hold the compile-time arguments of a kernel and the options of its compiler.
+    """The compile-time arguments of a kernel and the options of its compiler.
 
     A kernel is launched as ``kernel[grid](*arguments, **config.kwargs)``.
     """
@@ -83,7 +84,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class Variant:
-    """Describe one configuration of a kernel launch; Triton compiles each one separately.
+    """One configuration of a kernel launch; Triton compiles each one separately.
 
     module, kernel: the module and the name of the `@triton.jit` function. signature: the type of
     each run-time argument in Triton's notation ("*bf16", "i32", "fp32"). constants: the

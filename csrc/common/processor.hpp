@@ -1,5 +1,6 @@
 // The instruction sets that this processor supports, and function attributes for code that uses
-// AVX2.
+// AVX2. They are used to choose kernels in engine/kernel_set.cpp and training/gemm.cpp, loops in
+// simd/vector_loops.hpp, and versions of the tokenizer's pretokenizer.cpp and merger.cpp.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -1,3 +1,4 @@
+// The pattern and the algorithm are described in the header.
 #include "tokenizer/pretokenizer.hpp"
 
 #include <algorithm>

@@ -218,6 +218,11 @@ def _is_large_on_a_cpu(state: TrainingState) -> bool:
 
 
 def _manifest(state: TrainingState) -> dict[str, Any]:
+    """Return the contents of the manifest.
+
+    files: size and SHA-256 of each file by its name, added when the files are written. There is no
+    hash of the manifest itself.
+    """
     return {
         "format": FORMAT,
         "step": state.step,

@@ -3,7 +3,7 @@
 Launching the kernels of a small step takes the host longer than the GPU takes to run them; a graph
 needs one launch. A graph replays the captured kernels with the captured addresses. A captured step
 must therefore not depend on decisions made by the host, and the tensors that it reads or changes
-must keep their memory.
+must keep their memory. Only generation captures graphs; training does not.
 """
 
 import threading

@@ -1,4 +1,4 @@
-"""Text generation on a CPU without PyTorch, by the C++ decode loop in csrc/engine.
+"""Text generation on a CPU by the C++ decode loop in csrc/engine, without PyTorch's operators.
 
 `Engine` generates what its PyTorch reference implementation, a `GPT`, generates: it uses the same
 sliding window beyond the context, the same sampling, and the same random draws for a seed. In

@@ -140,7 +140,7 @@ def copy_to_host(steps: Iterator[Tensor]) -> Iterator[tuple[Tensor, list[Any]]]:
 
     For a GPU, a tensor is yielded only after the next one has been requested from `steps`: the GPU
     computes one step ahead while the host processes the values. If the consumer stops, at most one
-    step was computed in vain.
+    step is wasted.
     """
     pending: tuple[Tensor, _AsyncCopy] | None = None
     for tensor in steps:

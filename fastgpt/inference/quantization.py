@@ -3,9 +3,12 @@
 Quantization is symmetric: a weight is an integer times a scale.
 
 - ``"int8"``: integers from -127 to 127, one scale per output (row) of a matrix.
-- ``"int4"``: integers from -8 to 7, one bfloat16 scale per `group` weights of a row. The scale may
-  be negative; it is the one of twelve candidates around the largest weight that has the smallest
-  squared error. The embedding and the head, which are the most sensitive to rounding, have 8 bits.
+- ``"int4"``: integers from -8 to 7, one scale per `group` weights of a row, rounded to bfloat16.
+  The scale may be negative; it is the one of twelve candidates around the largest weight that has
+  the smallest squared error. The embedding and the head, which are the most sensitive to rounding,
+  have 8 bits.
+
+Weights are rounded to the nearest integer, ties to even, in ``csrc/engine/weights.cpp``.
 
 The inputs of products are quantized dynamically to -127 to 127, with one scale per 64 values
 (``"int4"``: `group` values) of a token, so that a few outliers affect only the precision of their
@@ -13,8 +16,8 @@ own group. Norms, biases and positions stay in fp32. Keys and values are stored 
 dtype except ``"float32"``.
 
 Files are safetensors files. A quantized matrix `NAME` is stored as `NAME` (int8, or uint8 with two
-4-bit weights per byte, each with 8 added, the first in the low half) and `NAME.scales`. The
-metadata is JSON under the key ``fastgpt``: format, dtype, group, config.
+4-bit weights per byte, each with 8 added, the first in the low half) and `NAME.scales` (float32).
+The metadata is JSON under the key ``fastgpt``: format, dtype, group, config.
 """
 
 import json

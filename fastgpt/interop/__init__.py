@@ -40,7 +40,7 @@ Source: TypeAlias = run.Run | ExternalModel  # an opened model on disk
 class Format(Protocol):
     """A module that reads one kind of source."""
 
-    def recognises(self, path: Path) -> bool:
+    def recognizes(self, path: Path) -> bool:
         """Return whether a path has this format, judging by file names and first bytes."""
 
     def read(self, path: Path) -> Source:
@@ -70,12 +70,12 @@ def open_source(source: str | Path, checkpoint: Which = "best") -> Source:
     if checkpoint not in get_args(Which):
         raise UsageError(f"checkpoint must be best or newest, not {checkpoint!r}")
     path = Path(source)
-    if run.recognises(path):
+    if run.recognizes(path):
         return run.read(path, checkpoint)
     for known in FORMATS.values():
         if known is hub and _is_a_path(str(source)):
             continue  # a mistyped local path must not be downloaded as a model of that name
-        if known.recognises(path):
+        if known.recognizes(path):
             return known.read(path)
     what = "has no supported format" if path.exists() else "does not exist"
     raise UsageError(f"{path} {what}; give {'; or '.join(FORMATS)}")

@@ -1,6 +1,6 @@
 """Models of other projects: opened, with a known configuration and lazily read tensors.
 
-Each format has a module with two functions: ``recognises(path)`` returns whether a path has that
+Each format has a module with two functions: ``recognizes(path)`` returns whether a path has that
 format, judging by file names and first bytes, and ``read(path)`` opens it as an `ExternalModel`.
 Building a model from that is common to all formats: either the whole model is loaded, or an error
 lists every difference from the tensors that the configuration requires.

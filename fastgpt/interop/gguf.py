@@ -59,7 +59,7 @@ _NAMES = {  # fastgpt's name -> GGUF's name
 }
 
 
-def recognises(path: Path) -> bool:
+def recognizes(path: Path) -> bool:
     """Return whether a path is a GGUF file, judging by its first four bytes."""
     return external.starts_with(path, (b"GGUF",))
 

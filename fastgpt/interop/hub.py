@@ -16,7 +16,7 @@ _PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 _OTHERS = ("config.json", "tokenizer.json", "vocab.json", "merges.txt")
 
 
-def recognises(path: Path) -> bool:
+def recognizes(path: Path) -> bool:
     """Return whether a path does not exist locally but could be the name of a model on the Hub."""
     return not path.exists() and _NAME.fullmatch(path.as_posix()) is not None
 

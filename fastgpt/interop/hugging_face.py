@@ -39,7 +39,7 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def recognises(path: Path) -> bool:
+def recognizes(path: Path) -> bool:
     """Return whether a path is a transformers folder."""
     return (path / CONFIG).is_file()
 

@@ -45,7 +45,7 @@ class _Header(NamedTuple):
     padded_vocab_size: int
 
 
-def recognises(path: Path) -> bool:
+def recognizes(path: Path) -> bool:
     """Return whether a path is a file of llm.c, judging by its first four bytes."""
     return external.starts_with(
         path, tuple(struct.pack("<i", magic) for magic in (MAGIC, *_OTHERS))

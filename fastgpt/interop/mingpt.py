@@ -31,7 +31,7 @@ _HEADS = {
 }
 
 
-def recognises(path: Path) -> bool:
+def recognizes(path: Path) -> bool:
     """Return whether a path is a minGPT model file, or a folder that contains one."""
     if path.is_dir():
         return any((path / name).is_file() for name in _FILES) and not any(

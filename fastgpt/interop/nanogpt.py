@@ -35,7 +35,7 @@ _HEAD = "lm_head.weight"
 _WEIGHT_DECAY, _BETAS, _LR = 0.1, (0.9, 0.95), 6e-4
 
 
-def recognises(path: Path) -> bool:
+def recognizes(path: Path) -> bool:
     """Return whether a path is a nanoGPT checkpoint, or a folder that contains one."""
     if path.is_dir():
         return (path / CHECKPOINT).is_file() and not (path / "config.json").exists()

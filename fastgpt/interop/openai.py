@@ -41,7 +41,7 @@ _KEPT_OF_VARIABLE = re.compile(
 _COUNTERS = ("global_step", "beta1_power", "beta2_power")
 
 
-def recognises(path: Path) -> bool:
+def recognizes(path: Path) -> bool:
     """Return whether a path is a folder of this format."""
     return (path / HPARAMS).is_file() and any(path.glob("*.index"))
 

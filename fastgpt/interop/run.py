@@ -40,7 +40,7 @@ class Run:
         return load_run_tokenizer(self.path, self.checkpoint)
 
 
-def recognises(path: Path) -> bool:
+def recognizes(path: Path) -> bool:
     """Return whether a path is a run folder, or an alias of one (``runs/latest``)."""
     if not path.exists():  # if a run is meant, `read` reports that it does not exist
         return path.name == "latest" or path.parts[:1] == ("runs",)

@@ -1,6 +1,6 @@
 """The Triton kernels: one module per operation, imported only when asked for.
 
-Their source stands in the checkout's top-level ``kernels/`` folder, which must stay without an
+Their source is in the checkout's top-level ``kernels/`` folder, which must stay without an
 ``__init__.py``: a top-level package of that name would hide Hugging Face's ``kernels`` from
 transformers. The wheel puts the files beside this one; in a checkout this package points at them.
 

@@ -70,7 +70,7 @@ def largest_batch(setup: Setup, free: int) -> int | None:
     return fitting.setup.batch_size if fitting else None
 
 
-def batches(sequences: int, most: int) -> list[int]:
+def batch_sizes(sequences: int, most: int) -> list[int]:
     """Return the divisors of `sequences` up to `most`, largest first."""
     return [size for size in range(min(most, sequences), 0, -1) if sequences % size == 0]
 
@@ -133,7 +133,7 @@ def _usable(free: int) -> int:
 
 def _largest(setup: Setup, limit: int, most: int) -> MemoryEstimate | None:
     """Return the estimate for the largest batch size up to `most` that needs at most `limit`."""
-    sizes = batches(setup.sequences, most)
+    sizes = batch_sizes(setup.sequences, most)
     estimates = (estimate(_with_batch(setup, size)) for size in sizes)
     return next((needed for needed in estimates if needed.total <= limit), None)
 

@@ -18,6 +18,9 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
     This is `FusedAdamW`, which also clips the gradients, if all parameters are fp32 and unsharded,
     and are on a CPU or on a GPU that runs the Triton kernels. Otherwise it is `torch.optim.AdamW`.
+
+    Two other places depend on the optimizer: `Updater`, which skips updates with non-finite
+    gradients, and `fastgpt.training.memory_estimate`, which counts AdamW's two moments.
     """
     groups = parameter_groups(model, recipe.weight_decay)
     betas = (recipe.beta1, recipe.beta2)

@@ -30,7 +30,7 @@ from fastgpt.training.distributed import (
 )
 from fastgpt.training.initialization import Origin, initialize_from
 from fastgpt.training.memory_advice import (
-    batches,
+    batch_sizes,
     check_fits,
     explain_out_of_memory,
     find_batch,
@@ -138,8 +138,9 @@ class Learner:
         self._seed(int(mix(mix(recipe.seed, number), world.rank)) >> 1)
         losses = []
         for position, (_, count) in enumerate(self.share, start=1):
-            # A micro-batch contributes count / sequences to the mean over the step. DDP and FSDP
-            # divide the summed gradients by the world size, which this factor compensates.
+            # A micro-batch contributes count / sequences to the mean over the step, which is the
+            # mean over its tokens, as all sequences have the same number. DDP and FSDP divide the
+            # summed gradients by the world size, which this factor compensates.
             weight = count * world.size / self.sequences
             with gradient_sync(self.module, enabled=position == len(self.share)):
                 losses.append(self.backward(*next(loader), weight))
@@ -287,12 +288,11 @@ class Learner:
         The memory estimate decides; on CUDA with DDP, candidates are also tried with a real step.
         """
         most = 1 if self.free is None else largest_batch(self.memory().setup, self.free) or 1
-        found = batches(self.sequences, most)
+        found = batch_sizes(self.sequences, most)
         if self.device.type == "cuda" and self.recipe.parallel == "ddp":
             found = [find_batch(lambda size: self._trial(self.model, size), found)]
-        batch = -self.world.all_reduce_max(-found[0])[
-            0
-        ]  # the minimum over the processes (all_reduce_max: maximum)
+        (most_negative,) = self.world.all_reduce_max(-found[0])
+        batch = -most_negative  # the minimum over the processes
         accum = self.sequences // batch
         self.recipe = replace(self.recipe, batch_size=batch, grad_accum=accum, find_batch=False)
         self.notes.append(f"largest micro-batch: --batch-size {batch} --grad-accum {accum}")

@@ -1,4 +1,7 @@
-"""The name and the features of this machine's processor."""
+"""The name and the features of this machine's processor.
+
+The C++ code detects instruction sets by itself, in ``csrc/common/processor.cpp``.
+"""
 
 import platform
 from pathlib import Path

@@ -90,9 +90,9 @@ CONFIGS_16BIT = ConfigTable(
 )
 # The configurations of sm_90 for head dims up to 64 without dropout were the fastest of about a
 # dozen each on an H200. They are small blocks of few warps, so that a multiprocessor holds several
-# of them and some compute exponentials while others multiply. This matters more than the overlap of
-# the matrix instructions of one product: with three stages Triton leaves a product unfinished at
-# the end of an iteration, and ptxas then serializes its instructions.
+# of them and some compute exponentials while others multiply. This is faster although their matrix
+# instructions do not overlap: with three stages Triton leaves a product unfinished at the end of an
+# iteration, and ptxas then serializes its instructions.
 SMALL_90 = KernelConfigs(
     forward=TileConfig(64, 64, 4, 3),
     backward_q=TileConfig(64, 64, 4, 3),

@@ -25,16 +25,16 @@ Array = NDArray[np.float64]
 
 def test_knows_its_folders() -> None:
     for folder in ("openai", "gpt-2-simple", "with-optimizer"):
-        assert openai.recognises(WRITTEN / folder)
+        assert openai.recognizes(WRITTEN / folder)
 
 
 def test_knows_no_others(tmp_path: Path) -> None:
-    assert not openai.recognises(tmp_path)
-    assert not openai.recognises(tmp_path / "missing")
+    assert not openai.recognizes(tmp_path)
+    assert not openai.recognizes(tmp_path / "missing")
     (tmp_path / "hparams.json").write_text("{}")
-    assert not openai.recognises(tmp_path)
-    assert not openai.recognises(tmp_path / "hparams.json")
-    assert not openai.recognises(WRITTEN / "many")
+    assert not openai.recognizes(tmp_path)
+    assert not openai.recognizes(tmp_path / "hparams.json")
+    assert not openai.recognizes(WRITTEN / "many")
 
 
 def test_names_and_shapes_are_exactly_the_models() -> None:

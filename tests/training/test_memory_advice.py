@@ -13,7 +13,7 @@ import torch
 from fastgpt import GPTConfig
 from fastgpt.training.memory_advice import (
     advice,
-    batches,
+    batch_sizes,
     check_fits,
     explain_out_of_memory,
     find_batch,
@@ -55,7 +55,7 @@ def test_the_largest_batch_divides_the_step_and_fits() -> None:
         batch = largest_batch(setup, free * GB)
         assert batch is not None
         assert 480 % batch == 0
-        larger = [size for size in batches(480, 480) if size > batch]
+        larger = [size for size in batch_sizes(480, 480) if size > batch]
         assert gpt2_step(batch).total <= free * GB * 0.9
         assert all(gpt2_step(size).total > free * GB * 0.9 for size in larger)
     assert largest_batch(setup, 1 * GB) is None
