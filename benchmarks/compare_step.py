@@ -44,7 +44,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import ratios, seconds, spread
 from benchmarks.peers import StockGPT, copy_weights, make_optimizer
 from benchmarks.suite import model_config
-from fastgpt.data.corpus import Corpus, Tokens, gather, load_corpus
+from fastgpt.data.batches import gather
+from fastgpt.data.corpus import Corpus, load_corpus
+from fastgpt.data.token_files import Tokens
 from fastgpt.model import GPT
 from fastgpt.training.optimizer import learning_rate
 from fastgpt.training.recipes import Recipe, get_recipe

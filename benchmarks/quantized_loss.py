@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import tyro
 
 import fastgpt
-from fastgpt.data.corpus import gather, load_corpus, validation_windows
+from fastgpt.data.batches import gather, validation_windows
+from fastgpt.data.corpus import load_corpus
 from fastgpt.inference.engine import Engine
 from fastgpt.training.run_folder import find_data, read_run
 

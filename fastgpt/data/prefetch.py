@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fastgpt.data.corpus import Batches
+from fastgpt.data.batches import Batches
 
 Item = TypeVar("Item")
 

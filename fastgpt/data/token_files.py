@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,12 +138,15 @@ class ShardedIds:
             filled += len(piece)
 
 
-def joined(parts: Sequence[Ids]) -> Ids | ShardedIds:
+Tokens: TypeAlias = Ids | ShardedIds
+
+
+def joined(parts: Sequence[Ids]) -> Tokens:
     """Return the ids of all files as one array."""
     return np.asarray(parts[0]) if len(parts) == 1 else ShardedIds(parts)
 
 
-def cut_windows(ids: Ids | ShardedIds, starts: NDArray[np.integer[Any]], size: int) -> Ids:
+def cut_windows(ids: Tokens, starts: NDArray[np.integer[Any]], size: int) -> Ids:
     """Return windows of `size` ids, beginning at `starts`, as an array ``[len(starts), size]``.
 
     Raises: IndexError if a window is not within the ids.

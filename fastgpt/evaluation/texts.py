@@ -15,14 +15,14 @@ from typing import Literal
 
 import numpy as np
 
-from fastgpt.data.corpus import PACKAGED, Tokens, load_corpus, read_text
+from fastgpt.data.corpus import PACKAGED, load_corpus, read_text
 from fastgpt.data.documents import (
     cut_at_pieces,
     read_documents,
     split_documents,
     uncompressed_suffix,
 )
-from fastgpt.data.token_files import Ids
+from fastgpt.data.token_files import Ids, Tokens
 from fastgpt.evaluation.log_likelihood import Advance, Scores, perplexity
 from fastgpt.model import GPT
 from fastgpt.tokenizer import BaseTokenizer

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt.checkpoint.load import Checkpoint
-from fastgpt.data.corpus import Batches, Corpus, load_corpus, validation_windows
+from fastgpt.data.batches import Batches, validation_windows
+from fastgpt.data.corpus import Corpus, load_corpus
 from fastgpt.data.prefetch import MicroBatchLoader
 from fastgpt.lora import Lora, add_lora
 from fastgpt.model import GPT, GPTConfig, meta_model

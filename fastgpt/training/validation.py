@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fastgpt.data.corpus import gather
+from fastgpt.data.batches import gather
 from fastgpt.inference.generation import generate
 from fastgpt.lora import merge_lora
 from fastgpt.model import GPT, meta_model

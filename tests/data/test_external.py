@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from fastgpt import train
-from fastgpt.data.corpus import Batches, gather, load_corpus
+from fastgpt.data.batches import Batches, gather
+from fastgpt.data.corpus import load_corpus
 from fastgpt.data.external import read_meta
 from fastgpt.tokenizer import CharTokenizer, Tokenizer
 from fastgpt.utils import cli

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt.data.corpus import Batches
+from fastgpt.data.batches import Batches
 from fastgpt.data.prefetch import MicroBatchLoader, Prefetcher
 from fastgpt.utils.errors import UsageError
 
