@@ -110,7 +110,7 @@ def test_without_locks_it_warns_and_goes_on(
     def fail(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("fastgpt.checkpoint.run_lock._lock", fail)
+    monkeypatch.setattr("fastgpt.utils.lock._lock", fail)
     message = "this file system has no locks .No locks available.; make sure"
     with pytest.warns(UserWarning, match=message):
         lock = RunLock(tmp_path)
