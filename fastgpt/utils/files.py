@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,47 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     an existing `target` is kept. A process that is killed may leave `.saving-NAME`, and
     `.old-NAME`, which is the previous `target` if there is no `target`. If `target` is a symbolic
     link, the directory that it points to is replaced.
+
+    A directory that cannot be renamed (a mount point, or in a read-only parent) gets the new files
+    instead of the old ones one by one, in the order in which they were last written.
     """
     target = target.resolve()  # also gives "." a name
-    temporary, old = (target.with_name(f".{word}-{target.name}") for word in ("saving", "old"))
+    temporary = temporary_path(target)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             fsync(path)
-        if target.exists():  # a directory with contents cannot be replaced in one step
+        if temporary.parent == target:
+            _replace_contents(target, temporary)
+        else:
+            _replace(target, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def temporary_path(target: Path) -> Path:
+    """Return where `atomic_directory` writes first: next to `target`, or in it if necessary."""
+    target = target.resolve()
+    fixed = os.path.ismount(target) or not os.access(target.parent, os.W_OK)
+    return (target if target.is_dir() and fixed else target.parent) / f".saving-{target.name}"
+
+
+def contents(folder: Path) -> list[Path]:
+    """Return what a folder contains, except what the system or `atomic_directory` put there."""
+    return [
+        path
+        for path in folder.iterdir()
+        if path.name != "lost+found" and not path.name.startswith(".saving-")
+    ]
+
+
+def _replace(target: Path, temporary: Path) -> None:
+    """Rename a directory to `target`; one with contents cannot be replaced in one step."""
+    old = target.with_name(f".old-{target.name}")
+    try:
+        if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
         temporary.rename(target)
@@ -35,8 +66,26 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     finally:
         if old.exists() and not target.exists():
             old.rename(target)
-        shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace_contents(target: Path, temporary: Path) -> None:
+    """Replace the contents of a directory, deleting the newest and moving the oldest files first.
+
+    A file that is written last, to mark the directory as complete, is then moved last, too.
+    """
+    for path in reversed(_by_age(contents(target))):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    for path in _by_age(temporary.iterdir()):
+        path.rename(target / path.name)
+    fsync(target)
+
+
+def _by_age(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: path.lstat().st_mtime_ns)
 
 
 @contextmanager
