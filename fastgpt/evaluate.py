@@ -37,9 +37,9 @@ class Options:
     """A run folder (runs/latest is the newest), another project's folder or file, or a model name
     on the Hugging Face Hub."""
     data: str | None = None
-    """Data to evaluate on: a text file (also .jsonl or .json, all also with .gz, or .parquet), a
-    folder of tokens (its validation part), "shakespeare" (its last tenth), or the questions of the
-    task. By default, the validation part of the data that a run was trained on."""
+    """Data to evaluate on: a file of text, JSON or parquet (compressed or not), "-" (stdin), a
+    folder of tokens (its validation part), "shakespeare" (its last tenth), or the questions of
+    the task. By default, the validation part of the data that a run was trained on."""
     task: Literal["text", "hellaswag", "lambada"] = "text"
     """text: loss, perplexity and bits per byte; hellaswag: hellaswag_val.jsonl; lambada:
     lambada_test.jsonl or one passage per line."""

@@ -1,17 +1,16 @@
 """Load a corpus of tokens: tokenize a text, or open a folder of token files."""
 
-import codecs
 import hashlib
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgpt.data.documents import split_documents
 from fastgpt.data.encode import encode_pieces
 from fastgpt.data.external import is_external, read_external
 from fastgpt.data.pipeline import META
 from fastgpt.data.shards import Shard, read_shards, verify_shard
+from fastgpt.data.text import PACKAGED, Text, read_text
 from fastgpt.data.token_files import (
     LONG,
     IdFile,
@@ -22,13 +21,9 @@ from fastgpt.data.token_files import (
     joined,
 )
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer, load_tokenizer
-from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.progress import FileProgress
-from fastgpt.utils.text_files import not_utf8
 from fastgpt.utils.threads import map_in_order
-
-PACKAGED = {"shakespeare": Path(__file__).parents[1] / "assets" / "tinyshakespeare.txt"}
 
 
 @dataclass(frozen=True)
@@ -62,8 +57,10 @@ def load_corpus(
     """Load a corpus: tokenize a text, or open a folder of token files.
 
     Args:
-        data: path of a text file, name of a packaged text, a folder made by :func:`prepare`, or a
-            folder with token files of nanoGPT or llm.c (:mod:`fastgpt.data.external`).
+        data: path of a file of texts in any format of
+            :func:`fastgpt.data.documents.read_documents`, name of a packaged text, a folder made by
+            :func:`prepare`, or a folder with token files of nanoGPT or llm.c
+            (:mod:`fastgpt.data.external`).
         tokenizer: ``"char"`` (one token per distinct character of the text), ``"gpt2"``, ``"bpe"``
             (a vocabulary of `vocab_size` ids, trained on the training part), the path of a
             tokenizer, or a tokenizer object.
@@ -75,8 +72,8 @@ def load_corpus(
         val_data: text used for validation, instead of the last `val_fraction` of `data`.
         vocab_size: vocabulary size for ``"bpe"``.
 
-    Lines that hold only ``<|endoftext|>`` separate the documents of a text, if the tokenizer has
-    this token.
+    Lines that hold only ``<|endoftext|>`` separate the documents of a plain text, if the tokenizer
+    has this token. Without it, each document of JSON lines or of a table ends with a newline.
 
     Token folders are already tokenized and split: `val_fraction` is ignored, and `tokenizer` is
     ignored unless it is a tokenizer object, which must then equal the tokenizer of the folder. All
@@ -92,7 +89,7 @@ def load_corpus(
             f"{shlex.quote(str(Path(data).parent))}), which also holds the validation part"
         )
     if data in PACKAGED or not Path(data).is_dir():
-        text = _Text.read(data, val_data, val_fraction)
+        text = _Texts.read(data, val_data, val_fraction)
         if sha256 not in (None, text.sha256):
             raise UsageError(
                 f"{text.names} is not the text that the run was trained on: its SHA-256 differs"
@@ -119,46 +116,42 @@ def load_corpus(
 
 
 @dataclass(frozen=True)
-class _Text:
-    """The training and validation parts of a text, its hash, and its name in error messages."""
+class _Texts:
+    """The texts for training and for validation, their hash, and their names in messages."""
 
-    train: str
-    val: str
+    train: Text
+    val: Text
     sha256: str
     names: str
 
     @classmethod
-    def read(cls, data: str, val_data: str | None, val_fraction: float) -> "_Text":
+    def read(cls, data: str, val_data: str | None, val_fraction: float) -> "_Texts":
         """Read one text and split it, or read two texts."""
-        paths = [PACKAGED.get(name, Path(name)) for name in (data, val_data) if name is not None]
-        texts = [read_text(path) for path in paths]
-        names = " with ".join(map(str, paths))
-        digests = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
-        if len(texts) == 2:
-            both = hashlib.sha256("".join(digests).encode()).hexdigest()
-            return cls(texts[0], texts[1], both, names)
-        text = texts[0]
-        cut = len(text) - int(len(text) * val_fraction)
-        return cls(text[:cut], text[cut:], digests[0], names)
+        text = read_text(data)
+        if val_data is None:
+            return cls(*text.split(val_fraction), text.sha256, data)
+        val = read_text(val_data)
+        both = hashlib.sha256((text.sha256 + val.sha256).encode()).hexdigest()
+        return cls(text, val, both, f"{data} with {val_data}")
 
 
-def _find_tokenizer(tokenizer: str | BaseTokenizer, text: _Text, vocab_size: int) -> BaseTokenizer:
+def _find_tokenizer(tokenizer: str | BaseTokenizer, text: _Texts, vocab_size: int) -> BaseTokenizer:
     """Resolve the `tokenizer` argument of `load_corpus`; build one from the text if necessary."""
     if isinstance(tokenizer, BaseTokenizer):
         return tokenizer
     if tokenizer == "char":
-        return CharTokenizer.from_text(text.train + text.val)
+        return CharTokenizer.from_text(str(text.train) + str(text.val))
     if tokenizer == "gpt2":
         return Tokenizer.gpt2()
     try:
         if tokenizer == "bpe":
-            return Tokenizer.train(split_documents(text.train), vocab_size)
+            return Tokenizer.train((text for text, _ in text.train.documents), vocab_size)
         return load_tokenizer(tokenizer)
     except (OSError, ValueError) as error:
         raise UsageError(f"tokenizer {tokenizer}: {error}") from None
 
 
-def _encode_text(text: _Text, tokenizer: BaseTokenizer) -> Corpus:
+def _encode_text(text: _Texts, tokenizer: BaseTokenizer) -> Corpus:
     try:
         train, val = (_encode(tokenizer, part) for part in (text.train, text.val))
     except ValueError as error:
@@ -166,12 +159,11 @@ def _encode_text(text: _Text, tokenizer: BaseTokenizer) -> Corpus:
     return Corpus(train, val, tokenizer, text.sha256)
 
 
-def _encode(tokenizer: BaseTokenizer, text: str) -> Ids:
-    """Encode a text, replacing each separator line <|endoftext|> by the id of that token."""
-    if tokenizer.eot_token is None or END_OF_TEXT not in text:
-        return tokenizer.encode_to_numpy(text)
-    *ended, last = split_documents(text)
-    return encode_pieces(tokenizer, [*((text, True) for text in ended), (last, False)])[0]
+def _encode(tokenizer: BaseTokenizer, text: Text) -> Ids:
+    """Encode a text, with the id of <|endoftext|> after each document that ends in it."""
+    if tokenizer.eot_token is None:
+        return tokenizer.encode_to_numpy(str(text))
+    return encode_pieces(tokenizer, text.documents)[0]
 
 
 def _load_prepared(folder: Path, sha256: str | None, check: bool) -> Corpus:
@@ -216,27 +208,3 @@ def _load_external(folder: Path, sha256: str | None, check: bool) -> Corpus:
 def _progress(files: Sequence[IdFile]) -> FileProgress:
     total = sum(file.n_bytes for file in files)
     return FileProgress("checking the data", total, shown=total >= LONG)
-
-
-def read_text(path: Path) -> str:
-    """Read a UTF-8 text file, without its byte order mark and with Unix line endings.
-
-    Raises: UsageError if the file is missing, empty or not valid UTF-8.
-    """
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        packaged = ", ".join(PACKAGED)
-        raise UsageError(
-            f"data file {path} does not exist; pass a plain text file, or one of: {packaged}"
-        ) from None
-    except OSError as error:
-        raise UsageError(f"data file {path} cannot be read: {error.strerror}") from None
-    start = len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0
-    if len(raw) == start:
-        raise UsageError(f"data file {path} is empty ({len(raw)} bytes)")
-    try:
-        return raw[start:].decode().replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        at = start + error.start
-        raise not_utf8(path, raw[at], at) from None

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT
 from fastgpt.utils.errors import UsageError
-from fastgpt.utils.text_files import Advance, open_counted, read_blocks
+from fastgpt.utils.text_files import COMPRESSION_SUFFIXES, Advance, open_counted, read_blocks
 
 Piece: TypeAlias = tuple[str, bool]
+Format: TypeAlias = Literal["text", "json", "json_lines", "parquet"]
 
-# Not .json, which often contains other data than texts.
-TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+FIELD = "text"  # the usual name of the JSON field or parquet column with the text
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
+PARQUET_SUFFIXES = (".parquet", ".pq")
+_PARQUET_MAGIC = b"PAR1"  # at the beginning and at the end
+_LONG_LINE = 1 << 20  # bytes
 
 # Matches up to the last position between a printable ASCII character and ASCII white space. Such
 # white space always starts a new piece of GPT-2's pattern, and no match before it depends on what
@@ -32,82 +37,77 @@ _LAST_CUT = re.compile(rb".*[!-=?-~](?=[\t-\r ])", re.DOTALL)
 _MARKER = re.compile(rf"{re.escape(END_OF_TEXT)}(?<![^\n].{{{len(END_OF_TEXT)}}})(?![^\n])")
 
 
-def find_sources(inputs: str | Path | Iterable[str | Path]) -> list[Path]:
-    """Return the given files, and the text files in the given folders sorted by path.
+def file_format(path: Path) -> Format:
+    """Return the format of a file, judging by its name and by its first line.
 
-    Raises: UsageError for a path that does not exist or a folder without text files.
+    Upper and lower case and the suffix of a compression do not matter. The first line distinguishes
+    JSON lines from one JSON list in a ``.json`` file, and from text in a file without a suffix.
+
+    Raises: UsageError if the file cannot be read.
     """
-    sources: list[Path] = []
-    for path in map(Path, [inputs] if isinstance(inputs, str | Path) else inputs):
-        if path.is_dir():
-            found = sorted(
-                p
-                for p in path.rglob("*")
-                if uncompressed_suffix(p) in TEXT_SUFFIXES and p.is_file()
-            )
-            if not found:
-                raise UsageError(f"folder {path} contains no *{', *'.join(TEXT_SUFFIXES)} file")
-            sources += found
-        elif path.exists():
-            sources.append(path)
-        else:
-            raise UsageError(f"{path} does not exist")
-    return sources
+    suffix = uncompressed_suffix(path)
+    if path.suffix.lower() in PARQUET_SUFFIXES or _is_parquet(path):
+        return "parquet"  # which is compressed internally
+    if suffix in JSON_LINES_SUFFIXES:
+        return "json_lines"
+    if suffix in (".json", "") and _begins_with_object(path):
+        return "json_lines"
+    return "json" if suffix == ".json" else "text"
 
 
-def read_documents(path: Path, field: str, advance: Advance = lambda n: None) -> Iterator[Piece]:
-    """Yield the documents of one file as pieces. The file name determines the format.
+def uncompressed_suffix(path: Path) -> str:
+    """Return the suffix of a file name in lower case, ignoring that of a compression."""
+    path = Path(path.name.lower())
+    return Path(path.stem).suffix if path.suffix in COMPRESSION_SUFFIXES else path.suffix
 
-    - ``.jsonl``: one object per line, with the text in its `field`;
-    - ``.json``: a list of texts, or of such objects;
-    - ``.parquet``: a table with the texts in the column `field`;
-    - other names: UTF-8 text. It is one document, unless lines that hold only ``<|endoftext|>``
-      separate it into several; these lines and the empty lines around them are dropped.
 
-    All of them except ``.parquet`` may be compressed, with ``.gz`` at the end of the name. Empty
-    documents are skipped.
+def read_documents(
+    path: Path,
+    field: str = FIELD,
+    advance: Advance = lambda n: None,
+    on_invalid: Callable[[str], None] | None = None,
+) -> Iterator[Piece]:
+    """Yield the documents of one file as pieces, in the format that :func:`file_format` finds.
+
+    - JSON lines: one object per line, with the text in its `field`;
+    - JSON: a list of texts, or of such objects;
+    - parquet: a table with the texts in the column `field`;
+    - UTF-8 text. It is one document, unless lines that hold only ``<|endoftext|>`` separate it into
+      several; these lines and the empty lines around them are dropped.
+
+    All of them except parquet may be compressed. Empty documents are skipped.
 
     Args:
         path: the file.
         field: name of the JSON field or the parquet column with the text.
         advance: called with the number of bytes just read.
+        on_invalid: called with a message for each row or object without a text, which is then
+            skipped; by default it is an error.
 
     Raises: UsageError that names the file and the position of an error.
     """
-    suffix = uncompressed_suffix(path)
-    if suffix in (".jsonl", ".parquet"):
-        records = read_records(path, field, advance)
-        texts = (_field_of(record, field, place) for place, record in records)
-        return ((text, True) for text in texts if text)
-    return _json_list(path, field, advance) if suffix == ".json" else _text(path, advance)
+    if file_format(path) == "text":
+        return _text(path, advance)
+    return _texts_of(read_records(path, field, advance), field, on_invalid)
 
 
 def read_records(
     path: Path, field: str | None = None, advance: Advance = lambda n: None
 ) -> Iterator[tuple[str, Any]]:
-    """Yield `(place, value)` for each row of a ``.parquet`` table or each line of JSON.
+    """Yield `(place, value)` for each row of a parquet table, line of JSON or item of a JSON list.
 
-    `place` names the file and the line or row for error messages. JSON lines may be compressed,
-    with ``.gz`` at the end of the name; empty lines are skipped. field: the only column of a table
-    that is read.
+    `place` names the file and the line, row or item for error messages. JSON may be compressed;
+    empty lines are skipped. field: the only column of a table that is read.
 
-    Raises: UsageError that names the line or row with an error.
+    Raises: UsageError that names the place of an error.
     """
-    if uncompressed_suffix(path) == ".parquet":
-        yield from _parquet_rows(path, field, advance)
-        return
-    with open_counted(path, advance) as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                place = f"{path}, line {number}"
-                yield place, _parse_json(line, place)
-
-
-def uncompressed_suffix(path: Path) -> str:
-    """Return the suffix of a file name, ignoring ``.gz`` at its end."""
-    return Path(path.name.removesuffix(".gz")).suffix
+    match file_format(path):
+        case "parquet":
+            return _parquet_rows(path, field, advance)
+        case "json":
+            return _json_items(path, advance)
+        case _:
+            return _json_lines(path, advance)
 
 
 def split_documents(text: str) -> list[str]:
@@ -164,23 +164,41 @@ def _text(path: Path, advance: Advance) -> Iterator[Piece]:
         yield "", True
 
 
-def _json_list(path: Path, field: str, advance: Advance) -> Iterator[Piece]:
+def _texts_of(
+    records: Iterable[tuple[str, Any]], field: str, on_invalid: Callable[[str], None] | None
+) -> Iterator[Piece]:
+    for place, record in records:
+        try:
+            text = record if isinstance(record, str) else _field_of(record, field, place)
+        except UsageError as error:
+            if on_invalid is None:
+                raise
+            on_invalid(str(error))
+            continue
+        if text:
+            yield text, True
+
+
+def _json_lines(path: Path, advance: Advance) -> Iterator[tuple[str, Any]]:
+    with open_counted(path, advance) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                place = f"{path}, line {number}"
+                yield place, _parse_json(line, place)
+
+
+def _json_items(path: Path, advance: Advance) -> Iterator[tuple[str, Any]]:
     with open_counted(path, advance) as file:
         items = _parse_json(file.read().removeprefix(codecs.BOM_UTF8), str(path))
     if not isinstance(items, list):
         raise UsageError(f"{path} must contain a list of texts, not a {type(items).__name__}")
     for number, item in enumerate(items):
-        text = item if isinstance(item, str) else _field_of(item, field, f"{path}, item {number}")
-        if text:
-            yield text, True
+        yield f"{path}, item {number}", item
 
 
 def _parquet_rows(path: Path, field: str | None, advance: Advance) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".gz":
-        raise UsageError(
-            f"{path}: parquet files are compressed internally and cannot be read with .gz; first "
-            "decompress it with gunzip"
-        )
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -199,6 +217,29 @@ def _parquet_rows(path: Path, field: str | None, advance: Advance) -> Iterator[t
                 advance(size * number // n_rows - size * (number - batch.num_rows) // n_rows)
     except (ArrowException, OSError) as error:
         raise UsageError(f"{path} cannot be read as a parquet file: {error}") from None
+
+
+def _is_parquet(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != _PARQUET_MAGIC:
+                return False
+            file.seek(max(4, file.seek(0, os.SEEK_END) - 4))
+            return file.read() == _PARQUET_MAGIC
+    except OSError:  # reported when the file is read
+        return False
+
+
+def _begins_with_object(path: Path) -> bool:
+    """Return whether the first line of a file is a whole JSON object."""
+    with open_counted(path) as file:
+        line = file.readline(_LONG_LINE).removeprefix(codecs.BOM_UTF8).lstrip()
+    if not line.startswith(b"{"):
+        return False
+    try:
+        return len(line) == _LONG_LINE or isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parse_json(data: bytes, place: str) -> Any:
@@ -226,7 +267,10 @@ def _field_of(item: Any, field: str, place: str) -> str:
 
 def _no_field(place: str, field: str, fields: Iterable[str]) -> UsageError:
     found = ", ".join(fields) or "none"
-    return UsageError(f"{place}: has no field {field!r}; choose one with --field; it has: {found}")
+    return UsageError(
+        f"{place}: has no field {field!r}; it has: {found}; choose one with --field of "
+        "fastgpt.prepare"
+    )
 
 
 def _no_text(place: str, field: str, value: Any) -> UsageError:

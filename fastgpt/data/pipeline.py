@@ -6,7 +6,7 @@
     meta.json              counts, source files and the command
 
 The folder is written under a temporary name in the same parent folder and then renamed, so that an
-existing prepared folder is always complete.
+existing prepared folder is always complete. A lock next to it keeps other processes away.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import shlex
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
@@ -25,16 +25,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastgpt
-from fastgpt.data.documents import Piece, find_sources, read_documents
+from fastgpt.data.documents import Piece, read_documents
 from fastgpt.data.encode import encode_pieces
 from fastgpt.data.shards import TOKENS_PER_SHARD, ShardWriter
+from fastgpt.data.sources import find_sources
 from fastgpt.tokenizer import BaseTokenizer, Tokenizer, load_tokenizer
 from fastgpt.tokenizer.base import IdArray
 from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT
 from fastgpt.utils.errors import UsageError
-from fastgpt.utils.files import atomic_directory, sha256, write_json
+from fastgpt.utils.files import atomic_directory, contents, sha256, temporary_path, write_json
 from fastgpt.utils.hashing import mix
+from fastgpt.utils.lock import FileLock, LockedError
 from fastgpt.utils.progress import FileProgress
+from fastgpt.utils.text_files import regular_file
 from fastgpt.utils.threads import map_in_order
 
 META = "meta.json"
@@ -57,12 +60,25 @@ class Part:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The result of `prepare`."""
+    """The result of `prepare`.
+
+    Attributes:
+        folder: the folder that was written.
+        tokenizer: the tokenizer of the ids.
+        train: size of the training part.
+        val: size of the validation part.
+        sources: the files that were read, without those of the validation texts.
+        skipped: the paths in the given folders that were not read, with the reason for each.
+        invalid: number of rows and JSON objects without a text, which were skipped.
+    """
 
     folder: Path
     tokenizer: BaseTokenizer
     train: Part
     val: Part
+    sources: list[Path]
+    skipped: dict[Path, str]
+    invalid: int
 
     @property
     def bytes_per_token(self) -> float:
@@ -78,6 +94,7 @@ def prepare(
     tokenizer: str | Path | BaseTokenizer = "gpt2",
     train_vocab: int | None = None,
     field: str = "text",
+    skip_invalid: bool = False,
     val: str | Path | Sequence[str | Path] = (),
     val_fraction: float = 0.01,
     tokens_per_shard: int = TOKENS_PER_SHARD,
@@ -88,14 +105,17 @@ def prepare(
     """Tokenize texts into a folder of token shards that ``load_corpus`` and the trainer read.
 
     Args:
-        inputs: text files (``.txt`` and others), ``.jsonl``, ``.json`` and ``.parquet`` files, and
-            folders of them; see :func:`fastgpt.data.documents.read_documents`.
+        inputs: files of text, JSON or parquet, which may be compressed, pipes, ``"-"`` for the
+            standard input, and folders; see :func:`fastgpt.data.documents.read_documents` and
+            :func:`fastgpt.data.sources.find_sources`.
         out: the folder to create.
         tokenizer: ``"gpt2"``, the path of a tokenizer file or folder, or a tokenizer object.
         train_vocab: if given, train a tokenizer with this vocabulary size on the texts.
         field: name of the JSON field or parquet column with the text.
+        skip_invalid: skip rows and JSON objects in which `field` is missing, null or not a string.
+            They are an error by default. Empty texts are always skipped.
         val: texts for validation, in the same formats. If given, all of `inputs` is used for
-            training.
+            training, except files that are also in `val`.
         val_fraction: without `val`, the share of the documents used for validation. Documents are
             selected by a hash of their index. If fewer than ten are expected, this share of the
             whole text, from its end, is used instead.
@@ -112,43 +132,76 @@ def prepare(
     _check_options(val_fraction, tokens_per_shard, threads)
     if train_vocab is not None and tokenizer != "gpt2":
         raise UsageError("give --tokenizer or --train-vocab, not both")
-    _check_output_folder(folder, overwrite)
-    documents = _DocumentReader(inputs, field, progress)
-    if not documents.sources:
-        raise UsageError("nothing to prepare: pass at least one text file or folder of text files")
-    val_documents = _DocumentReader(val, field, progress)
-    chosen = _choose_tokenizer(tokenizer, train_vocab, documents)
-    try:
-        with atomic_directory(folder) as beside:
-            with closing(_parts(documents, val_documents, val_fraction)) as pieces:
-                sizes = _write_shards(beside, chosen, tokens_per_shard, pieces, threads)
-            _check_not_empty(*sizes, None if val_documents.sources else val_fraction)
-            prepared = Prepared(folder, chosen, *sizes)
-            chosen.save(beside / "tokenizer.json")
-            _write_meta(beside / META, prepared, documents, val_documents, val_fraction)
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be written: {error.strerror}") from None
+    with ExitStack() as stack:
+        beside = stack.enter_context(_opened(folder, overwrite))
+        val_documents = _DocumentReader(val, field, skip_invalid, progress, stack)
+        documents = _DocumentReader(inputs, field, skip_invalid, progress, stack, val_documents)
+        if not documents.files:
+            raise UsageError(_nothing_to_prepare(documents.skipped))
+        chosen = _choose_tokenizer(tokenizer, train_vocab, documents)
+        with closing(_parts(documents, val_documents, val_fraction)) as pieces:
+            sizes = _write_shards(beside, chosen, tokens_per_shard, pieces, threads)
+        _check_not_empty(*sizes, None if val_documents.files else val_fraction)
+        invalid = documents.n_invalid + val_documents.n_invalid
+        prepared = Prepared(folder, chosen, *sizes, documents.files, documents.skipped, invalid)
+        chosen.save(beside / "tokenizer.json")
+        _write_meta(beside / META, prepared, documents, val_documents, val_fraction)
     return prepared
 
 
+@contextmanager
+def _opened(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """Lock an output folder and yield the temporary folder that replaces it at the end."""
+    temporary = temporary_path(folder)
+    try:
+        with suppress(FileExistsError):  # a file, which the next line reports
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(temporary.with_name(f"{temporary.name}.lock"), delete=True):
+            _check_output_folder(folder, overwrite)
+            with atomic_directory(folder) as beside:
+                yield beside
+    except LockedError as holder:
+        raise UsageError(
+            f"{folder} is being prepared by {holder}; wait until it ends, or choose another --out"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error.strerror}") from None
+
+
 class _DocumentReader:
-    """Reads the documents of all sources; can be read several times."""
+    """Reads the documents of all sources; can be read several times.
+
+    The contents of pipes are copied to temporary files, which are deleted when `stack` is closed.
+    The files of `excluded` are skipped.
+    """
 
     def __init__(
-        self, inputs: str | Path | Sequence[str | Path], field: str, progress: bool
+        self,
+        inputs: str | Path | Sequence[str | Path],
+        field: str,
+        skip_invalid: bool,
+        progress: bool,
+        stack: ExitStack,
+        excluded: _DocumentReader | None = None,
     ) -> None:
-        self.sources = find_sources(inputs)
-        self._field, self._progress = field, progress
+        given = [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
+        self._given = {stack.enter_context(regular_file(path)): path for path in given}
+        sources = find_sources(self._given, excluded.files if excluded else ())
+        self.files: list[Path] = sources.files
+        self.skipped: dict[Path, str] = sources.skipped
+        self.n_invalid = 0
+        self._field, self._skip_invalid, self._progress = field, skip_invalid, progress
 
     def pieces(self, label: str) -> Generator[Piece, None, None]:
         """Yield the pieces of all documents, with a labeled progress bar.
 
         The caller must close the generator.
         """
-        total = sum(path.stat().st_size for path in self.sources)
+        total = sum(path.stat().st_size for path in self.files)
+        self.n_invalid = 0
         with FileProgress(label, total, self._progress) as bar:
-            for path in self.sources:
-                yield from read_documents(path, self._field, bar.advance)
+            for path in self.files:
+                yield from read_documents(path, self._field, bar.advance, self._skip_or_raise)
 
     def count_characters(self, max_documents: int) -> int | None:
         """Return the number of characters of all documents.
@@ -163,8 +216,24 @@ class _DocumentReader:
                 if n_documents >= max_documents:
                     return None
         if not n_characters:
-            raise UsageError(f"{', '.join(map(str, self.sources))}: contains no text")
+            raise UsageError(f"{', '.join(map(str, self.files))}: contains no text")
         return n_characters
+
+    def describe(self) -> list[dict[str, str | int]]:
+        """Return the path, as it was given, the size and the hash of each file."""
+        return [
+            {
+                "path": str(self._given.get(path, path)),
+                "bytes": path.stat().st_size,
+                "sha256": sha256(path),
+            }
+            for path in self.files
+        ]
+
+    def _skip_or_raise(self, message: str) -> None:
+        if not self._skip_invalid:
+            raise UsageError(f"{message}; skip such rows with --skip-invalid")
+        self.n_invalid += 1
 
 
 def _choose_tokenizer(
@@ -197,7 +266,7 @@ def _parts(
 
     Separate validation texts are read first, so that errors in them are reported early.
     """
-    if val_documents.sources:
+    if val_documents.files:
         for part, reader in (("val", val_documents), ("train", documents)):
             with closing(reader.pieces("tokenizing")) as pieces:
                 yield from ((part, piece) for piece in pieces)
@@ -295,7 +364,7 @@ def _check_options(val_fraction: float, tokens_per_shard: int, threads: int | No
 
 
 def _check_output_folder(folder: Path, overwrite: bool) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and not contents(folder)):
         return
     if not (folder / META).is_file():
         raise UsageError(f"{folder} exists, and is not a prepared folder: choose another --out")
@@ -304,6 +373,12 @@ def _check_output_folder(folder: Path, overwrite: bool) -> None:
             f"{folder} is already prepared: train on it (--data {shlex.quote(str(folder))}), "
             "replace it with --overwrite, or choose another --out"
         )
+
+
+def _nothing_to_prepare(skipped: dict[Path, str]) -> str:
+    if skipped:
+        return "nothing to prepare: all texts are also used for validation"
+    return "nothing to prepare: pass at least one text file or folder of text files"
 
 
 def _check_not_empty(train: Part, val: Part, val_fraction: float | None) -> None:
@@ -326,7 +401,7 @@ def _write_meta(
     val_fraction: float,
 ) -> None:
     tokenizer = prepared.tokenizer
-    has_val = bool(val_documents.sources)
+    has_val = bool(val_documents.files)
     content = {
         "format": 1,
         "fastgpt": fastgpt.__version__,
@@ -336,11 +411,9 @@ def _write_meta(
         "val": asdict(prepared.val),
         "val_fraction": None if has_val else val_fraction,
         "bytes_per_token": prepared.bytes_per_token,
-        "sources": [*map(_describe, documents.sources)],
-        **({"val_sources": [*map(_describe, val_documents.sources)]} if has_val else {}),
+        "sources": documents.describe(),
+        **({"val_sources": val_documents.describe()} if has_val else {}),
+        "skipped": {str(path): reason for path, reason in prepared.skipped.items()},
+        "invalid": prepared.invalid,
     }
     write_json(path, content)
-
-
-def _describe(source: Path) -> dict[str, str | int]:
-    return {"path": str(source), "bytes": source.stat().st_size, "sha256": sha256(source)}

@@ -15,24 +15,18 @@ from typing import Literal
 
 import numpy as np
 
-from fastgpt.data.corpus import PACKAGED, load_corpus, read_text
-from fastgpt.data.documents import (
-    cut_at_pieces,
-    read_documents,
-    split_documents,
-    uncompressed_suffix,
-)
+from fastgpt.data.corpus import load_corpus
+from fastgpt.data.documents import cut_at_pieces, file_format, read_documents
+from fastgpt.data.text import PACKAGED, Text, read_text
 from fastgpt.data.token_files import Ids, Tokens
 from fastgpt.evaluation.log_likelihood import Advance, Scores, perplexity
 from fastgpt.model import GPT
 from fastgpt.tokenizer import BaseTokenizer
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.progress import FileProgress
-from fastgpt.utils.text_files import read_blocks
+from fastgpt.utils.text_files import read_blocks, regular_file
 
 VAL_FRACTION = 0.1  # for texts that do not belong to a run
-FIELD = "text"  # of JSON objects and parquet tables
-FORMATS = (".jsonl", ".json", ".parquet")
 LARGE = 1 << 26  # file size in bytes from which a progress bar is shown: tokenizing takes seconds
 _PIECE = 1 << 20  # tokens whose bytes are counted at once
 
@@ -118,7 +112,8 @@ def evaluate_text(
     if isinstance(text, Path):
         found = load_text(str(text), tokenizer, skip_unknown=skip_unknown)
     else:
-        found = _tokenize(_documents(text, tokenizer), tokenizer, "the text", skip_unknown)
+        documents = _documents(Text([(text, False)], plain=True), tokenizer)
+        found = _tokenize(documents, tokenizer, "the text", skip_unknown)
     return found.score(model, context=context, stride=stride, batch_size=batch_size)
 
 
@@ -132,11 +127,12 @@ def load_text(
 ) -> ScoredText:
     """Load and tokenize a text: a file, a folder of tokens, or the name of a packaged text.
 
-    A file is UTF-8 text, .jsonl, .json or .parquet (their field ``text``); all except .parquet also
-    with .gz. The whole file is used unless `part` is given: then the last tenth of the characters
-    of a plain text is the validation part, as in training. Folders (of `fastgpt.prepare`, nanoGPT,
-    llm.c) have a training and a validation part, and packaged texts are split like files; both use
-    the validation part unless `part` is "train". max_tokens: the maximum number of tokens to load.
+    A file or a pipe has one of the formats of :func:`fastgpt.data.documents.read_documents`, with
+    the texts in the field ``text``. The whole file is used unless `part` is given: then the last
+    tenth of the characters is the validation part, as in training. Folders (of `fastgpt.prepare`,
+    nanoGPT, llm.c) have a training and a validation part, and packaged texts are split like files;
+    both use the validation part unless `part` is "train". max_tokens: the maximum number of tokens
+    to load.
 
     Raises: UsageError with the file and the position of the error.
     """
@@ -146,10 +142,11 @@ def load_text(
         return part_of(corpus.train, corpus.val, part, tokenizer, data).cut(max_tokens)
     if data in PACKAGED or part is not None:
         name = f"the {_PARTS[part or 'val']} part of {data}"
-        documents = _documents(_text_of_part(path, part or "val"), tokenizer)
+        train, val = read_text(data).split(VAL_FRACTION)
+        documents = _documents(train if part == "train" else val, tokenizer)
         return _tokenize(documents, tokenizer, name, skip_unknown).cut(max_tokens)
-    with _reading(path) as bar:
-        pieces = _read_file(path, tokenizer, bar.advance)
+    with regular_file(path) as file, _reading(file) as bar:
+        pieces = _read_file(file, tokenizer, bar.advance)
         return _tokenize(pieces, tokenizer, data, skip_unknown, max_tokens).cut(max_tokens)
 
 
@@ -171,30 +168,23 @@ def _read_file(path: Path, tokenizer: BaseTokenizer, advance: Advance) -> Iterat
 
     For a tokenizer without an <|endoftext|> token, that string in a text file is ordinary text.
     """
-    if tokenizer.eot_token is None and uncompressed_suffix(path) not in FORMATS:
+    if tokenizer.eot_token is None and file_format(path) == "text":
         yield from map(bytes.decode, cut_at_pieces(read_blocks(path, advance=advance)))
         return
-    for text, ends in read_documents(path, FIELD, advance):
+    for text, ends in read_documents(path, advance=advance):
         if text:
             yield text
         if ends:
             yield None
 
 
-def _text_of_part(path: Path, part: Part) -> str:
-    """Return one part of a plain text, split at the same position as in training."""
-    text = read_text(path)
-    cut = len(text) - int(len(text) * VAL_FRACTION)
-    return text[:cut] if part == "train" else text[cut:]
-
-
-def _documents(text: str, tokenizer: BaseTokenizer) -> Iterator[str | None]:
-    """Yield the documents of a text, and None between them."""
-    parted = [text] if tokenizer.eot_token is None else split_documents(text)
-    for number, document in enumerate(parted):
-        if number:
-            yield None
+def _documents(text: Text, tokenizer: BaseTokenizer) -> Iterator[str | None]:
+    """Yield the documents of a text, and None at the end of each; see `_read_file`."""
+    plain = tokenizer.eot_token is None and text.plain
+    for document, ends in text.pieces if plain else text.documents:
         yield document
+        if ends:
+            yield None
 
 
 def _tokenize(

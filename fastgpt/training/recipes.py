@@ -19,9 +19,9 @@ class Recipe:
     """The settings of a training run. The defaults are those of `shakespeare-char`."""
 
     data: str = "shakespeare"
-    """Training data: the path of a UTF-8 text file, a folder created by fastgpt.prepare or with
-    token files of nanoGPT or llm.c (these have their own tokenizer and validation part), or
-    "shakespeare", the packaged text."""
+    """Training data: the path of a file of text, JSON or parquet, also compressed, a folder created
+    by fastgpt.prepare or with token files of nanoGPT or llm.c (these have their own tokenizer and
+    validation part), or "shakespeare", the packaged text."""
     val_data: str | None = None
     """Separate text file for validation; all of `data` is then used for training."""
     tokenizer: str = "char"

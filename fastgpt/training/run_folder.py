@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastgpt.checkpoint.load import CheckpointError, read_json
 from fastgpt.checkpoint.run_lock import NAME as LOCK
-from fastgpt.data.corpus import PACKAGED
+from fastgpt.data.text import PACKAGED
 from fastgpt.model import GPTConfig
 from fastgpt.training.distributed import launcher
 from fastgpt.training.environment import command_line, describe_environment

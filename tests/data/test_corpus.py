@@ -5,37 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastgpt.data.corpus import load_corpus, read_text
+from fastgpt.data.corpus import load_corpus
 from fastgpt.utils.errors import UsageError
-
-
-def test_missing_and_empty_files_are_rejected(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"does not exist; pass .* one of: shakespeare"):
-        read_text(tmp_path / "missing.txt")
-    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
-        read_text(tmp_path)
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(UsageError, match=r"empty.txt is empty \(0 bytes\)"):
-        read_text(tmp_path / "empty.txt")
-
-
-def test_text_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
-    path = tmp_path / "latin1.txt"
-    path.write_bytes(b"x" * 1500 + "é".encode("latin1") + b"y")
-    with pytest.raises(UsageError, match="not UTF-8: byte 0xe9 at offset 1,500; convert it"):
-        read_text(path)
-    path.write_bytes(b"\xef\xbb\xbfabc\xff")
-    with pytest.raises(UsageError, match="not UTF-8: byte 0xff at offset 6"):
-        read_text(path)
-    path.write_bytes(b"\xef\xbb\xbf")
-    with pytest.raises(UsageError, match=r"is empty \(3 bytes\)"):
-        read_text(path)
-
-
-def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
-    path = tmp_path / "notepad.txt"
-    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
-    assert read_text(path) == "one\ntwo\n"
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "gpt2"])

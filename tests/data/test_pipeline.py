@@ -1,9 +1,13 @@
 """Tests of preparing a folder of token shards and of training on it."""
 
+import errno
+import gzip
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +98,9 @@ def test_documents_are_parted_and_drawn_by_their_number(stories, tmp_path, small
     # documents are added.
     prepare_data(stories, tmp_path / "again", threads=1, **options)
     assert documents(tmp_path / "again", "val", small_tokenizer) == parts["val"]
-    prepare_data([stories, stories], tmp_path / "twice", **options)
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(stories.read_bytes())
+    prepare_data([stories, copy], tmp_path / "twice", **options)
     twice = documents(tmp_path / "twice", "val", small_tokenizer)
     assert twice[: len(parts["val"])] == parts["val"]
 
@@ -340,3 +346,131 @@ def test_texts_for_validation(stories, workplace, capfd) -> None:
     assert run(prepare.main, "stories.jsonl", "--val", "empty.txt", "--out", "e") == 2
     assert "the files for validation contain no text" in capfd.readouterr().err
     assert not Path("e").exists()
+
+
+def start_prepare(folder: Path, checkout: Path, *args: str, **options) -> "subprocess.Popen[bytes]":
+    """Start the command in a folder; its standard input can be written to."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastgpt.prepare", *args],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+MANY = f"\n{EOT}\n".join(f"The story of {i}, é.\n" * (1 + i % 7) for i in range(20_000))
+
+
+@pytest.mark.parametrize("source", ["-", "/dev/stdin", "fifo", "substitution"])
+def test_a_pipe_is_read_once_and_whole(tmp_path: Path, checkout: Path, source: str) -> None:
+    """Prepare 20,000 documents from a pipe, with a new tokenizer, as from the same file."""
+    (tmp_path / "many.txt").write_text(MANY, "utf-8")
+    args = ("--out", "piped", "--train-vocab", "300", "--threads", "1")
+    if source == "substitution":
+        command = f"{sys.executable} -m fastgpt.prepare <(cat many.txt) {' '.join(args)}"
+        environment = {**os.environ, "PYTHONPATH": str(checkout)}
+        subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=True)
+    else:
+        if source == "fifo":
+            os.mkfifo(tmp_path / "fifo")
+        process = start_prepare(tmp_path, checkout, source, *args)
+        if source == "fifo":
+            (tmp_path / "fifo").write_bytes(MANY.encode())
+        _, err = process.communicate(b"" if source == "fifo" else MANY.encode(), timeout=100)
+        assert process.returncode == 0, err
+    prepare_data(tmp_path / "many.txt", tmp_path / "read", train_vocab=300)
+    for name in ("train-00000.bin", "val-00000.bin", "tokenizer.json"):
+        assert (tmp_path / "piped" / name).read_bytes() == (tmp_path / "read" / name).read_bytes()
+    meta = json.loads((tmp_path / "piped" / "meta.json").read_text())
+    assert meta["train"]["documents"] + meta["val"]["documents"] == 20_000
+    (described,) = meta["sources"]
+    assert described["bytes"] == len(MANY.encode())
+    if source != "substitution":
+        assert described["path"] == source
+
+
+def test_json_lines_from_a_pipe(tmp_path: Path, checkout: Path, stories: Path) -> None:
+    process = start_prepare(tmp_path, checkout, "-", "--out", "piped")
+    _, err = process.communicate(gzip.compress(stories.read_bytes()), timeout=100)
+    assert process.returncode == 0, err
+    prepare_data(stories, tmp_path / "read")
+    for name in ("train-00000.bin", "val-00000.bin"):
+        assert (tmp_path / "piped" / name).read_bytes() == (tmp_path / "read" / name).read_bytes()
+
+
+def test_two_processes_with_one_output_folder(
+    tmp_path: Path, checkout: Path, stories: Path
+) -> None:
+    """The first one, which waits for its standard input, finishes; the second is refused."""
+    first = start_prepare(tmp_path, checkout, "-", "--out", "d")
+    lock = tmp_path / ".saving-d.lock"
+    deadline = time.monotonic() + 60
+    while not (lock.exists() and lock.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    second = start_prepare(tmp_path, checkout, str(stories), "--out", "d", "--overwrite")
+    _, err = second.communicate(timeout=100)
+    assert second.returncode == 2
+    message = f"error: d is being prepared by process {first.pid} on {socket.gethostname()}; wait"
+    assert err.decode().startswith(message)
+    _, err = first.communicate(stories.read_bytes(), timeout=100)
+    assert first.returncode == 0, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "stories.jsonl"]
+    _, err = start_prepare(tmp_path, checkout, str(stories), "--out", "d").communicate(timeout=100)
+    assert b"d is already prepared" in err
+
+
+@pytest.mark.parametrize("reason", ["mount point", "read-only parent"])
+def test_an_output_folder_that_cannot_be_renamed(
+    tmp_path: Path, stories: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    out = tmp_path / "parent" / "out"
+    (out / "lost+found").mkdir(parents=True)
+    rename = Path.rename
+
+    def refuse(self: Path, other: Path) -> Path:
+        if out in (self, Path(other)):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    if reason == "mount point":
+        monkeypatch.setattr(os.path, "ismount", lambda path: path == out)
+    else:
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda p, mode: p != out.parent and access(p, mode))
+    prepare_data(stories, tmp_path / "normal")
+    prepare_data(stories, out)
+    names = {path.name for path in (tmp_path / "normal").iterdir()}
+    assert {path.name for path in out.iterdir()} == names | {"lost+found"}
+    with pytest.raises(UsageError, match="already prepared"):
+        prepare_data(stories, out)
+    prepare_data(stories, out, overwrite=True, tokens_per_shard=1000)
+    assert len([*out.glob("train-*.bin")]) > 1
+    load_corpus(str(out))
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_what_a_folder_contributed_is_reported(
+    workplace: Path, stories: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("in/a.txt", "in/.cache/b.txt", "in/c.md", "in/val.txt"):
+        (workplace / name).parent.mkdir(parents=True, exist_ok=True)
+        (workplace / name).write_text(f"The text of {name}. " * 99)
+    (workplace / "in" / "d.jsonl").write_text('{"text": null}\n{"text": "One more."}\n')
+    args = ("in", "in/a.txt", "--val", "in/val.txt", "--out", "d")
+    assert run(prepare.main, *args) == 2
+    message = (
+        "in/d.jsonl, line 1: field 'text' must be a string, not None; skip such rows with --skip"
+    )
+    assert message in capfd.readouterr().err
+    assert run(prepare.main, *args, "--skip-invalid") == 0
+    out = capfd.readouterr().out
+    assert "2 files read, 4 skipped\n  skipped in/.cache: hidden\n  skipped in/c.md: not *.t" in out
+    assert "  skipped in/val.txt: used for validation\n  skipped in/a.txt: already inc" in out
+    assert "included\n1 row without a text skipped\n" in out
+    meta = json.loads(Path("d/meta.json").read_text())
+    assert [source["path"] for source in meta["sources"]] == ["in/a.txt", "in/d.jsonl"]
+    assert (meta["train"]["documents"], meta["val"]["documents"], meta["invalid"]) == (2, 1, 1)
