@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -168,6 +168,7 @@ class Side:
         run: `run(n)` performs n steps.
         spent: seconds of each forward and backward and of each update of fastgpt's side.
         overheads: for each call of `run`, the fraction of its time that is not in `spent`.
+        opened: what stays open until the process ends.
     """
 
     recipe: Recipe
@@ -176,6 +177,7 @@ class Side:
     run: Callable[[int], None]
     spent: list[float] = field(default_factory=list)
     overheads: list[float] = field(default_factory=list)
+    opened: ExitStack = field(default_factory=ExitStack)
 
 
 side: Side  # of this process
@@ -226,9 +228,12 @@ def describe() -> dict[str, Any]:
 def fastgpt_side(recipe: Recipe) -> Side:
     """Return fastgpt's trainer, whose steps include the data feed and the log."""
     trainer = Trainer(recipe)
-    trainer._feed = trainer._feeder()
-    spent: list[float] = []
     learner = trainer.learner
+    opened = ExitStack()
+    opened.callback(trainer.close)
+    opened.enter_context(trainer.writer.opened(recipe, trainer.step))  # metrics.jsonl
+    trainer._loader = opened.enter_context(learner.loader(trainer.step))
+    spent: list[float] = []
     learner.backward = timed(learner.backward, spent)  # type: ignore[method-assign]
     learner.updater.step = timed(learner.updater.step, spent)  # type: ignore[method-assign]
     progress = Progress(0, recipe.max_steps)
@@ -240,7 +245,7 @@ def fastgpt_side(recipe: Recipe) -> Side:
             if progress.due():
                 trainer._log(progress)
 
-    return Side(recipe, trainer.model, learner.corpus, run, spent)
+    return Side(recipe, trainer.model, learner.corpus, run, spent, opened=opened)
 
 
 def timed(function: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
