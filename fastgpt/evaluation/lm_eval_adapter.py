@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import lm_eval.models  # noqa: F401  # registers its own models, only while no other is registered
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -50,6 +51,8 @@ class FastGPT(TemplateLM):
         super().__init__()
         if dtype not in ("float32", "bfloat16", "float16"):
             raise UsageError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}")
+        if device == "cuda:0" and not torch.cuda.is_available():
+            device = None  # the default of the harness's command, also without a GPU
         self._device = find_device(device or "auto")
         (self._precision,) = choose_precision(dtype, self._device)
         self.model, self.gpt_tokenizer = interop.load(str(pretrained), self._device, ops)

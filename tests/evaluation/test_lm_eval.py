@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.testing import assert_close
 
 from fastgpt import lm_eval
@@ -176,6 +177,18 @@ def test_other_kinds_of_models_are_still_known() -> None:
 
     assert get_model("fastgpt") is FastGPT
     assert get_model("dummy").__name__ == "DummyLM"
+
+
+@needs_harness
+@pytest.mark.filterwarnings("ignore")
+def test_the_default_device_of_the_harness_works_without_a_gpu(
+    taught: tuple[Path, GPT, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastgpt.evaluation.lm_eval_adapter import FastGPT
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = FastGPT(str(taught[0] / "hf"), device="cuda:0")
+    assert model.device.type in ("cpu", "mps")
 
 
 @needs_harness
