@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import tyro
 
 import fastgpt
+from fastgpt.checkpoint.load import resolve_run
 from fastgpt.data.batches import gather, validation_windows
 from fastgpt.data.corpus import load_corpus
 from fastgpt.inference.engine import Engine
@@ -26,10 +27,12 @@ def main(run: tyro.conf.Positional[Path], tokens: int = 20_000) -> None:
         run: the run folder.
         tokens: the number of validation tokens.
     """
+    run = resolve_run(run)
     model, tokenizer = fastgpt.load(run)
-    _, recipe = read_run(fastgpt.checkpoint.load.resolve_run(run))
-    data = find_data(run, recipe)["data"] or ""
-    val = load_corpus(data, tokenizer, recipe.val_fraction).val
+    _, recipe = read_run(run)
+    files = find_data(run, recipe)
+    data, val_data = files["data"] or "", files["val_data"]
+    val = load_corpus(data, tokenizer, recipe.val_fraction, val_data=val_data).val
     size = model.config.block_size
     inputs, targets = gather(val, validation_windows(val, size, tokens), size)
     exact = 0.0
