@@ -6,6 +6,7 @@ environment. Without it the world size is 1, and all functions return without co
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -161,6 +162,9 @@ def wrap(model: GPT, world: World, parallel: str) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh  # slow imports
     from torch.distributed.fsdp import fully_shard
 
+    # From PyTorch 2.14 on, a warning that in-place operations on the outputs of blocks would skip
+    # FSDP's hooks. The network has no such operations.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(model.device.type, (world.size,))
     for module in (*model.h, model):
         fully_shard(module, mesh=mesh)

@@ -170,7 +170,8 @@ def test_a_resumed_run_matches_an_uninterrupted_one(tiny: Recipe, tmp_path: Path
 def test_a_run_goes_on_with_any_number_of_processes(tiny: Recipe, tmp_path: Path) -> None:
     """Two processes with FSDP and weight averaging, then one; compared with one process only."""
     recipe = replace(tiny, parallel="fsdp", ema=0.9, patience=10)
-    run(*TORCHRUN, script(tmp_path, STOPPING), *options(recipe), check=False)
+    stopped = run(*TORCHRUN, script(tmp_path, STOPPING), *options(recipe), check=False)
+    assert "UserWarning" not in stopped.stderr
     assert find_checkpoint(tmp_path / "run").step == 6
     Trainer.resume(tmp_path / "run").fit()
     Trainer(replace(recipe, out=str(tmp_path / "alone"))).fit()
