@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastgpt.inference.generation import GenerationSettings
     from fastgpt.inference.kv_cache import KVCache, StepCache
     from fastgpt.inference.quantization import Dtype
+    from fastgpt.inference.sampling import TokenIds
     from fastgpt.inference.session import GenerationRequest, TorchSession
     from fastgpt.tokenizer import BaseTokenizer
 
@@ -148,7 +149,7 @@ class GPT(nn.Module):
         return self._backend.linear_cross_entropy(hidden, head, targets)  # type: ignore[no-any-return]
 
     def generate(
-        self, ids: Tensor, max_new_tokens: int, **settings: "Unpack[GenerationSettings]"
+        self, ids: "TokenIds", max_new_tokens: int, **settings: "Unpack[GenerationSettings]"
     ) -> Tensor:
         """Continue `ids` `[B, T]` by sampling; see `fastgpt.inference.generation.generate`."""
         from fastgpt.inference.generation import generate  # a higher layer: imported on use

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.inference.kv_cache import KVCache
-from fastgpt.inference.sampling import check_prompts
+from fastgpt.inference.sampling import TokenIds, as_integer, as_token_ids, check_prompts
 from fastgpt.model import GPT, eval_mode
 
 
@@ -30,7 +30,7 @@ class Beam:
 @torch.no_grad()
 def beam_search(
     model: GPT,
-    ids: Tensor,
+    ids: TokenIds,
     max_new_tokens: int,
     *,
     n_beams: int = 4,
@@ -46,10 +46,13 @@ def beam_search(
 
     length_penalty: values above 0 favor longer sequences.
 
-    Raises: ValueError for invalid arguments, or if prompt and new tokens exceed the context.
+    Raises: ValueError for invalid arguments, or if prompt and new tokens exceed the context;
+        TypeError for numbers that are not integers.
     """
+    ids, max_new_tokens = as_token_ids(ids), as_integer("max_new_tokens", max_new_tokens)
+    n_beams, n = as_integer("n_beams", n_beams), as_integer("n", n)
     _check(model, ids, max_new_tokens, n_beams, n)
-    search = _Search(model, ids.reshape(-1).long(), n_beams, length_penalty, stop_token)
+    search = _Search(model, ids.reshape(-1), n_beams, length_penalty, stop_token)
     for step in range(1, max_new_tokens + 1):
         if search.step(step):
             break

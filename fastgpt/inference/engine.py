@@ -19,7 +19,7 @@ from torch import Tensor
 from fastgpt.inference import generation, quantization
 from fastgpt.inference.generation import GenerationSettings
 from fastgpt.inference.quantization import GROUP, Dtype, EngineWeights
-from fastgpt.inference.sampling import Sampler, check_prompts
+from fastgpt.inference.sampling import Sampler, TokenIds, as_token_ids, check_prompts
 from fastgpt.inference.session import GenerationRequest
 from fastgpt.model import GPT
 from fastgpt.utils.extension import _C
@@ -134,28 +134,27 @@ class Engine:
         """The bytes of weights read per decoding step, which all rows of a batch share."""
         return self._core.bytes_per_token
 
-    def prefill(self, ids: Tensor) -> Tensor:
+    def prefill(self, ids: TokenIds) -> Tensor:
         """Return the next-token logits `[B, V]` (fp32) of each row of `ids` `[B, T]`."""
-        check_prompts(ids, self.config.vocab_size)
-        return self.start_session(GenerationRequest(ids, 1, Sampler(), 0)).prefill()
+        return self.start_session(GenerationRequest(as_token_ids(ids), 1, Sampler(), 0)).prefill()
 
-    def logits(self, ids: Tensor) -> Tensor:
+    def logits(self, ids: TokenIds) -> Tensor:
         """Return the logits `[B, T, V]` (fp32) at every position, as `GPT` does.
 
         ids: int64 `[B, T]`, T at most `block_size`.
         """
-        check_prompts(ids, self.config.vocab_size)
+        ids = check_prompts(ids, self.config.vocab_size)
         rows = [torch.from_numpy(self._core.logits(row)) for row in ids.tolist()]
         return torch.stack(rows)
 
     def generate(
-        self, ids: Tensor, max_new_tokens: int, **settings: Unpack[GenerationSettings]
+        self, ids: TokenIds, max_new_tokens: int, **settings: Unpack[GenerationSettings]
     ) -> Tensor:
         """Continue `ids` `[B, T]`; see `fastgpt.inference.generation.generate`."""
         return generation.generate(self, ids, max_new_tokens, **settings)
 
     def stream(
-        self, ids: Tensor, max_new_tokens: int, **settings: Unpack[GenerationSettings]
+        self, ids: TokenIds, max_new_tokens: int, **settings: Unpack[GenerationSettings]
     ) -> Iterator[Tensor]:
         """Yield the new tokens of `ids`; see `fastgpt.inference.generation.stream`."""
         return generation.stream(self, ids, max_new_tokens, **settings)
@@ -177,7 +176,7 @@ class EngineSession:
         stop = request.stop_token
         self._vocab_size = vocab_size
         self._generation = core.generation(
-            [prompt.tolist() for prompt in request.prompts],
+            [prompt.tolist() for prompt in request.token_ids(vocab_size)],
             request.n,
             min(request.max_new_tokens, MOST),
             settings,

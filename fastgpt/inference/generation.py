@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 import torch
 from torch import Tensor
 
-from fastgpt.inference.sampling import Sampler, Sampling, check_prompts
+from fastgpt.inference.sampling import Sampler, Sampling, TokenIds, as_integer, as_token_ids
 from fastgpt.inference.session import GenerationRequest, GenerationSession
 from fastgpt.model import GPT
 
@@ -56,39 +56,43 @@ class GenerationSettings(Sampling, total=False):
 
 def generate(
     model: "GPT | Engine",
-    ids: Tensor,
+    ids: TokenIds,
     max_new_tokens: int,
     **settings: Unpack[GenerationSettings],
 ) -> Tensor:
     """Continue each row of `ids` and return prompt and continuation, int64 `[B·n, T + new]`.
 
     model: a `GPT`, or an `Engine`.
-    ids: int64 `[B, T]`, T at least 1. It may be longer than the context: the window slides.
+    ids: integers `[B, T]`, T at least 1, as a tensor, an array or nested lists. It may be longer
+    than the context: the window slides. The result is on the device of `ids`.
     settings: `n`, `seed`, `stop_token`, `use_cache`, see `GenerationSettings`; `temperature`,
     `top_k`, `top_p`, `min_p`, `repetition_penalty`, `presence_penalty`, `frequency_penalty`, see
     `fastgpt.inference.sampling.Sampler`.
 
-    Raises: ValueError for invalid arguments, with the valid range.
+    Raises: ValueError for invalid arguments, with the valid range; TypeError for settings that are
+        not numbers, or not integers.
     """
+    ids = as_token_ids(ids)
     new = list(_stream(model, ids, max_new_tokens, **settings))
-    prompts = ids.repeat_interleave(settings.get("n", 1), 0)
+    prompts = ids.repeat_interleave(as_integer("n", settings.get("n", 1)), 0)
     return torch.cat([prompts, torch.stack(new, dim=1).to(ids.device)], dim=1) if new else prompts
 
 
 def stream(
     model: "GPT | Engine",
-    ids: Tensor,
+    ids: TokenIds,
     max_new_tokens: int,
     **settings: Unpack[GenerationSettings],
 ) -> Iterator[Tensor]:
     """Yield the new tokens one position at a time, int64 `[B·n]`; arguments as for `generate`."""
+    ids = as_token_ids(ids)
     steps = _stream(model, ids, max_new_tokens, **settings)
     return (tokens.to(ids.device) for tokens in steps)
 
 
 def complete(
     model: "GPT | Engine",
-    prompts: Sequence[Sequence[int] | Tensor],
+    prompts: Sequence[TokenIds] | Tensor,
     max_new_tokens: int,
     *,
     n: int = 1,
@@ -108,16 +112,14 @@ def complete(
     with the token for which it returns True.
     The other arguments are those of `generate`.
     """
-    rows = [torch.as_tensor(prompt) for prompt in prompts]
-    for row in rows:
-        check_prompts(row[None] if row.dim() == 1 else row, model.config.vocab_size)
     sampler = Sampler(**sampling)
     request = GenerationRequest(
-        rows, max_new_tokens, sampler, seed, n, use_cache=use_cache, with_logprobs=True
+        prompts, max_new_tokens, sampler, seed, n, use_cache=use_cache, with_logprobs=True
     )
-    if not rows:
+    if not len(prompts):
         return []
-    completions = [Completion() for _ in range(len(rows) * n)]
+    n = request.n
+    completions = [Completion() for _ in range(len(prompts) * n)]
     session = model.start_session(request)
     for _, (tokens, logprobs) in copy_to_host(_steps(session, with_logprobs=True)):
         sampled = zip(completions, tokens, logprobs, strict=True)
@@ -188,7 +190,6 @@ def _stream(
 
     Arguments are checked here rather than at the first step, as this is not a generator.
     """
-    check_prompts(ids, model.config.vocab_size)
     sampler = Sampler(**sampling)
     request = GenerationRequest(ids, max_new_tokens, sampler, seed, n, stop_token, use_cache)
     steps = _steps(model.start_session(request))

@@ -1,13 +1,17 @@
 """Sampling of tokens from logits: penalties, temperature, top-k, top-p and min-p, random draws."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from operator import index
-from typing import SupportsIndex, TypedDict
+from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+TokenIds: TypeAlias = "Tensor | NDArray[np.integer[Any]] | Sequence[int] | Sequence[Sequence[int]]"
 
 MIN_TEMPERATURE = 1e-30  # lower ones are treated as 0: fp32 logits cannot be divided by them
 
@@ -41,7 +45,8 @@ class Sampler:
     min_p: keep the tokens whose probability is at least this fraction of the most likely token's,
     in [0, 1] (Nguyen et al. 2024, arXiv:2407.01082).
 
-    Raises: ValueError for a value outside its range.
+    Raises: ValueError for a value outside its range; TypeError for a value that is not a number, or
+        a `top_k` that is not an integer.
     """
 
     temperature: float = 1.0
@@ -53,6 +58,7 @@ class Sampler:
     frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
+        self._convert()
         if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
             raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
         if self.top_k is not None and self.top_k < 0:
@@ -68,6 +74,15 @@ class Sampler:
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2.0 <= getattr(self, name) <= 2.0:
                 raise ValueError(f"{name} must be from -2 to 2, not {getattr(self, name)}")
+
+    def _convert(self) -> None:
+        """Replace numbers of other types, such as NumPy's, by an int (`top_k`) and floats."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            convert = as_integer if field.name == "top_k" else as_float
+            object.__setattr__(self, field.name, convert(field.name, value))  # self is frozen
 
     @property
     def uses_penalties(self) -> bool:
@@ -175,15 +190,17 @@ class TokenCounts:
 def expand_seeds(seed: int | Sequence[int] | None, n_rows: int) -> list[int]:
     """Return one seed per row: `seed + row`, or the entries of a list.
 
-    None draws fresh seeds. Raises ValueError for seeds outside [0, 2^63), or if the number of seeds
-    differs from the number of rows.
+    None draws fresh seeds. Raises TypeError for seeds that are not integers, ValueError for seeds
+    outside [0, 2^63), or if the number of seeds differs from the number of rows.
     """
     if seed is None:
         seed = torch.Generator().seed() % 2**62
-    if isinstance(seed, SupportsIndex):  # also NumPy integers
-        seeds = [index(seed) + row for row in range(n_rows)]
+    if isinstance(seed, SupportsIndex):
+        first = as_integer("seed", seed)
+        seeds = [first + row for row in range(n_rows)]
     else:
-        seeds = list(seed)
+        entries = seed if isinstance(seed, Iterable) else [seed]
+        seeds = [as_integer("seed", entry) for entry in entries]
     if len(seeds) != n_rows:
         raise ValueError(f"{len(seeds)} seeds for {n_rows} rows: give one per row, or a single one")
     if wrong := [s for s in seeds if not 0 <= s < 2**63]:
@@ -191,19 +208,52 @@ def expand_seeds(seed: int | Sequence[int] | None, n_rows: int) -> list[int]:
     return seeds
 
 
-def check_prompts(ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless ids are integers `[B, T]`, T at least 1, inside the vocabulary."""
+def as_integer(name: str, value: Any) -> int:
+    """Return an argument as an int; TypeError, with its name, unless it is an integer.
+
+    Integers are Python's, including bool, and those of NumPy and PyTorch (one element).
+    """
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {value!r}") from None
+
+
+def as_float(name: str, value: Any) -> float:
+    """Return an argument as a float; TypeError, with its name, unless it is a number."""
+    if not isinstance(value, SupportsFloat):  # a str is none
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    return float(value)
+
+
+def as_token_ids(ids: TokenIds) -> Tensor:
+    """Return token ids as an int64 tensor; ValueError if they are not integers in equal rows."""
+    try:
+        tensor = ids if isinstance(ids, Tensor) else torch.tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"ids must be a tensor, an array or a list of rows of equal length ({error}); for "
+            "prompts of different lengths: fastgpt.inference.generation.complete"
+        ) from None
+    other = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
+    if other and tensor.numel():  # an empty list becomes a float tensor
+        raise ValueError(f"token ids must be integers, not {tensor.dtype}")
+    return tensor.to(torch.int64)
+
+
+def check_prompts(ids: TokenIds, vocab_size: int) -> Tensor:
+    """Return ids `[B, T]`, T at least 1, as int64; ValueError unless the vocabulary has them."""
+    ids = as_token_ids(ids)
     if ids.dim() != 2 or ids.numel() == 0:
         raise ValueError(
             f"ids must be [batch, tokens] with at least one token, not {list(ids.shape)}; "
-            f"for one prompt: torch.tensor([tokenizer.encode(text)])"
+            f"for one prompt: [tokenizer.encode(text)]"
         )
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"token ids must be integers, not {ids.dtype}")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
         raise ValueError(f"token id {wrong} is outside the model's vocabulary of {vocab_size}")
+    return ids
 
 
 def _keep_top_k(logits: Tensor, top_k: int) -> Tensor:

@@ -15,7 +15,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastgpt.inference.cuda_graph import GraphRunner, can_capture
 from fastgpt.inference.kv_cache import IncrementalDecoder, StepCache
-from fastgpt.inference.sampling import RandomStreams, Sampler, TokenCounts, expand_seeds
+from fastgpt.inference.sampling import (
+    RandomStreams,
+    Sampler,
+    TokenCounts,
+    TokenIds,
+    as_integer,
+    as_token_ids,
+    check_prompts,
+    expand_seeds,
+)
 from fastgpt.model import GPT, eval_mode
 
 ROOM = 128  # the token buffer grows by at least this many positions
@@ -30,10 +39,11 @@ class GenerationRequest:
     recomputed for each token (of a `GPT` only). with_logprobs: required for
     `GenerationSession.logprobs`.
 
-    Raises: ValueError for invalid values, before anything is computed.
+    Raises: ValueError for invalid values, TypeError for those that are not integers, before
+        anything is computed.
     """
 
-    prompts: Sequence[Tensor] | Tensor
+    prompts: Sequence[TokenIds] | Tensor
     max_new_tokens: int
     sampler: Sampler
     seed: int | Sequence[int] | None = None
@@ -43,10 +53,20 @@ class GenerationRequest:
     with_logprobs: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "n", "stop_token"):
+            if (value := getattr(self, name)) is not None or name != "stop_token":
+                object.__setattr__(self, name, as_integer(name, value))  # self is frozen
         if self.n < 1:
             raise ValueError(f"n must be at least 1, not {self.n}")
         if self.max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be at least 0, not {self.max_new_tokens}")
+
+    def token_ids(self, vocab_size: int) -> list[Tensor]:
+        """Return each prompt, int64 `[T_i]`; ValueError unless the vocabulary has all its ids."""
+        if isinstance(self.prompts, Tensor):  # of equal lengths: checked at once
+            return list(check_prompts(self.prompts, vocab_size))
+        rows = (as_token_ids(prompt)[None] for prompt in self.prompts)
+        return [check_prompts(row, vocab_size)[0] for row in rows]
 
     def seeds(self) -> list[int]:
         """Return one seed per row."""
@@ -82,9 +102,8 @@ class TorchSession:
 
     def __init__(self, model: GPT, request: GenerationRequest) -> None:
         device, sampler = model.device, request.sampler
-        rows = [
-            prompt.to(device, torch.int64) for prompt in request.prompts for _ in range(request.n)
-        ]
+        prompts = request.token_ids(model.config.vocab_size)
+        rows = [prompt.to(device) for prompt in prompts for _ in range(request.n)]
         self.model, self.sampler, self.stop_token = model, sampler, request.stop_token
         self.steps_left = request.max_new_tokens
         self.lengths = [len(row) for row in rows]

@@ -1,15 +1,21 @@
 """Generation by the engine, compared to its PyTorch reference implementation."""
 
 import gc
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -369,6 +375,69 @@ def test_invalid_settings_are_rejected(engine: Engine, wrong: dict[str, Any], me
         engine.stream(prompt(), **{"max_new_tokens": 3, **wrong})  # raises without being iterated
 
 
+INTEGERS = ["max_new_tokens", "n", "top_k", "stop_token", "seed"]
+NUMBERS = ["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in INTEGERS for value in (1.5, 2.0, "2", math.inf)]
+    + [(name, value) for name in NUMBERS for value in ("0.5", 1j)]
+    + [("max_new_tokens", None), ("n", None), ("temperature", None), ("seed", [0, 1.0])],
+)
+def test_settings_of_a_wrong_type_are_rejected_alike(
+    model: GPT, engine: Engine, name: str, value: Any
+) -> None:
+    """The prompt is longer than the context, where 1.5 new tokens never ended."""
+    kind = "a number" if name in NUMBERS else "an integer"
+    shown = value[1] if isinstance(value, list) else value
+    for generator in (model, engine):
+        with pytest.raises(TypeError, match=re.escape(f"{name} must be {kind}, not {shown!r}")):
+            stream(generator, prompt(2, 20), **{"max_new_tokens": 3, name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "same"),
+    [(name, kind(2), 2) for name in INTEGERS for kind in (np.int64, np.uint8, torch.tensor)]
+    + [(name, kind("0.5"), 0.5) for name in NUMBERS for kind in (np.float32, Fraction, Decimal)]
+    + [("top_k", True, 1), ("top_k", False, None), ("presence_penalty", True, 1.0)],
+)
+def test_numbers_of_any_type_are_the_same_in_both_engines(
+    model: GPT, engine: Engine, name: str, value: Any, same: Any
+) -> None:
+    for generator in (model, engine):
+        settings = {"max_new_tokens": 3, "seed": 5, "n": 1}
+        expected = generate(generator, prompt(), **settings | {name: same})
+        assert torch.equal(generator.generate(prompt(), **settings | {name: value}), expected)
+        assert value == same or same is None  # a tensor is not changed by counting down
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        torch.Tensor.tolist,
+        lambda ids: tuple(map(tuple, ids.tolist())),
+        torch.Tensor.numpy,
+        lambda ids: ids.numpy().astype(np.uint16),
+        lambda ids: np.frombuffer(ids.numpy().tobytes(), np.int64).reshape(2, 5),  # read-only
+        lambda ids: ids.to(torch.uint16),
+    ],
+)
+def test_ids_of_any_kind_give_the_same_tokens_in_both_engines(
+    model: GPT, engine: Engine, kind: Callable[[torch.Tensor], Any]
+) -> None:
+    ids = kind(prompt())
+    for generator in (model, engine):
+        expected = generator.generate(prompt(), 5, seed=1)
+        assert torch.equal(generator.generate(ids, 5, seed=1), expected)
+        steps = torch.stack(list(stream(generator, ids, 5, seed=1)), 1)
+        assert torch.equal(steps, expected[:, 5:])
+        completions = complete(generator, ids, 5, seed=1)
+        assert [completion.ids for (completion,) in completions] == steps.tolist()
+    assert torch.equal(engine.logits(ids), engine.logits(prompt()))
+    assert torch.equal(engine.prefill(ids), engine.prefill(prompt()))
+
+
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
@@ -376,11 +445,19 @@ def test_invalid_settings_are_rejected(engine: Engine, wrong: dict[str, Any], me
         (torch.zeros(1, 0, dtype=torch.int64), r"at least one token, not \[1, 0\]"),
         (torch.tensor([[3, 61]]), "token id 61 is outside the model's vocabulary of 61"),
         (torch.tensor([[-1, 3]]), "token id -1 is outside"),
+        ([1, 2], r"\[batch, tokens\].*not \[2\]; for one prompt: \[tokenizer.encode\(text\)\]"),
+        ([[]], r"at least one token, not \[1, 0\]"),
+        ([[1], [2, 3]], "rows of equal length .*for prompts of different lengths: .*complete"),
+        ([[1.0, 2.0]], "token ids must be integers, not torch.float32"),
+        ([[True, False]], "token ids must be integers, not torch.bool"),
+        ([[2**70]], "ids must be"),
+        ("abc", "ids must be a tensor, an array or a list"),
     ],
 )
-def test_wrong_ids_are_refused(engine: Engine, ids: torch.Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        engine.generate(ids, 3)
+def test_wrong_ids_are_refused(model: GPT, engine: Engine, ids: Any, message: str) -> None:
+    for generator in (model, engine):
+        with pytest.raises(ValueError, match=message):
+            generator.generate(ids, 3)
 
 
 def test_more_tokens_than_the_context_have_no_logits(engine: Engine) -> None:

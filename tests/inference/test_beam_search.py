@@ -98,3 +98,10 @@ def test_wrong_values(settings, message: str) -> None:
     settings = {"ids": torch.arange(5), "max_new_tokens": 3, **settings}
     with pytest.raises(ValueError, match=message):
         beam_search(make(), **settings)
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "n_beams", "n"])
+def test_numbers_that_are_not_integers_are_rejected(name: str) -> None:
+    settings = {"max_new_tokens": 3, name: 1.5}
+    with pytest.raises(TypeError, match=f"{name} must be an integer, not 1.5"):
+        beam_search(make(), [1, 2, 3], **settings)
