@@ -46,7 +46,7 @@ class StoredTensor:
     def read(self) -> Tensor:
         """Read and return the tensor; UsageError if the file cannot be read or is truncated."""
         tensor = torch.empty(self.shape, dtype=self.dtype)
-        memory = _bytes_of(tensor)
+        memory = bytes_of(tensor)
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(self.offset)
@@ -101,7 +101,7 @@ def write_tensors(
     digest = hashlib.sha256()
     with path.open("xb") as file:
         header = memoryview(_header(layout, metadata))
-        for part in itertools.chain([header], (_bytes_of(tensors[name]) for name, _, _ in layout)):
+        for part in itertools.chain([header], (bytes_of(tensors[name]) for name, _, _ in layout)):
             for begin in range(0, len(part), PIECE):
                 on_piece()
                 piece = part[begin : begin + PIECE]
@@ -111,6 +111,12 @@ def write_tensors(
         file.flush()
         os.fsync(file.fileno())
     return {"size": size, "sha256": digest.hexdigest()}
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a CPU tensor in row-major order, without a copy if it is contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 class HostCopy:
@@ -188,12 +194,6 @@ def _header(layout: _Layout, metadata: Mapping[str, str] | None = None) -> bytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a CPU tensor in row-major order, without a copy if it is contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 def _size(dtype: torch.dtype, shape: torch.Size) -> int:

@@ -17,7 +17,8 @@ dtype except ``"float32"``.
 
 Files are safetensors files. A quantized matrix `NAME` is stored as `NAME` (int8, or uint8 with two
 4-bit weights per byte, each with 8 added, the first in the low half) and `NAME.scales` (float32).
-The metadata is JSON under the key ``fastgpt``: format, dtype, group, config.
+The metadata is JSON under the key ``fastgpt``: format, dtype, group, config, and the checksum of
+these and of all tensors (`_checksum`). Files of format 1 have no checksum.
 """
 
 import json
@@ -36,12 +37,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastgpt.checkpoint.tensor_file import bytes_of
 from fastgpt.model import GPTConfig, meta_weights
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.extension import _C
+from fastgpt.utils.files import atomic_file
 
 GROUP = 64
-FORMAT = 1
+FORMAT = 2
 Dtype = Literal["float32", "bfloat16", "int8", "int4"]
 Weight = Tensor | tuple[Tensor, Tensor]
 
@@ -163,14 +166,16 @@ def save(path: Path, weights: EngineWeights) -> None:
             stored[name] = weight.to(torch.bfloat16) if narrow else weight.contiguous()
         else:
             stored[name], stored[f"{name}.scales"] = weight
-    about = {
+    about: dict[str, Any] = {
         "format": FORMAT,
         "dtype": weights.dtype,
         "group": weights.group,
         "config": asdict(weights.config),
     }
+    about["crc32c"] = _checksum(about, stored)
     try:
-        save_file(stored, path, {"fastgpt": json.dumps(about)})
+        with atomic_file(path) as temporary:
+            save_file(stored, temporary, {"fastgpt": json.dumps(about)})
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} cannot be written: {error}") from None
 
@@ -178,17 +183,78 @@ def save(path: Path, weights: EngineWeights) -> None:
 def load(path: Path) -> EngineWeights:
     """Load a file written by `save`.
 
-    Raises: QuantizationError if the file cannot be read, or if tensors are missing, unexpected or
-        of another dtype or shape.
+    Raises: QuantizationError if the file cannot be read, if the checksum differs, or if tensors are
+        missing, unexpected or of another dtype or shape.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            config, dtype, group = _read_about(path, file.metadata())
+            about = _read_about(path, file.metadata())
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise QuantizationError(f"{path} cannot be read: {error}") from None
-    shapes = weight_shapes(config)
-    expected = _expected(shapes, dtype, group)
+    checksum = about.pop("crc32c", None)
+    if not (about["format"] == 1 and checksum is None) and checksum != _checksum(about, stored):
+        raise QuantizationError(
+            f"{path} is damaged: its checksum differs; copy it again, or create it with Engine.save"
+        )
+    config, dtype, group, shapes = _read_settings(path, about, len(stored))
+    _check_tensors(path, stored, _expected(shapes, dtype, group))
+    tensors: dict[str, Weight] = {}
+    for name in shapes:
+        scales = stored.get(f"{name}.scales")
+        tensors[name] = stored[name].float() if scales is None else (stored[name], scales)
+    return EngineWeights(config, dtype, group, tensors)
+
+
+def _checksum(about: Mapping[str, Any], stored: Mapping[str, Tensor]) -> str:
+    """Return the CRC32C, in hexadecimal, of the settings and of the names and bytes of the tensors.
+
+    It reads 6 GB/s, so that a file of a 124M model in int8 loads 20 ms later. With SHA-256, which
+    would reveal no more accidental damage, it would be 130 ms.
+    """
+    crc = _C.crc32c(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(stored):
+        crc = _C.crc32c(name.encode(), crc)
+        crc = _C.crc32c(bytes_of(stored[name]), crc)
+    return f"{crc:08x}"
+
+
+def _read_about(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    """Return the metadata of a file, as `save` wrote it, if its format is known."""
+    try:
+        about: dict[str, Any] = json.loads((metadata or {})["fastgpt"])
+        found = about["format"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise QuantizationError(f"{path} does not hold engine weights: {error!r}") from None
+    if found not in (1, FORMAT):
+        raise QuantizationError(
+            f"{path} has format {found}, but this version reads formats 1 to {FORMAT}"
+        )
+    return about
+
+
+def _read_settings(
+    path: Path, about: Mapping[str, Any], n_tensors: int
+) -> tuple[GPTConfig, Dtype, int, Mapping[str, tuple[int, ...]]]:
+    """Return config, dtype, group and the shapes of the weights of a file of `n_tensors`."""
+    try:
+        config = GPTConfig(**about["config"])
+        if {field.name for field in fields(GPTConfig)} != about["config"].keys():
+            raise ValueError("incomplete config")
+        check(about["dtype"], about["group"])
+        if config.n_layer > n_tensors:  # before the shapes of an absurd number are made
+            raise ValueError(f"too few tensors for {config.n_layer:,} layers")
+        return config, about["dtype"], about["group"], weight_shapes(config)
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise QuantizationError(f"{path} does not hold engine weights: {error!r}") from None
+
+
+def _check_tensors(
+    path: Path,
+    stored: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+) -> None:
+    """Raise QuantizationError for a tensor that is missing, unexpected or of another kind."""
     for name, required in expected.items():
         if name not in stored:
             raise QuantizationError(f"{path}: {name} is missing")
@@ -197,29 +263,6 @@ def load(path: Path) -> EngineWeights:
             raise QuantizationError(f"{path}: {name} is {found}, not {required}")
     if unknown := sorted(stored.keys() - expected.keys()):
         raise QuantizationError(f"{path}: {unknown[0]} is not a weight of this model")
-    tensors: dict[str, Weight] = {}
-    for name in shapes:
-        scales = stored.get(f"{name}.scales")
-        tensors[name] = stored[name].float() if scales is None else (stored[name], scales)
-    return EngineWeights(config, dtype, group, tensors)
-
-
-def _read_about(path: Path, metadata: dict[str, str] | None) -> tuple[GPTConfig, Dtype, int]:
-    try:
-        about = json.loads((metadata or {})["fastgpt"])
-        if about["format"] != FORMAT:
-            raise QuantizationError(
-                f"{path} has format {about['format']}, but this version reads format {FORMAT}"
-            )
-        config = GPTConfig(**about["config"])
-        if {field.name for field in fields(GPTConfig)} != about["config"].keys():
-            raise ValueError("incomplete config")
-        check(about["dtype"], about["group"])
-        return config, about["dtype"], about["group"]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, QuantizationError):
-            raise
-        raise QuantizationError(f"{path} does not hold engine weights: {error!r}") from None
 
 
 def _expected(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fastgpt import GPTConfig
+from fastgpt import _C, GPTConfig
 from fastgpt.inference.engine import Engine
 from fastgpt.inference.quantization import QuantizationError, dequantize, quantize
 from fastgpt.utils.errors import UsageError
@@ -82,6 +83,56 @@ def saved(path: Path, dtype: str = "int4") -> tuple[dict[str, torch.Tensor], dic
         return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
 
 
+def without_checksum(about: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata that format 1 had."""
+    return {name: value for name, value in about.items() if name != "crc32c"} | {"format": 1}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_files_without_a_checksum_are_loaded(tmp_path: Path, dtype: str) -> None:
+    tensors, about = saved(tmp_path / "new", dtype)
+    save_file(tensors, tmp_path / "old", {"fastgpt": json.dumps(without_checksum(about))})
+    logits = [Engine.load(tmp_path / name).logits(prompt()) for name in ("new", "old")]
+    assert torch.equal(*logits)
+
+
+def test_the_checksum_is_the_crc32c_of_all_that_matters(tmp_path: Path) -> None:
+    tensors, about = saved(tmp_path / "weights", "int8")
+    checksum = about.pop("crc32c")
+    parts = [json.dumps(about, sort_keys=True).encode()]
+    for name in sorted(tensors):
+        parts += [name.encode(), tensors[name].numpy().tobytes()]
+    assert checksum == f"{_C.crc32c(b''.join(parts)):08x}"  # tested in tests/interop
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_random_damage_is_noticed(tmp_path: Path, dtype: str) -> None:
+    """Bits flipped anywhere or in the header, other characters in it, a block of zeros."""
+    saved(tmp_path / "whole", dtype)
+    content = (tmp_path / "whole").read_bytes()
+    header, random = 8 + int.from_bytes(content[:8], "little"), Random(1)
+    for round_ in range(400):
+        damaged, block = bytearray(content), 64 if round_ % 4 == 3 else 1
+        at = random.randrange(header if round_ % 4 in (1, 2) else len(content) - block)
+        flipped = bytes([content[at] ^ 1 << random.randrange(8)])
+        letter = random.choice(b'0123456789,:"{}[]-.e').to_bytes()
+        damaged[at : at + block] = (flipped, flipped, letter, bytes(block))[round_ % 4]
+        if damaged != content:
+            (tmp_path / "damaged").write_bytes(damaged)
+            with pytest.raises(QuantizationError):
+                Engine.load(tmp_path / "damaged", 1)
+
+
+@pytest.mark.parametrize(
+    "change", [{"format": 1}, {"crc32c": None}, {"crc32c": "00000000"}, {"dtype": "int8"}]
+)
+def test_a_changed_checksum_is_noticed(tmp_path: Path, change: dict[str, Any]) -> None:
+    tensors, about = saved(tmp_path / "whole", "bfloat16")
+    save_file(tensors, tmp_path / "damaged", {"fastgpt": json.dumps(about | change)})
+    with pytest.raises(QuantizationError, match="damaged: its checksum differs; copy it again"):
+        Engine.load(tmp_path / "damaged")
+
+
 def damaged(kind: str, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
     name = "h.0.mlp.c_fc.weight"
     changes: dict[str, Any] = {
@@ -96,6 +147,9 @@ def damaged(kind: str, tensors: dict[str, torch.Tensor], about: dict[str, Any]) 
         "other dtype": lambda: about.update(dtype="int3"),
         "group": lambda: about.update(group=48),
         "config": lambda: about["config"].update(n_embd=33),
+        "layers": lambda: about["config"].update(n_layer=10**30),
+        "vocabulary": lambda: about["config"].update(vocab_size=10**30),
+        "width": lambda: about["config"].update(n_embd=32.0),
         "config incomplete": lambda: about["config"].pop("n_layer"),
         "no config": lambda: about.pop("config"),
     }
@@ -112,16 +166,21 @@ def damaged(kind: str, tensors: dict[str, torch.Tensor], about: dict[str, Any]) 
         ("dtype", "h.0.mlp.c_fc.weight is .*int32.*, not .*uint8"),
         ("not finite", "h.0.mlp.c_fc.weight's scales contains NaN or infinity"),
         ("-128", "wte.weight contains -128"),
-        ("format", "has format 9, but this version reads format 1"),
+        ("format", "has format 9, but this version reads formats 1 to 2"),
         ("other dtype", "does not hold engine weights: .*int3"),
         ("group", "does not hold engine weights: .*48"),
         ("config", "does not hold engine weights: .*multiple of n_head"),
+        ("layers", "does not hold engine weights: .*too few tensors"),
+        ("vocabulary", "does not hold engine weights: "),
+        ("width", "does not hold engine weights: "),
         ("config incomplete", "does not hold engine weights: .*incomplete config"),
         ("no config", "does not hold engine weights: .*config"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, kind: str, message: str) -> None:
+    """Also without a checksum."""
     tensors, about = saved(tmp_path / "whole")
+    about = without_checksum(about)
     damaged(kind, tensors, about)
     save_file(tensors, tmp_path / "damaged", {"fastgpt": json.dumps(about)})
     with pytest.raises(QuantizationError, match=message):
