@@ -67,7 +67,8 @@ def convert(source: str | Path, to: Kind, out: Path, precision: Precision = "f32
 
     if precision != "f32" and to != "gguf":
         raise UsageError(f"precision is for GGUF files only: {to} stores float32")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    # hidden files do not count: a process that was killed may have left one (`atomic_files`)
+    if out.is_file() or (out.is_dir() and any(file.name[0] != "." for file in out.iterdir())):
         raise UsageError(f"{out} already exists; give another --out")
     notes: list[str] = []
     tokenizer: BaseTokenizer | None
@@ -127,7 +128,8 @@ def check_written(
         unequal.append("the tokenizer differs")
     if unequal:
         raise UsageError(
-            f"{path} differs from what was written: {'; '.join(unequal)}; check the disk"
+            f"{path} differs from what was written: {'; '.join(unequal)}; delete it, and check the "
+            "disk"
         )
 
 

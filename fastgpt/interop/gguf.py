@@ -116,7 +116,8 @@ def write(
             _add_metadata(writer, model.config, vocabulary, precision)
             _write_file(writer, temporary, model, precision)
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
+        reason = error.strerror or f"{error} (is the disk full?)"
+        raise UsageError(f"{path} cannot be written: {reason}") from None
 
 
 def _import_gguf(path: Path) -> Any:
@@ -361,8 +362,13 @@ def _write_file(writer: GGUFWriter, path: Path, model: GPT, precision: Precision
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, tensor in tensors:
-        writer.write_tensor_data(_encode(tensor, _kind(name, tensor, precision)))
+    assert writer.fout is not None
+    (file,) = writer.fout
+    for name, tensor in tensors:  # not write_tensor_data: its `tofile` ignores a full disk
+        data = _encode(tensor, _kind(name, tensor, precision))
+        writer.write_padding(file, file.tell())
+        file.write(np.ascontiguousarray(data).data)
+        writer.write_padding(file, data.nbytes)
     writer.flush()
 
 

@@ -21,7 +21,7 @@ from fastgpt.interop.tokenizer_files import TOKENIZER_FILES, write_tokenizer
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer
 from fastgpt.utils.errors import UsageError
-from fastgpt.utils.files import write_json
+from fastgpt.utils.files import atomic_files, write_json
 
 CONFIG, WEIGHTS, PICKLED, INDEX = (
     "config.json",
@@ -65,13 +65,14 @@ def write(model: GPT, folder: Path, tokenizer: BaseTokenizer | None = None) -> N
         if (folder / name).exists():
             raise UsageError(f"{folder} already contains {name}; give another folder")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / WEIGHTS, _from_fastgpt(model), metadata={"format": "pt"})
-        if tokenizer is not None:
-            write_tokenizer(tokenizer, folder, model.config.block_size)
-        write_json(folder / CONFIG, _config(model.config, tokenizer))  # last: marks completeness
+        with atomic_files(folder) as temporary:
+            write_tensors(temporary / WEIGHTS, _from_fastgpt(model), metadata={"format": "pt"})
+            if tokenizer is not None:
+                write_tokenizer(tokenizer, temporary, model.config.block_size)
+            write_json(temporary / CONFIG, _config(model.config, tokenizer))
     except OSError as error:
-        raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from None
+        reason = error.strerror or f"{error} (is the disk full?)"
+        raise UsageError(f"{folder} cannot be written: {reason}") from None
 
 
 # --- import ----------------------------------------------------------------------------------

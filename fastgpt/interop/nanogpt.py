@@ -24,7 +24,7 @@ from fastgpt.interop.pickled import lazy, named_tensors, pickle_contains, unpick
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from fastgpt.utils.errors import UsageError
-from fastgpt.utils.files import atomic_file
+from fastgpt.utils.files import atomic_files
 
 CHECKPOINT, META = "ckpt.pt", "meta.pkl"
 PADDED_GPT2 = 50304  # GPT-2's vocabulary size, padded to a multiple of 64
@@ -75,14 +75,15 @@ def write(model: GPT, folder: Path, tokenizer: BaseTokenizer | None = None) -> N
     _check_config(model.config)
     has_characters = _has_characters(tokenizer)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if has_characters:
-            (folder / META).write_bytes(pickle.dumps(_meta(tokenizer)))
         # sample.py looks for meta.pkl in data/DATASET, which becomes data/../NAME
         dataset = {"dataset": f"../{folder.resolve().name}"} if has_characters else {}
-        _save(_checkpoint(model, dataset), folder / CHECKPOINT)
+        with atomic_files(folder) as temporary:
+            if has_characters:
+                (temporary / META).write_bytes(pickle.dumps(_meta(tokenizer)))
+            _save(_checkpoint(model, dataset), temporary / CHECKPOINT)
     except OSError as error:
-        raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from None
+        reason = error.strerror or f"{error} (is the disk full?)"
+        raise UsageError(f"{folder} cannot be written: {reason}") from None
 
 
 # --- import ----------------------------------------------------------------------------------
@@ -224,9 +225,7 @@ def _new_optimizer(model: GPT) -> dict[str, Any]:
 
 
 def _save(content: dict[str, Any], file: Path) -> None:
-    """Save a file atomically: on failure, nothing is left."""
     try:
-        with atomic_file(file) as temporary:
-            torch.save(content, temporary)
+        torch.save(content, file)
     except RuntimeError as error:  # raised by torch if the disk is full
         raise OSError(str(error).splitlines()[0]) from None

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT
+from fastgpt.utils.files import atomic_file
 from fastgpt.utils.threads import map_in_order
 
 if TYPE_CHECKING:
@@ -309,10 +310,12 @@ class StreamDecoder:
 
 
 def write_json(path: str | Path, data: dict[str, Any]) -> None:
-    """Write a JSON file, or ``tokenizer.json`` in an existing folder."""
+    """Write a JSON file, or ``tokenizer.json`` in an existing folder, atomically."""
     path = Path(path)
     file = path / FILE_NAME if path.is_dir() else path
-    file.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
+    with atomic_file(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def check_ids(ids: TokenIds, vocab_size: int) -> NDArray[np.uint32]:

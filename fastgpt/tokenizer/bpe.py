@@ -41,6 +41,7 @@ from fastgpt.tokenizer.vocabulary_files import (
     to_merges,
 )
 from fastgpt.utils.extension import _C
+from fastgpt.utils.files import atomic_file
 
 if TYPE_CHECKING:
     import tiktoken
@@ -148,11 +149,15 @@ class Tokenizer(BaseTokenizer):
         """
         path = Path(path)
         if path.suffix == ".tiktoken":
-            path.write_bytes(to_rank_file(self.vocabulary))
+            content = to_rank_file(self.vocabulary)
+            with atomic_file(path) as file:
+                file.write_bytes(content)
         elif path.name in IDS_FILE:
             merges, ids = to_merges(self.vocabulary)
-            path.write_bytes(merges.encode())
-            write_json(path.with_name(IDS_FILE[path.name]), ids)
+            ids_path = path.with_name(IDS_FILE[path.name])
+            with atomic_file(path) as file, atomic_file(ids_path) as ids_file:  # both or none
+                file.write_bytes(merges.encode())
+                write_json(ids_file, ids)
         elif path.suffix == ".json" or path.is_dir():
             write_json(path, to_hugging_face(self.vocabulary))
         else:

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastgpt.training.metrics import read_metrics
 from fastgpt.utils.errors import UsageError
+from fastgpt.utils.files import atomic_file
 
 Points = list[tuple[float, float]]
 NOTHING = "-"  # shown for missing values
@@ -87,7 +88,8 @@ def draw(runs: Sequence[Run], picture: Path, x: str = "step") -> Path:
 
     Args:
         runs: The runs.
-        picture: The file to write; its suffix determines the format.
+        picture: The file to write; its suffix determines the format (without one: .png, which is
+            added).
         x: The horizontal axis, a key of `AXES`.
 
     Raises:
@@ -115,8 +117,10 @@ def draw(runs: Sequence[Run], picture: Path, x: str = "step") -> Path:
         axes.set_title(runs[0].name)
     axes.grid(alpha=0.3)
     axes.legend()
+    picture = picture if picture.suffix else picture.with_suffix(".png")
     try:
-        figure.savefig(picture, dpi=120)
+        with atomic_file(picture) as temporary:
+            figure.savefig(temporary, dpi=120)
     except (OSError, ValueError) as error:  # missing folder, or unknown format
         raise UsageError(f"{picture} cannot be written: {error}") from None
     return picture

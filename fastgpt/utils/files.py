@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +92,48 @@ def _by_age(paths: Iterable[Path]) -> list[Path]:
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; the file replaces `target` when the block succeeds.
 
-    It is synced to disk before. If the block raises, it is deleted and `target` is unchanged.
+    It is synced to disk before. If the block raises, it is deleted and `target` is unchanged. Its
+    name ends like `target`'s. If `target` is a symbolic link, the file that it points to is
+    replaced. A device or a pipe is not replaced, but written to directly.
     """
-    temporary = target.with_name(f".{target.name}.new")
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        yield target
+        return
+    target = target.resolve()
+    temporary = target.with_name(f".saving-{target.name}")
+    temporary.unlink(missing_ok=True)  # of a process that was killed
     try:
         yield temporary
         fsync(temporary)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_files(folder: Path) -> Iterator[Path]:
+    """Yield a temporary directory, whose files are moved to `folder` when the block succeeds.
+
+    They are synced to disk before, and replace files with the same names; other files in `folder`
+    are kept. If the block raises, nothing is left, nor is `folder` if it did not exist. A process
+    that is killed may leave `.saving` in it.
+    """
+    is_new = not folder.exists()
+    temporary = folder / ".saving"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            fsync(path)
+        for path in list(temporary.iterdir()):
+            path.replace(folder / path.name)
+        fsync(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):  # it has files: they were moved to it
+                folder.rmdir()
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -111,3 +111,12 @@ def test_a_source_that_is_none(source: str, tmp_path: Path, monkeypatch, capfd) 
     assert run(convert.main, source, "--to", "hf", "--out", "out") == 2
     assert capfd.readouterr().err.startswith("error: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_export_left_does_not_block_the_next_one(tmp_path: Path, capfd) -> None:
+    GPT(GPTConfig(30, 8, 1, 1, 8)).save_pretrained(tmp_path / "in")
+    (tmp_path / "out" / ".saving").mkdir(parents=True)
+    args = (str(tmp_path / "in"), "--to", "hf", "--out", str(tmp_path / "out"))
+    assert run(convert.main, *args) == 0
+    assert not (tmp_path / "out" / ".saving").exists()
+    assert run(convert.main, *args) == 2

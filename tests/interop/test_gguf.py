@@ -235,16 +235,6 @@ def test_without_the_package_it_says_how_to_get_it(
         exported.write(GPT(CONFIG), tmp_path / "model.gguf", CharTokenizer(CHARACTERS))
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
-    with pytest.raises(UsageError, match=r"model\.gguf cannot be written: No space left"):
-        exported.write(GPT(CONFIG), tmp_path / "model.gguf", CharTokenizer(CHARACTERS))
-    assert not [*tmp_path.iterdir()]
-
-
 # --- in --------------------------------------------------------------------------------------
 
 
