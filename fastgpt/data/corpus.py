@@ -21,6 +21,7 @@ from fastgpt.data.token_files import (
     joined,
 )
 from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from fastgpt.tokenizer.base import to_utf8
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.progress import FileProgress
 from fastgpt.utils.threads import map_in_order
@@ -145,7 +146,8 @@ def _find_tokenizer(tokenizer: str | BaseTokenizer, text: _Texts, vocab_size: in
         return Tokenizer.gpt2()
     try:
         if tokenizer == "bpe":
-            return Tokenizer.train((text for text, _ in text.train.documents), vocab_size)
+            documents = (to_utf8(piece) for piece, _ in text.train.documents)  # bytes are never names
+            return Tokenizer.train(documents, vocab_size)
         return load_tokenizer(tokenizer)
     except (OSError, ValueError) as error:
         raise UsageError(f"tokenizer {tokenizer}: {error}") from None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -30,7 +31,7 @@ from fastgpt.data.encode import encode_pieces
 from fastgpt.data.shards import TOKENS_PER_SHARD, ShardWriter
 from fastgpt.data.sources import find_sources
 from fastgpt.tokenizer import BaseTokenizer, Tokenizer, load_tokenizer
-from fastgpt.tokenizer.base import IdArray
+from fastgpt.tokenizer.base import IdArray, to_utf8
 from fastgpt.tokenizer.vocabulary_files import END_OF_TEXT
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.files import atomic_directory, contents, sha256, temporary_path, write_json
@@ -241,8 +242,12 @@ def _choose_tokenizer(
 ) -> BaseTokenizer:
     if train_vocab is not None:
         try:
-            with closing(documents.pieces("training a tokenizer")) as pieces:
-                return Tokenizer.train((text for text, _ in pieces), train_vocab)
+            with (
+                closing(documents.pieces("training a tokenizer")) as pieces,
+                warnings.catch_warnings(action="ignore"),  # the result says if it is too small
+            ):
+                texts = (to_utf8(text) for text, _ in pieces)  # bytes are not taken for file names
+                return Tokenizer.train(texts, train_vocab)
         except ValueError as error:
             raise UsageError(str(error)) from None
     if tokenizer == "gpt2":

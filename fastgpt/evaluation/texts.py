@@ -23,6 +23,7 @@ from fastgpt.evaluation.log_likelihood import Advance, Scores, perplexity
 from fastgpt.model import GPT
 from fastgpt.tokenizer import BaseTokenizer
 from fastgpt.utils.errors import UsageError
+from fastgpt.utils.files import reject_file_name
 from fastgpt.utils.progress import FileProgress
 from fastgpt.utils.text_files import read_blocks, regular_file
 
@@ -107,11 +108,13 @@ def evaluate_text(
     docstring defines what is counted. skip_unknown: leave out characters that the tokenizer lacks
     instead of raising.
 
-    Raises: UsageError for an empty text, unknown characters or invalid files.
+    Raises: UsageError for an empty text, unknown characters or invalid files; ValueError for a str
+        that is the name of an existing file.
     """
     if isinstance(text, Path):
         found = load_text(str(text), tokenizer, skip_unknown=skip_unknown)
     else:
+        reject_file_name(text, "Path({!r})")
         documents = _documents(Text([(text, False)], plain=True), tokenizer)
         found = _tokenize(documents, tokenizer, "the text", skip_unknown)
     return found.score(model, context=context, stride=stride, batch_size=batch_size)

@@ -12,7 +12,7 @@ import torch
 
 from fastgpt.inference.engine import Engine
 from fastgpt.inference.generation import Completion, complete, copy_to_host, stream
-from fastgpt.inference.sampling import Sampling
+from fastgpt.inference.sampling import Sampling, as_integer
 from fastgpt.model import GPT
 from fastgpt.tokenizer import BaseTokenizer, StreamDecoder
 
@@ -74,6 +74,9 @@ def generate_texts(
 
     Raises: ValueError for invalid arguments.
     """
+    if isinstance(prompts, str | bytes):
+        raise TypeError("prompts must be a list of texts: pass [prompt]")
+    n = as_integer("n", n)
     ids = [_encode(tokenizer, prompt, errors) for prompt in prompts]
     texts = [_Text(tokenizer, stop) for _ in range(len(ids) * n)]
     completions = complete(
@@ -106,8 +109,8 @@ def stream_text(
 ) -> "TextStream":
     """Return an iterator over the continuation of a prompt while it is generated.
 
-    prompt: a text or its token ids. The other arguments are those of `generate_texts`. Invalid
-    arguments raise ValueError immediately, not when iteration starts.
+    prompt: a text (str, or UTF-8 bytes) or its token ids. The other arguments are those of
+    `generate_texts`. Invalid arguments raise ValueError immediately, not when iteration starts.
     """
     text = _Text(tokenizer, stop)
     # on the model's device, so that `copy_to_host` copies the tokens asynchronously
@@ -190,8 +193,9 @@ class _Text:
 def _encode(
     tokenizer: BaseTokenizer, prompt: str | Sequence[int], errors: Literal["strict", "ignore"]
 ) -> list[int]:
-    ids = tokenizer.encode(prompt, errors=errors) if isinstance(prompt, str) else list(prompt)
-    return ids or [tokenizer.start_token]
+    if isinstance(prompt, str | bytes):
+        prompt = tokenizer.encode(prompt, errors=errors)
+    return list(prompt) or [tokenizer.start_token]
 
 
 def _end(tokenizer: BaseTokenizer) -> tuple[int, ...]:

@@ -189,6 +189,8 @@ class BaseTokenizer(ABC):
 
         threads: number of texts to encode in parallel.
         """
+        if isinstance(texts, str | bytes):
+            raise TypeError("encode_batch takes a list of texts: pass [text], or use encode")
         encode = partial(self.encode, **options)
         return list(map(encode, texts) if threads == 1 else map_in_order(encode, texts, threads))
 

@@ -116,19 +116,21 @@ class Tokenizer(BaseTokenizer):
 
         Args:
             source: the path of a file (str or Path), or an iterable of texts (str or bytes) and
-                files (Path). To train on one text, pass a list with one str. Files are UTF-8, are
-                decompressed if their name ends with ``.gz``, and are read in blocks. Special tokens
-                in the text are treated as ordinary text.
+                files (Path, since a str is a text). To train on one text, pass a list with one str.
+                Files are UTF-8, are decompressed if their name ends with ``.gz``, and are read in
+                blocks. Special tokens in the text are treated as ordinary text.
             vocab_size: size of the vocabulary: the 256 bytes in GPT-2's order, one token per merge,
-                and the special tokens. The result is smaller if there are no more pairs to merge.
+                and the special tokens. The result is smaller if there are no more pairs to merge,
+                with a warning if it is less than half as large.
             special_tokens: names such as ``<|endoftext|>``. They must not be a single piece of
                 GPT-2's pre-tokenization pattern, so that merges cannot produce them.
             min_frequency: minimum number of occurrences of a pair that is merged.
             threads: number of threads that count words; it does not affect the vocabulary.
             progress: show a progress bar, if the output is a terminal.
 
-        Raises: ValueError if `vocab_size` is too small, a special token is invalid, or there is no
-            text; UsageError for a file that is not UTF-8 or cannot be read.
+        Raises: ValueError if `vocab_size` is too small, a special token is invalid, there is no
+            text, or a str in an iterable is the name of an existing file; UsageError for a file
+            that is not UTF-8 or cannot be read.
         """
         return Tokenizer(
             *learn_vocabulary(source, vocab_size, special_tokens, min_frequency, threads, progress)

@@ -19,6 +19,7 @@ from fastgpt.tokenizer.base import (
     to_utf8,
     write_json,
 )
+from fastgpt.utils.files import reject_file_name
 
 
 class CharTokenizer(BaseTokenizer):
@@ -44,7 +45,11 @@ class CharTokenizer(BaseTokenizer):
 
     @classmethod
     def from_text(cls, text: str) -> CharTokenizer:
-        """Return a tokenizer of the characters of a text, sorted by code point."""
+        """Return a tokenizer of the characters of a text, sorted by code point.
+
+        Raises: ValueError if the text is empty, or is the name of an existing file.
+        """
+        reject_file_name(text, "Path({!r}).read_text()")
         return cls(sorted(set(to_utf8(text).decode())))
 
     def save(self, path: str | Path) -> None:

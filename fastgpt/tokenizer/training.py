@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from operator import index
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from fastgpt.tokenizer.base import to_utf8
 from fastgpt.tokenizer.vocabulary_files import Vocabulary
 from fastgpt.utils.extension import _C
+from fastgpt.utils.files import reject_file_name
 from fastgpt.utils.text_files import Advance, read_blocks
 
 Source = str | Path | Iterable[str | bytes | Path]
@@ -50,7 +52,13 @@ def learn_vocabulary(
     with FileProgress("reading", None, progress) as bar:
         _read(trainer, source, bar.advance, block_bytes)
     with CountProgress("merging", n_merges, progress) as bar:
-        _merge(trainer, n_merges, min_frequency, bar.advance)
+        n_made = _merge(trainer, n_merges, min_frequency, bar.advance)
+    if (size := vocab_size - n_merges + n_made) < vocab_size / 2:
+        warnings.warn(
+            f"the vocabulary has {size:,} tokens instead of {vocab_size:,}: the text has no more "
+            "pairs to merge; train on more text",
+            stacklevel=3,
+        )
     return _vocabulary(trainer, names)
 
 
@@ -100,6 +108,8 @@ def _blocks(item: object, block_bytes: int) -> Iterator[bytes]:
         _check_there(item)
         yield from read_blocks(item, block_bytes)
     elif isinstance(item, (str, bytes)):
+        if isinstance(item, str):
+            reject_file_name(item, "Path({!r}), or bytes to train on the name itself")
         data = to_utf8(item)
         for begin in range(0, len(data), block_bytes):  # Ctrl-C is handled between blocks
             yield data[begin : begin + block_bytes]
@@ -119,13 +129,15 @@ def _check_there(path: Path) -> None:
         )
 
 
-def _merge(trainer: _C.BpeTrainer, n_merges: int, min_frequency: int, advance: Advance) -> None:
+def _merge(trainer: _C.BpeTrainer, n_merges: int, min_frequency: int, advance: Advance) -> int:
+    """Make up to `n_merges` merges; return how many there were."""
     for begin in range(0, n_merges, MERGES_AT_A_TIME):
         wanted = min(MERGES_AT_A_TIME, n_merges - begin)
         made = trainer.train(wanted, min_frequency)
         advance(made)
         if made < wanted:  # no more pairs to merge
-            break
+            return begin + made
+    return n_merges
 
 
 def _vocabulary(trainer: _C.BpeTrainer, special_tokens: list[str]) -> Vocabulary:

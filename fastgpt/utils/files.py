@@ -1,4 +1,4 @@
-"""Write files and directories atomically, so that a crash leaves the old or the new one; hash."""
+"""Write files and directories atomically: a crash leaves the old or the new one; names, hashes."""
 
 import hashlib
 import json
@@ -134,6 +134,15 @@ def atomic_files(folder: Path) -> Iterator[Path]:
         if is_new:
             with suppress(OSError):  # it has files: they were moved to it
                 folder.rmdir()
+
+
+def reject_file_name(text: str, instead: str) -> None:
+    """Raise ValueError if a str that was given as a text is the name of an existing file.
+
+    instead: what to pass for the contents of the file, where ``{!r}`` stands for its name.
+    """
+    if len(text) <= 4096 and os.path.isfile(text):  # False for a str that is not a valid name
+        raise ValueError(f"{text!r} is the name of a file, not a text: pass {instead.format(text)}")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -189,7 +189,8 @@ def test_train_vocab(stories, workplace, monkeypatch, small_tokenizer, capfd) ->
     args = ["stories.jsonl", "--train-vocab", "300", "--out", "d"]
     assert run(prepare.main, *args) == 0
     texts, vocab_size, special_tokens = given
-    assert texts == [json.loads(line)["text"] for line in stories.read_text("utf-8").splitlines()]
+    expected = [json.loads(line)["text"] for line in stories.read_text("utf-8").splitlines()]
+    assert [text.decode() for text in texts] == expected
     assert (vocab_size, special_tokens) == (300, (EOT,))
     assert f"vocabulary of {small_tokenizer.vocab_size}" in capfd.readouterr().out
     assert Tokenizer.load("d") == small_tokenizer
@@ -209,6 +210,10 @@ def test_train_vocab_for_real(stories, workplace, capfd) -> None:
     assert tokenizer.eot_token is not None
     found = [*documents(Path("d"), "train", tokenizer), *documents(Path("d"), "val", tokenizer)]
     assert len(found) == 1001
+    named = stories.read_text("utf-8") + '{"text": "stories.jsonl"}\n'  # the name of a file
+    Path("named.jsonl").write_text(named, "utf-8")
+    assert run(prepare.main, "named.jsonl", "--train-vocab", "270", "--out", "named") == 0
+    capfd.readouterr()
     assert run(prepare.main, "stories.jsonl", "--train-vocab", "3", "--out", "e") == 2
     assert len(capfd.readouterr().err.strip().splitlines()) == 1
 

@@ -77,6 +77,13 @@ def test_the_first_character_does_not_count_where_there_is_none() -> None:
         evaluate_text(small_model(tokenizer), tokenizer, "a")
 
 
+def test_the_name_of_a_file_is_not_a_text(tmp_path: Path) -> None:
+    tokenizer, path = CharTokenizer("abc"), tmp_path / "text.txt"
+    path.write_text("abc")
+    with pytest.raises(ValueError, match="is the name of a file, not a text: pass Path"):
+        evaluate_text(small_model(tokenizer), tokenizer, str(path))
+
+
 def says(tokenizer: BaseTokenizer, probabilities: dict[str, float]) -> GPT:
     """Return a model with fixed token probabilities; the other tokens share the rest equally."""
     config = GPTConfig(tokenizer.vocab_size, 16, n_layer=1, n_head=1, n_embd=8, tie_weights=False)

@@ -84,7 +84,8 @@ def test_one_text_from_the_package(model: GPT) -> None:
     expected = generate_texts(model, CHARS, ["ca"], 40, **settings)[0][0].text
     assert fastgpt.generate(model, CHARS, "ca", 40, **settings) == expected
     assert generate(model, CHARS, "ca", 40, **settings) == expected
-    assert "".join(stream_text(model, CHARS, CHARS.encode("ca"), 40, **settings)) == expected
+    for prompt in (CHARS.encode("ca"), b"ca"):
+        assert "".join(stream_text(model, CHARS, prompt, 40, **settings)) == expected
     with pytest.raises(TypeError, match="heat"):
         fastgpt.generate(model, CHARS, "ca", 40, heat=1.0)
 
@@ -125,6 +126,11 @@ def test_unknown_characters_and_invalid_stops_are_rejected(model: GPT) -> None:
     with pytest.raises(ValueError, match="character 'x'"):
         generate_texts(model, CHARS, ["ax"], 3)
     assert generate_texts(model, CHARS, ["ax"], 3, errors="ignore")[0][0].prompt == "ax"
+    for prompt in ("ab", b"ab"):
+        with pytest.raises(TypeError, match=r"prompts must be a list of texts: pass \[prompt\]"):
+            generate_texts(model, CHARS, prompt, 3)
+    with pytest.raises(TypeError, match="n must be an integer"):
+        generate_texts(model, CHARS, ["ab"], 3, n=1.5)
     for stop in ([""], "ab"):
         with pytest.raises(ValueError, match="stop must be a list of non-empty strings"):
             stream_text(model, CHARS, "a", 3, stop=stop)

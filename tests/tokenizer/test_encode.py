@@ -192,6 +192,12 @@ def test_more_than_65536_ids_are_uint32(gpt2):
     assert ids.tolist() == [64, 69_999]
 
 
+def test_a_text_is_not_a_batch(gpt2):
+    for text in ("hello", b"hello"):
+        with pytest.raises(TypeError, match=r"takes a list of texts: pass \[text\], or use encode"):
+            gpt2.encode_batch(text)
+
+
 def test_encode_batch(gpt2):
     texts = ["Hello", b" world", ""]
     assert gpt2.encode_batch(texts) == [gpt2.encode(text) for text in texts]

@@ -4,6 +4,7 @@ import _thread
 import gzip
 import json
 import pickle
+import re
 import signal
 import sysconfig
 import threading
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt import _C
-from fastgpt.tokenizer import Tokenizer
+from fastgpt.tokenizer import CharTokenizer, Tokenizer
 from fastgpt.tokenizer.training import learn_vocabulary
 from fastgpt.tokenizer.vocabulary_files import LETTER_OF_BYTE
 from fastgpt.utils.errors import UsageError
@@ -114,7 +115,8 @@ class TestMerges:
     @pytest.mark.parametrize("min_frequency", [1, 2, 7])
     def test_min_frequency_is_that_of_hugging_face(self, hugging_face, min_frequency):
         text = stdlib_sources()[0][:20_000]
-        ours = Tokenizer.train([text], 20_000, min_frequency=min_frequency)
+        with pytest.warns(UserWarning, match="tokens instead of 20,000"):
+            ours = Tokenizer.train([text], 20_000, min_frequency=min_frequency)
         assert merges_of(ours) == their_merges(hugging_face([text], 20_000, min_frequency))
         assert ours.vocab_size < 20_000
 
@@ -167,7 +169,9 @@ class TestVocabulary:
         ]
 
     def test_is_smaller_where_nothing_is_left_to_merge(self):
-        ours = Tokenizer.train(["abc"], 1000)
+        warning = "has 259 tokens instead of 1,000: the text has no more pairs to merge; train on"
+        with pytest.warns(UserWarning, match=warning):
+            ours = Tokenizer.train(["abc"], 1000)
         assert merges_of(ours) == [(b"a", b"b"), (b"ab", b"c")]
         assert ours.special_tokens == {END: 258}
         assert ours.vocab_size == 259
@@ -235,6 +239,23 @@ class TestSource:
         path.write_text("ab ab", "utf-8")
         mixed = Tokenizer.train(["cd cd", path, b"ef"], 270)
         assert mixed == Tokenizer.train(["cd cd", "ab ab", "ef"], 270)
+
+    def test_the_name_of_a_file_is_not_a_text(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("text.txt").write_text("ab ab ab", "utf-8")
+        Path("folder").mkdir()
+        for name in ("text.txt", str(tmp_path / "text.txt")):
+            error = re.escape(f"{name!r} is the name of a file, not a text: pass Path({name!r})")
+            for source in ([name], ["a text", name], iter([name])):
+                with pytest.raises(ValueError, match=error):
+                    Tokenizer.train(source, 258)
+            with pytest.raises(ValueError, match=error):
+                CharTokenizer.from_text(name)
+        of_file, of_name = (Tokenizer.train([x], 258) for x in (Path("text.txt"), b"text.txt"))
+        assert merges_of(of_file) == [(b"a", b"b")]
+        assert merges_of(of_name) == [(b"x", b"t")]
+        for text in ("folder", "none.txt", "text.txt\n", "text.txt\0", "\ud800", "x" * 9999):
+            Tokenizer.train([text], 257)
 
     def test_bytes_of_every_kind(self):
         texts = ["nul\0nul\0 nul", b"\xff\xfe\xff\xfe\xc3(\xe2\x82", "\ud83d\ude00 \ud800 half"]
