@@ -6,16 +6,20 @@ model computes what it computed before. After training, the weights can be merge
 ``W + scale · B A``, which gives a plain GPT.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt.model import GPT, MLP, Attention, Block, GPTConfig, Norm
+from fastgpt.utils import checks
+
+Targets: TypeAlias = Literal["all", "attention", "mlp"]
 
 A, B = "lora_a", "lora_b"  # names of the parameters added to a linear layer
 
@@ -25,13 +29,23 @@ class Lora:
     """LoRA settings.
 
     rank: the rank of the matrices. alpha: their product is scaled by ``alpha / rank``. dropout: the
-    dropout probability of their input. targets: the layers that are adapted.
+    dropout probability of their input. targets: the layers that are adapted. Values of a wrong type
+    or range raise ValueError.
     """
 
     rank: int
     alpha: float
     dropout: float = 0.0
-    targets: Literal["all", "attention", "mlp"] = "all"
+    targets: Targets = "all"
+
+    def __post_init__(self) -> None:
+        checks.integer("rank", self.rank, least=1, most=1 << 24)
+        if not math.isfinite(checks.number("alpha", self.alpha)):
+            raise ValueError(f"alpha must be finite, not {self.alpha}")
+        if not 0.0 <= checks.number("dropout", self.dropout) < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.targets not in get_args(Targets):
+            raise ValueError(f"targets must be one of {get_args(Targets)}, not {self.targets!r}")
 
     @property
     def scale(self) -> float:
@@ -79,10 +93,16 @@ def add_lora(model: GPT, lora: Lora) -> None:
 
 
 def merge_lora(tensors: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
-    """Merge the LoRA matrices in a model's tensors and return the weights of the plain model."""
+    """Merge the LoRA matrices in a model's tensors and return the weights of the plain model.
+
+    Raises: ValueError if their rank is not that of the settings.
+    """
     plain = dict(tensors)
     for layer in [name.removesuffix(f".{A}") for name in tensors if name.endswith(f".{A}")]:
-        product = plain.pop(f"{layer}.{B}") @ plain.pop(f"{layer}.{A}")
+        a, b = plain.pop(f"{layer}.{A}"), plain.pop(f"{layer}.{B}")
+        if (rank := a.size(0)) != lora.rank:
+            raise ValueError(f"{layer} has matrices of rank {rank}, but lora.rank is {lora.rank}")
+        product = b @ a
         plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + lora.scale * product
     return plain
 

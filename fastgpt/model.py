@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops as backends
+from fastgpt.utils import checks
 
 if TYPE_CHECKING:
     from fastgpt.inference.engine import Engine
@@ -29,13 +30,15 @@ if TYPE_CHECKING:
     from fastgpt.inference.session import GenerationRequest, TorchSession
     from fastgpt.tokenizer import BaseTokenizer
 
+_LARGEST_SIZE = 1 << 24  # far beyond any model; sizes of its tensors do not overflow 64 bits
+
 
 @dataclass(frozen=True)
 class GPTConfig:
     """Configuration of a GPT-2 model; the defaults are the released 124M model.
 
     `bias` adds a bias to every linear layer and LayerNorm; `tie_weights` makes the output head
-    share the matrix of the token embedding. Invalid values raise ValueError.
+    share the matrix of the token embedding. Values of a wrong type or range raise ValueError.
     """
 
     vocab_size: int = 50257
@@ -50,15 +53,18 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            checks.integer(name, getattr(self, name), least=1, most=_LARGEST_SIZE)
+        for name in ("bias", "tie_weights"):
+            checks.flag(name, getattr(self, name))
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd must be a multiple of n_head, but {self.n_embd} is not a multiple of "
                 f"{self.n_head}; the nearest that works is n_embd={_nearest_multiple(self)}"
             )
-        if not 0.0 <= self.dropout < 1.0:
+        if not 0.0 <= checks.number("dropout", self.dropout) < 1.0:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if not 0.0 <= checks.number("layer_norm_eps", self.layer_norm_eps) <= 1.0:
+            raise ValueError(f"layer_norm_eps must be in [0, 1], not {self.layer_norm_eps}")
 
 
 class GPT(nn.Module):

@@ -1,6 +1,7 @@
 """The network compared to stored activations of a trained model and to Hugging Face's GPT-2."""
 
 import copy
+import math
 from pathlib import Path
 
 import numpy as np
@@ -211,7 +212,14 @@ def test_ignored_targets_do_not_count() -> None:
         ({"n_embd": 50, "n_head": 4}, "50 is not a multiple of 4; .* n_embd=4[8]|n_embd=52"),
         ({"n_layer": 0}, "n_layer must be at least 1, not 0"),
         ({"vocab_size": -3}, "vocab_size must be at least 1, not -3"),
+        ({"n_layer": 2.0}, "n_layer must be an integer, not 2.0"),
+        ({"n_layer": True}, "n_layer must be an integer, not True"),
+        ({"vocab_size": 10**30}, "vocab_size must be at most 16777216, not 10{30}"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), not 1.0"),
+        ({"dropout": "0"}, "dropout must be a number, not '0'"),
+        ({"layer_norm_eps": math.nan}, r"layer_norm_eps must be in \[0, 1\], not nan"),
+        ({"bias": "false"}, "bias must be true or false, not 'false'"),
+        ({"tie_weights": None}, "tie_weights must be true or false, not None"),
     ],
 )
 def test_a_config_that_cannot_work_is_refused(change: dict[str, float], message: str) -> None:

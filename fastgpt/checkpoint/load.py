@@ -9,10 +9,11 @@ A run folder is self-contained:
         model.safetensors  optimizer.safetensors  manifest.json
         ema.safetensors    averaged weights, if the run keeps them
 
-The manifest of a checkpoint contains the size and SHA-256 of each file, so that damage is detected.
-No pickles are used. Checkpoints are written by `fastgpt.checkpoint.save`.
+The manifest of a checkpoint contains the size and SHA-256 of each file, and its own SHA-256, so
+that damage is detected. No pickles are used. Checkpoints are written by `fastgpt.checkpoint.save`.
 """
 
+import hashlib
 import json
 import math
 import warnings
@@ -30,6 +31,7 @@ from torch import Tensor
 from fastgpt.lora import Lora, merge_lora
 from fastgpt.model import GPT, GPTConfig, meta_model, meta_weights
 from fastgpt.tokenizer import BaseTokenizer, load_tokenizer
+from fastgpt.utils import checks
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.files import sha256
 
@@ -84,8 +86,8 @@ class Checkpoint:
 
         Raises: CheckpointError if a file cannot be read, or the weights do not fit the model.
         """
-        model = meta_model(self.config, ops)
         on_device = {name: t.to(device) for name, t in self.merged_tensors(ema=ema).items()}
+        model = meta_model(self.config, ops)
         model.load_state_dict(on_device, assign=True)
         return model.requires_grad_(True)
 
@@ -94,11 +96,13 @@ class Checkpoint:
 
         Raises: CheckpointError that lists all tensors that do not fit the model.
         """
-        tensors = self.model_tensors(ema=ema)
+        tensors, path = self.model_tensors(ema=ema), self.path / (EMA if ema else MODEL)
         if self.lora is not None:
-            tensors = merge_lora(tensors, self.lora)
-        expected = meta_weights(self.config)
-        check_matching(self.path / (EMA if ema else MODEL), tensors, expected)
+            try:
+                tensors = merge_lora(tensors, self.lora)
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {error}") from None
+        check_fits(path, tensors, self.config)
         return tensors
 
     @torch.no_grad()
@@ -138,8 +142,8 @@ class Checkpoint:
         if saved is None:
             return None
         try:
-            return Lora(**saved)
-        except TypeError as error:
+            return Lora(**checks.mapping("lora", saved))
+        except (TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path / MANIFEST}: lora is {saved!r}: {error}") from None
 
     def model_tensors(self, *, ema: bool = False) -> dict[str, Tensor]:
@@ -215,20 +219,30 @@ def verify(path: Path, *, weights_only: bool = False) -> Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read only the manifest of a checkpoint, without verifying its files."""
     manifest = _read_manifest(path / MANIFEST)
+    val_loss = manifest.get("val_loss")
     try:
-        known = {field.name for field in fields(GPTConfig)}
-        return Checkpoint(
+        config = checks.mapping("config", manifest.get("config"))
+        checkpoint = Checkpoint(
             path,
-            int(manifest["step"]),
-            None if manifest["val_loss"] is None else float(manifest["val_loss"]),
-            GPTConfig(**{k: v for k, v in manifest["config"].items() if k in known}),
-            str(manifest["tokenizer_hash"]),
-            str(manifest["data_sha256"]),
+            checks.integer("step", manifest.get("step"), least=0, most=2**63 - 1),
+            None if val_loss is None else checks.number("val_loss", val_loss),
+            GPTConfig(**{field.name: config.get(field.name) for field in fields(GPTConfig)}),
+            checks.text("tokenizer_hash", manifest.get("tokenizer_hash")),
+            checks.text("data_sha256", manifest.get("data_sha256")),
             manifest["files"],
-            dict(manifest.get("extra", {})),
+            checks.mapping("extra", manifest.get("extra", {})),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: not a manifest: {error!r}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path / MANIFEST}: not a manifest: {error}") from None
+    if manifest.get("sha256", found := digest(manifest)) != found:  # older ones have none
+        raise CheckpointError(f"{path / MANIFEST} is damaged: its SHA-256 differs")
+    return checkpoint
+
+
+def digest(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256, in hexadecimal, of the values in a manifest except its own `sha256`."""
+    values = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def resolve_run(run: Path) -> Path:
@@ -269,12 +283,9 @@ def load_run_tokenizer(run: Path, checkpoint: Checkpoint) -> BaseTokenizer:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; CheckpointError if the file is missing or contains anything else."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        return checks.json_object(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} contains a {type(content).__name__}, not an object")
-    return content
 
 
 def checkpoints_of(run: Path) -> Path:
@@ -287,9 +298,11 @@ def rank(path: Path) -> float:
 
     Raises: CheckpointError if the manifest cannot be read.
     """
-    val_loss: Any = read_json(path / MANIFEST).get("val_loss")
-    known = isinstance(val_loss, int | float) and not math.isnan(val_loss)
-    return float(val_loss) if known else math.inf
+    try:
+        val_loss = checks.number("val_loss", read_json(path / MANIFEST).get("val_loss"))
+    except ValueError:
+        return math.inf
+    return math.inf if math.isnan(val_loss) else val_loss
 
 
 def _rank_on_disk(path: Path) -> float:
@@ -302,7 +315,7 @@ def _rank_on_disk(path: Path) -> float:
 def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = read_json(path)
     version, files = manifest.get("format"), manifest.get("files")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise CheckpointError(f"{path}: not a manifest of format 1 to {FORMAT}")
     if version > FORMAT:
         raise CheckpointError(f"{path}: written by a newer fastgpt (format {version})")
@@ -350,6 +363,16 @@ def _expected_state(
         for p in group["params"]
         for moment in MOMENTS
     }
+
+
+def check_fits(path: Path, found: Mapping[str, HasShape], config: GPTConfig) -> None:
+    """Raise CheckpointError unless the tensors in a file are exactly those of a model."""
+    if config.n_layer > len(found):  # each layer has several; do not list those of a billion layers
+        raise CheckpointError(
+            f"{path} does not fit the model: {len(found)} tensors are too few for "
+            f"{config.n_layer:,} layers"
+        )
+    check_matching(path, found, meta_weights(config))
 
 
 def check_matching(

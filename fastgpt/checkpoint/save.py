@@ -32,6 +32,7 @@ from fastgpt.checkpoint.load import (
     OPTIMIZER,
     CheckpointError,
     checkpoints_of,
+    digest,
     rank,
 )
 from fastgpt.checkpoint.tensor_file import HostCopy, write_tensors
@@ -195,7 +196,7 @@ class Checkpointer:
                 for name, tensors in files.items():
                     facts = write_tensors(folder / name, tensors, self._check_aborted)
                     manifest["files"][name] = facts
-                write_json(folder / MANIFEST, manifest)
+                write_json(folder / MANIFEST, {**manifest, "sha256": digest(manifest)})
                 self._check_aborted()
             _prune(target, self._keep)
         except _Aborted:

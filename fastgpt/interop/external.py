@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastgpt.checkpoint.load import check_matching
+from fastgpt.checkpoint.load import check_fits
 from fastgpt.model import GPT, GPTConfig, meta_model, meta_weights
 from fastgpt.tokenizer import BaseTokenizer, Tokenizer, load_tokenizer
 from fastgpt.utils.errors import UsageError
@@ -70,19 +70,15 @@ class ExternalModel:
 
     def open_tensors(self) -> Mapping[str, LazyTensor]:
         """Return the lazily read tensors; UsageError lists those that do not fit the model."""
-        _check_sizes(self.path, self.config, self.tensors)
-        check_matching(self.path, self.tensors, meta_weights(self.config))
+        check_fits(self.path, self.tensors, self.config)
         return self.tensors
 
 
 def make_config(path: Path, **settings: Any) -> GPTConfig:
     """Return the configuration in a file; UsageError for missing or invalid settings."""
-    for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-        if type(value := settings.get(name)) is not int:
-            raise UsageError(f"{path}: {name} must be an integer, not {value!r:.40}")
     try:
         return GPTConfig(**settings)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise UsageError(f"{path}: {error}") from None
 
 
@@ -135,27 +131,6 @@ def find_tokenizer(folder: Path, vocab_size: int) -> BaseTokenizer:
         ) from None
     except ValueError as error:
         raise NoTokenizerError(str(error)) from None
-
-
-def _check_sizes(path: Path, config: GPTConfig, tensors: Mapping[str, LazyTensor]) -> None:
-    """Raise UsageError if tensors contradict the config, before a model of absurd size is built."""
-    stated = {
-        "wte.weight": (config.vocab_size, config.n_embd),
-        "wpe.weight": (config.block_size, config.n_embd),
-    }
-    for name, shape in stated.items():
-        if name not in tensors:
-            raise UsageError(f"{path} does not fit the model: {name} is missing")
-        if tensors[name].shape != shape:
-            raise UsageError(
-                f"{path} does not fit the model: {name} is {list(tensors[name].shape)} instead of "
-                f"{list(shape)}"
-            )
-    if config.n_layer > len(tensors):  # each layer has several
-        raise UsageError(
-            f"{path} does not fit the model: {len(tensors)} tensors are too few for "
-            f"{config.n_layer:,} layers"
-        )
 
 
 def _read_all(tensors: Mapping[str, LazyTensor], device: torch.device) -> dict[str, Tensor]:

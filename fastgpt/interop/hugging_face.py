@@ -6,14 +6,16 @@ are documented in https://huggingface.co/docs/transformers/model_doc/gpt2, "GPT2
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastgpt.checkpoint.load import read_json
-from fastgpt.checkpoint.tensor_file import stored_tensors, write_tensors
+from fastgpt.checkpoint.tensor_file import StoredTensor, stored_tensors, write_tensors
 from fastgpt.interop import external
 from fastgpt.interop.external import PREFIX, ExternalModel, LazyTensor
 from fastgpt.interop.pickled import open_tensors
@@ -29,6 +31,7 @@ CONFIG, WEIGHTS, PICKLED, INDEX = (
     "pytorch_model.bin",
     ".index.json",
 )
+_EMBEDDING, _HEAD = "wte.weight", "lm_head.weight"
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # Settings that change the computation, with their supported values, the default first.
 _COMPUTED: dict[str, tuple[Any, ...]] = {
@@ -47,7 +50,9 @@ def recognizes(path: Path) -> bool:
 def read(path: Path) -> ExternalModel:
     """Open a transformers folder; UsageError names an invalid file or unsupported setting."""
     config = _read_config(path / CONFIG)
-    tensors = _to_fastgpt(_open_weights(path), config)
+    tensors = _to_fastgpt(_open_weights(path))
+    if config.tie_weights:
+        config, tensors = _tie_head(config, tensors)
     return ExternalModel(
         path, config, tensors, partial(external.find_tokenizer, path, config.vocab_size)
     )
@@ -85,13 +90,14 @@ def _read_config(path: Path) -> GPTConfig:
     for name, values in _COMPUTED.items():
         if (value := settings.get(name, values[0])) not in values:
             raise UsageError(f"{path}: {name} = {value!r} is not supported, only {values[0]!r}")
+    size = partial(_size, path, settings)
     config = external.make_config(
         path,
         vocab_size=settings.get("vocab_size", 50257),
-        block_size=settings.get("n_positions", 1024),
-        n_layer=settings.get("n_layer", 12),
-        n_head=settings.get("n_head", 12),
-        n_embd=settings.get("n_embd", 768),
+        block_size=size(settings.get("n_ctx", 1024), "n_positions", "max_position_embeddings"),
+        n_layer=size(12, "n_layer", "num_hidden_layers"),
+        n_head=size(12, "n_head", "num_attention_heads"),
+        n_embd=size(768, "n_embd", "hidden_size"),
         dropout=settings.get("resid_pdrop", 0.1),
         tie_weights=settings.get("tie_word_embeddings", True),
         layer_norm_eps=settings.get("layer_norm_epsilon", 1e-5),
@@ -99,6 +105,15 @@ def _read_config(path: Path) -> GPTConfig:
     if (inner := settings.get("n_inner")) not in (None, 4 * config.n_embd):
         raise UsageError(f"{path}: n_inner = {inner!r} is not supported, only 4 * n_embd")
     return config
+
+
+def _size(path: Path, settings: dict[str, Any], default: Any, *names: str) -> Any:
+    """Return a size that has several names; UsageError if two of them disagree."""
+    found = {name: settings[name] for name in names if name in settings} or {"default": default}
+    size, *others = found.values()
+    if any(other != size for other in others):
+        raise UsageError(f"{path}: {names} are names of one setting, but differ: {found!r:.200}")
+    return size
 
 
 def _open_weights(folder: Path) -> dict[str, LazyTensor]:
@@ -128,19 +143,46 @@ def _open_parts(
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    stored = stored_tensors(path)
-    return {name: LazyTensor(tensor.shape, tensor.read) for name, tensor in stored.items()}
+    return {
+        name: LazyTensor(tensor.shape, partial(_read_weight, name, tensor))
+        for name, tensor in stored_tensors(path).items()
+    }
 
 
-def _to_fastgpt(tensors: Mapping[str, LazyTensor], config: GPTConfig) -> dict[str, LazyTensor]:
+def _read_weight(name: str, tensor: StoredTensor) -> Tensor:
+    if not tensor.dtype.is_floating_point:
+        raise UsageError(f"{tensor.path}: {name} has dtype {tensor.dtype}: it is not a weight")
+    return tensor.read()
+
+
+def _to_fastgpt(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Return the tensors by fastgpt's names and in its orientation."""
-    named = external.strip_names(tensors)
-    if config.tie_weights:
-        named.pop("lm_head.weight", None)  # transformers, too, uses the embedding for a tied head
     return {
         name: tensor.transpose() if name.endswith(_CONV1D) else tensor
-        for name, tensor in named.items()
+        for name, tensor in external.strip_names(tensors).items()
     }
+
+
+def _tie_head(
+    config: GPTConfig, tensors: dict[str, LazyTensor]
+) -> tuple[GPTConfig, dict[str, LazyTensor]]:
+    """Return a config that says whether the head is tied, and the tensors without a tied head.
+
+    The stored tensors decide, as in transformers: if only the head is stored, it is the embedding,
+    too (`safetensors.torch.save_model` keeps one name of two). If both are stored and differ, the
+    head is not tied, whatever the config says.
+    """
+    embedding, head = tensors.get(_EMBEDDING), tensors.get(_HEAD)
+    if head is None:
+        return config, tensors
+    if embedding is not None and not _equal(embedding, head):
+        return replace(config, tie_weights=False), tensors
+    others = {name: tensor for name, tensor in tensors.items() if name != _HEAD}
+    return config, {**others, _EMBEDDING: head}
+
+
+def _equal(a: LazyTensor, b: LazyTensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.read().float(), b.read().float())
 
 
 # --- export ----------------------------------------------------------------------------------
@@ -150,7 +192,7 @@ def _from_fastgpt(model: GPT) -> dict[str, Tensor]:
     """Return the weights by transformers' names; those of `Conv1D` are transposed views."""
     tensors = {}
     for name, tensor in (model.state_dict() | external.zero_biases(model.config)).items():
-        prefix = "" if name == "lm_head.weight" else PREFIX
+        prefix = "" if name == _HEAD else PREFIX
         tensors[prefix + name] = (tensor.T if name.endswith(_CONV1D) else tensor).cpu()
     return tensors
 

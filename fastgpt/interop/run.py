@@ -1,13 +1,19 @@
 """fastgpt's own run folders as a source of models, with the interface of other formats."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fastgpt.checkpoint.load import Checkpoint, find_checkpoint, load_run_tokenizer, resolve_run
+from fastgpt.checkpoint.load import (
+    Checkpoint,
+    CheckpointError,
+    find_checkpoint,
+    load_run_tokenizer,
+    read_json,
+    resolve_run,
+)
 from fastgpt.interop.external import LazyTensor
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BaseTokenizer
@@ -45,10 +51,9 @@ def recognizes(path: Path) -> bool:
     if not path.exists():  # if a run is meant, `read` reports that it does not exist
         return path.name == "latest" or path.parts[:1] == ("runs",)
     try:
-        config = json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return "recipe" in read_json(path / "config.json")
+    except CheckpointError:
         return (path / "checkpoints").is_dir()  # a damaged run: `read` reports the error
-    return isinstance(config, dict) and "recipe" in config
 
 
 def read(path: Path, which: str = "best") -> Run:

@@ -10,7 +10,6 @@ contain neither white space nor invalid UTF-8.
 from __future__ import annotations
 
 import codecs
-import json
 import reprlib
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgpt.utils import checks
 from fastgpt.utils.extension import _C
 
 END_OF_TEXT = "<|endoftext|>"
@@ -199,13 +199,7 @@ def to_merges(vocabulary: Vocabulary) -> tuple[str, dict[str, int]]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; ValueError if it is not valid JSON or not an object."""
-    try:
-        data = json.loads(path.read_bytes())
-    except RecursionError:
-        raise ValueError("brackets nested too deeply") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"the file must contain a JSON object, not {reprlib.repr(data)}")
-    return data
+    return checks.json_object(path.read_bytes())
 
 
 @contextmanager

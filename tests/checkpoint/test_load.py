@@ -207,8 +207,8 @@ DAMAGES = {
     "5 manifest empty": (rewrite(MANIFEST, lambda r: b""), "cannot be read"),
     "5 manifest cut": (rewrite(MANIFEST, lambda r: r[: len(r) // 2]), "cannot be read"),
     "5 manifest not UTF-8": (rewrite(MANIFEST, lambda r: b"\xff\xfe{}"), "cannot be read"),
-    "5 manifest a list": (rewrite(MANIFEST, lambda r: b"[]"), "contains a list"),
-    "5 manifest null": (rewrite(MANIFEST, lambda r: b"null"), "contains a NoneType"),
+    "5 manifest a list": (rewrite(MANIFEST, lambda r: b"[]"), "must be an object"),
+    "5 manifest null": (rewrite(MANIFEST, lambda r: b"null"), "must be an object, not None"),
     "5 manifest nested": (rewrite(MANIFEST, lambda r: b"[" * 100_000), "cannot be read"),
     "5 files not an object": (edit(lambda m: m.update(files=[])), "lists no files"),
     "5 a file not described": (edit(lambda m: m["files"].update({WEIGHTS: 3})), "no size and"),
@@ -217,6 +217,31 @@ DAMAGES = {
     "5 a config that cannot work": (
         edit(lambda m: m["config"].update(n_head=3)),
         "not a manifest: .*multiple",
+    ),
+    "5 a step that is not an integer": (
+        edit(lambda m: m.update(step="4")),
+        "not a manifest: step must be an integer, not '4'",
+    ),
+    "5 a loss that is not a number": (
+        edit(lambda m: m.update(val_loss=[1.5])),
+        r"not a manifest: val_loss must be a number, not \[1.5\]",
+    ),
+    "5 a size too large for a tensor": (
+        edit(lambda m: m["config"].update(vocab_size=10**30)),
+        "not a manifest: vocab_size must be at most 16777216",
+    ),
+    "5 a flag that is a string": (
+        edit(lambda m: m["config"].update(tie_weights="false")),
+        "not a manifest: tie_weights must be true or false, not 'false'",
+    ),
+    "5 a setting missing": (
+        edit(lambda m: m["config"].pop("layer_norm_eps") and None),
+        "not a manifest: layer_norm_eps must be a number, not None",
+    ),
+    "5 a list as state": (edit(lambda m: m.update(extra=[])), "extra must be an object"),
+    "5 another valid value": (
+        edit(lambda m: m["config"].update(n_head=1)),
+        "manifest.json is damaged: its SHA-256 differs",
     ),
     "6 a path out of the folder": (
         edit(lambda m: m["files"].update({"../x": m["files"][WEIGHTS]})),

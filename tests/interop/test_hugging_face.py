@@ -1,12 +1,13 @@
 """Import and export of Hugging Face folders, compared to transformers."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from fastgpt import GPT, CharTokenizer, GPTConfig, Tokenizer
@@ -59,6 +60,64 @@ def test_in(tmp_path: Path, tied: bool, sharded: bool) -> None:
     assert not ours.training
     assert ours.config.dropout == 0.1
     assert_same_logits(model, ours)
+
+
+@pytest.mark.parametrize("pickled", [True, False])
+@pytest.mark.parametrize("kept", ["both", "head", "embedding", "different"])
+def test_the_stored_tensors_decide_whether_the_head_is_tied(
+    tmp_path: Path, kept: str, pickled: bool
+) -> None:
+    """`safetensors.torch.save_model` keeps only the head of a tied pair."""
+    model = theirs()
+    model.save_pretrained(tmp_path)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if kept == "head":
+        del weights["transformer.wte.weight"]
+    if kept == "embedding":
+        del weights["lm_head.weight"]
+    if kept == "different":
+        weights["lm_head.weight"] += torch.randn_like(weights["lm_head.weight"])
+    if pickled:
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    ours = GPT.from_pretrained(tmp_path)
+    assert ours.config.tie_weights == (kept != "different")
+    assert_same_logits(GPT2LMHeadModel.from_pretrained(tmp_path).eval(), ours)
+
+
+def test_a_file_of_save_model_is_read(tmp_path: Path) -> None:
+    model = theirs()
+    model.config.save_pretrained(tmp_path)
+    save_model(model, str(tmp_path / "model.safetensors"), {"format": "pt"})
+    assert "transformer.wte.weight" not in load_file(tmp_path / "model.safetensors")
+    assert_same_logits(model, GPT.from_pretrained(tmp_path))
+
+
+ALIASES = {
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "max_position_embeddings": "n_positions",
+}
+
+
+def test_the_other_names_of_settings_are_known(folder: Path) -> None:
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    renamed = settings | {alias: settings.pop(name) for alias, name in ALIASES.items()}
+    path.write_text(json.dumps(renamed))
+    model = GPT2LMHeadModel.from_pretrained(folder).eval()
+    assert_same_logits(model, GPT.from_pretrained(folder))
+    path.write_text(json.dumps({**renamed, "n_embd": 48, "n_ctx": 7}))  # n_ctx is obsolete
+    assert_same_logits(model, GPT.from_pretrained(folder))
+    path.write_text(json.dumps({**renamed, "n_embd": 24}))
+    with pytest.raises(UsageError, match=r"'n_embd', 'hidden_size'\) are names of one setting"):
+        GPT.from_pretrained(folder)
+    renamed["n_ctx"] = renamed.pop("max_position_embeddings")
+    path.write_text(json.dumps(renamed))
+    assert_same_logits(model, GPT.from_pretrained(folder))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -216,7 +275,20 @@ def test_every_mismatched_tensor_is_listed(folder: Path) -> None:
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         ({"n_inner": 100}, "n_inner = 100 is not supported"),
         ({"n_head": 5}, "n_embd must be a multiple of n_head"),
-        ({"n_layer": "three"}, "config.json: "),
+        ({"n_layer": "three"}, "config.json: n_layer must be an integer, not 'three'"),
+        ({"n_layer": True}, "config.json: n_layer must be an integer, not True"),
+        ({"n_layer": None}, "config.json: n_layer must be an integer, not None"),
+        ({"vocab_size": 10**30}, "config.json: vocab_size must be at most 16777216"),
+        ({"vocab_size": 301.0}, "config.json: vocab_size must be an integer, not 301.0"),
+        ({"resid_pdrop": None}, "config.json: dropout must be a number, not None"),
+        ({"resid_pdrop": "0.1"}, "config.json: dropout must be a number, not '0.1'"),
+        ({"layer_norm_epsilon": "1e-5"}, "config.json: layer_norm_eps must be a number"),
+        ({"layer_norm_epsilon": None}, "config.json: layer_norm_eps must be a number"),
+        ({"layer_norm_epsilon": math.inf}, "config.json: layer_norm_eps must be in [0, 1]"),
+        ({"layer_norm_epsilon": math.nan}, "config.json: layer_norm_eps must be in [0, 1]"),
+        ({"layer_norm_epsilon": 10**400}, "config.json: layer_norm_eps must be a number"),
+        ({"tie_word_embeddings": "false"}, "config.json: tie_weights must be true or false"),
+        ({"tie_word_embeddings": None}, "config.json: tie_weights must be true or false"),
         ({"n_layer": 4}, "h.3.ln_1.weight is missing"),
     ],
 )

@@ -103,7 +103,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"n_head": 3}, "8 is not a multiple of 3"),
     ({"n_head": 2, "n_layer": 3}, "has n_layer = 2, but config.json next to it says 3"),
     ({"n_head": 2, "resid_pdrop": 2}, r"dropout must be in"),
-    ([], "not an object"),
+    ([], "must be an object, not "),
 ]
 
 

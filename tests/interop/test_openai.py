@@ -172,10 +172,10 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path: Path) 
         ({"n_head": True}, "n_head must be an integer, not True"),
         ({"n_head": 0}, "n_head must be at least 1"),
         ({"n_head": 5}, "n_embd must be a multiple of n_head"),
-        ({"n_layer": 10**12}, "28 tensors are too few for 1,000,000,000,000 layers"),
+        ({"n_layer": 10**6}, "28 tensors are too few for 1,000,000 layers"),
         ({"n_layer": 1}, "h.1.ln_1.weight is not in the model"),
         ({"n_layer": 3}, "h.2.ln_1.weight is missing"),
-        ({"n_vocab": 10**30}, r"wte.weight is \[61, 12\] instead of \[10{30}, 12\]"),
+        ({"n_vocab": 10**30}, "vocab_size must be at most 16777216, not 10{30}"),
         ({"n_embd": 24}, r"wte.weight is \[61, 12\] instead of \[61, 24\]"),
         ({"n_ctx": 16}, r"wpe.weight is \[17, 12\] instead of \[16, 12\]"),
     ],
@@ -191,7 +191,7 @@ def test_settings_that_the_tensors_do_not_bear_out_are_refused(
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     _write(tmp_path, {"bert/embeddings/word_embeddings": np.float32([[1]])})
-    with pytest.raises(UsageError, match=r"does not fit the model: wte\.weight is missing"):
+    with pytest.raises(UsageError, match=r"does not fit the model: 1 tensors are too few"):
         openai.read(tmp_path).load_model()
 
 
