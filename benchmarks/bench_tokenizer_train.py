@@ -46,7 +46,7 @@ def our_merges(text):
 
 
 def merges_of(tokenizer):
-    _, (tokens, merges, _) = tokenizer.__reduce__()
+    tokens, merges, _ = tokenizer.vocabulary
     return [(tokens[left], tokens[right]) for left, right, _ in merges.tolist()]
 
 

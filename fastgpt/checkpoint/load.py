@@ -222,11 +222,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     val_loss = manifest.get("val_loss")
     try:
         config = checks.mapping("config", manifest.get("config"))
+        settings: dict[str, Any] = {
+            field.name: config.get(field.name) for field in fields(GPTConfig)
+        }
         checkpoint = Checkpoint(
             path,
             checks.integer("step", manifest.get("step"), least=0, most=2**63 - 1),
             None if val_loss is None else checks.number("val_loss", val_loss),
-            GPTConfig(**{field.name: config.get(field.name) for field in fields(GPTConfig)}),
+            GPTConfig(**settings),
             checks.text("tokenizer_hash", manifest.get("tokenizer_hash")),
             checks.text("data_sha256", manifest.get("data_sha256")),
             manifest["files"],

@@ -117,10 +117,13 @@ def count_layers(names: Iterable[str]) -> int:
 def find_tokenizer(folder: Path, vocab_size: int) -> BaseTokenizer:
     """Return the tokenizer in `folder`; without one, GPT-2's if `vocab_size` matches it.
 
+    Added tokens without a row in the model are left out: a padding token, for example, is often
+    added without resizing the model, which is then never given its id.
+
     Raises: NoTokenizerError if neither applies.
     """
     try:
-        return load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
     except FileNotFoundError:
         gpt2 = Tokenizer.gpt2()
         if vocab_size == gpt2.vocab_size:
@@ -131,6 +134,9 @@ def find_tokenizer(folder: Path, vocab_size: int) -> BaseTokenizer:
         ) from None
     except ValueError as error:
         raise NoTokenizerError(str(error)) from None
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer.crop(vocab_size)
+    return tokenizer
 
 
 def _read_all(tensors: Mapping[str, LazyTensor], device: torch.device) -> dict[str, Tensor]:

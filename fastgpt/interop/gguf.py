@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 Precision: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
 
 _BLOCK = 32  # values of a row that share a scale in q8_0
-_NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # token types
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types
 _STRING, _ARRAY = 8, 9  # value types of variable size; below, the bytes of those of fixed size
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _NAMES = {  # fastgpt's name -> GGUF's name
@@ -207,7 +207,8 @@ def _read_tokenizer(path: Path, keys: Mapping[str, Any]) -> BaseTokenizer:
         if kind == ("rwkv", None):
             return CharTokenizer([_unescape(token) for token in ids])
         if kind == ("gpt2", "gpt-2"):
-            return Tokenizer(*read_hugging_face(_as_hugging_face(path, keys, ids, types)))
+            vocabulary, added = read_hugging_face(_as_hugging_face(path, keys, ids, types))
+            return Tokenizer(*vocabulary, added)
     except ValueError as error:
         raise NoTokenizerError(f"{path}: {error}") from None
     raise NoTokenizerError(f"{path}: a tokenizer of the kind {kind} is not supported")
@@ -217,11 +218,15 @@ def _as_hugging_face(
     path: Path, keys: Mapping[str, Any], ids: Mapping[str, int], types: list[int]
 ) -> dict[str, Any]:
     """Return the content of a ``tokenizer.json`` with the same vocabulary."""
-    specials = [name for name, kind in zip(ids, types, strict=True) if kind == _CONTROL]
+    added = [
+        {"id": ids[name], "content": name, "special": kind == _CONTROL, "normalized": False}
+        for name, kind in zip(ids, types, strict=True)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
     return {
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
         "decoder": {"type": "ByteLevel"},
-        "added_tokens": [{"id": ids[s], "content": s, "special": True} for s in specials],
+        "added_tokens": added,
         "model": {"vocab": ids, "merges": _list(path, keys, "merges")},
     }
 
@@ -279,11 +284,16 @@ def _byte_pairs(tokenizer: Tokenizer) -> _Vocabulary:
             "this tokenizer has no <|endoftext|>, and llama.cpp would end every text at token 11; "
             "train it with that special token"
         )
-    if tokenizer.vocab_size == len(tokenizer.special_tokens) + 256:
+    if not len(tokenizer.vocabulary.merges):
         raise UsageError("llama.cpp does not support a byte-level vocabulary without merges")
-    model = to_hugging_face(tokenizer.vocabulary)["model"]
-    specials = set(tokenizer.special_tokens.values())
-    types = [_CONTROL if i in specials else _NORMAL for i in range(tokenizer.vocab_size)]
+    model = to_hugging_face(tokenizer.vocabulary, tokenizer.added_tokens)["model"]
+    types = [_NORMAL] * tokenizer.vocab_size
+    for ids, kind in (
+        (tokenizer.special_tokens, _CONTROL),
+        (tokenizer.added_tokens, _USER_DEFINED),
+    ):
+        for token_id in ids.values():
+            types[token_id] = kind
     return _Vocabulary(list(model["vocab"]), types, model["merges"], tokenizer.eot_token)
 
 

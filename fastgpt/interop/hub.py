@@ -13,7 +13,10 @@ from fastgpt.utils.errors import UsageError
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
-_OTHERS = ("config.json", "tokenizer.json", "vocab.json", "merges.txt")
+_OTHERS = (
+    *("config.json", "tokenizer.json", "vocab.json", "merges.txt"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 
 
 def recognizes(path: Path) -> bool:

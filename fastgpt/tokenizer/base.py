@@ -48,9 +48,15 @@ class BaseTokenizer(ABC):
     `_serialize`, which the public ones call with checked arguments.
     """
 
-    def __init__(self, vocab_size: int, special_tokens: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        special_tokens: Mapping[str, int],
+        added_tokens: Mapping[str, int] = {},
+    ) -> None:
         self._vocab_size = vocab_size
         self._special_tokens = dict(special_tokens)
+        self._added_tokens = dict(added_tokens)
 
     @classmethod
     def load(
@@ -81,6 +87,15 @@ class BaseTokenizer(ABC):
     def special_tokens(self) -> dict[str, int]:
         """The special tokens, mapped to their ids; empty for a character vocabulary."""
         return dict(self._special_tokens)
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Tokens that are encoded as their ids wherever a text contains them, mapped to these ids.
+
+        Unlike special tokens, they are ordinary words, which a Hugging Face tokenizer was extended
+        by (`add_tokens`).
+        """
+        return dict(self._added_tokens)
 
     @property
     def eot_token(self) -> int | None:
@@ -152,9 +167,9 @@ class BaseTokenizer(ABC):
         if not isinstance(text, str | bytes):
             raise TypeError(f"encode takes str or bytes, not {type(text).__name__}")
         spans: Spans = []
-        if allowed_special or disallowed_special:
+        if allowed_special or disallowed_special or self._added_tokens:
             text = to_utf8(text)
-            spans = self._special_spans(text, allowed_special, disallowed_special)
+            spans = self._find_tokens(text, allowed_special, disallowed_special)
         return self._encode(text, spans, errors, threads)
 
     def encode_with_offsets(
@@ -264,8 +279,8 @@ class BaseTokenizer(ABC):
         numbers: list[int] = ids.tolist()
         return numbers
 
-    def _special_spans(self, data: bytes, allowed: Specials, disallowed: Specials) -> Spans:
-        """Return the spans (begin, end, id) of the allowed special tokens, as byte positions.
+    def _find_tokens(self, data: bytes, allowed: Specials, disallowed: Specials) -> Spans:
+        """Return the spans (begin, end, id) of added and allowed special tokens, as byte positions.
 
         Raises: ValueError if a disallowed special token is in the text.
         """
@@ -276,11 +291,11 @@ class BaseTokenizer(ABC):
                     f"the text contains the special token {name!r} at byte {at}: remove it, or "
                     "pass allowed_special to encode it as that token"
                 )
-        if not names:
+        ids = {name: self._special_tokens[name] for name in names} | self._added_tokens
+        if not ids:
             return []
-        longest_first = sorted((name.encode() for name in names), key=len, reverse=True)
+        longest_first = sorted((name.encode() for name in ids), key=len, reverse=True)
         pattern = re.compile(b"|".join(map(re.escape, longest_first)))
-        ids = self._special_tokens
         return [(*match.span(), ids[match[0].decode()]) for match in pattern.finditer(data)]
 
 

@@ -63,6 +63,7 @@ class Tokenizer(BaseTokenizer):
         merges: rows ``[n, 3]`` of ids (left, right, merged), in order of decreasing priority.
         special_tokens: names and ids of the special tokens. Their bytes in `tokens` must be their
             names.
+        added_tokens: names and ids of further tokens that are found in every text.
     """
 
     def __init__(
@@ -70,18 +71,25 @@ class Tokenizer(BaseTokenizer):
         tokens: Sequence[bytes],
         merges: NDArray[np.integer[Any]] | Sequence[tuple[int, int, int]],
         special_tokens: Mapping[str, int],
+        added_tokens: Mapping[str, int] = {},
     ) -> None:
         rows = np.asarray(merges).reshape(-1, 3)
         if rows.size and (rows.dtype.kind not in "iu" or not 0 <= rows.min() <= rows.max() < 2**32):
             raise ValueError("merges must be rows of three ids: non-negative integers below 2**32")
         rows = rows.astype(np.uint32)
-        for name, token_id in special_tokens.items():
-            if not 0 <= token_id < len(tokens) or tokens[token_id] != name.encode():
-                raise ValueError(f"special token {name!r} is not the token of its id {token_id}")
-        self._set_encoder(_C.BytePairEncoder(tokens, rows), special_tokens)
+        for kind, named in (("special", special_tokens), ("added", added_tokens)):
+            for name, token_id in named.items():
+                if not 0 <= token_id < len(tokens) or tokens[token_id] != name.encode():
+                    raise ValueError(f"{kind} token {name!r} is not the token of its id {token_id}")
+        self._set_encoder(_C.BytePairEncoder(tokens, rows), special_tokens, added_tokens)
 
-    def _set_encoder(self, encoder: _C.BytePairEncoder, special_tokens: Mapping[str, int]) -> None:
-        super().__init__(len(encoder), special_tokens)
+    def _set_encoder(
+        self,
+        encoder: _C.BytePairEncoder,
+        special_tokens: Mapping[str, int],
+        added_tokens: Mapping[str, int] = {},
+    ) -> None:
+        super().__init__(len(encoder), special_tokens, added_tokens)
         self._encoder = encoder
 
     @staticmethod
@@ -151,17 +159,19 @@ class Tokenizer(BaseTokenizer):
         """
         path = Path(path)
         if path.suffix == ".tiktoken":
+            self._check_no_added_tokens(path.name)
             content = to_rank_file(self.vocabulary)
             with atomic_file(path) as file:
                 file.write_bytes(content)
         elif path.name in IDS_FILE:
+            self._check_no_added_tokens(path.name)
             merges, ids = to_merges(self.vocabulary)
             ids_path = path.with_name(IDS_FILE[path.name])
             with atomic_file(path) as file, atomic_file(ids_path) as ids_file:  # both or none
                 file.write_bytes(merges.encode())
                 write_json(ids_file, ids)
         elif path.suffix == ".json" or path.is_dir():
-            write_json(path, to_hugging_face(self.vocabulary))
+            write_json(path, to_hugging_face(self.vocabulary, self._added_tokens))
         else:
             raise ValueError(
                 f"{path}: name the file *.json, *.tiktoken, {' or '.join(IDS_FILE)}, or give a "
@@ -173,8 +183,9 @@ class Tokenizer(BaseTokenizer):
 
         Raises: ImportError if tiktoken is not installed; ValueError if tiktoken cannot produce the
             same ids, because the order of the merges differs from that of their ids, or a special
-            token is a prefix of another one.
+            token is a prefix of another one, or there are added tokens.
         """
+        self._check_no_added_tokens("tiktoken")
         for short, long in permutations(self._special_tokens, 2):
             if long.startswith(short):
                 raise ValueError(f"tiktoken would match {short!r} where a text contains {long!r}")
@@ -191,8 +202,27 @@ class Tokenizer(BaseTokenizer):
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The tokens, merges and special tokens, which are the arguments of an equal tokenizer."""
+        """The tokens, merges and special tokens, the first arguments of an equal tokenizer."""
         return Vocabulary(self._encoder.tokens(), self._encoder.merges(), self._special_tokens)
+
+    def crop(self, size: int) -> Tokenizer:
+        """Return the tokenizer without the special and added tokens from id `size` on.
+
+        Returns the same tokenizer if any other token, or ``<|endoftext|>``, has such an id.
+        """
+        tokens, merges, special_tokens = self.vocabulary
+        removable = {*special_tokens.values(), *self._added_tokens.values()} - {self.eot_token}
+        if size >= len(tokens) or not removable.issuperset(range(size, len(tokens))):
+            return self
+        special_tokens = {name: i for name, i in special_tokens.items() if i < size}
+        added_tokens = {name: i for name, i in self._added_tokens.items() if i < size}
+        return Tokenizer(tokens[:size], merges, special_tokens, added_tokens)
+
+    def _check_no_added_tokens(self, form: str) -> None:
+        for name in self._added_tokens:
+            raise ValueError(
+                f"{form} cannot represent the added token {name!r}; save it as tokenizer.json"
+            )
 
     def _encode(self, text: str | bytes, spans: Spans, errors: Errors, threads: int) -> IdArray:
         if index(threads) < 1:
@@ -218,6 +248,8 @@ class Tokenizer(BaseTokenizer):
         content = b"".join(len(token).to_bytes(4, "little") + token for token in tokens)
         content += merges.astype("<u4").tobytes()
         content += json.dumps(special_tokens, sort_keys=True).encode()
+        if self._added_tokens:
+            content += json.dumps(self._added_tokens, sort_keys=True).encode()
         return b"fastgpt-bpe 1\n" + content
 
     def _to_list(self, ids: IdArray) -> list[int]:
@@ -227,4 +259,4 @@ class Tokenizer(BaseTokenizer):
         return f"Tokenizer(vocab_size={self.vocab_size}, special_tokens={self._special_tokens})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer, tuple(self.vocabulary)
+        return Tokenizer, (*self.vocabulary, self._added_tokens)

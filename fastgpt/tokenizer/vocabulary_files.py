@@ -11,14 +11,22 @@ from __future__ import annotations
 
 import codecs
 import reprlib
-from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgpt.tokenizer.added_tokens import (
+    CONFIG,
+    DECODER,
+    AddedToken,
+    Additions,
+    check_order,
+    number,
+    parse_added_token,
+)
 from fastgpt.utils import checks
 from fastgpt.utils.extension import _C
 
@@ -44,6 +52,7 @@ LETTER_OF_BYTE = "".join(
 )
 BYTE_OF_LETTER = codecs.charmap_build(LETTER_OF_BYTE)
 
+_USE_JSON = "save it as tokenizer.json"
 # A pre-tokenizer of tokenizer.json that splits a text into characters.
 _EACH_CHARACTER = {
     "type": "Split",
@@ -51,6 +60,7 @@ _EACH_CHARACTER = {
     "behavior": "Isolated",
     "invert": False,
 }
+_NONE = Additions([])
 
 
 class Vocabulary(NamedTuple):
@@ -61,41 +71,62 @@ class Vocabulary(NamedTuple):
     special_tokens: dict[str, int]
 
 
-def read_merges(path: Path) -> Vocabulary:
+def read_merges(path: Path, additions: Additions = _NONE) -> tuple[Vocabulary, dict[str, int]]:
     """Read ``vocab.bpe``, and ``encoder.json`` with the ids of its tokens if the folder has it.
+
+    Returns the vocabulary, and the added tokens that are not special.
+
+    additions: further tokens.
 
     Raises: ValueError that names the file and the problem.
     """
-    with prefix_errors(path):
+    with checks.of_file(path):
         tokens, merges = _C.parse_merges_file(path.read_bytes())
-    if path.name not in IDS_FILE or not (ids_path := path.with_name(IDS_FILE[path.name])).exists():
-        return Vocabulary([*tokens, END_OF_TEXT.encode()], merges, {END_OF_TEXT: len(tokens)})
-    with prefix_errors(ids_path):
-        ids = _check_ids(read_json(ids_path))
-        names = list(map(_letters_of, tokens))
-        if unknown := [name for name in names if name not in ids]:
+    names = list(map(_letters_of, tokens))
+    ids_path = path.with_name(IDS_FILE.get(path.name, path.name))
+    if ids_path == path or not ids_path.exists():
+        vocabulary = {name: token_id for token_id, name in enumerate([*names, END_OF_TEXT])}
+        with checks.of_file(path):
+            ids = _add(additions.tokens, vocabulary)
+            return _build(ids, merges, additions.tokens, {END_OF_TEXT})
+    with checks.of_file(ids_path):
+        vocabulary = _check_vocabulary(read_json(ids_path))
+        ids = _add(additions.tokens, vocabulary)
+        if unknown := [name for name in names if name not in vocabulary]:
             raise ValueError(f"token {unknown[0]!r} of {path.name} is missing")
         new_ids = np.array([ids[name] for name in names], np.uint32)
-        return _build(ids, new_ids[merges], ids.keys() - set(names))
+        return _build(ids, new_ids[merges], additions.tokens, vocabulary.keys() - set(names))
 
 
-def read_hugging_face(data: dict[str, Any]) -> Vocabulary:
-    """Return the vocabulary of a parsed ``tokenizer.json``.
+def read_hugging_face(
+    data: dict[str, Any], additions: Additions = _NONE
+) -> tuple[Vocabulary, dict[str, int]]:
+    """Return the vocabulary and the added tokens of a parsed ``tokenizer.json``.
+
+    additions: further tokens.
 
     Raises: ValueError that names the problem, for example if the tokenizer is not a byte-level BPE
         with GPT-2's pre-tokenization.
     """
     _check_supported({**data, "pre_tokenizer": _simplify_pre_tokenizer(data.get("pre_tokenizer"))})
-    specials = _added_tokens(data)
-    ids = _check_ids(_item(data, "model.vocab"), specials)
-    return _build(ids, _merge_rows(_item(data, "model.merges"), ids), specials.keys())
+    added = _added_tokens(data)
+    if additions.complete:
+        kept = {END_OF_TEXT, *(token.name for token in additions.tokens)}
+        if lost := [token.name for token in added if token.name not in kept]:
+            raise ValueError(
+                f"added token {lost[0]!r} is not in {DECODER} of {CONFIG}, which replaces this list"
+            )
+    added += additions.tokens
+    ids = _add(added, _check_vocabulary(_item(data, "model.vocab")))
+    return _build(ids, _merge_rows(_item(data, "model.merges"), ids), added)
 
 
-def to_hugging_face(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return the contents of ``tokenizer.json`` for a vocabulary."""
+def to_hugging_face(vocabulary: Vocabulary, added_tokens: Mapping[str, int] = {}) -> dict[str, Any]:
+    """Return the contents of ``tokenizer.json`` for a vocabulary with added tokens."""
     tokens, merges, special_tokens = vocabulary
     names = list(map(_letters_of, tokens))
-    for name, token_id in special_tokens.items():
+    added = sorted({**special_tokens, **added_tokens}.items(), key=lambda item: item[1])
+    for name, token_id in added:
         names[token_id] = name
     if len(set(names)) != len(names):
         raise ValueError("tokenizer.json cannot represent two tokens with the same name")
@@ -106,8 +137,8 @@ def to_hugging_face(vocabulary: Vocabulary) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": token_id, "content": name, **flags, "special": True}
-            for name, token_id in sorted(special_tokens.items(), key=lambda item: item[1])
+            {"id": token_id, "content": name, **flags, "special": name in special_tokens}
+            for name, token_id in added
         ],
         "normalizer": None,
         "pre_tokenizer": {**byte_level, "use_regex": True},
@@ -162,7 +193,9 @@ def read_characters(data: dict[str, Any]) -> str | None:
         return characters
     if _item(data, "model.type") != "WordLevel" or data.get("pre_tokenizer") != _EACH_CHARACTER:
         return None
-    ids = _check_ids(_item(data, "model.vocab"))
+    if data.get("added_tokens"):
+        raise ValueError("added_tokens are not supported for a vocabulary of single characters")
+    ids = _add([], _check_vocabulary(_item(data, "model.vocab")))
     if long := [name for name in ids if len(name) != 1]:
         raise ValueError(f"token {long[0]!r} is not a single character")
     return "".join(sorted(ids, key=ids.__getitem__))
@@ -184,7 +217,7 @@ def to_merges(vocabulary: Vocabulary) -> tuple[str, dict[str, int]]:
         if not {left, right} <= made or merged in made:
             raise ValueError(
                 f"vocab.bpe cannot represent the merge {line!r}: each merge must join bytes or "
-                "tokens of earlier merges into a new token; save it as tokenizer.json"
+                f"tokens of earlier merges into a new token; {_USE_JSON}"
             )
         made.add(merged)
         lines.append(line)
@@ -193,7 +226,7 @@ def to_merges(vocabulary: Vocabulary) -> tuple[str, dict[str, int]]:
     others = set(range(len(tokens))) - made - set(special_tokens.values())
     if others or len(set(names)) != len(names):
         what = f"token {names[min(others)]!r} without a merge" if others else "a repeated name"
-        raise ValueError(f"vocab.bpe cannot represent {what}; save it as tokenizer.json")
+        raise ValueError(f"vocab.bpe cannot represent {what}; {_USE_JSON}")
     return "\n".join(lines) + "\n", {name: token_id for token_id, name in enumerate(names)}
 
 
@@ -202,45 +235,34 @@ def read_json(path: Path) -> dict[str, Any]:
     return checks.json_object(path.read_bytes())
 
 
-@contextmanager
-def prefix_errors(path: Path) -> Iterator[None]:
-    """Prefix the message of every ValueError raised in the block with the path."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _check_ids(ids: Any, added: Mapping[str, int] = {}) -> dict[str, int]:
-    """Return the ids of all tokens by name, including the added ones; ValueError if invalid."""
+def _check_vocabulary(ids: Any) -> dict[str, int]:
     if not isinstance(ids, dict) or not all(type(token_id) is int for token_id in ids.values()):
         raise ValueError("the vocabulary must map each token to its id, an integer")
-    by_name: dict[str, int] = {**added, **ids}
+    return ids
+
+
+def _add(tokens: Sequence[AddedToken], vocabulary: dict[str, int]) -> dict[str, int]:
+    """Return the ids of a vocabulary and of added tokens by name; ValueError if invalid."""
+    check_order(tokens)
+    added = number(tokens, vocabulary)
+    ids = {**added, **vocabulary}
     for name, token_id in added.items():
-        if by_name[name] != token_id:
-            raise ValueError(f"added token {name!r} has two ids: {token_id} and {by_name[name]}")
-    if missing := set(range(len(by_name))) - set(by_name.values()):
+        if ids[name] != token_id:
+            raise ValueError(f"added token {name!r} has two ids: {token_id} and {ids[name]}")
+    if missing := set(range(len(ids))) - set(ids.values()):
         raise ValueError(
-            f"the ids must be 0 to {len(by_name) - 1}, each once: {min(missing)} is missing"
+            f"the ids must be 0 to {len(ids) - 1}, each once: {min(missing)} is missing"
         )
-    return by_name
+    return ids
 
 
-def _added_tokens(data: dict[str, Any]) -> dict[str, int]:
-    added: dict[str, int] = {}
+def _added_tokens(data: dict[str, Any]) -> list[AddedToken]:
     tokens = data.get("added_tokens") or []
     if not isinstance(tokens, list):
         raise ValueError("added_tokens must be a list")
-    for i, token in enumerate(tokens):
-        name, token_id = _item(token, "content"), _item(token, "id")
-        if not isinstance(name, str) or type(token_id) is not int:
-            raise ValueError(f"added_tokens[{i}] must have a content and an id")
-        flags = [flag for flag in ("single_word", "lstrip", "rstrip") if _item(token, flag)]
-        if not _item(token, "special"):
-            flags.append("special = false")
-        if flags:
-            raise ValueError(f"added_tokens[{i}], {name!r}: {', '.join(flags)} is not supported")
-        added[name] = token_id
+    added = [parse_added_token(f"added_tokens[{i}]", token) for i, token in enumerate(tokens)]
+    if without := [name for name, token_id, *_ in added if token_id is None]:
+        raise ValueError(f"added token {without[0]!r} must have an id")
     return added
 
 
@@ -274,15 +296,15 @@ def _splits_as_gpt2(step: Any) -> bool:
 
 
 def _check_supported(data: dict[str, Any]) -> None:
-    """Raise ValueError for settings with which the ids would differ from fastgpt's."""
+    """Raise ValueError for settings with which the ids would differ from fastgpt's.
+
+    Truncation and padding are those of the last call before saving; transformers does not use them.
+    """
     supported: dict[str, tuple[Any, ...]] = {
-        "truncation": (None,),
-        "padding": (None,),
         "normalizer": (None,),
         "pre_tokenizer.type": ("ByteLevel",),
         "pre_tokenizer.add_prefix_space": (False,),
         "pre_tokenizer.use_regex": (True, None),
-        "post_processor.type": ("ByteLevel", None),
         "decoder.type": ("ByteLevel",),
         "model.type": ("BPE", None),
         "model.dropout": (None, 0),
@@ -297,6 +319,21 @@ def _check_supported(data: dict[str, Any]) -> None:
                 f"{name} = {reprlib.repr(value)} is not supported: fastgpt reads byte-level BPE "
                 f"with GPT-2's pre-tokenization ({name} = {values[0]!r})"
             )
+    if not _adds_nothing(data.get("post_processor")):
+        raise ValueError(
+            "post_processor = "
+            f"{reprlib.repr(data['post_processor'])} is not supported: it adds tokens to a text"
+        )
+
+
+def _adds_nothing(post_processor: Any) -> bool:
+    """Return whether the ids of a single text remain as they are."""
+    kind = _item(post_processor, "type")
+    if kind == "Sequence" and isinstance(steps := _item(post_processor, "processors"), list):
+        return all(map(_adds_nothing, steps))
+    if kind == "TemplateProcessing" and isinstance(parts := _item(post_processor, "single"), list):
+        return [list(part) for part in parts if isinstance(part, dict)] == [["Sequence"]]
+    return post_processor is None or kind == "ByteLevel"
 
 
 def _item(data: Any, name: str) -> Any:
@@ -325,10 +362,26 @@ def _merge_rows(merges: Any, ids: dict[str, int]) -> NDArray[np.uint32]:
     return np.array(list(rows.values()), np.uint32).reshape(-1, 3)
 
 
-def _build(ids: dict[str, int], merges: NDArray[np.uint32], specials: Set[str]) -> Vocabulary:
+def _build(
+    ids: dict[str, int],
+    merges: NDArray[np.uint32],
+    added: Sequence[AddedToken],
+    unmerged: Set[str] = frozenset(),
+) -> tuple[Vocabulary, dict[str, int]]:
+    """Return the vocabulary, and the added tokens that are not special.
+
+    unmerged: names of tokens that are special unless they are added tokens.
+    """
+    words = {token.name for token in added}
+    specials = {token.name for token in added if token.special} | (unmerged - words)
+    words -= specials
     names = sorted(ids, key=ids.__getitem__)
-    tokens = [name.encode() if name in specials else _bytes_of(name) for name in names]
-    return Vocabulary(tokens, merges, {name: ids[name] for name in names if name in specials})
+    whole = specials | words
+    tokens = [name.encode() if name in whole else _bytes_of(name) for name in names]
+    special_tokens = {name: ids[name] for name in names if name in specials}
+    return Vocabulary(tokens, merges, special_tokens), {
+        name: ids[name] for name in names if name in words
+    }
 
 
 def _bytes_of(name: str) -> bytes:

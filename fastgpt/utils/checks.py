@@ -6,24 +6,27 @@ must be and what it is.
 
 import json
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 
 def integer(name: str, value: Any, least: int, most: int) -> int:
     """Return an integer from `least` to `most`; a bool or a float is not one."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise _wrong(name, "an integer", value)
-    if value < least:
-        raise _wrong(name, f"at least {least}", value)
-    if value > most:
-        raise _wrong(name, f"at most {most}", value)
-    return int(value)
+    if (found := int(value)) < least:
+        raise _wrong(name, f"at least {least}", found)
+    if found > most:
+        raise _wrong(name, f"at most {most}", found)
+    return found
 
 
 def number(name: str, value: Any) -> float:
     """Return a number, which can be an integer, infinite or NaN; a bool is not one."""
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise _wrong(name, "a number", value)
     try:
         return float(value)
@@ -50,6 +53,15 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _wrong(name, "an object", value)
     return value
+
+
+@contextmanager
+def of_file(path: Path) -> Iterator[None]:
+    """Prefix the message of every ValueError raised in the block with the path."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def json_object(content: bytes) -> dict[str, Any]:

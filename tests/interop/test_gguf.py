@@ -185,6 +185,17 @@ def test_gpt2s_own_vocabulary(tmp_path: Path) -> None:
     assert (len(merges), merges[0]) == (50_000, "Ġ t")
 
 
+def test_added_words_are_user_defined_tokens(tmp_path: Path) -> None:
+    """llama.cpp finds these in every text, and control tokens only on demand."""
+    tokens, merges, specials = Tokenizer.train(["the lazy dog " * 9], 260).vocabulary
+    ours = Tokenizer([*tokens, b"<x>"], merges, specials, {"<x>": 260})
+    reader = write(tmp_path, random_model(replace(CONFIG, vocab_size=261)), ours)
+    types = keys(reader)["tokenizer.ggml.token_type"]
+    assert types[259:] == [gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED]
+    assert set(types[:259]) == {gguf.TokenType.NORMAL}
+    assert load(tmp_path / "new" / "model-f32.gguf")[1] == ours
+
+
 def test_single_characters_are_rwkvs_tokens(tmp_path: Path) -> None:
     """Tokens are escaped with backslashes as in RWKV's vocabulary, and unescaped here."""
     config = replace(CONFIG, vocab_size=len(CHARACTERS) + 2)

@@ -53,7 +53,7 @@ def hugging_face():
 
 def merges_of(tokenizer):
     """Return (left, right) of each merge, as bytes."""
-    _, (tokens, merges, _) = tokenizer.__reduce__()
+    tokens, merges, _ = tokenizer.vocabulary
     return [(tokens[left], tokens[right]) for left, right, _ in merges.tolist()]
 
 
