@@ -1,6 +1,7 @@
 """Safe reading of `torch.save` files: tensors and plain values only, no code."""
 
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,11 @@ def unpickle(path: Path) -> Any:
             # the format before torch 1.6, which cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
+        names = _unsafe_names(path, str(error))
         raise UsageError(
-            f"{path} contains more than tensors and plain values and is not loaded, because a "
-            f"pickle can execute any code: {reason}; save the weights as safetensors at their "
-            "origin"
+            f"{path} contains more than tensors and plain values ({', '.join(map(repr, names))}) "
+            "and is not loaded, because such a pickle can execute any code; if you trust it, "
+            f"{_how_to_save_again(path, names)}"
         ) from None
     except Exception as error:  # a damaged file may raise anything
         reason = (str(error).strip() or repr(error)).splitlines()[0]
@@ -62,6 +63,36 @@ def pickle_contains(path: Path, word: str) -> bool:
             return any(word.encode() in archive.read(name) for name in names)
     except Exception:  # not a zip archive, or a damaged one
         return False
+
+
+def _unsafe_names(path: Path, message: str) -> list[str]:
+    """Return the classes and functions in a pickle that are not loaded, as `module.name`.
+
+    message: torch's error for the file, which names the first of them. The function for all of them
+    does not read the format before torch 1.6.
+    """
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    except Exception:  # a damaged file may raise anything
+        return re.findall(r"GLOBAL (\S+)", message)[:1] or ["objects"]
+
+
+def _how_to_save_again(path: Path, names: list[str]) -> str:
+    """Return what to do with a trusted file.
+
+    A file whose only classes are a training script's own is that of build-nanogpt or alike, which
+    saves the weights with its configuration, a dataclass. An empty class of the same name is enough
+    to load that.
+    """
+    classes = [name.removeprefix("__main__.") for name in names]
+    if not all(f"__main__.{name}" in names and name.isidentifier() for name in classes):
+        return "save its `state_dict()` as safetensors with the code that made it"
+    empty = "".join(f"{name} = type('{name}', (), {{}}); " for name in classes)
+    return (
+        f"save it again in nanoGPT's form, with its own configuration: python -c \"import torch; "
+        f"{empty}c = torch.load({str(path)!r}, weights_only=False); torch.save({{'model': "
+        "c['model'], 'model_args': vars(c['config'])}, 'ckpt.pt')\""
+    )
 
 
 def lazy(tensor: Tensor) -> LazyTensor:

@@ -1,8 +1,12 @@
 """nanoGPT checkpoints: import of files from its train.py, export for its scripts."""
 
+import argparse
 import contextlib
 import os
 import pickle
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -325,3 +329,47 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="already exists"):
         nanogpt.write(random_model(), tmp_path)
     assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+# build-nanogpt's train_gpt2.py in short: it saves its configuration as an object.
+TRAIN_GPT2 = """
+import sys
+from dataclasses import dataclass
+import torch
+
+@dataclass
+class GPTConfig:
+    block_size: int = 12
+    vocab_size: int = 50304
+    n_layer: int = 2
+    n_head: int = 2
+    n_embd: int = 8
+
+checkpoint = {"model": torch.load("weights.pt"), "config": GPTConfig(), "step": 5, "val_loss": 9.5}
+torch.save(checkpoint, "model_00005.pt", _use_new_zipfile_serialization=sys.argv[1] == "new")
+"""
+
+
+@pytest.mark.parametrize("form", ["new", "old"])
+def test_a_file_of_build_nanogpt_can_be_saved_again(form: str, tmp_path: Path) -> None:
+    model = GPT(GPTConfig(50304, 12, 2, 2, 8)).eval()
+    weights = {f"transformer.{name}": tensor for name, tensor in model.state_dict().items()}
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    torch.save(weights, tmp_path / "weights.pt")
+    subprocess.run([sys.executable, "-c", TRAIN_GPT2, form], cwd=tmp_path, check=True)
+    with pytest.raises(UsageError, match=r"and plain values \('__main__\.GPTConfig'\)") as info:
+        load(tmp_path / "model_00005.pt")
+    assert "\n" not in str(info.value)
+    command = shlex.split(str(info.value).partition("configuration: ")[2])
+    assert command[0] == "python"
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True)
+    again, tokenizer = load(tmp_path / "ckpt.pt")
+    assert tokenizer == Tokenizer.gpt2()
+    ids = torch.tensor([[1, 50256, 7]])
+    assert torch.equal(again(ids), model(ids)[..., :50257])
+
+
+def test_other_classes_in_a_pickle_are_named(tmp_path: Path) -> None:
+    torch.save(argparse.Namespace(layer=torch.nn.Linear(2, 2)), tmp_path / "ckpt.pt")
+    with pytest.raises(UsageError, match=r"'argparse\.Namespace', 'torch\.nn\..*'\)"):
+        load(tmp_path / "ckpt.pt")
