@@ -34,7 +34,19 @@ def backend(name: str, x: Tensor, width: int = 1, n_head: int | None = None) -> 
     return backends.get(name, x.device, backends.kernels_fit(width, n_head or width, x.dtype))
 
 
-class LayerNorm(nn.LayerNorm):
+class Patched(type):
+    """The type of the classes below: an instance is made by patching one of the original class.
+
+    So ``type(model)(config)`` and ``model.from_pretrained(folder)`` make an ordinary model, as they
+    do without a patch. Copies and pickles do not call the class, and remain patched.
+    """
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return a new instance of the original class."""
+        return cls.__bases__[0](*args, **kwargs)
+
+
+class LayerNorm(nn.LayerNorm, metaclass=Patched):
     """LayerNorm computed by `ops.layer_norm`."""
 
     fastgpt_ops: str
@@ -46,7 +58,7 @@ class LayerNorm(nn.LayerNorm):
         return normed
 
 
-class NewGELUActivation(activations.NewGELUActivation):
+class NewGELUActivation(activations.NewGELUActivation, metaclass=Patched):
     """GELU computed by `ops.gelu`."""
 
     fastgpt_ops: str
@@ -57,7 +69,7 @@ class NewGELUActivation(activations.NewGELUActivation):
         return y
 
 
-class GELUTanh(activations.GELUTanh):
+class GELUTanh(activations.GELUTanh, metaclass=Patched):
     """GELU computed by `ops.gelu`."""
 
     fastgpt_ops: str
@@ -68,7 +80,7 @@ class GELUTanh(activations.GELUTanh):
         return y
 
 
-class GPT2Attention(modeling_gpt2.GPT2Attention):
+class GPT2Attention(modeling_gpt2.GPT2Attention, metaclass=Patched):
     """Attention computed by `ops.causal_attention`, for whole sequences without padding."""
 
     fastgpt_ops: str
@@ -122,7 +134,7 @@ class GPT2Attention(modeling_gpt2.GPT2Attention):
         )
 
 
-class GPT2Block(modeling_gpt2.GPT2Block):
+class GPT2Block(modeling_gpt2.GPT2Block, metaclass=Patched):
     """Block with `ops.add_layer_norm` between attention and the MLP."""
 
     fastgpt_ops: str
@@ -166,7 +178,7 @@ class GPT2Block(modeling_gpt2.GPT2Block):
         return result
 
 
-class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
+class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel, metaclass=Patched):
     """Model that uses `ops.linear_cross_entropy` in training, without materializing all logits."""
 
     fastgpt_ops: str

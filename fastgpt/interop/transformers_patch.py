@@ -7,7 +7,8 @@ A patched module remains the same object with its parameters, buffers, hooks and
 its class becomes a subclass of the original one, with another `forward`
 (`fastgpt.interop.transformers_modules`). The names in the `state_dict` do not change, and
 `save_pretrained`, `generate`, the Trainer, `copy.deepcopy` and pickling keep working. Loading a
-pickle of a patched model requires fastgpt; `save_pretrained` saves an ordinary model.
+pickle of a patched model requires fastgpt; `save_pretrained` saves an ordinary model, and
+``type(model)(config)`` and ``model.from_pretrained`` return one, to be patched itself.
 """
 
 from types import ModuleType

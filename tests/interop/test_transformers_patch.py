@@ -356,3 +356,25 @@ def test_a_missing_or_old_transformers_says_what_to_do(monkeypatch):
     monkeypatch.delattr(fastgpt.interop, "transformers_modules", raising=False)
     with pytest.raises(ImportError, match="pip install 'transformers>=5'"):
         fastgpt.patch(build())
+
+
+def test_the_class_makes_ordinary_models(tmp_path):
+    """As in code that builds a second model, such as a frozen reference, with ``type(model)``."""
+    fast = fastgpt.patch(build(), "native")
+    fast.save_pretrained(tmp_path)
+    usual = {"labels": ids()}
+    expected = build().train()(ids(), **usual).loss
+    for cls in (type(fast), fast):
+        loaded = cls.from_pretrained(tmp_path)
+        assert type(loaded) is GPT2LMHeadModel
+        close(loaded.train()(ids(), **usual).loss, expected)
+        close(fastgpt.patch(loaded, "native").train()(ids(), **usual).loss, expected)
+    new = type(fast)(fast.config)
+    assert type(new) is GPT2LMHeadModel
+    new.load_state_dict(fast.state_dict())
+    close(new.train()(ids(), **usual).loss, expected)
+    norm = fast.transformer.h[0].ln_1
+    assert type(type(norm)(8)) is torch.nn.LayerNorm
+    again = copy.deepcopy(fast)
+    assert type(again) is type(fast)
+    close(again.train()(ids(), **usual).loss, expected)
