@@ -74,12 +74,16 @@ class ExternalModel:
         return self.tensors
 
 
-def make_config(path: Path, **settings: Any) -> GPTConfig:
-    """Return the configuration in a file; UsageError for missing or invalid settings."""
+def make_config(path: Path, names: Mapping[str, str] = {}, **settings: Any) -> GPTConfig:
+    """Return the configuration in a file; UsageError for missing or invalid settings.
+
+    names: names of settings in the file, by fastgpt's, for the messages.
+    """
     try:
         return GPTConfig(**settings)
     except ValueError as error:
-        raise UsageError(f"{path}: {error}") from None
+        name, _, problem = str(error).partition(" ")
+        raise UsageError(f"{path}: {names.get(name, name)} {problem}") from None
 
 
 def strip_names(tensors: Mapping[str, T]) -> dict[str, T]:

@@ -33,6 +33,12 @@ CONFIG, WEIGHTS, PICKLED, INDEX = (
 )
 _EMBEDDING, _HEAD = "wte.weight", "lm_head.weight"
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_NAMES = {  # transformers' names of settings
+    "block_size": "n_positions",
+    "dropout": "resid_pdrop",
+    "tie_weights": "tie_word_embeddings",
+    "layer_norm_eps": "layer_norm_epsilon",
+}
 # Settings that change the computation, with their supported values, the default first.
 _COMPUTED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -93,6 +99,7 @@ def _read_config(path: Path) -> GPTConfig:
     size = partial(_size, path, settings)
     config = external.make_config(
         path,
+        _NAMES,
         vocab_size=settings.get("vocab_size", 50257),
         block_size=size(settings.get("n_ctx", 1024), "n_positions", "max_position_embeddings"),
         n_layer=size(12, "n_layer", "num_hidden_layers"),
