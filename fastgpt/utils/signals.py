@@ -1,4 +1,8 @@
-"""Stop gracefully: the first Ctrl-C or SIGTERM requests a stop, the second one forces it."""
+"""Stop gracefully: the first Ctrl-C, SIGTERM or SIGHUP requests a stop, the second one forces it.
+
+SIGHUP is sent when the terminal is closed. `nohup` and some job systems ignore it; it stays ignored
+then.
+"""
 
 import os
 import shlex
@@ -10,7 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, _HANGUP)))
 # Signals within this time count as one request: a launcher can forward a signal that was already
 # sent to the whole process group.
 ECHO_SECONDS = 0.25
@@ -20,7 +25,8 @@ GRACE_SECONDS = 1.0  # time for a normal exit after the second request
 class Stopped(Exception):  # noqa: N818 (not an error: requested by the user)
     """Raised when a run was stopped by a signal, after its state was saved.
 
-    `exit_code` follows the shell convention for signals: 130 for Ctrl-C, 143 for SIGTERM.
+    `exit_code` follows the shell convention for signals: 130 for Ctrl-C, 143 for SIGTERM, 129 for
+    SIGHUP.
     """
 
     def __init__(self, signal_number: int, run: Path, step: int) -> None:
@@ -32,7 +38,7 @@ class Stopped(Exception):  # noqa: N818 (not an error: requested by the user)
 
 
 class StopSignal:
-    """A context manager in which the first SIGINT or SIGTERM only sets `requested`.
+    """A context manager in which the first SIGINT, SIGTERM or SIGHUP only sets `requested`.
 
     The second signal raises SystemExit. If Python cannot raise it, because a long computation or a
     wait for another process does not return, the process exits a second later. A second signal
@@ -50,7 +56,8 @@ class StopSignal:
         if threading.current_thread() is threading.main_thread():
             self._watcher = _Watcher()
             for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._handle)
+                if number != _HANGUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

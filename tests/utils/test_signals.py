@@ -1,5 +1,6 @@
 """Tests of stopping a run, with real processes and signals."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -89,12 +90,18 @@ def start(tmp_path: Path, checkout: Path) -> Iterator[Start]:
         process.communicate()
 
 
+POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
+HANGUP = getattr(signal, "SIGHUP", None)
 SLOW = pytest.mark.slow  # each case starts a process that imports torch
 
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=SLOW)],
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=SLOW),
+        pytest.param(HANGUP, 129, marks=[SLOW, POSIX]),
+    ],
 )
 def test_the_first_signal_finishes_the_step_and_saves(
     tmp_path: Path, start: Start, number: int, code: int
@@ -149,3 +156,20 @@ def test_a_second_signal_stops_at_once_and_handlers_are_put_back() -> None:
     assert info.value.code == 143
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+@POSIX
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    """As under `nohup`; otherwise, it requests a stop."""
+    before = signal.signal(HANGUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(HANGUP)
+            assert not stop.requested
+        signal.signal(HANGUP, signal.SIG_DFL)
+        with StopSignal() as stop:
+            signal.raise_signal(HANGUP)
+            assert stop.requested == HANGUP
+        assert signal.getsignal(HANGUP) == signal.SIG_DFL
+    finally:
+        signal.signal(HANGUP, before)
