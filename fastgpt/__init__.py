@@ -3,6 +3,7 @@
 Public names are imported lazily: ``import fastgpt`` alone loads neither torch nor Triton.
 """
 
+import sys
 from pkgutil import extend_path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,11 @@ __path__ = extend_path(__path__, __name__)
 __version__ = "0.1.0"
 
 from fastgpt.utils.lazy import lazy_names
+
+if sys.argv[:1] == ["-m"]:  # Python is about to run a command: python -m fastgpt.train
+    from fastgpt.utils.cli import report_import_errors
+
+    report_import_errors()
 
 if TYPE_CHECKING:
     from fastgpt.inference.text import generate as generate

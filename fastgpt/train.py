@@ -9,13 +9,17 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from fastgpt.training.recipes import DESCRIPTIONS, Recipe, get_recipe
 from fastgpt.utils import cli
 from fastgpt.utils.errors import UsageError
+from fastgpt.utils.output import optional_output
+
+if TYPE_CHECKING:
+    from fastgpt.training.trainer import Trainer
 
 DEFAULT_RECIPE = "shakespeare-char"
 
@@ -39,11 +43,18 @@ def _fit(
     changes: the settings given on the command line. torch is imported here, after the arguments
     have been checked.
     """
-    from fastgpt.training.loss_curves import loss_in_text
     from fastgpt.training.trainer import Trainer
-    from fastgpt.utils.signals import Stopped
 
     trainer = Trainer(recipe, name, changes) if recipe else Trainer.resume(run, **changes)
+    with optional_output():
+        _report(trainer)
+
+
+def _report(trainer: "Trainer") -> None:
+    """Train, and print the result and the next command."""
+    from fastgpt.training.loss_curves import loss_in_text
+    from fastgpt.utils.signals import Stopped
+
     try:
         result = trainer.fit()
     except Stopped as stopped:

@@ -137,7 +137,10 @@ def print_table(runs: Sequence[Run]) -> None:
     table.add_section()
     for name in differing(runs):
         table.add_row(name, *(str(run.settings.get(name, NOTHING)) for run in runs))
-    Console(highlight=False, safe_box=not _can_print("┃")).print(table, markup=False)
+    console = Console(highlight=False, safe_box=not _can_print("┃"))
+    with console.capture() as text:  # print itself ends the process if the reader has exited
+        console.print(table, markup=False)
+    print(text.get(), end="")
 
 
 def differing(runs: Sequence[Run]) -> list[str]:

@@ -144,7 +144,8 @@ class Trainer:
     def fit(self) -> Result:
         """Train up to step `max_steps`, or until `patience` evaluations in a row do not improve.
 
-        On Ctrl-C or SIGTERM, finish the current step, save a checkpoint, and raise `Stopped`.
+        On Ctrl-C, SIGTERM or SIGHUP, finish the current step, save a checkpoint, and raise
+        `Stopped`. The run continues if its output cannot be displayed.
         """
         try:
             with contextlib.ExitStack() as stack:

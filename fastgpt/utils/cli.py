@@ -1,4 +1,7 @@
-"""Run commands with common handling of errors, Ctrl-C and exit codes."""
+"""Run commands with common handling of errors, output, Ctrl-C and exit codes.
+
+Only the standard library is imported here, so that missing packages can be reported.
+"""
 
 import io
 import os
@@ -6,40 +9,98 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import contextmanager, suppress
+from types import FrameType, TracebackType
 from typing import NoReturn
 
+from fastgpt.utils import output
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.processor import bfloat16_units
+
+ExitCode = int | str | None
 
 
 def run(command: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit.
 
-    The exit code is 0 on success, 2 after a UsageError, which is printed as one line, 130 on
-    Ctrl-C, and 141 if the reader of the output was closed.
+    The exit code is 0 on success, 130 on Ctrl-C, 141 if the reader of the output was closed, and 2
+    after an error that the user can fix, which is printed as one line: a UsageError, a missing
+    package, or a file or standard output that cannot be read or written.
 
     Args:
         command: called with the arguments.
         args: command-line arguments; by default those of the process.
     """
     os.environ.update(environment())
+    output.open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # avoid encoding errors if output is ASCII
         sys.stdout.reconfigure(errors="replace")
+    code = _exit_code(command, sys.argv[1:] if args is None else args)
+    code = _flush_output() or code
+    output.flush(sys.stderr)
+    sys.exit(code)
+
+
+def report_import_errors() -> None:
+    """Print an ImportError that nothing handles as one line."""
+    sys.excepthook = _report_import_error
+
+
+def _report_import_error(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    if isinstance(error, ImportError):
+        sys.exit(_fail(_missing_package(error)))
+    sys.__excepthook__(kind, error, trace)
+
+
+def _missing_package(error: ImportError) -> str:
+    """Return the message for an ImportError: how to install the package, if one is missing."""
+    package = (error.name or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package != "fastgpt":
+        return (
+            f"the package {package} is not installed: run `pip install .` in fastgpt's checkout, "
+            f"or `pip install {package}`"
+        )
+    return str(error)
+
+
+def _exit_code(command: Callable[[Sequence[str]], None], args: Sequence[str]) -> ExitCode:
+    """Call a command and return its exit code, after printing its error."""
     try:
         with _ctrl_c_ends_imports():
-            command(sys.argv[1:] if args is None else args)
-        sys.stdout.flush()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+            command(args)
+    except SystemExit as exited:
+        return exited.code
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
     except BrokenPipeError:  # the reader, for example `head`, has exited
-        sys.stderr.close()
-        sys.exit(141)
-    sys.exit(0)
+        return 141
+    except UsageError as error:
+        return _fail(str(error))
+    except ImportError as error:
+        return _fail(_missing_package(error))
+    except OSError as error:
+        where = error.filename or "reading or writing failed"
+        return _flush_output() or _fail(f"{where}: {error.strerror or error}")
+    return 0
+
+
+def _fail(message: str) -> int:
+    """Print an error message, and return the exit code of errors."""
+    with suppress(OSError):  # standard error cannot be written, either
+        print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _flush_output() -> int:
+    """Flush standard output; return 0, or the exit code of the failure."""
+    error = output.flush(sys.stdout)
+    if error is None:
+        return 0
+    if isinstance(error, BrokenPipeError):
+        return 141
+    return _fail(f"standard output cannot be written: {error.strerror}")
 
 
 @contextmanager

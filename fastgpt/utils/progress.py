@@ -1,6 +1,7 @@
 """Display progress: a live line during training, progress bars for files, evaluation results.
 
-On a terminal, the live line is redrawn in place. Without a terminal, it is not shown.
+On a terminal, the live line is redrawn in place. Without a terminal, it is not shown. A run
+continues if its output cannot be written.
 """
 
 import math
@@ -21,6 +22,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.progress import Progress as Bar
+
+from fastgpt.utils.output import OptionalOutput
 
 SECONDS_BETWEEN_LOGS = 0.5
 SMOOTHING = 0.2  # weight of the latest step time in the average that predicts the time left
@@ -60,8 +63,8 @@ class Progress:
         self.mfu: float | None = None
         self.memory: int | None = None
         self.shown = shown
-        self.live = shown and sys.stdout.isatty()
-        self._out = sys.stdout
+        self._out = OptionalOutput(sys.stdout)
+        self.live = shown and self._out.isatty()
         self._flops = flops_per_token / peak if flops_per_token and peak else None
         self._read_memory = memory
         self._tokens = 0
