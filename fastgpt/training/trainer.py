@@ -262,7 +262,8 @@ class Trainer:
             progress.stepped(self.step, self.step_tokens)
             self._report_skipped(progress)
             # All processes must take the same branches below, which contain collective calls.
-            requested, due = self.world.all_reduce_max(stop.requested, progress.due())
+            shown = progress.due() or self._evaluation_due()
+            requested, due = self.world.all_reduce_max(stop.requested, shown)
             if due:
                 self._log(progress)
             if requested and not self._last_step():
@@ -323,7 +324,7 @@ class Trainer:
     def _evaluate(self, progress: Progress) -> None:
         """Compute the validation loss, report it, and save a checkpoint."""
         self._evaluated = True
-        with progress.paused():
+        with progress.paused("evaluating"):
             val_loss = self.validation_loss()
             words = {"val_perplexity": perplexity(val_loss)} if self._shows_perplexity else {}
             self._record(val_loss=val_loss, **words, seconds=progress.seconds())
@@ -371,7 +372,11 @@ class Trainer:
 
     def _show_sample(self, progress: Progress) -> None:
         """Print a sample of the current model without changing the state of the training."""
-        with progress.paused(), averaged(self.learner), torch.random.fork_rng():
+        with (
+            progress.paused("generating a sample"),
+            averaged(self.learner),
+            torch.random.fork_rng(),
+        ):
             model = unsharded_model(self.learner)
             if self.world.is_main:
                 text = generate_sample(self.learner, model)

@@ -1,15 +1,17 @@
 """Display progress: a live line during training, progress bars for files, evaluation results.
 
-On a terminal, the live line is redrawn in place. Without a terminal, it is not shown. A run
-continues if its output cannot be written.
+On a terminal, the live line is redrawn in place. Elsewhere, as in log files and notebooks, it is
+printed every `SECONDS_BETWEEN_LINES`. A run continues if its output cannot be written.
 """
 
 import math
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import (
@@ -25,8 +27,17 @@ from rich.progress import Progress as Bar
 
 from fastgpt.utils.output import OptionalOutput
 
-SECONDS_BETWEEN_LOGS = 0.5
+SECONDS_BETWEEN_LOGS = 0.5  # and the shortest time over which the speed is measured
+SECONDS_BETWEEN_LINES = 30.0  # without a terminal
 SMOOTHING = 0.2  # weight of the latest step time in the average that predicts the time left
+
+
+class Mark(NamedTuple):
+    """A point in a run, from which the speed is measured."""
+
+    step: int
+    tokens: int
+    seconds: float  # of training, without pauses
 
 
 class Progress:
@@ -68,10 +79,11 @@ class Progress:
         self._flops = flops_per_token / peak if flops_per_token and peak else None
         self._read_memory = memory
         self._tokens = 0
-        self._first_step = self._shown_step = step
-        self._began = self._logged = self._marked = time.perf_counter()
-        self._before = seconds
-        self._pauses = self._all_pauses = 0.0
+        self._first_step = step
+        self._began = self._logged = self._printed = time.perf_counter()
+        self._before, self._pauses = seconds, 0.0
+        self._marks = deque([Mark(step, 0, 0.0)])
+        self._seconds = 0.0  # of training as of the last line, without pauses
         self._step_seconds = math.nan  # smoothed recent step time, without pauses
         self._line = ""  # the live line as currently displayed
 
@@ -87,6 +99,7 @@ class Progress:
             line = self._line
             self._draw("")
             print(text, file=self._out, flush=True)
+            self._printed = time.perf_counter()
             self._draw(line)
 
     def stepped(self, step: int, tokens: int) -> None:
@@ -109,11 +122,13 @@ class Progress:
         self._count(now)
         self.loss = loss
         if self.live:
-            self._draw(self._text(loss, lr, grad_norm))
+            self._draw(self._text(loss, lr, grad_norm, shutil.get_terminal_size().columns))
+        elif now - self._printed >= SECONDS_BETWEEN_LINES:
+            self.say(self._text(loss, lr, grad_norm))
 
     def seconds(self) -> float:
         """Return the training time in seconds as of the last line, without pauses."""
-        return self._before + self._logged - self._began - self._all_pauses
+        return self._before + self._seconds
 
     def figures(self) -> dict[str, float]:
         """Return the metrics to log in addition to the loss, as of the last line."""
@@ -130,57 +145,79 @@ class Progress:
         It includes pauses such as evaluations, at their average so far per step.
         """
         done = self.step - self._first_step
-        pause = self._all_pauses / done if done else 0.0
+        pause = self._pauses / done if done else 0.0
         return (self.max_steps - self.step) * (self._step_seconds + pause)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Exclude the time of the block (evaluation, saving) from the tokens per second."""
-        began = time.perf_counter()
+    def paused(self, activity: str) -> Iterator[None]:
+        """Exclude the time of the block from the tokens per second, and show its `activity`."""
+        began, line = time.perf_counter(), self._line
+        self._draw(f"step {self.step:,}/{self.max_steps:,}  {activity} ...")
         try:
             yield
         finally:
-            pause = time.perf_counter() - began
-            self._pauses += pause
+            self._pauses += time.perf_counter() - began
+            self._draw(line)
 
     def evaluated(self, val_loss: str) -> None:
-        """Print a line with the results of an evaluation; `val_loss` is the formatted loss."""
-        mfu = "" if self.mfu is None else f"  MFU {self.mfu:.1%}"
-        self.say(
-            f"step {self.step:>6,}/{self.max_steps:,}  train loss {self.loss:.4f}  "
-            f"validation loss {val_loss}  {self.tokens_per_s:>7,.0f} tokens/s{mfu}  "
-            f"{duration(time.perf_counter() - self._began)}"
-        )
+        """Print a line with the results of an evaluation; `val_loss` is the formatted loss.
+
+        The other figures are those of the last `show`, or left out if no step was made yet.
+        """
+        trained = self.step > self._first_step
+        parts = [
+            f"step {self.step:>6,}/{self.max_steps:,}",
+            f"train loss {self.loss:.4f}" if trained else None,
+            f"validation loss {val_loss}",
+            f"{self.tokens_per_s:>7,.0f} tokens/s" if trained else None,
+            None if self.mfu is None else f"MFU {self.mfu:.1%}",
+            duration(time.perf_counter() - self._began),
+        ]
+        self.say("  ".join(filter(None, parts)))
 
     def _count(self, now: float) -> None:
-        """Compute the speed since the last line, and the figures derived from it."""
-        elapsed = max(1e-9, now - self._marked - self._pauses)
-        self.tokens_per_s = self._tokens / elapsed
-        steps = max(1, self.step - self._shown_step)
-        newest, before = elapsed / steps, self._step_seconds
-        # The first step includes warm-up (kernels are compiled), so the average starts after it.
-        warm = self._shown_step > self._first_step + 1
+        """Compute the speed, and the figures derived from it.
+
+        It is measured over at least SECONDS_BETWEEN_LOGS, because a step can take only a few
+        milliseconds, but not over the first line again: kernels are compiled before it.
+        """
+        self._logged, self._seconds = now, now - self._began - self._pauses
+        marks, latest = self._marks, self._seconds - SECONDS_BETWEEN_LOGS
+        while len(marks) > 1 and marks[1].seconds <= latest:
+            marks.popleft()
+        since = marks[0]
+        elapsed = max(1e-9, self._seconds - since.seconds)
+        self.tokens_per_s = (self._tokens - since.tokens) / elapsed
+        newest, before = elapsed / max(1, self.step - since.step), self._step_seconds
+        warm = since.step > self._first_step + 1
         self._step_seconds = before + SMOOTHING * (newest - before) if warm else newest
-        self._all_pauses += self._pauses
-        self._tokens, self._pauses, self._shown_step = 0, 0.0, self.step
-        self._logged = self._marked = now
+        if since.step == self._first_step:
+            marks.clear()
+        marks.append(Mark(self.step, self._tokens, self._seconds))
         if self._flops is not None:
             self.mfu = self.tokens_per_s * self._flops
         if self._read_memory is not None:
             self.memory = self._read_memory()
 
-    def _text(self, loss: float, lr: float, grad_norm: float | None) -> str:
-        parts = [
-            f"step {self.step:,}/{self.max_steps:,}",
-            f"loss {loss:.4f}",
-            f"lr {lr:.2e}",
-            None if grad_norm is None else f"norm {grad_norm:.2f}",
-            f"{self.tokens_per_s:,.0f} tokens/s",
-            None if self.mfu is None else f"MFU {self.mfu:.1%}",
-            None if self.memory is None else f"{self.memory / 1e9:.1f} GB",
-            f"{duration(self.seconds_left())} left",
+    def _text(
+        self, loss: float, lr: float, grad_norm: float | None, columns: float = math.inf
+    ) -> str:
+        """Return the line, without its least important figures if it exceeds the columns."""
+        figures = [  # in the order of the line, each with its importance
+            (f"step {self.step:,}/{self.max_steps:,}", 7),
+            (f"loss {loss:.4f}", 6),
+            (f"lr {lr:.2e}", 1),
+            ("" if grad_norm is None else f"norm {grad_norm:.2f}", 0),
+            (f"{self.tokens_per_s:,.0f} tokens/s", 4),
+            ("" if self.mfu is None else f"MFU {self.mfu:.1%}", 2),
+            ("" if self.memory is None else f"{self.memory / 1e9:.1f} GB", 3),
+            (f"{duration(self.seconds_left())} left", 5),
         ]
-        return "  ".join(part for part in parts if part)
+        for least in range(len(figures)):
+            line = "  ".join(text for text, importance in figures if text and importance >= least)
+            if len(line) < columns:
+                break
+        return line
 
     def _draw(self, line: str) -> None:
         """Replace the live line by `line`, padded with spaces to cover a longer old line."""

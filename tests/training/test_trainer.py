@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import re
 import signal
 import warnings
 from dataclasses import replace
@@ -356,6 +357,22 @@ def test_recomputing_changes_memory_alone(tiny: Recipe, tmp_path: Path) -> None:
     assert_same(weights(plain.run), weights(again.run))
 
 
+def test_the_training_loss_beside_an_evaluation_is_that_of_its_step(
+    tiny: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastgpt.utils.progress.SECONDS_BETWEEN_LOGS", 3600.0)
+    losses = []
+
+    class Recorder(Trainer):
+        def _step(self) -> None:
+            super()._step()
+            losses.append(self.loss.item())
+
+    Recorder(tiny).fit()
+    printed = re.findall(r"step +(\d+)/12  train loss ([\d.]+)", capsys.readouterr().out)
+    assert printed == [(str(step), f"{losses[step - 1]:.4f}") for step in (4, 8, 12)]
+
+
 def test_samples_while_training_change_nothing(
     tiny: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -593,7 +610,7 @@ def test_the_speed_leaves_out_evaluations(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("fastgpt.utils.progress.time.perf_counter", clock)
     progress = Progress(0, 10)  # at 0
     progress.stepped(1, 1200)
-    with progress.paused():  # from 10 to 14
+    with progress.paused("evaluating"):  # from 10 to 14
         pass
     progress.show(1.0, 1e-3)  # at 16
     assert progress.tokens_per_s == pytest.approx(100.0)

@@ -76,13 +76,90 @@ def test_lines_are_said_above_it(terminal: Terminal, clock: list[float]) -> None
     assert live.startswith("step 1/10  loss 1.0000")
 
 
-def test_a_narrow_terminal_does_not_wrap(
-    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        (
+            95,
+            "step 3/4,500  loss 3.2100  lr 6.00e-04  38,000 tokens/s  MFU 25.0%  11.2 GB  "
+            "2:17 left",
+        ),
+        (80, "step 3/4,500  loss 3.2100  38,000 tokens/s  MFU 25.0%  11.2 GB  2:17 left"),
+        (70, "step 3/4,500  loss 3.2100  38,000 tokens/s  11.2 GB  2:17 left"),
+        (50, "step 3/4,500  loss 3.2100  2:17 left"),
+        (5, "step"),
+    ],
+)
+def test_a_narrow_terminal_drops_the_least_important_figures(
+    columns: int,
+    line: str,
+    terminal: Terminal,
+    clock: list[float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    known: dict[str, Any] = {"flops_per_token": 1e6, "peak": 152e9, "memory": lambda: 11.2e9}
+    progress = Progress(0, 4500, **known)
+    progress.stepped(3, 3 * 1159)
+    clock[0] += 3 * 0.0305
+    progress.show(3.21, 6e-4, 1.5)
+    assert terminal.screen() == [line]
+
+
+def test_the_terminal_shows_that_an_evaluation_is_running(
+    terminal: Terminal, clock: list[float]
+) -> None:
     progress = Progress(0, 10)
+    progress.stepped(5, 100)
+    clock[0] += 1
     progress.show(1.0, 1e-3)
-    assert len(terminal.screen()[0]) == 19
+    with progress.paused("evaluating"):
+        assert terminal.screen() == ["step 5/10  evaluating ..."]
+        progress.evaluated("2.0000")
+        assert terminal.screen()[1] == "step 5/10  evaluating ..."
+    assert terminal.screen()[1].startswith("step 5/10  loss 1.0000")
+
+
+def test_log_files_get_a_line_every_thirty_seconds(
+    capsys: pytest.CaptureFixture[str], clock: list[float]
+) -> None:
+    with Progress(0, 1000) as progress:
+        for step in range(1, 71):
+            progress.stepped(step, 100)
+            clock[0] += 1
+            progress.show(1.0, 1e-3, 1.0)
+            if step == 35:
+                progress.evaluated("2.0000")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("/")[0].split()[1] for line in lines] == ["30", "35", "65"]
+    assert (
+        lines[0] == "step 30/1,000  loss 1.0000  lr 1.00e-03  norm 1.00  100 tokens/s  16:10 left"
+    )
+
+
+def test_the_speed_is_current_and_measured_over_half_a_second(clock: list[float]) -> None:
+    progress = Progress(0, 1000)
+    progress.stepped(1, 100)
+    clock[0] += 60  # kernels are compiled
+    progress.show(9.0, 1e-3)
+    for step in range(2, 101):
+        progress.stepped(step, 100)
+        clock[0] += 0.125
+        if progress.due():
+            progress.show(3.0, 1e-3)
+    assert progress.tokens_per_s == 800
+    progress.stepped(101, 100)
+    clock[0] += 1 / 64  # a single fast step: its own speed would be 6,400
+    progress.show(2.0, 1e-3)
+    assert 800 < progress.tokens_per_s < 1200
+    assert progress.loss == 2.0
+
+
+def test_an_evaluation_before_the_first_step_has_no_training_figures(
+    capsys: pytest.CaptureFixture[str], clock: list[float]
+) -> None:
+    Progress(4, 10).evaluated("2.0000")
+    assert capsys.readouterr().out == "step      4/10  validation loss 2.0000  0:00\n"
 
 
 def test_elsewhere_there_are_plain_lines_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +189,7 @@ def test_the_time_left_counts_evaluations_too(clock: list[float]) -> None:
     for step in range(101, 111):
         progress.stepped(step, 10)
         clock[0] += 2
-    with progress.paused():
+    with progress.paused("evaluating"):
         clock[0] += 10
     progress.show(1.0, 1e-3)
     assert progress.seconds_left() == pytest.approx(90 * 3)
