@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,16 @@ import pytest
 
 from fastgpt import __main__ as fastgpt_main
 from fastgpt import plot
-from fastgpt.training.loss_curves import differing, loss_in_text, read_runs, text_curve
+from fastgpt.training.loss_curves import (
+    Run,
+    differing,
+    draw,
+    loss_in_text,
+    plot_losses,
+    print_table,
+    read_runs,
+    text_curve,
+)
 from fastgpt.utils import cli
 
 
@@ -77,6 +88,44 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     assert differing(read_runs([one, two])) == []
 
 
+def test_a_run_given_twice_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "run")
+    (tmp_path / "link").symlink_to("run")
+    monkeypatch.chdir(tmp_path)
+    folders = [Path("run"), tmp_path / "run", Path("../" + tmp_path.name, "run"), Path("link")]
+    assert [run.name for run in read_runs(folders)] == ["run"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
+def test_names_that_are_not_utf_8_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [make_run(tmp_path / os.fsdecode(name)) for name in (b"r\xff", b"r\xfe")]
+    assert [run.name for run in read_runs(folders)] == [
+        f"{tmp_path}/r\N{REPLACEMENT CHARACTER} ({number})" for number in (1, 2)
+    ]
+    assert run(*folders, "--out", tmp_path / "p.png") == 0
+    assert plot_losses(folders[0]).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["a$b$c", "$\\frac{$", "_x"])
+def test_names_are_plotted_literally(name: str, tmp_path: Path) -> None:
+    """Not as formulas, which `$` would begin, and not left out for a leading underscore."""
+    folders = [make_run(tmp_path / name), make_run(tmp_path / "other")]
+    picture = draw(read_runs(folders), tmp_path / "p.svg")
+    assert picture.read_text().count(f"<!-- {name}, training -->") == 1
+
+
+def test_names_are_whole_in_a_narrow_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    names = [f"shakespeare-char-20261201-0301{second}" for second in (10, 11, 12)]
+    print_table([Run(name, tmp_path, [{"step": 1}]) for name in names])
+    rows = [line.split("┃")[2:5] for line in capsys.readouterr().out.splitlines() if "┃" in line]
+    assert ["".join(cells).replace(" ", "") for cells in zip(*rows, strict=True)] == names
+
+
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, empty = make_run(tmp_path / "good"), make_run(tmp_path / "empty", steps=0)
     old = make_run(tmp_path / "old", tokens=False)
@@ -111,6 +160,24 @@ def test_a_line_falls_from_the_top_left_to_the_bottom_right() -> None:
     braille = text_curve({"loss": points}, width=4, height=2, ascii_only=False)
     assert braille.splitlines()[0] == "    3.000 |⠑⢄"
     assert braille.splitlines()[1] == "    1.000 |  ⠑⢄"
+
+
+def test_several_curves_have_letters_at_their_ends() -> None:
+    curves = {"one": [(0.0, 3.0), (10.0, 1.0)], "two": [(0.0, 1.0), (10.0, 1.0)]}
+    text = text_curve(curves, width=18, height=3, ascii_only=False, color=False)
+    assert text.splitlines() == [
+        "    3.000 |⠉⠒⠢⠤⣀⣀",
+        "          |      ⠉⠑⠒⠤⢄⣀     b",
+        "    1.000 |⣀⣀⣀⣀⣀⣀⣀⣀⣀⣀⣀⣀⣉⣉⣒⣢⣤a",
+        "          +------------------",
+        "           0               10",
+        "           a one  b two",
+    ]
+    colored = text_curve(curves, width=18, height=3, ascii_only=False, color=True)
+    assert re.sub("\x1b\\[[0-9;]*m", "", colored) == text
+    assert "\x1b[34ma\x1b[0m one  \x1b[33mb\x1b[0m two" in colored
+    narrow = text_curve(curves, width=11, height=3, ascii_only=True, color=False)
+    assert narrow.splitlines()[-2:] == ["           a one", "           b two"]
 
 
 @pytest.mark.parametrize("points", [[], [(1.0, 2.0)], [(1.0, 2.0), (2.0, 2.0)]])
