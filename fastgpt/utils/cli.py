@@ -80,6 +80,8 @@ def _exit_code(command: Callable[[Sequence[str]], None], args: Sequence[str]) ->
         return _fail(str(error))
     except ImportError as error:
         return _fail(_missing_package(error))
+    except MemoryError:
+        return _fail("out of memory")
     except OSError as error:
         where = error.filename or "reading or writing failed"
         return _flush_output() or _fail(f"{where}: {error.strerror or error}")

@@ -13,7 +13,7 @@ def available(device: torch.device, root: Path = Path("/")) -> int | None:
 
     On CUDA, this is the free memory plus what the caching allocator of this process holds unused.
     On a CPU, it is the available memory of the system, or less if a control group (of a container
-    or batch job) has a lower limit.
+    or batch job) or the process (`ulimit -v`, `ulimit -d`) has a lower limit.
 
     root: the folder that contains `proc` and `sys`.
     """
@@ -24,7 +24,7 @@ def available(device: torch.device, root: Path = Path("/")) -> int | None:
     if device.type != "cpu":
         return None
     system = (1024 * kilobytes for kilobytes in _values(root / "proc/meminfo", "MemAvailable:"))
-    return min((*system, *_cgroups(root)), default=None)
+    return min((*system, *_cgroups(root), *_process_limits(root)), default=None)
 
 
 def used(device: torch.device) -> int | None:
@@ -40,11 +40,20 @@ def used(device: torch.device) -> int | None:
 
 
 def _values(path: Path, *names: str) -> Iterator[int]:
-    """Yield the number in each line of a file that starts with one of `names`."""
+    """Yield the number after one of `names` in each line of a file that starts with it."""
     with suppress(OSError, ValueError, IndexError):
         for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith(names):
-                yield int(line.split()[1])
+            for name in names:
+                if line.startswith(name):
+                    yield int(line.removeprefix(name).split()[0])
+
+
+def _process_limits(root: Path) -> Iterator[int]:
+    """Yield the memory left by the limits of this process: the address space, and its data."""
+    for limit, usage in (("Max address space", "VmSize:"), ("Max data size", "VmData:")):
+        for most in _values(root / "proc/self/limits", limit):  # none if "unlimited"
+            taken = next(_values(root / "proc/self/status", usage), 0)
+            yield max(0, most - 1024 * taken)
 
 
 def _cgroups(root: Path) -> Iterator[int]:

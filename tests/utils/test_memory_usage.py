@@ -1,5 +1,6 @@
 """Tests of the queries for available and used memory."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,12 @@ def put(root: Path, files: dict[str, str]) -> Path:
 
 
 MEMINFO = {"proc/meminfo": "MemTotal:  16000000 kB\nMemFree: 1 kB\nMemAvailable:  8000000 kB\n"}
+LIMITS = (
+    "Limit                     Soft Limit           Hard Limit           Units     \n"
+    "Max data size             {data}            unlimited            bytes     \n"
+    "Max stack size            8388608              unlimited            bytes     \n"
+    "Max address space         {space}           unlimited            bytes     \n"
+)
 V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
 
 
@@ -55,6 +62,22 @@ V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
             8_192_000_000,
             id="version 1 without a limit",
         ),
+        pytest.param(
+            {
+                "proc/self/limits": LIMITS.format(space="3000000000", data="unlimited"),
+                "proc/self/status": "VmSize:  1000000 kB\nVmData:  500000 kB\n",
+            },
+            1_976_000_000,
+            id="limited address space",
+        ),
+        pytest.param(
+            {
+                "proc/self/limits": LIMITS.format(space="3000000000", data="1000000000"),
+                "proc/self/status": "VmSize:  1000000 kB\nVmData:  500000 kB\n",
+            },
+            488_000_000,
+            id="limited data",
+        ),
     ],
 )
 def test_what_is_available_on_a_cpu(files: dict[str, str], expected: int, tmp_path: Path) -> None:
@@ -64,6 +87,20 @@ def test_what_is_available_on_a_cpu(files: dict[str, str], expected: int, tmp_pa
 def test_nothing_known_is_none(tmp_path: Path) -> None:
     assert available(CPU, tmp_path) is None
     assert available(torch.device("meta")) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such limit")
+def test_a_limit_of_this_process_counts() -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 100_000_000
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        assert 50_000_000 < (available(CPU) or 0) <= 100_000_000
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_this_machine_answers() -> None:
