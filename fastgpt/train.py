@@ -5,6 +5,7 @@ The options are the fields of `fastgpt.training.recipes.Recipe`.
 
 import argparse
 import dataclasses
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,17 +23,21 @@ if TYPE_CHECKING:
     from fastgpt.training.trainer import Trainer
 
 DEFAULT_RECIPE = "shakespeare-char"
+DEFAULT_FOR_DATA = "small"  # with --data, but without a recipe
 
 
 def main(args: Sequence[str]) -> None:
-    """Train the recipe named by the first argument with the given settings, or resume a run."""
+    """Train the recipe named by the first argument with the given settings, or resume a run.
+
+    A new run is named after its recipe or, if only `--data` is given, after its data.
+    """
     run, args = _take_resume(args)
     if run is not None:
         _fit(run=run, changes=_changes(args, run))
         return
-    name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_RECIPE
-    recipe = _parse_length(get_recipe(name), args)
-    _fit(recipe=recipe, name=name, changes=_different(get_recipe(name), recipe))
+    name, defaults = _choose_recipe(args)
+    recipe = _parse_length(defaults, args)
+    _fit(recipe=recipe, name=name, changes=_different(defaults, recipe))
 
 
 def _fit(
@@ -71,6 +76,17 @@ def _report(trainer: "Trainer") -> None:
     print(f"generate more:  python -m fastgpt.generate {shlex.quote(str(result.run))}")
 
 
+def _choose_recipe(args: list[str]) -> tuple[str, Recipe]:
+    """Return the name of the run and its recipe; remove the recipe's name from the arguments."""
+    if args and not args[0].startswith("-"):
+        return args[0], get_recipe(args.pop(0))
+    data = _take_option(args, "--data")[0]
+    if not data or data == get_recipe(DEFAULT_RECIPE).data:
+        return DEFAULT_RECIPE, get_recipe(DEFAULT_RECIPE)
+    stem = Path(data).name.split(".")[0]
+    return re.sub(r"[^\w-]+", "-", stem).strip("-") or "run", get_recipe(DEFAULT_FOR_DATA)
+
+
 def _parse(defaults: Recipe, args: Sequence[str]) -> Recipe:
     return tyro.cli(
         Recipe,
@@ -94,7 +110,8 @@ def _parse_length(defaults: Recipe, args: Sequence[str]) -> Recipe:
 def _description() -> str:
     recipes = "\n".join(f"  {name:<18}{text}" for name, text in DESCRIPTIONS.items())
     return (
-        "Train a GPT-2. With no arguments: shakespeare-char, on the packaged text.\n\n"
+        "Train a GPT-2. With no arguments: shakespeare-char, on the packaged text. With --data "
+        "alone: small, on your text.\n\n"
         f"Recipes:\n{recipes}\n\n"
         "Continue a run with --resume RUN; further settings replace those of the run."
     )
@@ -102,12 +119,18 @@ def _description() -> str:
 
 def _take_resume(args: Sequence[str]) -> tuple[Path | None, list[str]]:
     """Return the run folder after `--resume`, if there is one, and the other arguments."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", nargs="?", const="")
-    found, others = parser.parse_known_args(args)
-    if found.resume == "":
+    run, others = _take_option(args, "--resume")
+    if run == "":
         raise UsageError("--resume needs the run folder to continue, e.g. runs/latest")
-    return found.resume and Path(found.resume), others
+    return None if run is None else Path(run), others
+
+
+def _take_option(args: Sequence[str], option: str) -> tuple[str | None, list[str]]:
+    """Return the value of an option, "" if it has none, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(option, dest="value", nargs="?", const="")
+    found, others = parser.parse_known_args(args)
+    return found.value, others
 
 
 def _changes(args: Sequence[str], run: Path) -> dict[str, Any]:

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import fastgpt
 from fastgpt import __main__ as fastgpt_main
 from fastgpt import generate, train
 from fastgpt.utils import cli
@@ -136,6 +138,40 @@ def test_a_plain_text_file_just_works(verse: Path, workplace: Path, tokenizer: s
     assert "First" in capfd.readouterr().out
 
 
+def test_a_run_on_my_text_is_named_after_it(verse: Path, workplace: Path, capfd) -> None:
+    assert run(train.main, "--data", str(verse), "--tokenizer", "gpt2", *SMALL) == 0
+    folder = (workplace / "runs" / "latest").resolve()
+    assert folder.name.startswith("verse-2")
+    recipe = json.loads((folder / "config.json").read_text())["recipe"]
+    small = fastgpt.RECIPES["small"]
+    assert (recipe["dropout"], recipe["lr"]) == (small.dropout, small.lr)
+    assert (recipe["tokenizer"], recipe["n_layer"]) == ("gpt2", 1)  # as given
+
+
+@pytest.mark.parametrize(
+    ("args", "name", "recipe"),
+    [
+        ([], "shakespeare-char", "shakespeare-char"),
+        (["--data", "shakespeare"], "shakespeare-char", "shakespeare-char"),
+        (["--data", "my.txt"], "my", "small"),
+        (["--lr", "1e-3", "--data=data/C4 (en).json.gz"], "C4-en", "small"),
+        (["--data", "data/my/"], "my", "small"),
+        (["--data", "Текст.txt"], "Текст", "small"),
+        (["--data", "-"], "run", "small"),
+        (["--data", ".hidden"], "run", "small"),
+        (["gpt2", "--data", "my.txt"], "gpt2", "gpt2"),
+    ],
+)
+def test_the_names_of_runs(args: list[str], name: str, recipe: str, monkeypatch) -> None:
+    seen: dict[str, object] = {}
+    monkeypatch.setattr(train, "_fit", seen.update)
+    train.main([*args, "--seed", "7"])
+    data = seen["recipe"].data
+    lr = 1e-3 if "--lr" in args else fastgpt.RECIPES[recipe].lr
+    assert seen["name"] == name
+    assert seen["recipe"] == replace(fastgpt.RECIPES[recipe], data=data, seed=7, lr=lr)
+
+
 def test_resume_with_a_change(verse: Path, workplace: Path, capfd) -> None:
     assert run(train.main, "--data", str(verse), *SMALL, "--out", "mine") == 0
     assert run(train.main, "--resume", "mine", "--max-steps", "6") == 0
@@ -159,7 +195,7 @@ def wrong_uses() -> dict[str, tuple[object, list[str], str]]:
         "unknown recipe, nothing near": (
             train.main,
             ["zzz"],
-            "available: shakespeare-char, tinystories",
+            "available: shakespeare-char, small, tinystories",
         ),
         "missing data": (train.main, ["--data", "no.txt"], "no.txt does not exist"),
         "no data": (train.main, ["gpt2"], "add --data my.txt"),

@@ -5,6 +5,7 @@ A run folder is self-contained:
     config.json       recipe, command and versions
     tokenizer.json    tokenizer of the model
     metrics.jsonl     one line per logged step and per evaluation
+    summary.json      best checkpoint, steps and time of a finished run
     checkpoints/step-00000250/
         model.safetensors  optimizer.safetensors  manifest.json
         ema.safetensors    averaged weights, if the run keeps them
@@ -251,6 +252,9 @@ def digest(manifest: Mapping[str, Any]) -> str:
 def resolve_run(run: Path) -> Path:
     """Return the folder of a run; the name ``latest`` stands for the newest run in its parent.
 
+    ``latest`` is a link to it, if it was made by fastgpt.train in a folder called ``runs``. Where
+    there is no link, the newest run is found by the time at which it was started or resumed.
+
     Raises: UsageError if it is not a run folder, or there are no runs.
     """
     if run.name == "latest" and not run.exists():
@@ -260,6 +264,8 @@ def resolve_run(run: Path) -> Path:
                 f"{run}: no runs in {run.parent}/ yet; train one: python -m fastgpt.train"
             )
         return max(runs, key=lambda folder: (folder / "config.json").stat().st_mtime)
+    if run.name == "latest" and run.is_symlink():
+        run = run.parent / run.readlink()  # it can point to another run later
     if not (run / "config.json").is_file():
         what = "is not a run folder (it has no config.json)" if run.exists() else "does not exist"
         raise UsageError(f"{run} {what}; pass a folder made by fastgpt.train, e.g. runs/latest")

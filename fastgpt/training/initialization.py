@@ -83,7 +83,7 @@ def _with_shape_of(
     ]
     if "block_size" in given and recipe.block_size > config.block_size:
         wrong.append(f"block_size {recipe.block_size} (the model has at most {config.block_size})")
-    name_of_tokenizer = _name(tokenizer, recipe.init or "")
+    name_of_tokenizer = tokenizer_setting(tokenizer, recipe.init or "")
     if "tokenizer" in given and recipe.tokenizer != name_of_tokenizer:
         wrong.append(f"tokenizer {recipe.tokenizer} (the model has its own)")
     if wrong:
@@ -98,7 +98,7 @@ def _with_shape_of(
     )
 
 
-def _name(tokenizer: BaseTokenizer, source: str) -> str:
+def tokenizer_setting(tokenizer: BaseTokenizer, source: str) -> str:
     """Return the value of `Recipe.tokenizer` for a tokenizer loaded from `source`."""
     if isinstance(tokenizer, CharTokenizer):
         return "char"

@@ -36,7 +36,8 @@ class Recipe:
     file of another project (see fastgpt.interop), or a name on the Hugging Face hub such as gpt2.
     The model determines the shape; only block_size may be reduced."""
     out: str | None = None
-    """Run folder to create; by default runs/RECIPE-DATE-TIME."""
+    """Run folder to create; by default runs/RECIPE-DATE-TIME, or with --data and no recipe
+    runs/DATA-DATE-TIME."""
 
     n_layer: int = 3
     """Number of transformer blocks."""
@@ -200,6 +201,21 @@ def _gpt2(n_layer: int, n_head: int, n_embd: int) -> Recipe:
     )
 
 
+# For a text of any size and any tokenizer, on a laptop.
+_USER_TEXT = replace(
+    _SMALL,
+    tokenizer="char",
+    bias=False,
+    n_layer=4,
+    n_head=4,
+    n_embd=192,
+    block_size=128,
+    batch_size=16,
+    max_steps=2000,
+    lr=2e-3,
+    warmup_steps=100,
+    patience=5,
+)
 _TINYSTORIES = replace(
     _SMALL,
     tokenizer="bpe",
@@ -229,6 +245,7 @@ _FINETUNE = replace(_STORY_300K, init="gpt2", epochs=5.0, lr=3e-5, beta2=0.999, 
 
 RECIPES: dict[str, Recipe] = {
     "shakespeare-char": Recipe(),
+    "small": _USER_TEXT,
     "tinystories": _TINYSTORIES,
     "story-300k": _STORY_300K,
     "bedtime-512": _BEDTIME_512,
@@ -243,6 +260,7 @@ RECIPES: dict[str, Recipe] = {
 # Short descriptions with expected times. Numbers with "about" are estimates from the time per step.
 DESCRIPTIONS: dict[str, str] = {
     "shakespeare-char": "character-level Shakespeare; 2 cores: loss 1.66 in 2 minutes",
+    "small": "2M parameters, on your text (--data); the default with --data",
     "tinystories": "25M parameters, TinyStories (--data), own vocabulary; 2 cores: about 2 days",
     "story-300k": "124M parameters on 300,000 tokens (--data); 2 cores: about 2 hours",
     "bedtime-512": "the same on 30,000 tokens, context 512; 2 busy cores: 23 minutes",

@@ -17,7 +17,7 @@ from fastgpt.training.distributed import launcher
 from fastgpt.training.environment import command_line, describe_environment
 from fastgpt.training.recipes import Recipe, recipe_from_dict
 from fastgpt.utils.errors import UsageError
-from fastgpt.utils.files import write_json
+from fastgpt.utils.files import atomic_file, write_json
 
 # Settings that identify a run: a resume must not change them.
 FIXED_SETTINGS = (
@@ -62,6 +62,17 @@ def explain_write_errors(run: Path) -> Iterator[None]:
             f"run folder {run} cannot be written: {error.strerror or error}; fix this, then "
             f"continue with --resume or, if nothing was saved yet, delete the folder and restart"
         ) from None
+
+
+def link_latest(run: Path) -> None:
+    """Make the link `runs/latest` point to a run in `runs`.
+
+    Does nothing where links are not supported: the newest run is then found by its time.
+    """
+    link = run.parent / "latest"
+    if run.name != link.name and (run.parent.name == "runs" or link.is_symlink()):
+        with suppress(OSError), atomic_file(link) as temporary:
+            temporary.symlink_to(run.name, target_is_directory=True)
 
 
 def describe_run(run: Path, name: str, recipe: Recipe, config: GPTConfig) -> None:
@@ -138,7 +149,7 @@ def interrupted_run(recipe: Recipe) -> Path | None:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not (name := launcher()):
         return None
     candidates = [Path(recipe.out)] if recipe.out else sorted(Path("runs").glob("*"))
-    for run in reversed(candidates):
+    for run in reversed([path for path in candidates if not path.is_symlink()]):
         with suppress(CheckpointError):  # not a run folder
             if read_json(run / "config.json").get("launcher") == name:
                 if any(run.glob("checkpoints/step-*")):

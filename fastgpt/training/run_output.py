@@ -18,7 +18,12 @@ from fastgpt.training.distributed import World
 from fastgpt.training.loggers import Loggers, open_loggers
 from fastgpt.training.metrics import truncate_metrics
 from fastgpt.training.recipes import Recipe
-from fastgpt.training.run_folder import describe_run, explain_write_errors, new_run_folder
+from fastgpt.training.run_folder import (
+    describe_run,
+    explain_write_errors,
+    link_latest,
+    new_run_folder,
+)
 
 
 class RunWriter:
@@ -46,6 +51,7 @@ class RunWriter:
             with explain_write_errors(run):
                 tokenizer.save(run / "tokenizer.json")
                 describe_run(run, name, recipe, config)
+            link_latest(run)
             return run
 
         self.path = self._world.from_main(create)
@@ -64,12 +70,14 @@ class RunWriter:
         return self._world.from_main(reopen)
 
     def rewind(self, name: str, recipe: Recipe, config: GPTConfig, step: int) -> None:
-        """Rewrite `config.json` for the resumed run, and drop metrics logged after `step`."""
+        """Rewrite `config.json` for the resumed run, and drop the results after `step`."""
 
         def rewind() -> None:
             with explain_write_errors(self.path):
                 describe_run(self.path, name, recipe, config)
                 truncate_metrics(self.path / "metrics.jsonl", step)
+                (self.path / "summary.json").unlink(missing_ok=True)
+            link_latest(self.path)
 
         self._world.on_main(rewind)
 

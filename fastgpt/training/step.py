@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fastgpt import ops
 from fastgpt.checkpoint.load import Checkpoint
 from fastgpt.data.batches import Batches, validation_windows
 from fastgpt.data.corpus import Corpus, load_corpus
+from fastgpt.data.text import PACKAGED
 from fastgpt.data.prefetch import MicroBatchLoader
 from fastgpt.lora import Lora, add_lora
 from fastgpt.model import GPT, GPTConfig, meta_model
@@ -29,7 +31,7 @@ from fastgpt.training.distributed import (
     split_step,
     wrap,
 )
-from fastgpt.training.initialization import Origin, initialize_from
+from fastgpt.training.initialization import Origin, initialize_from, tokenizer_setting
 from fastgpt.training.memory_advice import (
     batch_sizes,
     check_fits,
@@ -39,7 +41,7 @@ from fastgpt.training.memory_advice import (
 )
 from fastgpt.training.memory_estimate import MemoryEstimate, Setup, estimate
 from fastgpt.training.optimizer import Updater, learning_rate
-from fastgpt.training.recipes import Recipe
+from fastgpt.training.recipes import Recipe, is_path
 from fastgpt.training.run_length import resolve_length
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.hashing import mix
@@ -93,6 +95,8 @@ class Learner:
             recipe, origin, note = initialize_from(recipe, world, given)
             self.notes.append(note)
         self.corpus = _load(recipe, world, origin)
+        if origin is None:
+            recipe = _with_tokenizer_of(recipe, self.corpus)
         self.config = origin.config if origin else _model_config(recipe, self.corpus)
         self.lora = _lora(recipe) if recipe.lora_rank else None
         self.backend = _backend_name(recipe.ops, device, self.config)
@@ -328,6 +332,17 @@ def _load(recipe: Recipe, world: World, origin: Origin | None) -> Corpus:
     corpus = world.on_main(lambda: load(tokenizer=tokenizer, sha256=sha256))
     tokenizer, sha256 = world.broadcast_object(corpus and (corpus.tokenizer, corpus.sha256))
     return corpus or load(tokenizer=tokenizer, sha256=sha256, check=False)
+
+
+def _with_tokenizer_of(recipe: Recipe, corpus: Corpus) -> Recipe:
+    """Return the recipe with the tokenizer and vocabulary size of a folder of token files."""
+    folder = Path(recipe.data)
+    if recipe.data in PACKAGED or not folder.is_dir():
+        return recipe
+    name = tokenizer_setting(corpus.tokenizer, str(folder / "tokenizer.json"))
+    if is_path(name) and not Path(name).is_file():  # a folder of texts: the setting was used
+        return recipe
+    return replace(recipe, tokenizer=name, vocab_size=corpus.tokenizer.vocab_size)
 
 
 def _model_config(recipe: Recipe, corpus: Corpus) -> GPTConfig:

@@ -51,6 +51,7 @@ from fastgpt.training.validation import (
 )
 from fastgpt.utils.device import find_device
 from fastgpt.utils.errors import UsageError
+from fastgpt.utils.files import write_json
 from fastgpt.utils.memory_usage import used
 from fastgpt.utils.progress import Progress
 from fastgpt.utils.signals import Stopped, StopSignal
@@ -395,6 +396,7 @@ class Trainer:
         sample = generate_sample(self.learner, model)
         with explain_write_errors(self.run):
             (self.run / "sample.txt").write_text(sample + "\n", encoding="utf-8")
+            write_json(self.run / "summary.json", self._results(best))
         return Result(
             self.run,
             self.step,
@@ -405,6 +407,18 @@ class Trainer:
             self.state.val_loss_before,
             self._shows_perplexity,
         )
+
+    def _results(self, best: Checkpoint) -> dict[str, Any]:
+        """Return the contents of `summary.json`; losses are in nats per token."""
+        return {
+            "best_checkpoint": str(best.path.relative_to(self.run)),
+            "best_step": best.step,
+            "best_val_loss": best.val_loss,
+            "val_loss_before": self.state.val_loss_before,
+            "steps": self.step,
+            "tokens": self.step * self.step_tokens,
+            "seconds": self.state.seconds,
+        }
 
     # --- reporting -----------------------------------------------------------------------------
 

@@ -417,6 +417,20 @@ def test_latest_is_the_newest_run(tmp_path: Path) -> None:
         resolve_run(tmp_path / "d")
 
 
+def test_a_link_called_latest_decides(tmp_path: Path) -> None:
+    """The run itself is returned, because the link can point to another one later."""
+    for age, name in enumerate(["linked", "newest"]):
+        (tmp_path / name).mkdir()
+        config = tmp_path / name / "config.json"
+        config.write_text("{}")
+        os.utime(config, (1_700_000_000 + age,) * 2)
+    link = tmp_path / "latest"
+    link.symlink_to("linked", target_is_directory=True)
+    assert resolve_run(link) == tmp_path / "linked"
+    (tmp_path / "linked").rename(tmp_path / "moved")
+    assert resolve_run(link) == tmp_path / "newest"
+
+
 def test_a_good_run_warns_of_nothing(run: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import re
 import signal
 import warnings
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt import GPT, GPTConfig, Recipe, Trainer
+from fastgpt import GPT, GPTConfig, Recipe, Tokenizer, Trainer
 from fastgpt.checkpoint.load import CheckpointError, find_checkpoint
+from fastgpt.data import prepare
 from fastgpt.training.optimizer import learning_rate, make_optimizer
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.precision import choose_precision
@@ -470,6 +472,59 @@ def test_relative_data_are_found_from_elsewhere(
     assert Trainer.resume(run, max_steps=4).fit().step == 4
     monkeypatch.chdir(tmp_path)
     assert Trainer.resume(run, max_steps=6).fit().step == 6
+
+
+def test_the_summary_names_the_best_checkpoint(tiny: Recipe) -> None:
+    run = Trainer(tiny).fit().run
+    summary = json.loads((run / "summary.json").read_text())
+    step, loss = min(records(run, "val_loss"), key=lambda record: record[1])
+    best = find_checkpoint(run, "best")
+    assert (summary["best_step"], summary["best_val_loss"]) == (step, loss) == (best.step, loss)
+    assert run / summary["best_checkpoint"] == best.path
+    assert (summary["steps"], summary["tokens"]) == (12, 12 * 4 * 16)
+    trainer = Trainer.resume(run, max_steps=16)
+    assert not (run / "summary.json").exists()  # the run is not finished
+    trainer.fit()
+    assert json.loads((run / "summary.json").read_text())["steps"] == 16
+
+
+def test_latest_is_a_link_to_the_run_that_was_started_or_resumed_last(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    link = tmp_path / "runs" / "latest"
+    first = Trainer(replace(tiny, out=None, max_steps=1), "first").fit().run
+    assert os.readlink(link) == first.name
+    Trainer(replace(tiny, out="runs/second")).close()
+    assert os.readlink(link) == "second"
+    Trainer.resume(first).close()
+    assert os.readlink(link) == first.name
+    Trainer(replace(tiny, out=str(tmp_path / "elsewhere" / "run"))).close()
+    assert not (tmp_path / "elsewhere" / "latest").exists()
+    link.unlink()
+    link.mkdir()  # somebody's own folder
+    Trainer(replace(tiny, out="runs/third")).close()
+    assert not link.is_symlink()
+    assert {path.name for path in link.parent.iterdir()} == {
+        *(first.name, "second", "third", "latest"),
+    }
+
+
+def test_the_saved_settings_are_those_of_the_prepared_data(
+    tiny: Recipe, verse: Path, tmp_path: Path
+) -> None:
+    for name, tokenizer, found in (
+        ("trained", Tokenizer.train([verse.read_text()], 300), "trained/tokenizer.json"),
+        ("gpt2", "gpt2", "gpt2"),
+    ):
+        folder = tmp_path / name
+        prepared = prepare([verse], folder, tokenizer=tokenizer, val_fraction=0.1, progress=False)
+        one = replace(tiny, data=str(folder), out=f"{tiny.out}-{name}", max_steps=1)
+        run = Trainer(one).fit().run
+        recipe = json.loads((run / "config.json").read_text())["recipe"]
+        assert recipe["tokenizer"].removeprefix(f"{tmp_path}/") == found
+        assert recipe["vocab_size"] == prepared.tokenizer.vocab_size
+        assert Trainer.resume(run, max_steps=2).fit().step == 2
 
 
 def test_a_folder_with_something_in_it_is_refused(tiny: Recipe) -> None:
