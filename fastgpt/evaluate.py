@@ -110,6 +110,8 @@ def describe(results: dict[str, Any]) -> str:
         rows = [f"{name:<16}{results[name]:.4f}" for name in names]
         seconds = f"{results['questions']:,} questions in {results['seconds']:.1f} s ({where})"
         return "\n".join([f"{results['task']}: {head}", *rows, seconds])
+    context, stride = results["context"], results["stride"]
+    overlap = f"; training measures without overlap: --stride {context}" if stride < context else ""
     return "\n".join(
         [
             head,
@@ -117,7 +119,7 @@ def describe(results: dict[str, Any]) -> str:
             f"perplexity      {results['perplexity']:,.2f}",
             f"bits per byte   {results['bits_per_byte']:.4f}",
             f"scored          {results['tokens']:,} tokens, {results['bytes']:,} bytes of text",
-            f"window          context {results['context']:,}, stride {results['stride']:,}",
+            f"window          context {context:,}, stride {stride:,}{overlap}",
             f"speed           {results['tokens_per_s']:,.0f} tokens/s ({where})",
         ]
     )

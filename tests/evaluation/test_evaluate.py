@@ -251,7 +251,7 @@ def test_a_run_on_a_file_as_a_person_sees_it(trained: Path, tmp_path: Path, capf
         *("loss", "perplexity", "bits per byte", "scored", "window", "speed")
     ]
     assert "215 tokens, 215 bytes of text" in out
-    assert "context 16, stride 8" in out
+    assert "context 16, stride 8; training measures without overlap: --stride 16\n" in out
 
 
 def test_parts_tokens_windows_and_precision(trained: Path, capfd) -> None:
