@@ -11,6 +11,7 @@ from fastgpt.tokenizer import BaseTokenizer, CharTokenizer, Tokenizer
 from fastgpt.training.distributed import World
 from fastgpt.training.recipes import Recipe, is_path
 from fastgpt.utils.errors import UsageError
+from fastgpt.utils.progress import plural
 
 SHAPE = ("n_layer", "n_head", "n_embd", "bias")  # settings determined by a model's weights
 
@@ -61,8 +62,9 @@ def initialize_from(
         weights = model.state_dict()
     of = f" of {config.block_size:,}" if recipe.block_size < config.block_size else ""
     note = (
-        f"initialized from {source}: {config.n_layer} layers, {config.n_head} heads, width "
-        f"{config.n_embd:,}, context {recipe.block_size:,}{of}"
+        f"initialized from {source}: {plural(config.n_layer, 'layer')}, "
+        f"{plural(config.n_head, 'head')}, width {config.n_embd:,}, "
+        f"context {recipe.block_size:,}{of}"
     )
     config = replace(config, block_size=recipe.block_size, dropout=recipe.dropout)
     return recipe, Origin(tokenizer, config, weights=weights), note

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from fastgpt.training.recipes import Recipe
+from fastgpt.utils.progress import plural
 
 EVALUATIONS = 20  # per run, by default
 MOST_EVALUATIONS = 100  # per run, where one evaluation per epoch would be more
@@ -29,7 +30,8 @@ def resolve_length(recipe: Recipe, n_windows: int) -> tuple[Recipe, str | None]:
         warmup_steps = min(warmup_steps, steps // 10)
     interval = recipe.eval_interval or _interval(steps, n_windows // sequences)
     asked = "" if recipe.epochs is None else f"--epochs {recipe.epochs:g}: "
-    note = f"{asked}{steps:,} steps ({warmup_steps:,} of warm-up), evaluated every {interval:,}"
+    length = f"{plural(steps, 'step')} ({warmup_steps:,} of warm-up)"
+    note = f"{asked}{length}, evaluated every {interval:,}"
     resolved = replace(
         recipe, max_steps=steps, warmup_steps=warmup_steps, eval_interval=interval, epochs=None
     )

@@ -53,7 +53,7 @@ from fastgpt.utils.device import find_device
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.files import write_json
 from fastgpt.utils.memory_usage import used
-from fastgpt.utils.progress import Progress
+from fastgpt.utils.progress import Progress, plural
 from fastgpt.utils.signals import Stopped, StopSignal
 
 
@@ -289,7 +289,7 @@ class Trainer:
         """Raise UsageError after too many consecutive skipped updates."""
         if (skipped := int(self.learner.updater.skipped)) >= self.learner.updater.patience:
             raise self._diverged(
-                f"{skipped} updates in a row skipped because of non-finite gradients"
+                f"{plural(skipped, 'update')} in a row skipped because of non-finite gradients"
             )
 
     def _report_skipped(self, progress: Progress, wait: bool = False) -> None:
@@ -341,8 +341,8 @@ class Trainer:
             self.state.seconds = progress.seconds()
             self._save(val_loss)
             if self._finished() and not self._last_step():
-                patience = self.recipe.patience
-                progress.say(f"no lower loss for {patience} evaluations: stopped early")
+                evaluations = plural(self.recipe.patience, "evaluation")
+                progress.say(f"no lower loss for {evaluations}: stopped early")
 
     @property
     def _shows_perplexity(self) -> bool:
@@ -445,7 +445,8 @@ class Trainer:
     def _summary(self) -> str:
         """Return the lines printed at the start: model, data, device, memory and notes."""
         corpus, parameters = self.learner.corpus, self.model.num_params() / 1e6
-        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        on_cpu = self.device.type == "cpu"
+        threads = f", {plural(torch.get_num_threads(), 'thread')}" if on_cpu else ""
         kernels = ", Triton kernels" if self.learner.backend == "triton" else ""
         several = f", {self.world.size} processes" if self.world.size > 1 else ""
         mfu = f"; MFU relative to the {self.peak}" if self.peak else ""

@@ -242,6 +242,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def plural(count: int, noun: str) -> str:
+    """Format a number of things, whose plural ends with s: 1 thread, 1,000 threads."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 class FileProgress:
     """A progress bar of bytes read, on standard error; only shown on a terminal.
 

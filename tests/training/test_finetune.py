@@ -100,7 +100,7 @@ def test_a_run_begins_with_the_weights_and_the_tokenizer(recipe: Recipe, source:
     assert trainer.learner.corpus.tokenizer == Tokenizer.load(source / "tokenizer.json")
     resolved = trainer.recipe
     assert (resolved.n_layer, resolved.n_embd, resolved.tokenizer) == (1, 16, str(source))
-    assert f"initialized from {source}: 1 layers, 2 heads, width 16, context 16" in trainer._notes
+    assert f"initialized from {source}: 1 layer, 2 heads, width 16, context 16" in trainer._notes
     assert trainer.model.training
     result = trainer.fit()
     assert result.step == 6
@@ -165,7 +165,7 @@ def test_the_recipe_that_was_named_gives_way(source: Path, text: Path, tmp_path,
     options = ["--init", str(source), "--data", str(text), "--max-steps", "1", "--device", "cpu"]
     options += ["--epochs", "None", "--out", str(tmp_path / "run"), "--val-fraction", "0.1"]
     assert command(train.main, "tinystories", *options) == 0
-    assert "1 layers, 2 heads, width 16, context 16\n" in capfd.readouterr().out
+    assert "1 layer, 2 heads, width 16, context 16\n" in capfd.readouterr().out
 
 
 def test_a_source_that_is_none(recipe: Recipe, tmp_path: Path) -> None:

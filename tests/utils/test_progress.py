@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastgpt.utils.progress import Progress, duration
+from fastgpt.utils.progress import Progress, duration, plural
 
 
 class Terminal(io.StringIO):
@@ -202,6 +202,15 @@ def test_the_time_left_counts_evaluations_too(clock: list[float]) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_numbers_of_things() -> None:
+    assert [plural(n, "step") for n in (0, 1, 2, 4500)] == [
+        "0 steps",
+        "1 step",
+        "2 steps",
+        "4,500 steps",
+    ]
 
 
 def test_it_costs_next_to_nothing(terminal: Terminal) -> None:
