@@ -221,7 +221,7 @@ def _is_large_on_a_cpu(state: TrainingState) -> bool:
 def _manifest(state: TrainingState) -> dict[str, Any]:
     """Return the contents of the manifest.
 
-    files: size and SHA-256 of each file by its name, added when the files are written. There is no
+    files: size and SHA-256 of each file by its name, added when the files are written, as is the
     hash of the manifest itself.
     """
     return {

@@ -146,7 +146,8 @@ def _find_tokenizer(tokenizer: str | BaseTokenizer, text: _Texts, vocab_size: in
         return Tokenizer.gpt2()
     try:
         if tokenizer == "bpe":
-            documents = (to_utf8(piece) for piece, _ in text.train.documents)  # bytes are never names
+            # As bytes, which are not taken for names of files.
+            documents = (to_utf8(piece) for piece, _ in text.train.documents)
             return Tokenizer.train(documents, vocab_size)
         return load_tokenizer(tokenizer)
     except (OSError, ValueError) as error:

@@ -74,7 +74,7 @@ class ExternalModel:
         return self.tensors
 
 
-def make_config(path: Path, names: Mapping[str, str] = {}, **settings: Any) -> GPTConfig:
+def make_config(path: Path, names: Mapping[str, str] = {}, /, **settings: Any) -> GPTConfig:
     """Return the configuration in a file; UsageError for missing or invalid settings.
 
     names: names of settings in the file, by fastgpt's, for the messages.

@@ -18,8 +18,8 @@ from fastgpt import ops
 from fastgpt.checkpoint.load import Checkpoint
 from fastgpt.data.batches import Batches, validation_windows
 from fastgpt.data.corpus import Corpus, load_corpus
-from fastgpt.data.text import PACKAGED
 from fastgpt.data.prefetch import MicroBatchLoader
+from fastgpt.data.text import PACKAGED
 from fastgpt.lora import Lora, add_lora
 from fastgpt.model import GPT, GPTConfig, meta_model
 from fastgpt.training.compile import compile_or_fallback
