@@ -5,11 +5,14 @@ The module can be called, too: `fastgpt.generate(...)` is `fastgpt.inference.tex
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -83,6 +86,7 @@ class Options:
 def main(args: Sequence[str]) -> None:
     """Print each prompt with its continuation, and finally the speed."""
     options = tyro.cli(Options, args=args, prog="python -m fastgpt.generate")
+    _choose_encoding()
     prompts = read_prompts(options)
     try:
         model, tokenizer = _load(options)
@@ -117,6 +121,16 @@ def _lines(source: str) -> list[str]:
         raise UsageError(f"{source} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{source} is not UTF-8: byte {error.start}") from None
+
+
+def _choose_encoding() -> None:
+    """Write UTF-8 to a file or pipe, whose default encoding may lack characters (on Windows).
+
+    A terminal keeps its encoding, and PYTHONIOENCODING chooses another one, as usual.
+    """
+    stdout, is_chosen = sys.stdout, "PYTHONIOENCODING" in os.environ
+    if isinstance(stdout, io.TextIOWrapper) and not stdout.isatty() and not is_chosen:
+        stdout.reconfigure(encoding="utf-8")
 
 
 def _load(options: Options) -> tuple[GPT | Engine, BaseTokenizer]:
@@ -157,10 +171,12 @@ def _print_stream(
         model, tokenizer, prompt, options.max_new_tokens, seed=options.seed, **_settings(options)
     )
     print(prompt, end="", flush=True)
+    n_lost = _count_lost(prompt)
     for piece in text:
         print(piece, end="", flush=True)
+        n_lost += _count_lost(piece)
     print()
-    _print_speed(text.n_tokens, time.perf_counter() - began)
+    _print_summary(text.n_tokens, time.perf_counter() - began, n_lost)
 
 
 def _print_batches(
@@ -169,16 +185,18 @@ def _print_batches(
     """Generate and print all texts, one batch of prompts at a time."""
     from fastgpt.inference.text import generate_texts
 
-    began, n_tokens = time.perf_counter(), 0
+    began, n_tokens, n_lost = time.perf_counter(), 0, 0
     for first in range(0, len(prompts), options.batch_size):
         batch = prompts[first : first + options.batch_size]
         seed = None if options.seed is None else options.seed + first * options.n
         settings: dict[str, Any] = {"n": options.n, "seed": seed, **_settings(options)}
-        for texts in generate_texts(model, tokenizer, batch, options.max_new_tokens, **settings):
-            for text in texts:
-                n_tokens += len(text.completion.ids)
-                print(_as_json(text) if options.json else f"{text.prompt}{text.text}\n", flush=True)
-    _print_speed(n_tokens, time.perf_counter() - began)
+        found = generate_texts(model, tokenizer, batch, options.max_new_tokens, **settings)
+        for row, text in enumerate(chain.from_iterable(found), first * options.n):
+            line = _as_json(text) if options.json else _as_text(text, row, len(prompts), options.n)
+            print(line, flush=True)
+            n_tokens += len(text.completion.ids)
+            n_lost += _count_lost(line)
+    _print_summary(n_tokens, time.perf_counter() - began, n_lost)
 
 
 def _settings(options: Options) -> dict[str, Any]:
@@ -187,23 +205,50 @@ def _settings(options: Options) -> dict[str, Any]:
     return {name: getattr(options, name) for name in (*Sampling.__annotations__, "stop")}
 
 
+def _as_text(text: GeneratedText, row: int, n_prompts: int, n: int) -> str:
+    """Return prompt and text, with a header if there are several texts of each prompt."""
+    prompt, sample = divmod(row, n)
+    of_prompt = f"prompt {prompt + 1} of {n_prompts}, " if n_prompts > 1 else ""
+    header = f"=== {of_prompt}sample {sample + 1} of {n} ===\n" if n > 1 else ""
+    return f"{header}{text.prompt}{text.text}\n"
+
+
 def _as_json(text: GeneratedText) -> str:
+    """Return a text as JSON; characters that standard output lacks make it ASCII, with escapes."""
     completion = text.completion
-    return json.dumps(
-        {
-            "prompt": text.prompt,
-            "text": text.text,
-            "finish": completion.finish,
-            "tokens": len(completion.ids),
-            "logprob": sum(completion.logprobs),
-        },
-        ensure_ascii=False,
-    )
+    content = {
+        "prompt": text.prompt,
+        "text": text.text,
+        "finish": completion.finish,
+        "tokens": len(completion.ids),
+        "logprob": sum(completion.logprobs),
+    }
+    line = json.dumps(content, ensure_ascii=False)
+    return json.dumps(content) if _count_lost(line) else line
 
 
-def _print_speed(n_tokens: int, seconds: float) -> None:
-    """Print the speed to standard error, which keeps standard output to the texts."""
+def _count_lost(text: str) -> int:
+    """Return the number of characters that standard output lacks, and prints as question marks."""
+    return 0 if _can_print(text) else sum(not _can_print(character) for character in text)
+
+
+def _can_print(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _print_summary(n_tokens: int, seconds: float, n_lost: int) -> None:
+    """Print speed and lost characters to standard error; standard output has the texts only."""
     print(f"{n_tokens:,} tokens, {n_tokens / max(seconds, 1e-9):,.1f} tokens/s", file=sys.stderr)
+    if n_lost:
+        print(
+            f"warning: {n_lost:,} characters are printed as ?, because standard output is in "
+            f"{sys.stdout.encoding}: use --json, or set PYTHONIOENCODING=utf-8",
+            file=sys.stderr,
+        )
 
 
 class _CallableModule(ModuleType):

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 import fastgpt
+from fastgpt import GPT, CharTokenizer, GPTConfig, generate, train
 from fastgpt import __main__ as fastgpt_main
-from fastgpt import generate, train
+from fastgpt.inference.engine import Engine
+from fastgpt.inference.text import generate_texts
 from fastgpt.utils import cli
 
 SMALL = [
@@ -103,6 +105,75 @@ def test_prompts_from_a_file_as_lines_of_json(trained: Path, workplace: Path, ca
         assert capfd.readouterr().out == line["prompt"] + line["text"] + "\n"
     total = sum(line["tokens"] for line in lines)
     assert err.startswith(f"{total} tokens, ")
+
+
+def test_several_texts_of_a_prompt_are_labelled(trained: Path, capfd) -> None:
+    options = [*("--n", "2", "--seed", "7", "--max-new-tokens", "9", "--batch-size", "1")]
+    texts = []
+    for prompts in (["ROMEO:"], ["ROMEO:", "Day"]):
+        command = [str(trained), "--prompt", *prompts, *options]
+        assert run(generate.main, *command, "--json") == 0
+        lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+        texts.append([line["prompt"] + line["text"] for line in lines])
+        assert run(generate.main, *command) == 0
+        out = capfd.readouterr().out
+        labels = [
+            (f"prompt {prompt} of 2, " if len(prompts) == 2 else "") + f"sample {sample} of 2"
+            for prompt in range(1, len(prompts) + 1)
+            for sample in (1, 2)
+        ]
+        expected = zip(labels, texts[-1], strict=True)
+        assert out == "".join(f"=== {label} ===\n{text}\n\n" for label, text in expected)
+    assert texts[1][:2] == texts[0]
+
+
+@pytest.fixture(scope="module")
+def accents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model of characters most of which are neither in ASCII nor in cp1252."""
+    folder = tmp_path_factory.mktemp("accents") / "model"
+    GPT(GPTConfig(6, 16, 1, 1, 16)).save_pretrained(folder, CharTokenizer("aé嚷🙂?\n"))
+    (folder / "prompts.txt").write_text("é嚷", encoding="utf-8")
+    return folder
+
+
+HAS = {"cp1252": "aé?\n", "ascii": "a?\n"}  # the model's characters in these encodings
+TEXT_ENCODINGS = {  # the environment, and the encoding of the text that is printed to a pipe
+    "utf-8": ({"PYTHONUTF8": "1"}, "utf-8"),
+    "c locale": ({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, "utf-8"),
+    "cp1252": ({"PYTHONIOENCODING": "cp1252"}, "cp1252"),
+    "ascii": ({"PYTHONIOENCODING": "ascii"}, "ascii"),
+    "utf-16": ({"PYTHONIOENCODING": "utf-16"}, "utf-16"),
+}
+
+
+@pytest.mark.parametrize("name", TEXT_ENCODINGS)
+def test_no_character_is_lost_in_an_encoding_without_notice(accents: Path, name: str) -> None:
+    environment, encoding = TEXT_ENCODINGS[name]
+
+    def generated(*options: str) -> tuple[str, str]:
+        prompts = ["--prompts", str(accents / "prompts.txt"), "--n", "2"]
+        command = [sys.executable, "-m", "fastgpt.generate", str(accents), *prompts]
+        options = (*options, "--seed", "1", "--max-new-tokens", "40")
+        unset = ("PYTHONIOENCODING", "PYTHONUTF8", "LC_ALL")
+        kept = {key: value for key, value in os.environ.items() if key not in unset}
+        done = subprocess.run(
+            [*command, *options], capture_output=True, env=kept | environment, check=True
+        )
+        return done.stdout.decode(encoding), done.stderr.decode("ascii")
+
+    engine, tokenizer = Engine.from_pretrained(accents)
+    (found,) = generate_texts(engine, tokenizer, ["é嚷"], 40, n=2, seed=1, temperature=0.8)
+    texts = [text.prompt + text.text for text in found]
+    printed, error = generated("--json")
+    lines = [json.loads(line) for line in printed.splitlines()]
+    assert [line["prompt"] + line["text"] for line in lines] == texts
+    assert "warning" not in error
+    printed, error = generated()
+    for text in texts:
+        assert text.encode(encoding, "replace").decode(encoding) in printed
+    n_lost = sum(c not in HAS.get(encoding, c) for text in texts for c in text)
+    warning = f"warning: {n_lost} characters are printed as ?, because standard output is in"
+    assert (warning in error) == (n_lost > 0)
 
 
 def test_both_engines_write_the_same_and_small_weights_write(trained: Path, capfd) -> None:
