@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from fastgpt.training.trainer import Trainer
 
 DEFAULT_RECIPE = "shakespeare-char"
-DEFAULT_FOR_DATA = "small"  # with --data, but without a recipe
+# Without a recipe, but with --data; and also with --init.
+DEFAULT_FOR_DATA, DEFAULT_FOR_INIT = "small", "finetune"
 
 
 def main(args: Sequence[str]) -> None:
@@ -84,7 +85,9 @@ def _choose_recipe(args: list[str]) -> tuple[str, Recipe]:
     if not data or data == get_recipe(DEFAULT_RECIPE).data:
         return DEFAULT_RECIPE, get_recipe(DEFAULT_RECIPE)
     stem = Path(data).name.split(".")[0]
-    return re.sub(r"[^\w-]+", "-", stem).strip("-") or "run", get_recipe(DEFAULT_FOR_DATA)
+    init = _take_option(args, "--init")[0]
+    recipe = get_recipe(DEFAULT_FOR_INIT if init else DEFAULT_FOR_DATA)
+    return re.sub(r"[^\w-]+", "-", stem).strip("-") or "run", recipe
 
 
 def _parse(defaults: Recipe, args: Sequence[str]) -> Recipe:
@@ -111,7 +114,7 @@ def _description() -> str:
     recipes = "\n".join(f"  {name:<18}{text}" for name, text in DESCRIPTIONS.items())
     return (
         "Train a GPT-2. With no arguments: shakespeare-char, on the packaged text. With --data "
-        "alone: small, on your text.\n\n"
+        "alone: small, on your text, and with --data and --init: finetune.\n\n"
         f"Recipes:\n{recipes}\n\n"
         "Continue a run with --resume RUN; further settings replace those of the run."
     )

@@ -225,6 +225,7 @@ def test_a_run_on_my_text_is_named_after_it(verse: Path, workplace: Path, capfd)
         ([], "shakespeare-char", "shakespeare-char"),
         (["--data", "shakespeare"], "shakespeare-char", "shakespeare-char"),
         (["--data", "my.txt"], "my", "small"),
+        (["--data", "my.txt", "--init", "mine"], "my", "finetune"),
         (["--lr", "1e-3", "--data=data/C4 (en).json.gz"], "C4-en", "small"),
         (["--data", "data/my/"], "my", "small"),
         (["--data", "Текст.txt"], "Текст", "small"),
@@ -237,10 +238,13 @@ def test_the_names_of_runs(args: list[str], name: str, recipe: str, monkeypatch)
     seen: dict[str, object] = {}
     monkeypatch.setattr(train, "_fit", seen.update)
     train.main([*args, "--seed", "7"])
-    data = seen["recipe"].data
-    lr = 1e-3 if "--lr" in args else fastgpt.RECIPES[recipe].lr
+    expected = fastgpt.RECIPES[recipe]
+    if "--lr" in args:
+        expected = replace(expected, lr=1e-3)
+    if "--init" in args:
+        expected = replace(expected, init="mine")
     assert seen["name"] == name
-    assert seen["recipe"] == replace(fastgpt.RECIPES[recipe], data=data, seed=7, lr=lr)
+    assert seen["recipe"] == replace(expected, data=seen["recipe"].data, seed=7)
 
 
 def test_resume_with_a_change(verse: Path, workplace: Path, capfd) -> None:
