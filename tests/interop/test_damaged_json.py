@@ -124,6 +124,8 @@ def assert_as_in_transformers(folder: Path, model: GPT, tokenizer: BaseTokenizer
     for name in [*transformers.GPT2Config.__annotations__, *transformers.GPT2Config.attribute_map]:
         if name in settings and name not in config and not name.startswith(_UNUSED):
             config[name] = settings[name]
+    if "n_ctx" in settings and "max_position_embeddings" not in config:  # the name before version 4
+        config.setdefault("n_positions", settings["n_ctx"])
     for name, kind in transformers.GPT2Config.__annotations__.items():
         if name in config and kind in (float, bool):  # transformers rejects 0 for 0.0 and False
             config[name] = kind(config[name])
