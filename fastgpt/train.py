@@ -38,7 +38,7 @@ def main(args: Sequence[str]) -> None:
         return
     name, defaults = _choose_recipe(args)
     recipe = _parse_length(defaults, args)
-    _fit(recipe=recipe, name=name, changes=_different(defaults, recipe))
+    _fit(recipe=recipe, name=name, changes=_given(recipe, args))
 
 
 def _fit(
@@ -143,6 +143,13 @@ def _changes(args: Sequence[str], run: Path) -> dict[str, Any]:
 
     _, before = read_run(resolve_run(run))
     return _different(before, _parse(before, args))
+
+
+def _given(recipe: Recipe, args: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that the arguments name, also where they equal the recipe's."""
+    names = {arg.split("=", 1)[0].removeprefix("--").replace("-", "_") for arg in args}
+    settings = dataclasses.asdict(recipe)
+    return {name: settings[name] for name in settings if {name, f"no_{name}"} & names}
 
 
 def _different(before: Recipe, after: Recipe) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from fastgpt.training.distributed import launcher
 from fastgpt.training.environment import command_line, describe_environment
 from fastgpt.training.recipes import Recipe, recipe_from_dict
 from fastgpt.utils.errors import UsageError
-from fastgpt.utils.files import atomic_file, write_json
+from fastgpt.utils.files import write_json
 
 # Settings that identify a run: a resume must not change them.
 FIXED_SETTINGS = (
@@ -69,10 +69,16 @@ def link_latest(run: Path) -> None:
 
     Does nothing where links are not supported: the newest run is then found by its time.
     """
-    link = run.parent / "latest"
-    if run.name != link.name and (run.parent.name == "runs" or link.is_symlink()):
-        with suppress(OSError), atomic_file(link) as temporary:
-            temporary.symlink_to(run.name, target_is_directory=True)
+    link, temporary = (run.parent / name for name in ("latest", ".saving-latest"))
+    if run.name == link.name or not (run.parent.name == "runs" or link.is_symlink()):
+        return
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(run.name, target_is_directory=True)
+        try:
+            temporary.replace(link)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def describe_run(run: Path, name: str, recipe: Recipe, config: GPTConfig) -> None:
