@@ -147,7 +147,7 @@ def damaged(kind: str, tensors: dict[str, torch.Tensor], about: dict[str, Any]) 
         "other dtype": lambda: about.update(dtype="int3"),
         "group": lambda: about.update(group=48),
         "config": lambda: about["config"].update(n_embd=33),
-        "layers": lambda: about["config"].update(n_layer=10**30),
+        "layers": lambda: about["config"].update(n_layer=10**7),
         "vocabulary": lambda: about["config"].update(vocab_size=10**30),
         "width": lambda: about["config"].update(n_embd=32.0),
         "config incomplete": lambda: about["config"].pop("n_layer"),
