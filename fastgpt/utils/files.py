@@ -19,8 +19,9 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     `.old-NAME`, which is the previous `target` if there is no `target`. If `target` is a symbolic
     link, the directory that it points to is replaced.
 
-    A directory that cannot be renamed (a mount point, or in a read-only parent) gets the new files
-    instead of the old ones one by one, in the order in which they were last written.
+    A directory that cannot be renamed (a mount point, or in a read-only parent), and the current
+    directory, get the new files instead of the old ones one by one, in the order in which they were
+    last written.
     """
     target = target.resolve()  # also gives "." a name
     temporary = temporary_path(target)
@@ -41,8 +42,12 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 def temporary_path(target: Path) -> Path:
     """Return where `atomic_directory` writes first: next to `target`, or in it if necessary."""
     target = target.resolve()
-    fixed = os.path.ismount(target) or not os.access(target.parent, os.W_OK)
-    return (target if target.is_dir() and fixed else target.parent) / f".saving-{target.name}"
+    fixed = target.is_dir() and (
+        os.path.ismount(target)
+        or not os.access(target.parent, os.W_OK)
+        or os.path.samefile(target, os.curdir)  # a shell there would be left in a deleted directory
+    )
+    return (target if fixed else target.parent) / f".saving-{target.name}"
 
 
 def contents(folder: Path) -> list[Path]:

@@ -46,6 +46,21 @@ def test_the_directory_behind_a_link_is_replaced(tmp_path: Path) -> None:
     assert list(target.parent.iterdir()) == [target]
 
 
+def test_the_current_directory_stays_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "x"
+    target.mkdir()
+    monkeypatch.chdir(target)
+    before = target.stat().st_ino
+    for path, text in ((Path(), "one"), (target, "two")):
+        with atomic_directory(path) as folder:
+            (folder / text).write_text(text)
+        assert os.listdir() == [text]
+    assert target.stat().st_ino == before
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_a_directory_that_cannot_be_renamed_is_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
