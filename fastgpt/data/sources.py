@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastgpt.data.documents import JSON_LINES_SUFFIXES, PARQUET_SUFFIXES, uncompressed_suffix
 from fastgpt.utils.errors import UsageError
+from fastgpt.utils.files import contents
 
 # In a folder. Not .json, which often contains other data than texts.
 TEXT_SUFFIXES = (".txt", *JSON_LINES_SUFFIXES, *PARQUET_SUFFIXES)
@@ -73,7 +74,7 @@ def _walk(folder: Path, visited: set[Path]) -> Iterator[tuple[Path, str | None]]
         return
     visited.add(real)
     try:
-        paths = sorted(folder.iterdir())
+        paths = sorted(contents(folder))
     except OSError as error:
         raise UsageError(f"folder {folder} cannot be read: {error.strerror}") from None
     for path in paths:

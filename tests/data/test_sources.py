@@ -22,6 +22,7 @@ def names(paths: "list[Path] | dict[Path, str]", folder: Path) -> list[str]:
 def test_files_are_sorted_and_others_are_skipped_with_a_reason(tmp_path: Path) -> None:
     make(tmp_path, "b.txt", "sub/a.jsonl", "sub/c.txt.gz", "d.parquet", "e.md", "f/config.json")
     make(tmp_path, ".ipynb_checkpoints/b.txt", "sub/._c.txt", "sub/C.TXT", "sub/e.NDJSON.zst")
+    make(tmp_path, ".saving-out.lock", ".saving-out/train-00000.bin")  # of fastgpt itself
     found = find_sources([tmp_path, tmp_path / "e.md", tmp_path / "f" / "config.json"])
     in_folder = ["b.txt", "d.parquet", "sub/C.TXT", "sub/a.jsonl", "sub/c.txt.gz"]
     assert names(found.files, tmp_path) == [*in_folder, "sub/e.NDJSON.zst", "e.md", "f/config.json"]
