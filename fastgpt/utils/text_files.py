@@ -140,7 +140,8 @@ def open_counted(path: Path, advance: Advance = lambda n: None) -> Iterator[IO[b
 def regular_file(path: Path) -> Iterator[Path]:
     """Yield a path that can be opened several times: `path`, or a copy of what a pipe contains.
 
-    ``-`` is the standard input. A copy is a temporary file, which is deleted at the end.
+    ``-`` is the standard input. A copy is a temporary file, which is deleted at the end. If the
+    block raises a UsageError that names the copy, it names `path` instead.
 
     Raises: UsageError if the pipe cannot be read.
     """
@@ -161,7 +162,11 @@ def regular_file(path: Path) -> Iterator[Path]:
             raise UsageError(
                 f"{path} cannot be copied to {folder}: {error.strerror}; TMPDIR sets another folder"
             ) from None
-        yield copy
+        try:
+            yield copy
+        except UsageError as error:
+            given = "standard input" if path == STANDARD_INPUT else str(path)
+            raise UsageError(str(error).replace(str(copy), given)) from None
 
 
 def _is_pipe(path: Path) -> bool:

@@ -406,6 +406,13 @@ def test_json_lines_from_a_pipe(tmp_path: Path, checkout: Path, stories: Path) -
         assert (tmp_path / "piped" / name).read_bytes() == (tmp_path / "read" / name).read_bytes()
 
 
+def test_errors_in_a_pipe_do_not_name_the_temporary_file(tmp_path: Path, checkout: Path) -> None:
+    process = start_prepare(tmp_path, checkout, "-", "--out", "piped")
+    _, err = process.communicate(b'{"content": "x"}\n', timeout=100)
+    assert process.returncode == 2
+    assert err.startswith(b"error: standard input, line 1: has no field 'text'; it has: content;")
+
+
 def test_two_processes_with_one_output_folder(
     tmp_path: Path, checkout: Path, stories: Path
 ) -> None:
