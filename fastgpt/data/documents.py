@@ -233,11 +233,13 @@ def _is_parquet(path: Path) -> bool:
 def _begins_with_object(path: Path) -> bool:
     """Return whether the first line of a file is a whole JSON object."""
     with open_counted(path) as file:
-        line = file.readline(_LONG_LINE).removeprefix(codecs.BOM_UTF8).lstrip()
+        line = file.readline(_LONG_LINE)
+    is_cut = len(line) == _LONG_LINE
+    line = line.removeprefix(codecs.BOM_UTF8).lstrip()
     if not line.startswith(b"{"):
         return False
     try:
-        return len(line) == _LONG_LINE or isinstance(json.loads(line), dict)
+        return is_cut or isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
 

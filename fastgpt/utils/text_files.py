@@ -28,7 +28,7 @@ Advance: TypeAlias = Callable[[int], None]  # called with the number of bytes ju
 BLOCK_BYTES = 1 << 21  # large enough that the overhead per block is negligible
 STANDARD_INPUT = Path("-")
 
-COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".lz4")
+COMPRESSION_SUFFIXES = (".gz", ".gzip", ".bz2", ".xz", ".lzma", ".zst", ".zstd", ".lz4")
 _COMPRESSIONS = {  # the first bytes of a file -> the name of its compression
     b"\x1f\x8b": "gzip",
     b"BZh": "bz2",
