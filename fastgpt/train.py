@@ -147,9 +147,9 @@ def _changes(args: Sequence[str], run: Path) -> dict[str, Any]:
 
 def _given(recipe: Recipe, args: Sequence[str]) -> dict[str, Any]:
     """Return the settings that the arguments name, also where they equal the recipe's."""
-    names = {arg.split("=", 1)[0].removeprefix("--").replace("-", "_") for arg in args}
+    options = {arg.split("=", 1)[0].replace("-", "_") for arg in args if arg.startswith("--")}
     settings = dataclasses.asdict(recipe)
-    return {name: settings[name] for name in settings if {name, f"no_{name}"} & names}
+    return {name: settings[name] for name in settings if {f"__{name}", f"__no_{name}"} & options}
 
 
 def _different(before: Recipe, after: Recipe) -> dict[str, Any]:

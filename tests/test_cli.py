@@ -219,6 +219,12 @@ def test_a_run_on_my_text_is_named_after_it(verse: Path, workplace: Path, capfd)
     assert (recipe["tokenizer"], recipe["n_layer"]) == ("gpt2", 1)  # as given
 
 
+def test_values_of_options_are_not_taken_for_options() -> None:
+    args = ["--data=seed", "--out", "block_size", "--val_data", "lr", "--max-steps=3", "--no-bias"]
+    given = train._given(fastgpt.RECIPES["finetune"], args)
+    assert set(given) == {"data", "out", "val_data", "max_steps", "bias"}
+
+
 @pytest.mark.parametrize(
     ("args", "name", "recipe"),
     [
