@@ -219,6 +219,24 @@ def test_a_run_on_my_text_is_named_after_it(verse: Path, workplace: Path, capfd)
     assert (recipe["tokenizer"], recipe["n_layer"]) == ("gpt2", 1)  # as given
 
 
+def test_warnings_are_one_line(checkout: Path) -> None:
+    """In a process of its own: pytest records warnings before they are printed."""
+    code = """
+import warnings
+from fastgpt.utils import cli
+def command(args):
+    warnings.warn("the text is short")
+    warnings.warn("old", FutureWarning)
+cli.run(command)
+"""
+    env = {**os.environ, "PYTHONPATH": str(checkout)}
+    arguments = [sys.executable, "-W", "always", "-c", code]
+    done = subprocess.run(arguments, env=env, capture_output=True, text=True, check=True)
+    first, second = done.stderr.splitlines()
+    assert first == "warning: the text is short"
+    assert second.endswith("FutureWarning: old")
+
+
 def test_values_of_options_are_not_taken_for_options() -> None:
     args = ["--data=seed", "--out", "block_size", "--val_data", "lr", "--max-steps=3", "--no-bias"]
     given = train._given(fastgpt.RECIPES["finetune"], args)

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
@@ -25,7 +26,8 @@ def run(command: Callable[[Sequence[str]], None], args: Sequence[str] | None = N
 
     The exit code is 0 on success, 130 on Ctrl-C, 141 if the reader of the output was closed, and 2
     after an error that the user can fix, which is printed as one line: a UsageError, a missing
-    package, or a file or standard output that cannot be read or written.
+    package, or a file or standard output that cannot be read or written. Warnings to the user
+    (UserWarning) are printed as one line, too.
 
     Args:
         command: called with the arguments.
@@ -33,12 +35,29 @@ def run(command: Callable[[Sequence[str]], None], args: Sequence[str] | None = N
     """
     os.environ.update(environment())
     output.open_closed_streams()
+    warnings.formatwarning = _format_warning
     if isinstance(sys.stdout, io.TextIOWrapper):  # avoid encoding errors if output is ASCII
         sys.stdout.reconfigure(errors="replace")
     code = _exit_code(command, sys.argv[1:] if args is None else args)
     code = _flush_output() or code
     output.flush(sys.stderr)
     sys.exit(code)
+
+
+_format_with_place = warnings.formatwarning
+
+
+def _format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Return the text of a warning, without the place in the code if it is to the user."""
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return _format_with_place(message, category, filename, lineno, line)
 
 
 def report_import_errors() -> None:
