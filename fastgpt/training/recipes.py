@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin
 
+from fastgpt.utils import checks
 from fastgpt.utils.errors import UsageError
 
 TOKENIZERS = ("char", "gpt2", "bpe")  # built-in names; other tokenizers are loaded from files
@@ -296,6 +297,30 @@ def recipe_from_dict(values: dict[str, Any], source: str) -> Recipe:
             f"{source}: unknown settings {', '.join(unknown)}; created by a newer fastgpt?"
         )
     try:
+        _check_types(values)
         return Recipe(**{**values, "log": tuple(values.get("log", ()))})  # JSON has no tuples
+    except ValueError as error:
+        raise UsageError(f"{source}: {error}") from None
     except TypeError as error:
         raise UsageError(f"{source}: a setting has a value of the wrong type: {error}") from None
+
+
+def _check_types(values: dict[str, Any]) -> None:
+    """Raise ValueError for a value of a wrong type; `Recipe` checks choices and ranges."""
+    check: dict[Any, Callable[[str, Any], Any]] = {
+        str: checks.text,
+        bool: checks.flag,
+        int: _whole_number,
+        float: checks.number,
+    }
+    for field in fields(Recipe):
+        kind, *others = get_args(field.type) or (field.type,)  # int, or int and None
+        value = values.get(field.name, field.default)
+        if kind in check and not (others and value is None):
+            check[kind](field.name, value)
+
+
+def _whole_number(name: str, value: Any) -> int:
+    """Return an integer, which can also be a float without a fraction."""
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value
+    return checks.integer(name, whole, least=-(2**63), most=2**63 - 1)

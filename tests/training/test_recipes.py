@@ -1,6 +1,7 @@
 """Tests of the predefined recipes, and of the length of runs computed from their data."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt import Recipe, Trainer
-from fastgpt.training.recipes import DESCRIPTIONS, RECIPES, get_recipe
+from fastgpt.training.recipes import DESCRIPTIONS, RECIPES, get_recipe, recipe_from_dict
 from fastgpt.training.run_length import resolve_length
 from fastgpt.utils.errors import UsageError
 
@@ -118,3 +119,28 @@ def test_a_run_goes_on_with_what_was_settled(verse: Path, tmp_path: Path) -> Non
 def test_epochs_that_are_none(epochs: float) -> None:
     with pytest.raises(UsageError, match="epochs must be more than 0"):
         Recipe(epochs=epochs)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("data", 5, "data must be a string, not 5"),
+        ("val_data", [], r"val_data must be a string, not \[\]"),
+        ("bias", "false", "bias must be true or false, not 'false'"),
+        ("dropout", "0.1", "dropout must be a number, not '0.1'"),
+        ("batch_size", 1.5, "batch_size must be an integer, not 1.5"),
+        ("n_layer", None, "n_layer must be an integer, not None"),
+        ("max_steps", 10**30, "max_steps must be at most"),
+        ("log", 5, "a setting has a value of the wrong type"),
+    ],
+)
+def test_saved_settings_of_a_wrong_type_are_rejected(
+    name: str, value: object, expected: str
+) -> None:
+    with pytest.raises(UsageError, match=f"config.json: {expected}"):
+        recipe_from_dict({**asdict(Recipe()), name: value}, "config.json")
+
+
+def test_saved_settings_are_read() -> None:
+    for recipe in (*RECIPES.values(), Recipe(dropout=0, epochs=3, eval_tokens=1e6)):  # type: ignore[arg-type]
+        assert recipe_from_dict(json.loads(json.dumps(asdict(recipe))), "config.json") == recipe
