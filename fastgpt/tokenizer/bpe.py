@@ -125,8 +125,8 @@ class Tokenizer(BaseTokenizer):
         Args:
             source: the path of a file (str or Path), or an iterable of texts (str or bytes) and
                 files (Path, since a str is a text). To train on one text, pass a list with one str.
-                Files are UTF-8, are decompressed if their name ends with ``.gz``, and are read in
-                blocks. Special tokens in the text are treated as ordinary text.
+                Files are UTF-8 text, are decompressed if necessary, and are read in blocks. JSON
+                and special tokens are treated as ordinary text.
             vocab_size: size of the vocabulary: the 256 bytes in GPT-2's order, one token per merge,
                 and the special tokens. The result is smaller if there are no more pairs to merge,
                 with a warning if it is less than half as large.
