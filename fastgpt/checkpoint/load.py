@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastgpt.checkpoint.tensor_file import utf8_path
 from fastgpt.lora import Lora, merge_lora
 from fastgpt.model import GPT, GPTConfig, meta_model, meta_weights
 from fastgpt.tokenizer import BaseTokenizer, load_tokenizer
@@ -356,7 +357,8 @@ def _verify_file(path: Path, expected: dict[str, Any]) -> None:
 
 def _load(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        with utf8_path(path) as name:
+            return load_file(name)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 

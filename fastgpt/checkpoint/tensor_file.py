@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     Raises: UsageError if the file cannot be read, is damaged, or has a dtype that is not supported.
     """
     try:
-        with safe_open(path, "pt"):  # the library validates the header
+        with utf8_path(path) as name, safe_open(name, "pt"):  # the library validates the header
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -74,6 +74,16 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         raise UsageError(f"{path} cannot be read: {error}") from None
     entries.pop("__metadata__", None)
     return {name: _stored(path, name, entry, 8 + length) for name, entry in entries.items()}
+
+
+@contextlib.contextmanager
+def utf8_path(path: Path) -> Iterator[Path]:
+    """Yield a path of the file that is UTF-8, as the safetensors library requires."""
+    if not any("\udc80" <= character <= "\udcff" for character in str(path)):
+        yield path
+        return
+    with path.open("rb") as file:
+        yield Path(f"/dev/fd/{file.fileno()}")
 
 
 def write_tensors(

@@ -37,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastgpt.checkpoint.tensor_file import bytes_of
+from fastgpt.checkpoint.tensor_file import bytes_of, utf8_path
 from fastgpt.model import GPTConfig, meta_weights
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.extension import _C
@@ -187,7 +187,7 @@ def load(path: Path) -> EngineWeights:
         missing, unexpected or of another dtype or shape.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as opened, safe_open(opened, framework="pt") as file:
             about = _read_about(path, file.metadata())
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:

@@ -17,6 +17,7 @@ import torch
 from fastgpt import GPT, GPTConfig, Recipe, Tokenizer, Trainer
 from fastgpt.checkpoint.load import CheckpointError, find_checkpoint
 from fastgpt.data import prepare
+from fastgpt.inference.engine import Engine
 from fastgpt.training.optimizer import learning_rate, make_optimizer
 from fastgpt.utils.errors import UsageError
 from fastgpt.utils.precision import choose_precision
@@ -86,6 +87,17 @@ def test_a_resumed_run_matches_an_uninterrupted_one(
     assert_same(weights(whole.run), weights(stopped))
     assert records(whole.run, "val_loss") == records(stopped, "val_loss")
     assert (resumed.sample, resumed.step) == (whole.sample, whole.step)
+
+
+def test_a_run_folder_whose_name_is_not_utf8(tiny: Recipe, tmp_path: Path) -> None:
+    run = tmp_path / os.fsdecode(b"r\xff")
+    Trainer(replace(tiny, out=str(run))).fit()
+    model = GPT.from_pretrained(run)
+    Trainer.resume(run, max_steps=find_checkpoint(run).step + 1).fit()
+    engine = Engine.from_model(model)
+    engine.save(run / "engine.safetensors")
+    ids = [[1, 2, 3]]
+    assert torch.equal(Engine.load(run / "engine.safetensors").logits(ids), engine.logits(ids))
 
 
 def test_evaluation_does_not_affect_training(tiny: Recipe, tmp_path: Path) -> None:
