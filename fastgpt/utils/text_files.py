@@ -31,7 +31,7 @@ STANDARD_INPUT = Path("-")
 COMPRESSION_SUFFIXES = (".gz", ".gzip", ".bz2", ".xz", ".lzma", ".zst", ".zstd", ".lz4")
 _COMPRESSIONS = {  # the first bytes of a file -> the name of its compression
     b"\x1f\x8b": "gzip",
-    b"BZh": "bz2",
+    **{b"BZh%d1AY&SY" % level: "bz2" for level in range(1, 10)},
     b"\xfd7zXZ\x00": "xz",
     b"\x5d\x00\x00": "lzma",
     b"\x28\xb5\x2f\xfd": "zstd",

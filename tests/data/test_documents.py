@@ -131,6 +131,7 @@ def test_compression_is_recognized_by_the_content(tmp_path: Path, suffix: str) -
         ("stdin", b"{one}\n", "text"),
         ("stdin", b"[1]\n", "text"),
         ("a.md", b'{"text": "one"}\n', "text"),
+        ("a.txt", b"BZh is no compression", "text"),
         ("a.txt", b'{"text": "one"}\n', "text"),
         ("a.PQ", b"", "parquet"),
         ("a.txt", b"PAR1 and more PAR1", "parquet"),

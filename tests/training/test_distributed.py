@@ -171,7 +171,7 @@ def test_a_run_goes_on_with_any_number_of_processes(tiny: Recipe, tmp_path: Path
     """Two processes with FSDP and weight averaging, then one; compared with one process only."""
     recipe = replace(tiny, parallel="fsdp", ema=0.9, patience=10)
     stopped = run(*TORCHRUN, script(tmp_path, STOPPING), *options(recipe), check=False)
-    assert "UserWarning" not in stopped.stderr
+    assert "view tensor" not in stopped.stderr
     assert find_checkpoint(tmp_path / "run").step == 6
     Trainer.resume(tmp_path / "run").fit()
     Trainer(replace(recipe, out=str(tmp_path / "alone"))).fit()
