@@ -8,6 +8,7 @@ implementation makes of the same file.
 import contextlib
 import io
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -236,7 +237,9 @@ def load_as_a_command(load: Callable[[], Any]) -> Any:
     return None
 
 
-COUNTS = [pytest.param(40), pytest.param(10_000, marks=pytest.mark.slow)]
+# The slow tests make 500 changes per file or, for an hour, as many as FASTGPT_DAMAGES says.
+MANY = int(os.environ.get("FASTGPT_DAMAGES", "500"))
+COUNTS = [pytest.param(40), pytest.param(MANY, marks=pytest.mark.slow)]
 
 
 @pytest.mark.filterwarnings("ignore")
