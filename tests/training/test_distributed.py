@@ -74,9 +74,10 @@ def tiny(verse: Path, tmp_path: Path) -> Recipe:
 
 
 def options(recipe: Recipe) -> list[str]:
-    """Return the command-line options that turn the default recipe into `recipe`."""
+    """Return the command-line arguments that turn the recipe of `Recipe()` into `recipe`."""
     changed = {n: v for n, v in vars(recipe).items() if v != getattr(Recipe(), n)}
-    return [w for n, v in changed.items() for w in (f"--{n.replace('_', '-')}", str(v))]
+    settings = [w for n, v in changed.items() for w in (f"--{n.replace('_', '-')}", str(v))]
+    return ["shakespeare-char", *settings]
 
 
 def run(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
