@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from fastgpt.utils import cli
+from fastgpt.utils.progress import plural
 
 if TYPE_CHECKING:
     from fastgpt.data.pipeline import Prepared
@@ -57,7 +58,7 @@ def main(args: Sequence[str]) -> None:
 
     prepared = prepare(**vars(options))  # the fields are the arguments of this function
     for name, part in (("training", prepared.train), ("validation", prepared.val)):
-        documents = f"{part.documents:,} document{'s' if part.documents != 1 else ''}"
+        documents = plural(part.documents, "document")
         print(f"{name + ':':<12}{part.tokens:>16,} tokens, {documents}")
     vocab_size, asked = prepared.tokenizer.vocab_size, options.train_vocab
     print(f"{prepared.bytes_per_token:.2f} bytes of text per token, vocabulary of {vocab_size:,}")
@@ -71,15 +72,13 @@ def _print_sources(prepared: Prepared) -> None:
     """Print the number of files, and which ones were skipped, if folders had to be searched."""
     n_files, skipped = len(prepared.sources), prepared.skipped
     if n_files > 1 or skipped:
-        print(f"{n_files:,} file{'s' if n_files != 1 else ''} read, {len(skipped):,} skipped")
+        print(f"{plural(n_files, 'file')} read, {len(skipped):,} skipped")
     for path, reason in islice(skipped.items(), SKIPPED_SHOWN):
         print(f"  skipped {path}: {reason}")
     if len(skipped) > SKIPPED_SHOWN:
         print(f"  and {len(skipped) - SKIPPED_SHOWN:,} more, which meta.json lists")
     if prepared.invalid:
-        print(
-            f"{prepared.invalid:,} row{'s' if prepared.invalid > 1 else ''} without a text skipped"
-        )
+        print(f"{plural(prepared.invalid, 'row')} without a text skipped")
 
 
 if __name__ == "__main__":
