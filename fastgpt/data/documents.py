@@ -86,9 +86,10 @@ def read_documents(
 
     Raises: UsageError that names the file and the position of an error.
     """
-    if file_format(path) == "text":
+    found = file_format(path)
+    if found == "text":
         return _text(path, advance)
-    return _texts_of(read_records(path, field, advance), field, on_invalid)
+    return _texts_of(_records(path, found, field, advance), field, on_invalid)
 
 
 def read_records(
@@ -101,13 +102,7 @@ def read_records(
 
     Raises: UsageError that names the place of an error.
     """
-    match file_format(path):
-        case "parquet":
-            return _parquet_rows(path, field, advance)
-        case "json":
-            return _json_items(path, advance)
-        case _:
-            return _json_lines(path, advance)
+    return _records(path, file_format(path), field, advance)
 
 
 def split_documents(text: str) -> list[str]:
@@ -162,6 +157,19 @@ def _text(path: Path, advance: Advance) -> Iterator[Piece]:
             within = True
     if within:
         yield "", True
+
+
+def _records(
+    path: Path, found: Format, field: str | None, advance: Advance
+) -> Iterator[tuple[str, Any]]:
+    """Read the records of a file in the format that was found; other files as JSON lines."""
+    match found:
+        case "parquet":
+            return _parquet_rows(path, field, advance)
+        case "json":
+            return _json_items(path, advance)
+        case _:
+            return _json_lines(path, advance)
 
 
 def _texts_of(
